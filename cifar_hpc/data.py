@@ -1,0 +1,223 @@
+"""The images of a run: read once, then resident on the training device as uint8."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.jsonfile import sync_directory
+from cifar_hpc.model import NUM_CLASSES
+from cifar_hpc.randomness import permutation
+from cifar_hpc.spec import DataSpec
+
+SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
+Progress = Callable[[str], bool]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Preparation was left because the run is to stop."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 [N, 3, 32, 32] and labels int64 [N], for training and test."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same on `device`."""
+        return Dataset(
+            *(t.to(device) for t in (self.train_images, self.train_labels, self.test_images, self.test_labels))
+        )
+
+
+def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: False) -> Dataset:
+    """Read the images that `spec` names.
+
+    Args:
+        root: the project's root; relative data.root start there.
+        progress: called with a line of text now and then; if it returns true, reading is left.
+
+    Raises:
+        SpecError: names the file or folder that is missing or wrong.
+        Interrupted: where `progress` said so.
+    """
+    if spec.source == "synthetic":
+        from cifar_hpc.synthetic import make_synthetic
+
+        return Dataset(*make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE))
+    folder = root / spec.root
+    whole = _read_cifar10(folder) if spec.source == "cifar10" else _read_folder(folder, root, progress)
+    return Dataset(
+        *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
+        *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
+    )
+
+
+def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
+    if size is None:
+        return images, labels
+    if size > len(images):
+        raise SpecError(f"{key}: {size} is more than the {len(images)} images there are.")
+    rows = permutation(0, 0, len(images))[:size].sort().values
+    return images[rows], labels[rows]
+
+
+def check_cifar10(folder: Path, download: bool) -> None:
+    """Verify torchvision's copy of CIFAR-10 in `folder`, downloading it first where that is allowed.
+
+    Raises:
+        SpecError: names the file that is missing, truncated or wrong.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    base = folder / CIFAR10.base_folder
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    if download and not all((base / name).exists() for name, _ in files):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            CIFAR10(str(folder), download=True)
+        except Exception as error:  # urllib, tarfile and torchvision each raise their own
+            raise SpecError(
+                f"data.root: {folder} holds no CIFAR-10 and the download failed: {' '.join(str(error).split())}. "
+                f"HINT: put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) there yourself, or use --set data.source=folder "
+                "or data.source=synthetic."
+            ) from None
+    for name, md5 in files:
+        if not (base / name).exists():
+            raise SpecError(
+                f"data.root: {base / name} is missing. HINT: submit from a machine with internet, or put "
+                f"{CIFAR10.filename} into {folder} and unpack it."
+            )
+        if not check_integrity(str(base / name), md5):
+            raise SpecError(
+                f"data.root: {base / name} is truncated or not the original (its md5 should be {md5}). "
+                "HINT: delete it and submit again."
+            )
+
+
+def _read_cifar10(folder: Path) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    check_cifar10(folder, download=False)
+    parts: list[Tensor] = []
+    for train in (True, False):
+        source = CIFAR10(str(folder), train=train, download=False)
+        parts += [torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)]
+    return Dataset(*parts)
+
+
+def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
+    files, labels = {}, {}
+    classes: list[str] = []
+    for split in ("train", "test"):
+        files[split], labels[split], found = list_folder(folder / split)
+        if split == "test" and found != classes:
+            raise SpecError(f"data.root: {folder / 'test'} has the classes {found}, but train has {classes}.")
+        classes = found
+    cache = _cache_path(folder, root, files)
+    if cache.exists():
+        try:
+            return Dataset(**torch.load(cache, weights_only=True, mmap=True))
+        except Exception as error:  # a damaged cache is no reason to stop: it is only a cache
+            progress(f"data cache {cache} is not readable ({type(error).__name__}); decoding again")
+    tensors: dict[str, Tensor] = {}
+    for split in ("train", "test"):
+        tensors[f"{split}_images"] = _decode(files[split], progress)
+        tensors[f"{split}_labels"] = torch.tensor(labels[split])
+    _write_cache(cache, tensors, progress)
+    return Dataset(**tensors)
+
+
+def list_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of an ImageFolder: one sub-folder a class, labels in the order of their names.
+
+    Raises:
+        SpecError: where the folder, a class or an image is missing.
+    """
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise SpecError(
+            f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
+            + nearest(folder.name, siblings)
+        )
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) != NUM_CLASSES:
+        raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {NUM_CLASSES}.")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        names = sorted(
+            e.name
+            for e in os.scandir(folder / name)
+            if e.name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"))
+        )
+        if not names:
+            raise SpecError(f"data.root: {folder / name} holds no image (.jpg .jpeg .png .bmp .webp .ppm).")
+        files += [folder / name / n for n in names]
+        labels += [label] * len(names)
+    return files, labels, classes
+
+
+def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
+    digest = hashlib.sha256(b"1")  # the version of the cache's format
+    for paths in files.values():
+        for path in paths:
+            status = path.stat()
+            digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    name = f"decoded-{digest.hexdigest()[:16]}.pt"
+    beside = folder / ".cifar_hpc"
+    if (beside / name).exists() or os.access(folder, os.W_OK):
+        return beside / name
+    return root / "checkpoints" / ".data" / name
+
+
+def _decode(files: list[Path], progress: Progress) -> Tensor:
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms.functional import pil_to_tensor
+
+    images = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
+    said = time.monotonic()
+    for number, path in enumerate(files):
+        try:
+            image = pil_loader(str(path))
+        except Exception as error:  # PIL has many
+            raise SpecError(f"data.root: {path} is not a readable image: {error}.") from None
+        if image.size != (32, 32):
+            raise SpecError(
+                f"data.root: {path} is {image.size[0]}x{image.size[1]} pixels; allowed: 32x32. "
+                "HINT: resize the images first."
+            )
+        images[number] = pil_to_tensor(image)
+        if number % 500 == 0:
+            text = ""
+            if time.monotonic() - said > 10:
+                text, said = f"decoding images: {number} of {len(files)} in {path.parent.parent}", time.monotonic()
+            if progress(text):
+                raise Interrupted
+    return images
+
+
+def _write_cache(path: Path, tensors: dict[str, Any], progress: Progress) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, temporary)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        progress(f"data cache {path} cannot be written ({error}); the next start decodes again")
+    finally:
+        temporary.unlink(missing_ok=True)

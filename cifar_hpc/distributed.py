@@ -1,0 +1,143 @@
+"""Processes of a run: who they are, how they find each other, and on which device they compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.jsonfile import write_atomic
+from cifar_hpc.spec import Spec
+
+RENDEZVOUS_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process: its place among the others, and the job it belongs to.
+
+    `rendezvous` is a file on the shared file system, new for every start, where rank 0 publishes its address; None
+    under torchrun, whose environment variables name the address.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    scheduler: str | None = None  # "slurm" | "local" (submitit's executor) | None (a plain process or torchrun)
+    job_id: str | None = None
+    rendezvous: Path | None = None
+
+
+def resolve_device(spec: Spec, local_rank: int) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        RunFailedError: where GPUs were asked for and CUDA is not usable; training never moves to the CPU unasked.
+    """
+    wanted, gpus = spec.train.device, spec.resources.gpus_per_node
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = (
+            "this PyTorch is built without CUDA"
+            if torch.version.cuda is None
+            else (
+                f"PyTorch {torch.__version__} finds no usable GPU "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
+            )
+        )
+        raise RunFailedError(
+            f"train.device: {wanted} with resources.gpus_per_node: {gpus} asks for GPUs, but CUDA is not usable on "
+            f"{socket.gethostname()}: {built}. HINT: check nvidia-smi there, or ask for --set train.device=cpu."
+        )
+    index = int(wanted.partition(":")[2]) if ":" in wanted else local_rank
+    count = torch.cuda.device_count()
+    if count == 1 and ":" not in wanted:
+        index = 0  # Slurm bound one GPU to each task
+    if index >= count:
+        raise RunFailedError(
+            f"train.device: GPU {index} is not there on {socket.gethostname()}; visible: {count}. "
+            "HINT: resources.tasks_per_node must not exceed resources.gpus_per_node."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def connect(launch: Launch, device: torch.device) -> None:
+    """Start the default process group (NCCL or gloo); nothing to do for one process."""
+    if launch.world_size == 1:
+        return
+    timeout = timedelta(minutes=30)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launch.rendezvous is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = _meet(launch, launch.rendezvous, timeout)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.barrier()
+    if launch.rank == 0:
+        launch.rendezvous.unlink(missing_ok=True)
+
+
+def _meet(launch: Launch, path: Path, timeout: timedelta) -> dist.TCPStore:
+    # Rank 0 takes any free port and publishes it, so a port can collide neither with another job's nor with the one
+    # that an earlier attempt of this job has left in TIME_WAIT.
+    if launch.rank == 0:
+        store = dist.TCPStore("localhost", 0, launch.world_size, True, timeout, wait_for_workers=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex
+        store.set(token, "")
+        write_atomic(path, json.dumps({"hosts": _addresses(), "port": store.port, "token": token}).encode())
+        return store
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while time.monotonic() < deadline:
+        os.listdir(path.parent.parent)  # makes an NFS client look again instead of trusting its cache
+        if path.exists():
+            address = json.loads(path.read_text())
+            for host in address["hosts"]:
+                if _reachable(host, address["port"]):
+                    store = dist.TCPStore(
+                        host, address["port"], launch.world_size, False, timeout, wait_for_workers=False
+                    )
+                    # The file may be left over from an attempt that was killed, and its port be somebody else's now.
+                    if store.check([address["token"]]):
+                        return store
+        time.sleep(0.05)
+    raise RunFailedError(
+        f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within "
+        f"{RENDEZVOUS_SECONDS} s through {path}. HINT: is the folder shared between the nodes?"
+    )
+
+
+def _addresses() -> list[str]:
+    """Names and addresses of this host, the most general first."""
+    host = socket.gethostname()
+    found = [host]
+    try:
+        found += sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    except OSError:
+        pass  # a host that cannot resolve its own name; its peers may, or share its loopback
+    return [*found, "127.0.0.1"]
+
+
+def _reachable(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def disconnect() -> None:
+    """End the process group after a run that came to its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

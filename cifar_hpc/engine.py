@@ -1,0 +1,242 @@
+"""The training state on one rank, and one step of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar_hpc.augment import DRAWS, augment
+from cifar_hpc.data import Dataset
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.lookahead import Lookahead
+from cifar_hpc.model import batch_norms, build_model
+from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.schedule import learning_rate
+from cifar_hpc.shards import ShardLayout, ShardReducer
+from cifar_hpc.spec import Spec
+
+NO_BAD_STEP = 2**62
+
+
+def resolve_amp(spec: Spec, device: torch.device) -> str:
+    """bf16, fp16 or fp32: what train.amp means on this device."""
+    if spec.train.amp != "auto":
+        return spec.train.amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def configure_torch(spec: Spec, device: torch.device) -> None:
+    """Global switches of PyTorch that decide about the bits."""
+    if spec.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(spec.train.cpu_threads or 1)
+
+
+def describe_environment(spec: Spec, device: torch.device) -> dict[str, Any]:
+    """What, beside the spec, the bits depend on."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "threads": None if cuda else spec.train.cpu_threads or 1,
+        "amp": resolve_amp(spec, device),
+        "deterministic": spec.train.deterministic,
+    }
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+class Engine:
+    """Model, optimizer and per-epoch sums of one rank.
+
+    Args:
+        spec: resolved, so train.shards is a number.
+        device: of this rank.
+        layout: which shards it computes.
+        data: on `device`.
+        amp: bf16 | fp16 | fp32.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, layout: ShardLayout, data: Dataset, amp: str) -> None:
+        self.spec, self.device, self.layout, self.data, self.amp = spec, device, layout, data, amp
+        batch, images = spec.train.batch_size, len(data.train_images)
+        rest = images % batch
+        # A last batch that cannot give every shard an image is left out.
+        self.steps_per_epoch = images // batch + (1 if rest >= layout.shards else 0)
+        if self.steps_per_epoch == 0:
+            raise RunFailedError(f"the {images} training images do not give each of the {layout.shards} shards one.")
+        self.images_per_epoch = min(images, self.steps_per_epoch * batch)
+
+        self.model = build_model(spec.model, spec.train.seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if spec.train.compile:
+            self.model.compile()
+        self.ddp: DistributedDataParallel | None = None
+        self.reducer: ShardReducer | None = None
+        if layout.world_size > 1:
+            self.ddp = DistributedDataParallel(
+                self.model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+            self.reducer = ShardReducer(self.ddp, layout)
+
+        chosen = spec.optimizer
+        inner = torch.optim.SGD(
+            self.model.parameters(),
+            lr=chosen.lr,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+            nesterov=chosen.nesterov,
+        )
+        self.updates = 0
+        inner.register_step_post_hook(self._count_update)
+        look = spec.lookahead
+        self.optimizer = Lookahead(inner, look.k, look.alpha) if look.enabled else inner
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")  # type: ignore[attr-defined]
+        self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
+
+    def _count_update(self, *_: object) -> None:
+        self.updates += 1  # GradScaler does not call step() on an overflow, so a skipped step is not counted
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast to the run's precision; no context at all for fp32."""
+        if self.amp == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
+
+    def step(self, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
+        """One update from the global batch `rows`, int64 [B] indices of training images on the device."""
+        rate = learning_rate(self.spec, epoch, self.updates, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        mine = self.layout.mine
+        for shard in mine:
+            kept = self.reducer is not None and shard != mine[-1]
+            context = self.ddp.no_sync() if self.ddp is not None and kept else contextlib.nullcontext()
+            with context:
+                self._shard_gradient(epoch, step_in_epoch, global_step, shard, rows)
+            if self.reducer is not None and kept:
+                self.reducer.keep()
+        if self.reducer is not None:
+            self.reducer.end_step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _shard_gradient(self, epoch: int, step: int, global_step: int, shard: int, rows: Tensor) -> None:
+        seed = self.spec.train.seed
+        indices = rows[self.layout.bounds(shard, len(rows))]
+        images = self.augmented(indices, mix(seed, Stream.AUGMENT, epoch, step))
+        labels = self.data.train_labels[indices]
+        self.model.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard))
+        self.model.set_update_statistics(shard == 0)
+        with self.autocast():
+            logits = (self.ddp or self.model)(images)
+        loss = self.loss_sum(logits, labels)
+        self.scaler.scale(loss / len(rows)).backward()
+        with torch.no_grad():
+            finite = torch.isfinite(loss)
+            # An overflow under fp16 is GradScaler's to handle; it must not spoil the epoch's sum.
+            self.sums[shard, 0] += torch.where(finite, loss, 0).double()
+            self.sums[shard, 1] += (logits.argmax(1) == labels).sum()
+            if self.amp != "fp16":
+                bad = torch.where(finite, NO_BAD_STEP, global_step + 1)
+                self.bad_step = torch.minimum(self.bad_step, bad)
+
+    def augmented(self, indices: Tensor, key: int) -> Tensor:
+        """Augmented, normalised training images [B, 3, 32, 32], channels_last."""
+        draws = uniform(key, indices, DRAWS)
+        return augment(self.data.train_images[indices], draws, self.spec.augment, memory_format=torch.channels_last)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy with label smoothing, in float32."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.spec.train.label_smoothing, reduction="sum")
+
+    def check_finite(self) -> None:
+        """Stop on this rank's knowledge of a NaN or infinite loss.
+
+        Raises:
+            RunFailedError: names the step.
+        """
+        step = int(self.bad_step)
+        if step < NO_BAD_STEP:
+            raise RunFailedError(
+                f"the training loss was NaN or infinite at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}). "
+                "The last good checkpoint is kept. HINT: lower optimizer.lr, or set train.amp=fp32."
+            )
+
+    def gathered_sums(self) -> Tensor:
+        """This epoch's sums of all shards, float64 [shards, 2] on the host. Collective, and ends on a bad loss.
+
+        Raises:
+            RunFailedError: on every rank, where any shard's loss was not finite.
+        """
+        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        sums = torch.zeros_like(self.sums)
+        sums[mine] = self.sums[mine]
+        if self.layout.world_size > 1:
+            dist.all_reduce(sums)  # every row has one rank that is not zero: exact, whatever the order
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        self.check_finite()
+        return sums.cpu()
+
+    def loss_so_far(self, images: int) -> tuple[float, float]:
+        """(mean loss, accuracy in %) of this rank's shards after `images` images of the epoch. Waits for the device."""
+        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        share = max(1.0, images * len(self.layout.mine) / self.layout.shards)
+        loss, correct = self.sums[mine].sum(0).tolist()
+        return (loss / share if math.isfinite(loss) else math.nan), 100 * correct / share
+
+    def buffers(self) -> dict[str, Tensor]:
+        """BatchNorm's running statistics, those of shard 0 as rank 0 keeps them."""
+        return dict(self.model.named_buffers())
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that this class owns. Its buffers are right on rank 0 only."""
+        return {
+            "model": dict(self.model.named_parameters()),
+            "buffers": self.buffers(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint, in place."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state["model"][name])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]
+        self.sums.copy_(state["sums"])
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's running statistics. Collective."""
+        if self.layout.world_size > 1:
+            for module in batch_norms(self.model):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)

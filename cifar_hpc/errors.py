@@ -1,0 +1,40 @@
+"""Errors that are a user's to mend: one message, no traceback, a fixed exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the key or file, the value, what is allowed, and a hint."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """A bad spec, argument or input file."""
+
+
+class RunFailedError(UserError):
+    """Training cannot go on, for a reason that trying again would not change (such as a NaN loss)."""
+
+    exit_code = 1
+
+
+class SchedulerError(UserError):
+    """The scheduler refused; its own words are in the message."""
+
+    exit_code = 3
+
+
+class RunBusyError(UserError):
+    """The run is already queued or running, and a run has at most one writer."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` HINT: did you mean 'x'?` for the closest spelling among `known`, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" HINT: did you mean '{matches[0]}'?" if matches else ""

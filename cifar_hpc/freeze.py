@@ -1,0 +1,52 @@
+"""Freezing a run's spec: what it was started under is what every later start must fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cifar_hpc.errors import SpecError
+from cifar_hpc.jsonfile import write_atomic
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.spec import Spec, check
+from cifar_hpc.spec_io import check_resumable, from_plain, read_mapping, to_yaml
+
+
+def read_frozen(paths: RunPaths) -> Spec | None:
+    """The spec in logs/<run>/spec.yaml, or None in a new run."""
+    return from_plain(read_mapping(paths.spec)) if paths.spec.exists() else None
+
+
+def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
+    """Fill in what a run fixes at its first start, and check `spec` against what it has fixed.
+
+    Args:
+        tasks: processes of this start; the number of shards if this is the first.
+        cpu_threads: threads of a process; likewise.
+
+    Raises:
+        SpecError: where the run was started under a spec that computes something else, or has fewer shards than tasks.
+    """
+    old = read_frozen(paths)
+    if old is not None:
+        check_resumable(old, spec, paths.name)
+    fixed = old.train if old is not None else spec.train
+    train = dataclasses.replace(
+        spec.train,
+        shards=spec.train.shards or fixed.shards or tasks,
+        cpu_threads=spec.train.cpu_threads or fixed.cpu_threads or cpu_threads,
+    )
+    assert train.shards is not None
+    if tasks > train.shards:
+        raise SpecError(
+            f"{tasks} processes are more than train.shards: {train.shards}, which "
+            + ("is" if spec.train.shards else "the run's first start has")
+            + f" fixed. HINT: start at most {train.shards} processes, or begin a new run with "
+            f"--set train.shards={tasks} and another --name."
+        )
+    return check(dataclasses.replace(spec, train=train))
+
+
+def freeze(paths: RunPaths, spec: Spec) -> None:
+    """Write logs/<run>/spec.yaml."""
+    header = f"The frozen spec of run {paths.name}. Every start of the run reads it; edit the job file instead."
+    write_atomic(paths.spec, to_yaml(spec, header).encode())

@@ -1,0 +1,119 @@
+"""Lookahead: k steps forward, 1 step back (Zhang et al. 2019, arXiv:1907.08610), around any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Lookahead(Optimizer):
+    """Wraps `inner`, which updates the fast weights (the parameters themselves).
+
+    After every `k` updates: slow += alpha * (fast - slow); fast = slow. The slow weights start as a clone of the
+    parameters at construction. `param_groups` and `state` are the inner optimizer's own, so learning rate schedulers and
+    GradScaler act on it directly. A step that GradScaler skips never reaches `step`, and so does not count.
+
+    BatchNorm statistics are not parameters: they follow the fast weights' activations. Whoever evaluates under
+    `slow_weights` decides what to do about them (`evaluation.py` re-estimates them).
+
+    Args:
+        inner: any torch optimizer, already constructed.
+        k: updates between two syncs, >= 1.
+        alpha: step size of the slow weights, in (0, 1].
+    """
+
+    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        if k < 1:
+            raise ValueError(f"k must be >= 1, not {k}")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+        self._slow: list[Tensor] = []
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+        self.k, self.alpha, self.counter = k, alpha, 0
+        self._share_inner()
+        self._slow = [p.detach().clone() for p in self._parameters()]
+
+    def _share_inner(self) -> None:
+        # load_state_dict and add_param_group replace the inner optimizer's containers; this follows them.
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    @property
+    def slow(self) -> list[Tensor]:
+        """The slow weights, in the order of the parameters in `param_groups`."""
+        return self._slow
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of the fast weights and, at every k-th, a sync."""
+        loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        self.counter += 1
+        if self.counter % self.k == 0:
+            self._sync()
+        return loss
+
+    def _sync(self) -> None:
+        fast = self._parameters()
+        torch._foreach_add_(self._slow, torch._foreach_sub(fast, self._slow), alpha=self.alpha)
+        torch._foreach_copy_(fast, self._slow)
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Within the context the parameters hold the slow weights; afterwards the fast ones again, bit for bit."""
+        parameters = self._parameters()
+        with torch.no_grad():
+            fast = [p.detach().clone() for p in parameters]
+            torch._foreach_copy_(parameters, self._slow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, fast)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the parameters' gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its slow weights start as its parameters are now."""
+        if any(param_group is g for g in self.inner.param_groups):
+            return super().add_param_group(param_group)  # the base class taking over the inner groups
+        self.inner.add_param_group(param_group)
+        self._share_inner()
+        self._slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates so far, "k", "alpha"}."""
+        return {
+            "inner": self.inner.state_dict(),
+            "slow": list(self._slow),
+            "counter": self.counter,
+            "k": self.k,
+            "alpha": self.alpha,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, by copy.
+
+        Raises:
+            ValueError: where the slow weights' number or shapes do not fit the parameters.
+        """
+        shapes = [s.shape for s in self._slow]
+        if [s.shape for s in state_dict["slow"]] != shapes:
+            raise ValueError("the slow weights' shapes do not fit the parameters")
+        self.inner.load_state_dict(state_dict["inner"])
+        self._share_inner()
+        with torch.no_grad():
+            for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
+                slow.copy_(saved)
+        self.counter, self.k, self.alpha = state_dict["counter"], state_dict["k"], state_dict["alpha"]

@@ -1,0 +1,94 @@
+"""Being told to stop: the flag that signals set, and what to do once the state is on disk."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from types import FrameType
+
+from cifar_hpc.slurm import parse_instant
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm delivers --signal=USR2@S up to a minute early (sbatch(1)).
+EARLY_SECONDS = 60
+
+
+class StopFlag:
+    """Set by a signal, read between steps. The handlers do nothing else: whatever else they did could happen in the
+    middle of anything."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been told to stop."""
+        return self.signal is not None
+
+    def install(self) -> StopFlag:
+        """Take over SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # The first one tells why; later ones, such as SIGTERM after our own requeue, do not change that.
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 does after the checkpoint is on disk.
+
+    action: "requeue" (ask Slurm for it), "leave" (exit; Slurm or a person has decided), or "hold" (stay until Slurm
+        ends the process, since leaving by oneself would end the job for good).
+    reason: preemption | timeout | cancelled | node or job ended | ... for logs and counts.
+    """
+
+    action: str
+    reason: str
+    explanation: str
+
+
+def decide(
+    received: signal.Signals | None,
+    fields: Mapping[str, str] | None,
+    *,
+    now: datetime,
+    own_restarts: int,
+    warning_seconds: int,
+    timeouts_left: int,
+    may_requeue: bool,
+) -> Decision:
+    """The table of signals and job states.
+
+    Args:
+        received: the signal that stopped this rank; None where another rank was told.
+        fields: `scontrol show job`, or None where scontrol does not answer.
+        now: local time, as Slurm's own times are.
+        own_restarts: SLURM_RESTART_COUNT of this attempt.
+        timeouts_left: how many more timeouts may be requeued.
+        may_requeue: resources.requeue.
+    """
+    if fields is None:
+        return Decision("hold", "unknown", "scontrol does not answer, so requeueing is left to Slurm; waiting for it")
+    state = fields.get("JobState", "")
+    if state != "RUNNING":
+        if int(fields.get("Restarts") or 0) > own_restarts:
+            return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
+        # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
+        return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
+    preempted = parse_instant(fields.get("PreemptTime")) is not None
+    end = parse_instant(fields.get("EndTime"))
+    near_end = end is not None and (end - now).total_seconds() <= warning_seconds + EARLY_SECONDS
+    timeout = not preempted and near_end and received is not signal.SIGTERM
+    reason = "timeout" if timeout else "preemption"
+    if not may_requeue or fields.get("Requeue") == "0":
+        return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
+    if timeout and timeouts_left <= 0:
+        return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
+    return Decision("requeue", reason, f"JobState=RUNNING: {reason}; requeueing")

@@ -1,0 +1,192 @@
+"""The spec of a run: frozen dataclasses with every key, its default, unit and range.
+
+Defaults are the report's recipe. `batch_size` and `dropout`, which the report leaves open, are our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.errors import SpecError
+from cifar_hpc.slurm_time import parse_time
+from cifar_hpc.spec_fields import option
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
+    dropout: float = option(0.2, "dropout rate after each layer", low=0, high=0.95)
+    stem_width: int = option(32, "channels of the stem convolution", low=1)
+    blocks: tuple[int, ...] = option((3, 3, 3), "bottleneck blocks in each layer", low=1)
+    widths: tuple[int, ...] = option((64, 128, 256), "bottleneck width of each layer (output is 4 x width)", low=1)
+    width_multiplier: float = option(1.0, "scales stem_width and widths; small ones make toy models", above=0)
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    name: Literal["sgd"] = option("sgd", "the inner optimizer")
+    lr: float = option(0.05, "initial learning rate", above=0)
+    momentum: float = option(0.9, "SGD momentum", low=0, high=1)
+    weight_decay: float = option(1e-4, "L2 penalty on every parameter", low=0)
+    nesterov: bool = option(False, "Nesterov momentum")
+
+
+@dataclass(frozen=True)
+class LookaheadSpec:
+    enabled: bool = option(True, "wrap the optimizer in Lookahead")
+    k: int = option(5, "updates of the fast weights between two syncs", low=1)
+    alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
+    bn_batches: int = option(
+        16,
+        "training batches for re-estimating BatchNorm statistics under the slow weights before each "
+        "evaluation; 0 keeps the fast weights' statistics",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    name: Literal["cosine", "constant"] = option("cosine", "shape of the learning rate")
+    per: Literal["epoch", "step"] = option("epoch", "how often the learning rate changes (the report: per epoch)")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    epochs: int = option(400, "passes over the training images", low=1)
+    batch_size: int = option(128, "images in a GLOBAL batch, over all shards", low=1)
+    label_smoothing: float = option(0.1, "label smoothing of the training loss", low=0, high=1)
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "autocast type; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 on a CPU"
+    )
+    shards: int | None = option(None, "logical shards; null is the number of tasks at the first start", low=1)
+    seed: int = option(0, "all randomness is a function of it", low=0, high=2**31 - 1)
+    deterministic: bool = option(True, "deterministic kernels only (the same bits need them)")
+    compile: bool = option(False, "compile the model with torch.compile")
+    device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
+    cpu_threads: int | None = option(
+        None, "threads of a process, part of the bits on a CPU; null is cpus_per_task, or this machine's share", low=1
+    )
+    log_seconds: float = option(30.0, "seconds between two progress lines in train.log", above=0, high=60)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
+    root: str = option("data", "folder of the images (relative to the project's root); synthetic ignores it")
+    train_size: int | None = option(None, "training images to use (a fixed random choice); null is all", low=1)
+    test_size: int | None = option(None, "test images to use; null is all", low=1)
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    every_minutes: float | None = option(
+        None, "minutes between two checkpoints within an epoch; 10 if every_steps is null too", above=0
+    )
+    every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
+    every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1)
+    keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1)
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """Seconds between two checkpoints within an epoch, or None where steps decide."""
+        if self.every_steps is not None:
+            return None
+        return 60 * (10.0 if self.every_minutes is None else self.every_minutes)
+
+
+@dataclass(frozen=True)
+class RetrySpec:
+    max: int = option(3, "how often a run is requeued for this cause", low=0)
+
+
+@dataclass(frozen=True)
+class ResourcesSpec:
+    partition: str | None = option(None, "Slurm partition; null leaves the choice to the site")
+    account: str | None = option(None, "Slurm account")
+    qos: str | None = option(None, "Slurm quality of service")
+    time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, ...)")
+    nodes: str = option("1", "N, or MIN-MAX for Slurm to choose")
+    gpus_per_node: int = option(1, "GPUs on each node", low=0)
+    tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1)
+    cpus_per_task: int | None = option(None, "CPU cores of each process", low=1)
+    mem: str | None = option(None, "memory of a node, such as 32G")
+    constraint: str | None = option(None, "node features, as sbatch's --constraint")
+    exclude: str | None = option(None, "nodes to avoid")
+    nodelist: str | None = option(None, "nodes to use")
+    reservation: str | None = option(None, "Slurm reservation")
+    dependency: str | None = option(None, "further job dependencies, beside singleton")
+    comment: str | None = option(None, "job comment; some sites read wishes from it")
+    requeue: bool = option(True, "requeue the job after a preemption, a timeout or a node failure")
+    warning_seconds: int = option(120, "seconds before the time limit at which Slurm sends SIGUSR2", low=10)
+    sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names")
+
+    @property
+    def max_nodes(self) -> int:
+        """The largest number of nodes that Slurm may give."""
+        return int(self.nodes.split("-")[-1])
+
+    @property
+    def ntasks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Spec:
+    model: ModelSpec = field(default_factory=ModelSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    lookahead: LookaheadSpec = field(default_factory=LookaheadSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    failures: RetrySpec = field(default_factory=RetrySpec)
+    timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+
+
+def check(spec: Spec) -> Spec:
+    """Return `spec` if its values fit together.
+
+    Raises:
+        SpecError: names the dotted keys that contradict each other.
+    """
+    train, model, checkpoint = spec.train, spec.model, spec.checkpoint
+    if len(model.blocks) != len(model.widths):
+        raise SpecError(
+            f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
+            f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
+        )
+    if train.shards is not None and train.shards > train.batch_size:
+        raise SpecError(
+            f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "
+            f"({train.batch_size}), since each shard needs an image of each batch."
+        )
+    if checkpoint.every_minutes is not None and checkpoint.every_steps is not None:
+        raise SpecError(
+            f"checkpoint.every_minutes: {checkpoint.every_minutes:g} and checkpoint.every_steps: "
+            f"{checkpoint.every_steps} are both given; allowed: one of them."
+        )
+    if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
+        raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
+    _check_device(train.device)
+    parse_time(spec.resources.time, "resources.time")
+    _check_nodes(spec.resources.nodes)
+    return spec
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if device in ("auto", "cuda", "cpu") or (kind == "cuda" and index.isdigit()):
+        return
+    raise SpecError(f"train.device: {device!r} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
+
+
+def _check_nodes(nodes: str) -> None:
+    parts = nodes.split("-")
+    if len(parts) <= 2 and all(p.isdigit() and int(p) >= 1 for p in parts) and int(parts[0]) <= int(parts[-1]):
+        return
+    raise SpecError(f"resources.nodes: {nodes!r} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")

@@ -1,0 +1,43 @@
+"""python -m cifar_hpc train: the same training without a scheduler, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from cifar_hpc.preemption import StopFlag
+
+
+def train(job: str, overrides: list[str], name: str | None) -> int:
+    """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
+    stop = StopFlag().install()
+    from cifar_hpc.freeze import freeze, resolve
+    from cifar_hpc.paths import RunPaths, project_root
+    from cifar_hpc.spec_io import check_run_name, load_spec, run_name
+
+    path = Path(job)
+    spec = load_spec(path, overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    paths = RunPaths(project_root(), check_run_name(name) if name else run_name(path.stem, spec))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
+
+    from cifar_hpc.data import check_cifar10
+    from cifar_hpc.distributed import Launch
+    from cifar_hpc.job import Job
+
+    if rank == 0:
+        if spec.data.source == "cifar10":
+            check_cifar10(paths.root / spec.data.root, download=True)
+        paths.create()
+        freeze(paths, spec)
+        print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
+    launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
+    status = Job(paths, spec, launch, stop).run()
+    if status != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at once: process groups whose peers are gone can take minutes to end
+    return 0

@@ -1,0 +1,269 @@
+"""The training loop: epochs, steps, saving, stopping. Reads from top to bottom as what happens in a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor
+
+from cifar_hpc import checkpoint
+from cifar_hpc.agreement import Agreement, Wish
+from cifar_hpc.engine import NO_BAD_STEP, Engine
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.evaluation import Result, evaluate
+from cifar_hpc.preemption import StopFlag
+from cifar_hpc.randomness import permutation
+from cifar_hpc.runlog import TrainLog, append_line, utc_now
+from cifar_hpc.schedule import learning_rate
+from cifar_hpc.spec_io import to_plain
+from cifar_hpc.store import CheckpointStore
+
+
+@dataclass
+class Position:
+    """Where a run stands, always at a step boundary."""
+
+    epoch: int = 0  # epochs completed, evaluation and metrics row included
+    step_in_epoch: int = 0
+    step: int = 0
+    epoch_seconds: float = 0.0  # training time of this epoch so far, over all restarts
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "test_accuracy": -1.0})
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run writes to and hears from."""
+
+    log: TrainLog
+    emit: Callable[..., None]  # emit(event, **details) appends to events.jsonl; silent on every rank but 0
+    metrics_path: Any
+    store: CheckpointStore | None  # rank 0 only
+    agreement: Agreement
+    stop: StopFlag
+    restart: int
+    job_id: str | None
+    environment: dict[str, Any]
+
+
+class Trainer:
+    """Trains from a position to the last epoch, or until told to stop."""
+
+    def __init__(self, engine: Engine, around: Surroundings) -> None:
+        self.engine, self.around, self.spec = engine, around, engine.spec
+        self.position = Position()
+        self._saved: tuple[int, int] | None = None
+        self._suspect = False
+        self._clock = self._last_line = self._last_save = time.monotonic()
+        self._last_line_images = 0
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.engine.load(state)
+        self.position = Position(
+            state["epoch"],
+            state["step_in_epoch"],
+            state["step"],
+            state["epoch_seconds"],
+            checkpoint.history(state),
+            dict(state["best"]),
+        )
+        self._saved = (state["step"], state["epoch"])
+
+    def train(self) -> bool:
+        """True after the last epoch; False if stopped on request. Either way the state is on disk on return."""
+        self._clock = self._last_line = self._last_save = time.monotonic()
+        self._last_line_images = self._images_done()
+        while self.position.epoch < self.spec.train.epochs:
+            if not (self._train_epoch() and self._end_epoch()):
+                self._save(durable=True)
+                return False
+        self._settle()
+        return True
+
+    def _train_epoch(self) -> bool:
+        position, engine, batch = self.position, self.engine, self.spec.train.batch_size
+        order = permutation(self.spec.train.seed, position.epoch, len(engine.data.train_images)).to(engine.device)
+        while position.step_in_epoch < engine.steps_per_epoch:
+            first = position.step_in_epoch * batch
+            engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
+            position.step += 1
+            position.step_in_epoch += 1
+            answer = self.around.agreement.after_step(self._wish())
+            if answer is Wish.STOP:
+                return False
+            every = self.spec.checkpoint.every_steps
+            if answer is Wish.SAVE or (every is not None and position.step % every == 0):
+                self._save()
+            self._progress_line()
+        return True
+
+    def _wish(self) -> Wish:
+        if self.around.stop.requested:
+            return Wish.STOP
+        interval, store = self.spec.checkpoint.interval_seconds, self.around.store
+        due = (
+            store is not None
+            and interval is not None
+            and not store.busy
+            and time.monotonic() - self._last_save >= interval
+        )
+        return Wish.SAVE if due or self._suspect else Wish.GO_ON
+
+    def _end_epoch(self) -> bool:
+        """Evaluate, write the epoch's row, save. False if told to stop before the row was written."""
+        position, engine = self.position, self.engine
+        sums = engine.gathered_sums()
+        self._tick()
+        started = time.monotonic()
+        result = evaluate(engine, position.epoch, self._between)
+        if result is None:
+            return False
+        row = self._row(sums, result, time.monotonic() - started)
+        position.history.append(row)
+        position.epoch += 1
+        position.step_in_epoch, position.epoch_seconds = 0, 0.0
+        self._clock = time.monotonic()
+        engine.sums.zero_()
+        best = result.accuracy > position.best["test_accuracy"]
+        if best:
+            position.best = {"epoch": position.epoch, "test_accuracy": result.accuracy}
+        if self.around.store is not None:
+            append_line(self.around.metrics_path, json.dumps(row))
+            self.around.emit(
+                "evaluated",
+                epoch=position.epoch,
+                step=position.step,
+                test_accuracy=result.accuracy,
+                test_loss=result.loss,
+            )
+            self._epoch_line(row)
+        last = position.epoch == self.spec.train.epochs
+        if last or best or position.epoch % self.spec.checkpoint.every_epochs == 0:
+            self._save(slow_buffers=result.buffers, best=best, queue=True)
+        return True
+
+    def _row(self, sums: Tensor, result: Result, evaluation_seconds: float) -> dict[str, Any]:
+        position, engine = self.position, self.engine
+        loss, correct = (float(v) for v in sums.sum(0))
+        images = engine.images_per_epoch
+        return {
+            "epoch": position.epoch + 1,
+            "step": position.step,
+            "images": (position.epoch + 1) * images,
+            "train_loss": loss / images,
+            "train_accuracy": 100 * correct / images,
+            "test_loss": result.loss,
+            "test_accuracy": result.accuracy,
+            "lr": engine.optimizer.param_groups[0]["lr"],
+            "epoch_seconds": round(position.epoch_seconds + evaluation_seconds, 3),
+            "images_per_second": round(images / max(position.epoch_seconds, 1e-9), 2),
+            "world_size": engine.layout.world_size,
+            "shards": engine.layout.shards,
+            "restart": self.around.restart,
+            "job_id": self.around.job_id,
+            "time": utc_now(),
+        }
+
+    def _save(
+        self,
+        durable: bool = False,
+        queue: bool = False,
+        best: bool = False,
+        slow_buffers: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Snapshot now and write in the background. Collective.
+
+        Args:
+            durable: return only when it is on disk.
+            queue: wait for a write still under way; otherwise skip this one.
+        """
+        sums = self.engine.gathered_sums()
+        self._tick()
+        self._last_save = time.monotonic()
+        position, store = self.position, self.around.store
+        here = (position.step, position.epoch)
+        if store is not None and self._saved != here and (durable or queue or not store.busy):
+            store.save(
+                checkpoint.to_host(
+                    {
+                        "format": checkpoint.FORMAT,
+                        "spec": to_plain(self.spec),
+                        "step": position.step,
+                        "epoch": position.epoch,
+                        "step_in_epoch": position.step_in_epoch,
+                        **self.engine.state(),
+                        "slow_buffers": slow_buffers,
+                        "sums": sums,
+                        "epoch_seconds": position.epoch_seconds,
+                        "history": "".join(json.dumps(row) + "\n" for row in position.history),
+                        "best": position.best,
+                        "environment": self.around.environment,
+                    }
+                ),
+                best,
+            )
+            self._saved = here
+        if durable:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the last checkpoint is on disk, on every rank."""
+        error = self.around.store.wait() if self.around.store is not None else None
+        self.around.agreement.now(Wish.GO_ON)
+        if error is not None:
+            raise RunFailedError(f"the last checkpoint could not be written: {error}.")
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.position.epoch_seconds += now - self._clock
+        self._clock = now
+
+    def _images_done(self) -> int:
+        position, engine = self.position, self.engine
+        in_epoch = min(position.step_in_epoch * self.spec.train.batch_size, engine.images_per_epoch)
+        return position.epoch * engine.images_per_epoch + in_epoch
+
+    def _progress_line(self) -> None:
+        now = time.monotonic()
+        if now - self._last_line < self.spec.train.log_seconds:
+            return
+        # Once in log_seconds this waits for the device; the loop itself never does.
+        self._suspect = int(self.engine.bad_step) < NO_BAD_STEP
+        position, engine, done = self.position, self.engine, self._images_done()
+        loss, accuracy = engine.loss_so_far(done - position.epoch * engine.images_per_epoch)
+        rate = (done - self._last_line_images) / (now - self._last_line)
+        left = self.spec.train.epochs * engine.images_per_epoch - done
+        lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
+        self.around.log.line(
+            f"epoch {position.epoch + 1}/{self.spec.train.epochs} step {position.step_in_epoch}/{engine.steps_per_epoch} "
+            f"(total {position.step})  loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  "
+            f"run ETA {_duration(left / rate)}"
+        )
+        self._last_line, self._last_line_images = now, done
+
+    def _epoch_line(self, row: Mapping[str, Any]) -> None:
+        best = self.position.best
+        self.around.log.line(
+            f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.4f} acc "
+            f"{row['train_accuracy']:.2f}%  |  test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2f}% "
+            f"(best {best['test_accuracy']:.2f}% at {best['epoch']})  |  lr {row['lr']:.6f}  "
+            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.1f} img/s"
+        )
+        self._last_line, self._last_line_images = time.monotonic(), self._images_done()
+
+    def _between(self, text: str) -> bool:
+        answer = self.around.agreement.now(Wish.STOP if self.around.stop.requested else Wish.GO_ON)
+        if time.monotonic() - self._last_line >= self.spec.train.log_seconds:
+            self.around.log.line(text)
+            self._last_line = time.monotonic()
+        return answer is Wish.STOP
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

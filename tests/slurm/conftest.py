@@ -1,0 +1,110 @@
+"""Fixtures that give tests a real Slurm on this machine (see slurm/minicluster)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "slurm" / "minicluster" / "minicluster"
+MISSING_PACKAGES = 3  # the tool's exit code
+
+
+def clean_environment(slurm_conf: str) -> dict[str, str]:
+    """Our environment without what a surrounding real Slurm job, or another cluster, put there."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_"))}
+    return kept | {"SLURM_CONF": slurm_conf}
+
+
+@dataclasses.dataclass(frozen=True)
+class Minicluster:
+    """A running cluster: its directory, and an environment in which Slurm's programs reach it."""
+
+    dir: Path
+    env: dict[str, str]
+
+    def run(self, command: list[str], timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run a program against this cluster; output captured as text, exit code unchecked."""
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def scontrol(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run scontrol."""
+        return self.run(["scontrol", *arguments])
+
+    def tool(self, command: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run the minicluster tool itself on this cluster's directory."""
+        return self.run([sys.executable, str(TOOL), command, "--dir", str(self.dir), *options], timeout=120)
+
+    def sbatch(self, *arguments: str) -> str:
+        """Submit a job and return its id."""
+        done = self.run(["sbatch", "--parsable", f"--chdir={self.dir}", "--output=/dev/null", *arguments])
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().partition(";")[0]
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The fields of `scontrol show job`: JobState, Restarts, Reason, ... Values with blanks are cut."""
+        shown = self.scontrol("show", "job", "-o", job_id)
+        assert shown.returncode == 0, shown.stderr
+        return {k: v for k, _, v in (word.partition("=") for word in shown.stdout.split())}
+
+    def wait_for(self, job_id: str, timeout: float = 30.0, **fields: str) -> dict[str, str]:
+        """Wait until the job's fields have these values; returns all fields."""
+        end = time.monotonic() + timeout
+        while not fields.items() <= (job := self.job(job_id)).items():
+            if time.monotonic() > end:
+                pytest.fail(f"job {job_id} did not reach {fields} within {timeout} s: {job}")
+            time.sleep(0.2)
+        return job
+
+
+@pytest.fixture(scope="session")
+def start_minicluster() -> Iterator[Callable[..., Minicluster]]:
+    """A function (options of `up`) -> Minicluster. What it started is brought down as the session ends."""
+    started: list[Minicluster] = []
+
+    def start(*options: str) -> Minicluster:
+        directory = Path(tempfile.mkdtemp(prefix="cm"))  # short: it holds unix sockets
+        cluster = Minicluster(directory, clean_environment(str(directory / "slurm.conf")))
+        started.append(cluster)
+        done = cluster.tool("up", *options)
+        if done.returncode == MISSING_PACKAGES:
+            directory.rmdir()  # the tool looks for programs before it touches anything
+            (pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip)(done.stderr)
+        if done.returncode != 0:
+            pytest.fail(f"minicluster up failed:\n{done.stdout}{done.stderr}")
+        return cluster
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        pytest.exit("terminated", 128 + number)
+
+    # A runner that cancels sends SIGTERM, which would end Python without any teardown.
+    previous = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield start
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for cluster in started:
+            if cluster.dir.exists():
+                done = cluster.tool("down")
+                if done.returncode != 0:
+                    print(f"minicluster down: {done.stdout}{done.stderr}", file=sys.stderr)
+                    shutil.rmtree(cluster.dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def minicluster(start_minicluster: Callable[..., Minicluster]) -> Iterator[Minicluster]:
+    """The cluster shared by the session's tests: two nodes, 30 s of grace. SLURM_CONF points to it."""
+    cluster = start_minicluster("--grace", "30")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(cluster.dir / "slurm.conf"))
+        yield cluster
