@@ -12,107 +12,32 @@ the one reduction, contrast's mean, is a sum of integers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cifar_hpc.augment_config import IMAGE_SIZE, AugmentConfig
+from cifar_hpc.augment_parameters import DRAWS, Parameters, sample_parameters
+
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "DRAWS",
+    "Parameters",
+    "augment",
+    "color_jitter",
+    "erase",
+    "geometry",
+    "normalize",
+    "sample_parameters",
+]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 LUMA = (0.2989, 0.587, 0.114)  # torchvision.transforms.functional.rgb_to_grayscale
 
-# Columns of `draws`. Fixed, so that switching one step off changes no other.
-_CROP, _FLIP, _ROTATION, _JITTER, _ORDER = slice(0, 2), 2, 3, slice(4, 8), slice(8, 12)
-_ERASE, _AREA, _RATIO, _PLACE = 12, slice(13, 23), slice(23, 33), slice(33, 35)
-DRAWS = 35
-"""Uniform numbers that one sample takes."""
-
 _LAST = IMAGE_SIZE - 1
 _PIXELS = IMAGE_SIZE * IMAGE_SIZE
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What happens to each of B samples; tensors [B] on one device.
-
-    Attributes:
-        top, left: int64, origin of the crop in the padded image, pixels.
-        flip: bool, whether to mirror left and right.
-        angle: float32, degrees, counter-clockwise (as torchvision's rotate).
-        brightness, contrast, saturation: float32 factors, 1 changes nothing.
-        hue: float32, turns in [-0.5, 0.5].
-        order: int64 [B, 4], the step at each turn: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-        erase_top, erase_left, erase_height, erase_width: int64, pixels; height and width 0 erase nothing.
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-    angle: Tensor
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    order: Tensor
-    erase_top: Tensor
-    erase_left: Tensor
-    erase_height: Tensor
-    erase_width: Tensor
-
-
-def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
-    """Turn uniform numbers into parameters.
-
-    Args:
-        draws: float32 [B, DRAWS] in [0, 1), from `randomness.uniform`.
-        config: what to augment.
-
-    Raises:
-        ValueError: if draws has another shape or type.
-    """
-    if draws.dim() != 2 or draws.shape[1] != DRAWS or draws.dtype != torch.float32:
-        raise ValueError(f"draws must be float32 [B, {DRAWS}], got {draws.dtype} {list(draws.shape)}")
-    # floor(u * n) stays below n: u is at most 1 - 2**-24, and n * u does not round up to n in float32.
-    crop = (draws[:, _CROP] * (2 * config.crop_padding + 1)).to(torch.int64)
-    jitter = draws[:, _JITTER]
-    top, left, height, width = _erase_boxes(draws, config)
-    return Parameters(
-        top=crop[:, 0],
-        left=crop[:, 1],
-        flip=draws[:, _FLIP] < config.flip,
-        angle=(draws[:, _ROTATION] * 2 - 1) * config.rotation,
-        brightness=_between(jitter[:, 0], max(0.0, 1 - config.brightness), 1 + config.brightness),
-        contrast=_between(jitter[:, 1], max(0.0, 1 - config.contrast), 1 + config.contrast),
-        saturation=_between(jitter[:, 2], max(0.0, 1 - config.saturation), 1 + config.saturation),
-        hue=_between(jitter[:, 3], -config.hue, config.hue),
-        order=draws[:, _ORDER].argsort(dim=1, stable=True),
-        erase_top=top,
-        erase_left=left,
-        erase_height=height,
-        erase_width=width,
-    )
-
-
-def _between(draw: Tensor, low: float, high: float) -> Tensor:
-    return draw * (high - low) + low
-
-
-def _erase_boxes(draws: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes as RandomErasing.get_params makes them: the first of ten proposals that fits, or none."""
-    # float64, so that exp and sqrt of another device round to the same whole pixels.
-    area = _between(draws[:, _AREA].double(), *config.erasing_scale) * _PIXELS
-    low, high = (math.log(ratio) for ratio in config.erasing_ratio)
-    ratio = _between(draws[:, _RATIO].double(), low, high).exp()
-    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (heights < IMAGE_SIZE) & (widths < IMAGE_SIZE)
-    first = fits.to(torch.int32).argmax(dim=1, keepdim=True)
-    erase = fits.gather(1, first) & (draws[:, _ERASE, None] < config.erasing)
-    size = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1) * erase
-    place = (draws[:, _PLACE].double() * (IMAGE_SIZE + 1 - size)).to(torch.int64)
-    size = size.to(torch.int64)
-    return place[:, 0], place[:, 1], size[:, 0], size[:, 1]
 
 
 def geometry(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
@@ -253,9 +178,9 @@ def _blend_(x: Tensor, scratch: Tensor, turns: tuple[Tensor, Tensor, Tensor], tu
 def _shift_hue_(x: Tensor, scratch: Tensor, shift: Tensor) -> None:
     """Turn the hue of x [B, 3, 1024] by `shift` [B, 1, 1] turns without leaving RGB.
 
-    With V the largest channel and C the spread, a channel of HSV is V - C + C * ramp(its distance from the hue). Going
-    there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on the side of sign(g - b):
-    that is the usual formula in all six sextants, without its comparisons (a CPU selects no faster than it multiplies ten times).
+    With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(its distance from the
+    hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on the side of
+    sign(g - b): the usual formula of all six sextants without its comparisons, which are slow on a CPU.
     """
     red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
     low, spread, hue = scratch[:, :1], scratch[:, 1:2], scratch[:, 2:]

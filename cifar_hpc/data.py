@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.errors import SpecError
+from cifar_hpc.image_folder import list_folder
 from cifar_hpc.jsonfile import sync_directory
-from cifar_hpc.model import NUM_CLASSES
 from cifar_hpc.randomness import permutation
 from cifar_hpc.spec import DataSpec
 
@@ -121,13 +121,7 @@ def _read_cifar10(folder: Path) -> Dataset:
 
 
 def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
-    files, labels = {}, {}
-    classes: list[str] = []
-    for split in ("train", "test"):
-        files[split], labels[split], found = list_folder(folder / split)
-        if split == "test" and found != classes:
-            raise SpecError(f"data.root: {folder / 'test'} has the classes {found}, but train has {classes}.")
-        classes = found
+    files, labels = list_folder(folder)
     cache = _cache_path(folder, root, files)
     if cache.exists():
         try:
@@ -140,35 +134,6 @@ def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
         tensors[f"{split}_labels"] = torch.tensor(labels[split])
     _write_cache(cache, tensors, progress)
     return Dataset(**tensors)
-
-
-def list_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Files, labels and class names of an ImageFolder: one sub-folder a class, labels in the order of their names.
-
-    Raises:
-        SpecError: where the folder, a class or an image is missing.
-    """
-    if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise SpecError(
-            f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
-            + nearest(folder.name, siblings)
-        )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if len(classes) != NUM_CLASSES:
-        raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {NUM_CLASSES}.")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        names = sorted(
-            e.name
-            for e in os.scandir(folder / name)
-            if e.name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"))
-        )
-        if not names:
-            raise SpecError(f"data.root: {folder / name} holds no image (.jpg .jpeg .png .bmp .webp .ppm).")
-        files += [folder / name / n for n in names]
-        labels += [label] * len(names)
-    return files, labels, classes
 
 
 def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:

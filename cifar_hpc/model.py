@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_hpc.image_folder import CLASSES
 from cifar_hpc.randomness import Stream, mix
 from cifar_hpc.spec import ModelSpec
 
-NUM_CLASSES = 10
 EXPANSION = 4
 
 
@@ -91,7 +91,7 @@ class ImprovedResNet(nn.Module):
                 channels = EXPANSION * width
             layers.append(KeyedDropout(spec.dropout))
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, NUM_CLASSES)
+        self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layers(self.stem(images))

@@ -15,7 +15,7 @@ from pathlib import Path
 from cifar_hpc.errors import SchedulerError
 
 
-def command(arguments: Sequence[str], timeout_seconds: float = 30) -> str:
+def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
     """Run one of Slurm's commands and return what it prints.
 
     Raises:
@@ -32,7 +32,7 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30) -> str:
     if result.returncode != 0:
         words = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
         raise SchedulerError(f"{' '.join(arguments)} was refused: {words}")
-    return result.stdout
+    return result.stdout + (result.stderr if stderr_too else "")
 
 
 def answers() -> bool:

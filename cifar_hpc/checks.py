@@ -1,0 +1,102 @@
+"""What is checked on the submitting machine, before anything is queued."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from cifar_hpc import runlock, slurm
+from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
+from cifar_hpc.image_folder import list_folder
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.spec import Spec
+
+
+def check_data(spec: Spec, root: Path) -> None:
+    """Make sure that the images are there, so that no job waits for days only to find that they are not.
+
+    Raises:
+        SpecError: names what is missing.
+    """
+    folder = root / spec.data.root
+    if spec.data.source == "folder":
+        list_folder(folder)
+    elif spec.data.source == "cifar10":
+        code_root = Path(__file__).resolve().parent.parent
+        result = subprocess.run(
+            [sys.executable, "-m", "cifar_hpc.prepare", str(folder)],
+            cwd=code_root,
+            stderr=subprocess.PIPE,
+            stdout=sys.stderr,  # torchvision's download messages; standard output is for the answer
+            text=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise SpecError(result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "data check failed")
+
+
+def check_local_gpus(spec: Spec) -> None:
+    """Refuse a local run that asks for GPUs on a machine that has none.
+
+    Raises:
+        SpecError: with the way to ask for the CPU.
+    """
+    wants_gpu = spec.train.device != "cpu" and (spec.resources.gpus_per_node > 0 or spec.train.device != "auto")
+    if wants_gpu and shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
+        raise SpecError(
+            f"train.device: {spec.train.device} with resources.gpus_per_node: {spec.resources.gpus_per_node} asks for "
+            "GPUs, and this machine has none. HINT: --set train.device=cpu trains on the CPU; --cluster slurm submits."
+        )
+
+
+def check_free(paths: RunPaths, on_slurm: bool) -> None:
+    """At most one writer a run.
+
+    Raises:
+        RunBusyError: names the job that is queued for the run or trains it.
+    """
+    owner = runlock.holder(paths.lock)
+    if owner is not None:
+        raise RunBusyError(f"run {paths.name} is being trained by {runlock.describe(owner)}.")
+    if on_slurm:
+        jobs = slurm.queue(paths.name)
+        if jobs:
+            raise RunBusyError(
+                f"run {paths.name} is already in the queue as job {jobs[0].job_id} ({jobs[0].state}). "
+                f"HINT: python -m cifar_hpc cancel {paths.name}"
+            )
+    controller = local_controller(paths)
+    if controller is not None:
+        raise RunBusyError(f"run {paths.name} is already running on this machine as job {controller}.")
+
+
+def local_controller(paths: RunPaths) -> int | None:
+    """The process id of submitit's local controller, if this run's last one is alive on this machine."""
+    submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
+    if not submitted or submitted[-1].get("scheduler") != "local":
+        return None
+    pid = int(submitted[-1]["job_id"])
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None
+
+
+def on_slurm(cluster: str) -> bool:
+    """What --cluster means here.
+
+    Raises:
+        SchedulerError: where Slurm was asked for and is not here.
+    """
+    if cluster == "local":
+        return False
+    if slurm.answers():
+        return True
+    if cluster == "slurm":
+        reason = "sbatch is not on PATH" if shutil.which("sbatch") is None else "squeue does not answer"
+        raise SchedulerError(f"--cluster slurm: {reason}. HINT: is this a login node, is Slurm's module loaded?")
+    return False

@@ -1,0 +1,53 @@
+"""The ImageFolder layout: train/<class>/* and test/<class>/*, checked without opening an image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cifar_hpc.errors import SpecError, nearest
+
+CLASSES = 10
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+
+
+def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of one split; labels are the order of the class folders' names.
+
+    Raises:
+        SpecError: where the folder, a class or an image is missing.
+    """
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise SpecError(
+            f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
+            + nearest(folder.name, siblings)
+        )
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) != CLASSES:
+        raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {CLASSES}.")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        names = sorted(e.name for e in os.scandir(folder / name) if e.name.lower().endswith(_IMAGES))
+        if not names:
+            raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(_IMAGES)}).")
+        files += [folder / name / n for n in names]
+        labels += [label] * len(names)
+    return files, labels, classes
+
+
+def list_folder(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[int]]]:
+    """Files and labels of both splits, {"train": ..., "test": ...}.
+
+    Raises:
+        SpecError: as `list_split`, and where the splits have other classes.
+    """
+    files, labels, classes = {}, {}, {}
+    for split in ("train", "test"):
+        files[split], labels[split], classes[split] = list_split(folder / split)
+    if classes["train"] != classes["test"]:
+        raise SpecError(
+            f"data.root: {folder / 'test'} has the classes {classes['test']}, but train has {classes['train']}."
+        )
+    return files, labels

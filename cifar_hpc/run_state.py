@@ -1,0 +1,138 @@
+"""What a run is doing right now, read from its logs, its lock and the queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cifar_hpc import runlock, slurm
+from cifar_hpc.checks import local_controller
+from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.freeze import read_frozen
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.runlog import count_requeues, count_starts, read_jsonl
+from cifar_hpc.slurm import QueuedJob
+
+# A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
+HUNG_INTERVALS, HUNG_SECONDS = 10, 300
+ENDED = ("finished", "failed", "cancelled", "stopped", "not started")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run. `state` is queued, requeued, running, hung, stopping, or one of ENDED."""
+
+    run: str
+    state: str
+    detail: str
+    epoch: int
+    epochs: int
+    test_accuracy: float | None
+    best_accuracy: float | None
+    images_per_second: float | None
+    eta_seconds: float | None
+    restarts: int
+    requeues: dict[str, int] = field(default_factory=dict)
+    world_size: int | None = None
+    job_id: str | None = None
+    log_age_seconds: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will happen any more unless somebody submits again."""
+        return self.state in ENDED
+
+    def plain(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def queued_jobs() -> dict[str, QueuedJob]:
+    """This user's jobs by name, from one squeue call; empty where there is no Slurm."""
+    try:
+        return {job.name: job for job in slurm.queue()}
+    except SchedulerError:
+        return {}
+
+
+def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
+    """The state of one run.
+
+    Args:
+        jobs: as `queued_jobs` returns them.
+    """
+    events, rows = read_jsonl(paths.events), read_jsonl(paths.metrics)
+    try:
+        spec = read_frozen(paths)
+    except UserError:
+        spec = None
+    epochs = spec.train.epochs if spec else 0
+    log_age = time.time() - paths.train_log.stat().st_mtime if paths.train_log.exists() else None
+    job = jobs.get(paths.name)
+    state, detail = _state(paths, events, job)
+    if state == "running" and spec is not None and log_age is not None:
+        limit = max(HUNG_SECONDS, HUNG_INTERVALS * spec.train.log_seconds)
+        if log_age > limit:
+            state, detail = "hung", f"no log line for {log_age / 60:.0f} min"
+    last = rows[-1] if rows else {}
+    epoch = int(last.get("epoch", 0))
+    seconds = [float(r["epoch_seconds"]) for r in rows[-5:] if "epoch_seconds" in r]
+    eta = (epochs - epoch) * sum(seconds) / len(seconds) if seconds and state not in ENDED else None
+    starts = [e for e in events if e.get("event") in ("started", "resumed")]
+    return RunState(
+        run=paths.name,
+        state=state,
+        detail=detail,
+        epoch=epoch,
+        epochs=epochs,
+        test_accuracy=last.get("test_accuracy"),
+        best_accuracy=max((r["test_accuracy"] for r in rows if "test_accuracy" in r), default=None),
+        images_per_second=last.get("images_per_second"),
+        eta_seconds=eta,
+        restarts=max(0, count_starts(events) - 1),
+        requeues=count_requeues(events),
+        world_size=starts[-1].get("world_size") if starts else None,
+        job_id=job.job_id if job else next((e["job_id"] for e in reversed(events) if e.get("job_id")), None),
+        log_age_seconds=log_age,
+    )
+
+
+def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None) -> tuple[str, str]:
+    if job is not None:
+        if job.state == "PENDING":
+            start = f", start {job.start}" if job.start not in ("", "N/A") else ""
+            return ("requeued" if job.reason == "BeginTime" else "queued"), f"{job.reason}{start}"
+        if job.state in ("RUNNING", "CONFIGURING"):
+            return "running", f"on {job.nodes}"
+        return "stopping", job.state
+    owner = runlock.holder(paths.lock)
+    if owner is not None:
+        return "running", f"on {owner.get('host', '?')}"
+    if local_controller(paths) is not None:
+        return "running", "starting on this machine"
+    known = [e for e in events if e.get("event") in _LAST]
+    if not known:
+        return "not started", "never submitted"
+    return _LAST[known[-1]["event"]](known[-1])
+
+
+def _left(event: dict[str, Any]) -> tuple[str, str]:
+    ended = event.get("reason") == "ended"
+    return ("cancelled" if ended else "stopped"), str(event.get("explanation", ""))
+
+
+# The last event that says something about how things stand, and what it says once the job is gone.
+_LAST = {
+    "finished": lambda e: ("finished", f"{e.get('test_accuracy', float('nan')):.2f}%"),
+    "failed": lambda e: ("failed", str(e.get("error", ""))),
+    "left": _left,
+    "cancelled": lambda e: ("cancelled", f"by {e.get('by', '?')}"),
+    "submitted": lambda e: ("stopped", "its job is gone from the queue; submit again to go on"),
+    "started": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
+    "resumed": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
+    "checkpoint": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
+    "requeued": lambda e: ("stopped", "its requeued job is gone from the queue; submit again to go on"),
+    "holding": lambda e: ("stopped", "Slurm ended the job; submit again to go on"),
+}

@@ -1,0 +1,60 @@
+"""Site profiles, slurm/clusters/*.yaml: what is true of a cluster and not of a job."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.spec import ResourcesSpec
+from cifar_hpc.spec_fields import build, option
+from cifar_hpc.spec_io import read_mapping
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site profile."""
+
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    setup: tuple[str, ...] = option((), "shell lines before training, such as module load")
+    python: str | None = option(None, "command that runs Python on a compute node; null is this very Python")
+    srun: tuple[str, ...] = option((), "further options of srun")
+
+
+def clusters_directory() -> Path:
+    """Where site profiles stand."""
+    return Path(__file__).resolve().parent.parent / "slurm" / "clusters"
+
+
+def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
+    """A site and the resource keys it sets, as a layer below the job's own.
+
+    Args:
+        profile: a name in slurm/clusters, or a path; None is `default`.
+
+    Raises:
+        SpecError: names the file and lists the profiles there are.
+    """
+    path = _find(profile or "default")
+    values = read_mapping(path)
+    try:
+        site = build(Site, values)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+    chosen = values.get("resources") or {}
+    return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}
+
+
+def _find(profile: str) -> Path:
+    if profile.endswith((".yaml", ".yml")):
+        return Path(profile)
+    directory = clusters_directory()
+    path = directory / f"{profile}.yaml"
+    if path.exists():
+        return path
+    names = sorted(p.stem for p in directory.glob("*.yaml"))
+    raise SpecError(
+        f"--profile: {profile!r} is not in {directory}; there are: {', '.join(names)}, or a path ending in .yaml."
+        + nearest(profile, names)
+    )

@@ -1,0 +1,68 @@
+"""python -m cifar_hpc requeue and cancel: telling a run's job what to do, wherever it is."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import socket
+
+from cifar_hpc import runlock, slurm
+from cifar_hpc.checks import local_controller
+from cifar_hpc.errors import SpecError
+from cifar_hpc.paths import RunPaths, find_run, project_root
+from cifar_hpc.run_state import queued_jobs
+from cifar_hpc.runlog import append_event
+
+
+def requeue(run: str) -> int:
+    """Requeue a running job by the way of a checkpoint; let a requeued one start now instead of in two minutes."""
+    paths = find_run(project_root(), run)
+    job = queued_jobs().get(run)
+    if job is not None and job.state == "PENDING":
+        slurm.release(job.job_id)
+        print(f"job {job.job_id} may start as soon as there is room (it was waiting: {job.reason})")
+    elif job is not None:
+        # The signal of a preemption: the run saves first and then requeues itself.
+        slurm.command(["scancel", "--signal=USR2", job.job_id])
+        print(f"job {job.job_id} saves a checkpoint and requeues itself")
+    elif not _signal_local(paths, signal.SIGUSR2):
+        raise SpecError(f"{run}: has no job in the queue and no process here. HINT: submit it again to go on.")
+    else:
+        print(f"run {run} saves a checkpoint and starts again")
+    return 0
+
+
+def cancel(run: str) -> int:
+    """Cancel a run's job; a running one saves a checkpoint first, and submitting again goes on from there."""
+    paths = find_run(project_root(), run)
+    job = queued_jobs().get(run)
+    if job is not None:
+        slurm.cancel(job.job_id)
+        print(f"job {job.job_id} is cancelled; submit again to go on from its checkpoint")
+    elif _signal_local(paths, signal.SIGTERM):
+        print(f"run {run} saves a checkpoint and stops; submit again to go on")
+    else:
+        raise SpecError(f"{run}: has no job in the queue and no process here; there is nothing to cancel.")
+    append_event(
+        paths.events,
+        "cancelled",
+        job_id=job.job_id if job else None,
+        restart=None,
+        world_size=None,
+        by=getpass.getuser(),
+    )
+    return 0
+
+
+def _signal_local(paths: RunPaths, number: signal.Signals) -> bool:
+    """Signal the run's processes on this machine; whether there were any."""
+    controller = local_controller(paths)
+    if number is signal.SIGTERM and controller is not None:
+        os.kill(controller, number)  # submitit's controller hands it to every task
+        return True
+    owner = runlock.holder(paths.lock)
+    if owner is None or owner.get("host") != socket.gethostname():
+        return False
+    os.kill(int(owner["pid"]), number)  # one rank is enough: all agree on where to stop
+    return True
