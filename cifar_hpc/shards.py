@@ -117,14 +117,18 @@ class ShardReducer:
         return future
 
     def _rows(self, bucket: dist.GradBucket) -> Tensor:
-        """[this rank's shards, bucket size], each row laid out in memory like the bucket."""
+        """[this rank's shards, bucket size], each row laid out in memory like the bucket.
+
+        DDP lays a gradient out with its parameter's strides (channels_last ones, too), but `bucket.gradients()` shows
+        the same memory with contiguous strides: only the offsets of those views are to be trusted.
+        """
         buffer = bucket.buffer()
         rows = buffer.new_empty(len(self._kept) + 1, buffer.numel())
         rows[-1] = buffer
         for row, kept in zip(rows, self._kept, strict=False):
             for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
                 start = row.storage_offset() + view.storage_offset() - buffer.storage_offset()
-                row.as_strided(view.shape, view.stride(), start).copy_(kept[parameter])
+                row.as_strided(parameter.shape, parameter.stride(), start).copy_(kept[parameter])
         return rows
 
 

@@ -1,0 +1,49 @@
+# make demo         a run from end to end on this machine, with a preemption on the way
+# make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
+# make lint         ruff and mypy
+# make cluster-up   a real one-machine Slurm to play with; make cluster-down stops it
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint cluster-up cluster-down slurm-packages clean
+
+demo: .venv/.run
+	$(BIN)/python -m cifar_hpc.demo
+
+test: .venv/.dev slurm-packages
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+cluster-up: slurm-packages
+	slurm/minicluster/minicluster up
+	@slurm/minicluster/minicluster env
+
+cluster-down:
+	slurm/minicluster/minicluster down
+
+slurm-packages:
+	sh slurm/minicluster/install.sh
+
+# Each stamp is touched last, so a set-up that was interrupted is done again.
+.venv/.run: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt into .venv (PyTorch is large: the first time takes a minute or more)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $$($(PYTHON) --version 2>&1) is too old: Python 3.11 or newer is needed. HINT: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "error: python3 -m venv failed. HINT: on Debian and Ubuntu install python3-venv"; exit 1; }
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
