@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set",
         metavar="KEY.PATH=VALUE",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         dest="overrides",
         help="override a key of the job",

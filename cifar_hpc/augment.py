@@ -1,12 +1,12 @@
-"""The report's augmentation, batched on the device: crop, flip, rotation, colour jitter, normalisation, erasing.
+"""The report's augmentation, batched on the device: crop, flip, rotation, colours, normalisation, erasing.
 
-Torchvision defines what each step means; the tests compare with it. Here every sample has its own parameters, which are
-computed from `randomness.uniform`, and nothing waits for the device: no shapes or branches depend on data, and no
-constant is copied from the host, so a CUDA graph or torch.compile may hold all of it.
+Torchvision defines what each step means; the tests compare with it. Here every sample has its own parameters,
+which are computed from `randomness.uniform`, and nothing waits for the device: no shapes or branches depend on
+data, and no constant is copied from the host, so a CUDA graph or torch.compile (fullgraph) may hold all of it.
 
-A sample's pixels do not depend on the other samples of its batch, to the bit. Two things in the code serve that: each
-operation is a single multiplication or addition (a fused one rounds differently in the remainder of a vector loop), and
-the one reduction, contrast's mean, is a sum of integers.
+A sample's pixels do not depend on the other samples of its batch, to the bit. Two things in the code serve that:
+each operation is a single multiplication or addition (a fused one may round differently in the remainder of a
+vector loop), and the one reduction, contrast's mean, is a sum of integers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PIXELS = IMAGE_SIZE * IMAGE_SIZE
 
 
 def geometry(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
-    """Pad, crop, flip and rotate in one lookup; equal to torchvision's three on tensors, nearest pixel and fill 0.
+    """Pad, crop, flip and rotate in one lookup; equal to torchvision's (tensors, nearest pixel, fill 0).
 
     Args:
         images: uint8 [B, 3, 32, 32].
@@ -53,8 +53,8 @@ def geometry(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
         return images
     batch = images.shape[0]
     row, column = _rotated(p.angle, config.rotation > 0)
-    # Steps from a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop
-    # window or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
+    # From a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop window
+    # or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
     down, right = (side[:, None, None] - config.crop_padding for side in (p.top, p.left))
     mirror = p.flip[:, None, None].to(torch.int64)
     low, high = (-right).clamp(min=0), _LAST - right.clamp(min=0)
@@ -83,8 +83,8 @@ def _rotated(angle: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     """Row and column that each pixel shows, float32 integers broadcasting to [B, 32, 32].
 
     Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which a CPU does with fused
-    multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done as an exact
-    product and a sum in float64: a matrix product would depend on the BLAS and, on a GPU, on the TF32 setting.
+    multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done as
+    an exact product and a sum in float64: a matrix product would depend on the BLAS and a GPU's TF32 setting.
     """
     line = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=angle.device)
     if not rotate:
@@ -99,17 +99,18 @@ def _rotated(angle: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
 
 
 def color_jitter(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each sample's own order, as torchvision.ColorJitter on floats.
+    """Brightness, contrast, saturation and hue, in each sample's own order, as ColorJitter on floats.
 
-    The first three are all `clamp(factor * image + (1 - factor) * other)`, with nothing, the mean of the luma, or the
-    luma as the other. So hue is done once for all samples, and up to three such blends before and after it, where a
-    sample that has no blend at some turn takes factor 1.
+    The first three are all `clamp(factor * image + (1 - factor) * other)`, with nothing, the mean of the luma, or
+    the luma as the other. So hue is done once for all samples, and up to three such blends before and after it,
+    where a sample that has no blend at some turn takes factor 1.
 
     Args:
         images: float32 [B, 3, 32, 32] in [0, 1].
 
     Returns:
-        float32 [B, 3, 32, 32] in [0, 1], within 1e-5 of torchvision; `images` itself if the config changes no colour.
+        float32 [B, 3, 32, 32] in [0, 1], within 1e-5 of torchvision (factors in
+        [0.8, 1.2]); `images` itself if the config changes no colour.
     """
     if not config.jitter:
         return images
@@ -118,7 +119,9 @@ def color_jitter(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor
 
 
 def _jitter_(x: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
-    scratch = torch.empty_like(x)
+    # Planes, reused by every step: less memory to fetch than a new tensor for each. Each is contiguous, because
+    # torch.compile refuses `out=` otherwise.
+    scratch = x.new_empty(4, x.shape[0], 1, _PIXELS)
     turns, before = _blend_turns(p, config), 0
     if config.hue > 0:
         before = turns[0].shape[0] // 2
@@ -130,16 +133,20 @@ def _jitter_(x: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
     return x
 
 
-def _blend_turns(p: Parameters, config: AugmentConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [T, B, 1, 1] of the image, its luma and the luma's mean, at each of T turns (0, or 1 to 3 twice)."""
+Turns = tuple[Tensor, Tensor, Tensor]
+
+
+def _blend_turns(p: Parameters, config: AugmentConfig) -> Turns:
+    """Weights [T, B, 1, 1] of the image, its luma and the luma's mean, at each of T turns (at most 6)."""
     position = p.order.argsort(dim=1)  # the inverse permutation: the turn of each step
-    steps = ((p.brightness, config.brightness), (p.contrast, config.contrast), (p.saturation, config.saturation))
-    columns = [column for column, (_, size) in enumerate(steps) if size > 0]
+    sizes = (config.brightness, config.contrast, config.saturation)
+    factors = (p.brightness, p.contrast, p.saturation)
+    columns = [column for column, size in enumerate(sizes) if size > 0]
     if not columns:
         nothing = p.hue.new_empty(0, p.hue.shape[0], 1, 1)
         return nothing, nothing, nothing
     place = torch.stack([position[:, column] for column in columns], dim=1)
-    factor = torch.stack([steps[column][0] for column in columns], dim=1)
+    factor = torch.stack([factors[column] for column in columns], dim=1)
     turn = (place[:, None, :] < place[:, :, None]).sum(dim=2)  # how many blends come earlier
     count = len(columns)
     if config.hue > 0:
@@ -155,10 +162,10 @@ def _blend_turns(p: Parameters, config: AugmentConfig) -> tuple[Tensor, Tensor, 
     return image[:, :, None, None], luma[:, :, None, None], mean[:, :, None, None]
 
 
-def _blend_(x: Tensor, scratch: Tensor, turns: tuple[Tensor, Tensor, Tensor], turn: int, config: AugmentConfig) -> None:
+def _blend_(x: Tensor, scratch: Tensor, turns: Turns, turn: int, config: AugmentConfig) -> None:
     image, luma, mean = (weight[turn] for weight in turns)
     if config.contrast > 0 or config.saturation > 0:
-        gray, other = scratch[:, :1], scratch[:, 1:2]
+        gray, other = scratch[0], scratch[1]
         torch.mul(x[:, :1], LUMA[0], out=gray)
         for channel in (1, 2):
             gray.add_(torch.mul(x[:, channel : channel + 1], LUMA[channel], out=other))
@@ -178,20 +185,20 @@ def _blend_(x: Tensor, scratch: Tensor, turns: tuple[Tensor, Tensor, Tensor], tu
 def _shift_hue_(x: Tensor, scratch: Tensor, shift: Tensor) -> None:
     """Turn the hue of x [B, 3, 1024] by `shift` [B, 1, 1] turns without leaving RGB.
 
-    With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(its distance from the
-    hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on the side of
-    sign(g - b): the usual formula of all six sextants without its comparisons, which are slow on a CPU.
+    With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(distance of its own
+    hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on the side
+    of sign(g - b): the usual formula of all six sextants without its comparisons, which are slow on a CPU.
     """
     red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
-    low, spread, hue = scratch[:, :1], scratch[:, 1:2], scratch[:, 2:]
+    low, spread, hue, divisor = scratch
     torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
     torch.maximum(torch.maximum(red, green, out=spread), blue, out=spread).sub_(low)
     torch.add(green, blue, out=hue).sub_(red).sub_(low)
-    side = torch.sub(green, blue, out=green)
+    side = green.sub_(blue)
     # Grey has no hue, and with C = 0 any hue gives grey; the clamp only keeps 0 / 0 away.
-    hue.div_(torch.clamp(spread, min=1e-12, out=red)).add_(1).div_(6).copysign_(side).add_(shift)
+    hue.div_(torch.clamp(spread, min=1e-12, out=divisor)).add_(1).div_(6).copysign_(side).add_(shift)
     for channel, own in enumerate((0, 1 / 3, 2 / 3)):
-        torch.add(hue, 2 - own, out=x[:, channel : channel + 1])
+        x[:, channel : channel + 1] = hue + (2 - own)
     # frac - 0.5 is the distance from the opposite hue, in turns; the clamp cuts it to the slopes of the ramp.
     x.frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
     low.sub_(spread)
@@ -236,15 +243,17 @@ def _normalize_(x: Tensor) -> Tensor:
 
 
 def normalize(
-    images: Tensor, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Images for evaluation: scaled to [0, 1], less CIFAR-10's mean, over its deviation (float32, then `dtype`).
+    """Images for evaluation: scaled to [0, 1], less CIFAR-10's mean, over its deviation.
 
     Args:
         images: uint8 [B, 3, 32, 32].
 
     Returns:
-        [B, 3, 32, 32] of `dtype`, in `memory_format`; in float32 equal to torchvision's ToTensor and Normalize.
+        [B, 3, 32, 32] of `dtype`, in `memory_format`; float32 is equal to torchvision's ToTensor, Normalize.
 
     Raises:
         ValueError: for images of another shape or type.

@@ -13,19 +13,19 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The six augmentations of the report, with torchvision's meaning; 0 switches one off, and then it costs nothing.
+    """The six augmentations of the report, with torchvision's meaning; 0 switches one off at no cost.
 
     Raises:
         SpecError: for an impossible value; the message starts with the dotted key.
     """
 
-    crop_padding: int = option(4, "zero padding, in pixels, before a random crop to 32x32; 0 is off", low=0, high=31)
+    crop_padding: int = option(4, "zero padding, in pixels, before a crop to 32x32; 0 is off", low=0, high=31)
     flip: float = option(0.5, "probability of a horizontal flip; 0 is off", low=0, high=1)
     rotation: float = option(15.0, "largest angle of rotation, in degrees; 0 is off", low=0, high=180)
     brightness: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
     contrast: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
     saturation: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
-    hue: float = option(0.1, "shift is uniform in [-x, x] turns of the colour circle; 0 is off", low=0, high=0.5)
+    hue: float = option(0.1, "shift is uniform in [-x, x] turns of the circle; 0 is off", low=0, high=0.5)
     erasing: float = option(0.5, "probability of erasing a box after normalisation; 0 is off", low=0, high=1)
     erasing_scale: tuple[float, float] = option(
         (0.02, 0.33), "area of the erased box over area of the image, from and to", low=0, high=1

@@ -65,7 +65,7 @@ def _update(sha: Any, value: Any) -> None:
         tensor = value.detach().cpu().contiguous()
         sha.update(f"tensor {tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.numel():
-            sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         sha.update(f"dict {len(value)};".encode())
         for key in sorted(value, key=str):

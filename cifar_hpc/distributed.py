@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import socket
@@ -100,7 +102,7 @@ def _meet(launch: Launch, path: Path, timeout: timedelta) -> dist.TCPStore:
         return store
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while time.monotonic() < deadline:
-        os.listdir(path.parent.parent)  # makes an NFS client look again instead of trusting its cache
+        list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())
             for host in address["hosts"]:
@@ -122,10 +124,8 @@ def _addresses() -> list[str]:
     """Names and addresses of this host, the most general first."""
     host = socket.gethostname()
     found = [host]
-    try:
+    with contextlib.suppress(OSError):  # a host may not resolve its own name; its peers may, or share its loopback
         found += sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
-    except OSError:
-        pass  # a host that cannot resolve its own name; its peers may, or share its loopback
     return [*found, "127.0.0.1"]
 
 
@@ -138,6 +138,11 @@ def _reachable(host: str, port: int) -> bool:
 
 
 def disconnect() -> None:
-    """End the process group after a run that came to its end."""
+    """End the process groups of a run that came to its end, with their threads.
+
+    A gloo thread that still frees a tensor while the interpreter shuts down aborts the process (SIGABRT instead of exit
+    status 0). Its threads end with the last reference to its group, so the caller must hold none (engine, agreement).
+    """
     if dist.is_initialized():
+        gc.collect()  # DDP stands in reference cycles
         dist.destroy_process_group()

@@ -87,7 +87,7 @@ class Engine:
             raise RunFailedError(f"the {images} training images do not give each of the {layout.shards} shards one.")
         self.images_per_epoch = min(images, self.steps_per_epoch * batch)
 
-        self.model = build_model(spec.model, spec.train.seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = build_model(spec.model, spec.train.seed).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if spec.train.compile:
             self.model.compile()
         self.ddp: DistributedDataParallel | None = None
@@ -110,7 +110,7 @@ class Engine:
         inner.register_step_post_hook(self._count_update)
         look = spec.lookahead
         self.optimizer = Lookahead(inner, look.k, look.alpha) if look.enabled else inner
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
 
@@ -181,8 +181,9 @@ class Engine:
         step = int(self.bad_step)
         if step < NO_BAD_STEP:
             raise RunFailedError(
-                f"the training loss was NaN or infinite at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}). "
-                "The last good checkpoint is kept. HINT: lower optimizer.lr, or set train.amp=fp32."
+                f"the training loss was NaN or infinite at step {step}, in epoch "
+                f"{(step - 1) // self.steps_per_epoch + 1}. The last good checkpoint is kept. "
+                "HINT: lower optimizer.lr, or set train.amp=fp32."
             )
 
     def gathered_sums(self) -> Tensor:

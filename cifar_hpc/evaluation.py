@@ -23,7 +23,7 @@ Round = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Result:
-    """Test loss (mean, with the training loss's label smoothing), test accuracy in %, and the buffers it was made with."""
+    """Mean test loss (label smoothing as in training), test accuracy in %, and the buffers they were made with."""
 
     loss: float
     accuracy: float

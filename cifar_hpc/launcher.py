@@ -109,7 +109,7 @@ def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
 def _slurm_executor(paths: RunPaths, spec: Spec, site: Site) -> Any:
     import submitit
 
-    class AnywhereSlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    class AnywhereSlurmExecutor(submitit.SlurmExecutor):
         """Builds its script also where there is no srun: a dry run works on a laptop."""
 
         @classmethod

@@ -15,8 +15,8 @@ class Lookahead(Optimizer):
     """Wraps `inner`, which updates the fast weights (the parameters themselves).
 
     After every `k` updates: slow += alpha * (fast - slow); fast = slow. The slow weights start as a clone of the
-    parameters at construction. `param_groups` and `state` are the inner optimizer's own, so learning rate schedulers and
-    GradScaler act on it directly. A step that GradScaler skips never reaches `step`, and so does not count.
+    parameters at construction. `param_groups` and `state` are the inner optimizer's own, so learning rate schedulers
+    and GradScaler act on it directly. A step that GradScaler skips never reaches `step`, and so does not count.
 
     BatchNorm statistics are not parameters: they follow the fast weights' activations. Whoever evaluates under
     `slow_weights` decides what to do about them (`evaluation.py` re-estimates them).

@@ -83,7 +83,8 @@ class ImprovedResNet(nn.Module):
 
         stem = scaled(spec.stem_width)
         self.stem = nn.Sequential(_conv(3, stem, 3), ShardBatchNorm2d(stem), _activation(spec.activation))
-        layers, channels = [], stem
+        layers: list[nn.Module] = []
+        channels = stem
         for number, (blocks, width) in enumerate(zip(spec.blocks, map(scaled, spec.widths), strict=True)):
             stride = 1 if number == 0 else 2
             for block in range(blocks):

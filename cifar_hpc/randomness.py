@@ -1,14 +1,15 @@
 """All randomness of a run, as pure functions of integers (counter-based; nothing here has a state).
 
-A generator with a state has to be saved, restored and re-split at every preemption. A hash of (seed, stream, epoch,
-step, sample) does not: the same question always gets the same answer, whatever ran before, on whichever rank or device.
+A generator with a state has to be saved, restored and re-split at every preemption. A hash of (seed, stream,
+epoch, step, sample) does not: the same question always gets the same answer, whatever ran before, on whichever
+rank or device.
 
 Source: the finaliser and increment of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014; constants of Stafford's variant 13), used as a counter-based generator in the manner of
-Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+Generators", OOPSLA 2014; constants of Stafford's variant 13), used as a counter-based generator in the manner
+of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
-The numbers are part of the checkpoint contract: changing any of them breaks every resumed run, so the tests hold golden
-values.
+The numbers are part of the checkpoint contract: changing any of them breaks every resumed run, so the tests hold
+golden values.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _finalise(z: int) -> int:
 
 
 def _xor_shift(z: Tensor, bits: int) -> Tensor:
-    # int64 shifts right arithmetically; the mask clears the copies of the sign bit and so makes the shift logical.
+    # int64 shifts right arithmetically; the mask clears the copies of the sign bit.
     return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
 
 
@@ -86,8 +87,8 @@ def mix(*values: int) -> int:
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
     """The order in which an epoch visits the data set.
 
-    Sorts 64-bit hashes of 0..size-1 (stably, so that even a collision has one meaning). Touches no global generator,
-    and integer sorting does not depend on the number of threads.
+    Sorts 64-bit hashes of 0..size-1 (stably, so that even a collision has one meaning). Touches no global
+    generator, and sorting integers does not depend on the number of threads.
 
     Returns:
         int64 [size] on the CPU: each of 0..size-1 once.
@@ -104,7 +105,7 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def uniform(key: int | Tensor, samples: Tensor, draws: int) -> Tensor:
-    """Uniform numbers, each a pure function of (key, sample, number of the draw): a batch may be split in any way.
+    """Uniform numbers, each a pure function of (key, sample, draw): a batch may be split in any way.
 
     Args:
         key: int in [-2**63, 2**63), usually `mix(seed, Stream.AUGMENT, epoch, step)`; or the same as an int64
@@ -113,7 +114,8 @@ def uniform(key: int | Tensor, samples: Tensor, draws: int) -> Tensor:
         draws: how many numbers a sample gets; a larger value only appends columns.
 
     Returns:
-        float32 [B, draws] on the samples' device: multiples of 2**-24 in [0, 1), the same bits on CPU and CUDA.
+        float32 [B, draws] on the samples' device: multiples of 2**-24 in [0, 1), the
+        same bits on CPU and CUDA.
 
     Raises:
         ValueError: if samples is not int64 [B], or draws is negative.
@@ -122,8 +124,8 @@ def uniform(key: int | Tensor, samples: Tensor, draws: int) -> Tensor:
         raise ValueError(f"samples must be int64 [B], got {samples.dtype} {list(samples.shape)}")
     if draws < 0:
         raise ValueError(f"draws must not be negative, got {draws}")
-    # Two rounds: the first separates samples, the second draws. One round over a sum of two counters would tie
-    # (sample, draw) pairs that lie on the same lattice line to the same number.
+    # Two rounds: the first separates samples, the second draws. One round over a sum of two counters would give
+    # (sample, draw) pairs on the same line of the lattice the same number.
     rows = _finalise_tensor((samples + 1) * _GAMMA_S + key)
     columns = torch.arange(1, draws + 1, dtype=torch.int64, device=samples.device) * _GAMMA_S
     bits = (_finalise_tensor(rows[:, None] + columns) >> 40) & 0xFFFFFF

@@ -112,27 +112,31 @@ def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None)
         return "running", f"on {owner.get('host', '?')}"
     if local_controller(paths) is not None:
         return "running", "starting on this machine"
-    known = [e for e in events if e.get("event") in _LAST]
+    known = [e for e in events if e.get("event") in ("finished", "failed", "left", "cancelled", *_SUBMIT_AGAIN)]
     if not known:
         return "not started", "never submitted"
-    return _LAST[known[-1]["event"]](known[-1])
+    return _afterwards(known[-1])
 
 
-def _left(event: dict[str, Any]) -> tuple[str, str]:
-    ended = event.get("reason") == "ended"
-    return ("cancelled" if ended else "stopped"), str(event.get("explanation", ""))
+def _afterwards(event: dict[str, Any]) -> tuple[str, str]:
+    """How things stand once the job is gone, from the last event that says something about it."""
+    name = event["event"]
+    if name == "finished":
+        return "finished", f"{event.get('test_accuracy', float('nan')):.2f}%"
+    if name == "failed":
+        return "failed", str(event.get("error", ""))
+    if name == "cancelled":
+        return "cancelled", f"by {event.get('by', '?')}"
+    if name == "left":
+        return ("cancelled" if event.get("reason") == "ended" else "stopped"), str(event.get("explanation", ""))
+    return "stopped", f"{_SUBMIT_AGAIN[name]}; submit again to go on"
 
 
-# The last event that says something about how things stand, and what it says once the job is gone.
-_LAST = {
-    "finished": lambda e: ("finished", f"{e.get('test_accuracy', float('nan')):.2f}%"),
-    "failed": lambda e: ("failed", str(e.get("error", ""))),
-    "left": _left,
-    "cancelled": lambda e: ("cancelled", f"by {e.get('by', '?')}"),
-    "submitted": lambda e: ("stopped", "its job is gone from the queue; submit again to go on"),
-    "started": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
-    "resumed": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
-    "checkpoint": lambda e: ("stopped", "ended without a word (killed?); submit again to go on"),
-    "requeued": lambda e: ("stopped", "its requeued job is gone from the queue; submit again to go on"),
-    "holding": lambda e: ("stopped", "Slurm ended the job; submit again to go on"),
+_SUBMIT_AGAIN = {
+    "submitted": "its job is gone from the queue",
+    "started": "it ended without a word (killed?)",
+    "resumed": "it ended without a word (killed?)",
+    "checkpoint": "it ended without a word (killed?)",
+    "requeued": "its requeued job is gone from the queue",
+    "holding": "Slurm ended the job",
 }

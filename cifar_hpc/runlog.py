@@ -19,11 +19,16 @@ def utc_now() -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append whole lines with one write(2), so that lines of several processes never mix."""
+    """Append whole lines with one write(2), so that lines of several processes never mix.
+
+    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, (line + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * cut + line + "\n").encode())
     finally:
         os.close(descriptor)
 

@@ -22,8 +22,8 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.world_size > self.shards:
             raise RunFailedError(
-                f"{self.world_size} processes are more than the run's {self.shards} shard(s), fixed at its first start. "
-                f"HINT: start at most {self.shards} processes, or begin a run with --set train.shards="
+                f"{self.world_size} processes are more than the run's {self.shards} shard(s), fixed at its first "
+                f"start. HINT: start at most {self.shards} processes, or begin a run with --set train.shards="
                 f"{self.world_size} (or more) under another --name."
             )
 
@@ -85,13 +85,13 @@ class ShardReducer:
         self._parameters = list(model.parameters())
         self._kept: list[dict[Tensor, Tensor]] = []
         device = self._parameters[0].device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
         model.register_comm_hook(state=None, hook=self._hook)
 
     def keep(self) -> None:
         """Set this shard's gradients aside and clear the parameters' ones."""
-        kept = {}
+        kept: dict[Tensor, Tensor] = {}
         for parameter in self._parameters:
             assert parameter.grad is not None
             kept[parameter] = parameter.grad

@@ -53,7 +53,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
 def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
     try:
         converted = _to_type(value, hint)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         text = str(value)
         choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
         raise SpecError(

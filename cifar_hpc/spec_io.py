@@ -23,11 +23,13 @@ MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load without two traps of YAML 1.1: 24:00:00 is no number in base 60, and 1e-4 is a number."""
+    """safe_load without three traps of YAML 1.1: 24:00:00 and 010 are text (not base 60 and 8), 1e-4 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # the base class refuses the one and merges the other
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
@@ -40,12 +42,19 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _NUMBERS[1],
-    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|nan)$", re.I),
-    list("-+.0123456789"),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """safe_dump that also quotes text which `_Loader`, though not YAML 1.1, would read as a number, such as 1e4."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _NUMBERS[1],
+        re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|nan)$", re.I),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -112,7 +121,7 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
 def to_yaml(spec: Spec, header: str) -> str:
     """YAML of every key, under comment lines."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.safe_dump(to_plain(spec), sort_keys=False)
+    return comment + yaml.dump(to_plain(spec), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Pictures that need no download: 10 classes of shapes and textures, 32x32, drawn from integers.
 
-For demos, tests and machines without CIFAR-10. The classes stay apart under the project's augmentation (a flip, 15
-degrees, a shift by 4 pixels, other colours), and colour tells nothing about them: foreground and background are drawn
-alike for every class, so a model has to look at shapes.
+For demos, tests and machines without CIFAR-10. The classes stay apart under the project's augmentation (a flip,
+15 degrees, a shift by 4 pixels, other colours), and colour tells nothing about them: foreground and background
+are drawn alike for every class, so a model has to look at shapes.
 
-All arithmetic is on integers, so the pictures are the same bytes on every machine and with every number of threads.
+All arithmetic is on integers, so the pictures are the same bytes on every machine, with any number of threads.
 """
 
 from __future__ import annotations
@@ -14,13 +14,25 @@ from torch import Tensor
 
 from cifar_hpc.randomness import Stream, mix, permutation, uniform
 
-CLASSES = ("disc", "ring", "square", "triangle", "cross", "horizontal", "vertical", "diagonal", "checkerboard", "dots")
+CLASSES = (
+    "disc",
+    "ring",
+    "square",
+    "triangle",
+    "cross",
+    "horizontal",
+    "vertical",
+    "diagonal",
+    "checkerboard",
+    "dots",
+)
 
 _SIZE = 32
 _ONE = 1024  # fixed point: units of one pixel
 _CHUNK = 1024  # images drawn at a time; bounds memory, and each image depends on its own index only
 # Columns of the draws of an image.
-_BACK, _STEP, _SIGN, _X, _Y, _RADIUS, _ANGLE, _PHASE_X, _PHASE_Y, _FRACTION = 0, 3, 6, 9, 10, 11, 12, 13, 14, 15
+_BACK, _STEP, _SIGN = 0, 3, 6  # three each
+_X, _Y, _RADIUS, _ANGLE, _PHASE_X, _PHASE_Y, _FRACTION = range(9, 16)
 _DRAWS = 16
 
 
@@ -58,13 +70,14 @@ def _draw(samples: Tensor, labels: Tensor, key: int) -> Tensor:
     # Whole numbers below 2**24 from here on.
     bits = (uniform(mix(key, 1), samples, _DRAWS) * 2**24).to(torch.int32)
     ink = _masks(labels, bits)[:, None]
-    # Each channel of the foreground is 56 to 119 away from the background, up or down, wrapping around: a foreground
-    # colour by itself is as likely as any other.
+    # Each channel of the foreground is 56 to 119 away from the background, up or down, wrapping around: by itself,
+    # every foreground colour is as likely as any other.
     back = bits[:, _BACK : _BACK + 3] >> 16
     step = 56 + (bits[:, _STEP : _STEP + 3] & 63)
     fore = torch.where(bits[:, _SIGN : _SIGN + 3] & 1 == 0, back + step, back - step) & 255
     picture = torch.where(ink, fore[:, :, None, None], back[:, :, None, None])
-    noise = (uniform(mix(key, 2), samples, _SIZE * _SIZE) * 2**24).to(torch.int32).view(count, 1, _SIZE, _SIZE)
+    noise = (uniform(mix(key, 2), samples, _SIZE * _SIZE) * 2**24).to(torch.int32)
+    noise = noise.view(count, 1, _SIZE, _SIZE)
     noise = torch.cat([noise & 255, (noise >> 8) & 255, noise >> 16], dim=1)
     return (picture + (noise * 33 >> 8) - 16).clamp_(0, 255).to(torch.uint8)
 
@@ -77,8 +90,9 @@ def _masks(labels: Tensor, bits: Tensor) -> Tensor:
         return (low + (bits[:, column] >> 8) * (high - low + 1) // 2**16)[:, None, None]
 
     line = torch.arange(_SIZE, dtype=torch.int32) * _ONE - (_SIZE - 1) * _ONE // 2
-    x, y = line[None, None, :] - number(_X, -4 * _ONE, 4 * _ONE), line[None, :, None] - number(_Y, -4 * _ONE, 4 * _ONE)
-    # A turn of up to 5 degrees: for a tangent below 0.09, (1, t) is a rotation to within half a per cent in scale.
+    x = line[None, None, :] - number(_X, -4 * _ONE, 4 * _ONE)
+    y = line[None, :, None] - number(_Y, -4 * _ONE, 4 * _ONE)
+    # A turn of up to 5 degrees: with a tangent below 0.09, its scale is right to within half a per cent.
     tangent = number(_ANGLE, -89, 89)
     u, v = x + (y * tangent >> 10), y - (x * tangent >> 10)
     radius = number(_RADIUS, 7 * _ONE, 11 * _ONE)
@@ -95,8 +109,8 @@ def _masks(labels: Tensor, bits: Tensor) -> Tensor:
 
 
 def _mask(name: str, a: Tensor, b: Tensor, r: Tensor, h: Tensor, pu: Tensor, pv: Tensor, f: Tensor) -> Tensor:
-    """One class: a to the right and b down from the centre, r the radius, h half a period, pu and pv phases, all
-    int32 in 1024ths of a pixel; f the ring's inner radius in hundredths.
+    """One class: a to the right and b down from the centre, r the radius, h half a period, pu and pv phases,
+    all int32 in 1024ths of a pixel; f the ring's inner radius in hundredths.
     """
     # Sixteenths of a pixel, so that squares stay within int32.
     distance = (a >> 6) ** 2 + (b >> 6) ** 2

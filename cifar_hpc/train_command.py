@@ -24,6 +24,7 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
 
+    from cifar_hpc.context import Context
     from cifar_hpc.data import check_cifar10
     from cifar_hpc.distributed import Launch
     from cifar_hpc.job import Job
@@ -35,7 +36,7 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
     launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
-    status = Job(paths, spec, launch, stop).run()
+    status = Job(Context(paths, spec, launch, stop)).run()
     if status != 0:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cifar_hpc import checkpoint
 from cifar_hpc.agreement import Agreement, Wish
+from cifar_hpc.context import Context
 from cifar_hpc.engine import NO_BAD_STEP, Engine
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.evaluation import Result, evaluate
-from cifar_hpc.preemption import StopFlag
 from cifar_hpc.randomness import permutation
-from cifar_hpc.runlog import TrainLog, append_line, utc_now
+from cifar_hpc.runlog import append_line, utc_now
 from cifar_hpc.schedule import learning_rate
 from cifar_hpc.spec_io import to_plain
 from cifar_hpc.store import CheckpointStore
@@ -36,26 +36,21 @@ class Position:
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "test_accuracy": -1.0})
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a run writes to and hears from."""
-
-    log: TrainLog
-    emit: Callable[..., None]  # emit(event, **details) appends to events.jsonl; silent on every rank but 0
-    metrics_path: Any
-    store: CheckpointStore | None  # rank 0 only
-    agreement: Agreement
-    stop: StopFlag
-    restart: int
-    job_id: str | None
-    environment: dict[str, Any]
-
-
 class Trainer:
     """Trains from a position to the last epoch, or until told to stop."""
 
-    def __init__(self, engine: Engine, around: Surroundings) -> None:
-        self.engine, self.around, self.spec = engine, around, engine.spec
+    def __init__(
+        self,
+        engine: Engine,
+        context: Context,
+        agreement: Agreement,
+        store: CheckpointStore | None,
+        environment: dict[str, Any],
+    ) -> None:
+        self.engine, self.context, self.spec = engine, context, engine.spec
+        self.agreement = agreement
+        self.store = store  # on rank 0 only
+        self.environment = environment
         self.position = Position()
         self._saved: tuple[int, int] | None = None
         self._suspect = False
@@ -94,7 +89,7 @@ class Trainer:
             engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
             position.step += 1
             position.step_in_epoch += 1
-            answer = self.around.agreement.after_step(self._wish())
+            answer = self.agreement.after_step(self._wish())
             if answer is Wish.STOP:
                 return False
             every = self.spec.checkpoint.every_steps
@@ -104,9 +99,9 @@ class Trainer:
         return True
 
     def _wish(self) -> Wish:
-        if self.around.stop.requested:
+        if self.context.stop.requested:
             return Wish.STOP
-        interval, store = self.spec.checkpoint.interval_seconds, self.around.store
+        interval, store = self.spec.checkpoint.interval_seconds, self.store
         due = (
             store is not None
             and interval is not None
@@ -133,9 +128,9 @@ class Trainer:
         best = result.accuracy > position.best["test_accuracy"]
         if best:
             position.best = {"epoch": position.epoch, "test_accuracy": result.accuracy}
-        if self.around.store is not None:
-            append_line(self.around.metrics_path, json.dumps(row))
-            self.around.emit(
+        if self.store is not None:
+            append_line(self.context.paths.metrics, json.dumps(row))
+            self.context.emit(
                 "evaluated",
                 epoch=position.epoch,
                 step=position.step,
@@ -165,8 +160,8 @@ class Trainer:
             "images_per_second": round(images / max(position.epoch_seconds, 1e-9), 2),
             "world_size": engine.layout.world_size,
             "shards": engine.layout.shards,
-            "restart": self.around.restart,
-            "job_id": self.around.job_id,
+            "restart": self.context.restart,
+            "job_id": self.context.launch.job_id,
             "time": utc_now(),
         }
 
@@ -186,7 +181,7 @@ class Trainer:
         sums = self.engine.gathered_sums()
         self._tick()
         self._last_save = time.monotonic()
-        position, store = self.position, self.around.store
+        position, store = self.position, self.store
         here = (position.step, position.epoch)
         if store is not None and self._saved != here and (durable or queue or not store.busy):
             store.save(
@@ -203,7 +198,7 @@ class Trainer:
                         "epoch_seconds": position.epoch_seconds,
                         "history": "".join(json.dumps(row) + "\n" for row in position.history),
                         "best": position.best,
-                        "environment": self.around.environment,
+                        "environment": self.environment,
                     }
                 ),
                 best,
@@ -214,8 +209,8 @@ class Trainer:
 
     def _settle(self) -> None:
         """Wait until the last checkpoint is on disk, on every rank."""
-        error = self.around.store.wait() if self.around.store is not None else None
-        self.around.agreement.now(Wish.GO_ON)
+        error = self.store.wait() if self.store is not None else None
+        self.agreement.now(Wish.GO_ON)
         if error is not None:
             raise RunFailedError(f"the last checkpoint could not be written: {error}.")
 
@@ -240,16 +235,16 @@ class Trainer:
         rate = (done - self._last_line_images) / (now - self._last_line)
         left = self.spec.train.epochs * engine.images_per_epoch - done
         lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
-        self.around.log.line(
-            f"epoch {position.epoch + 1}/{self.spec.train.epochs} step {position.step_in_epoch}/{engine.steps_per_epoch} "
-            f"(total {position.step})  loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  "
-            f"run ETA {_duration(left / rate)}"
+        self.context.log.line(
+            f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
+            f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
+            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {_duration(left / rate)}"
         )
         self._last_line, self._last_line_images = now, done
 
     def _epoch_line(self, row: Mapping[str, Any]) -> None:
         best = self.position.best
-        self.around.log.line(
+        self.context.log.line(
             f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.4f} acc "
             f"{row['train_accuracy']:.2f}%  |  test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2f}% "
             f"(best {best['test_accuracy']:.2f}% at {best['epoch']})  |  lr {row['lr']:.6f}  "
@@ -258,9 +253,9 @@ class Trainer:
         self._last_line, self._last_line_images = time.monotonic(), self._images_done()
 
     def _between(self, text: str) -> bool:
-        answer = self.around.agreement.now(Wish.STOP if self.around.stop.requested else Wish.GO_ON)
+        answer = self.agreement.now(Wish.STOP if self.context.stop.requested else Wish.GO_ON)
         if time.monotonic() - self._last_line >= self.spec.train.log_seconds:
-            self.around.log.line(text)
+            self.context.log.line(text)
             self._last_line = time.monotonic()
         return answer is Wish.STOP
 

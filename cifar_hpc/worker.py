@@ -27,6 +27,7 @@ class Task:
         stop = StopFlag().install()
         import submitit
 
+        from cifar_hpc.context import Context
         from cifar_hpc.distributed import Launch
         from cifar_hpc.freeze import read_frozen
         from cifar_hpc.job import Job
@@ -45,7 +46,7 @@ class Task:
             job_id=environment.job_id,
             rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{attempt}.json",
         )
-        status = Job(paths, spec, launch, stop).run()
+        status = Job(Context(paths, spec, launch, stop)).run()
         if status != 0 or stop.requested:
             sys.stdout.flush()
             sys.stderr.flush()

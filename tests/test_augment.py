@@ -46,7 +46,8 @@ def reference_geometry(image: Tensor, p: A.Parameters, n: int, padding: int) -> 
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, AugmentConfig(rotation=180.0, crop_padding=12), AugmentConfig(crop_padding=0), AugmentConfig(flip=0)],
+    [CONFIG, AugmentConfig(rotation=180.0, crop_padding=12), AugmentConfig(crop_padding=0),
+     AugmentConfig(flip=0)],
 )
 def test_geometry_equals_torchvision(config: AugmentConfig) -> None:
     count = 3000 if config == CONFIG else 500
@@ -94,7 +95,9 @@ def orders(count: int) -> Tensor:
     return torch.tensor(list(itertools.permutations(range(4)))).repeat(count // 24 + 1, 1)[:count]
 
 
-@pytest.mark.parametrize("config", [CONFIG, AugmentConfig(brightness=1.5, contrast=1.0, saturation=3.0, hue=0.5)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, AugmentConfig(brightness=1.5, contrast=1.0, saturation=3.0, hue=0.5)]
+)
 def test_color_jitter_matches_torchvision_in_every_order(config: AugmentConfig) -> None:
     count = 24 * 20
     images = random_images(count).float().div(255)
@@ -192,6 +195,12 @@ def test_results_do_not_depend_on_threads_or_global_randomness() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_compiles_as_one_graph() -> None:
+    images, draws = random_images(16), draws_for(16)
+    compiled = torch.compile(A.augment, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images, draws, CONFIG), A.augment(images, draws, CONFIG))
+
+
 def test_nothing_depends_on_data() -> None:
     """Fake tensors have no data: .item(), nonzero() and boolean indexing raise."""
     with FakeTensorMode():
@@ -234,7 +243,7 @@ def chi_square(values: Tensor, cells: int) -> float:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Kolmogorov-Smirnov distance of two samples, times the root of the effective count (1.95 is p = 0.001)."""
+    """Kolmogorov-Smirnov distance of two samples, times the root of the count (1.95 is p = 0.001)."""
     a, b = a.double().sort().values, b.double().sort().values
     both = torch.cat([a, b])
     gap = torch.searchsorted(a, both, right=True) / len(a) - torch.searchsorted(b, both, right=True) / len(b)
@@ -258,7 +267,8 @@ def test_crop_and_flip_distributions() -> None:
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("angle", -15, 15), ("brightness", 0.8, 1.2), ("contrast", 0.8, 1.2), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)],
+    [("angle", -15, 15), ("brightness", 0.8, 1.2), ("contrast", 0.8, 1.2), ("saturation", 0.8, 1.2),
+     ("hue", -0.1, 0.1)],
 )
 def test_continuous_parameters_are_uniform(name: str, low: float, high: float) -> None:
     assert distance_from_uniform(getattr(sampled(), name), low, high) < 1.95

@@ -53,7 +53,8 @@ def test_mix_refuses_what_it_would_have_to_truncate() -> None:
 
 def test_stream_numbers_are_for_ever() -> None:
     assert {s.name: s.value for s in Stream} == {
-        "PERMUTATION": 1, "AUGMENT": 2, "DROPOUT": 3, "INIT": 4, "BN_ESTIMATE": 5, "SYNTHETIC": 6, "MIX": 7, "SPLIT": 8,
+        "PERMUTATION": 1, "AUGMENT": 2, "DROPOUT": 3, "INIT": 4, "BN_ESTIMATE": 5, "SYNTHETIC": 6, "MIX": 7,
+        "SPLIT": 8,
     }
 
 
@@ -117,7 +118,8 @@ def test_uniform_is_float32_multiples_in_the_unit_interval() -> None:
     assert float(values.min()) >= 0 and float(values.max()) <= 1 - 2**-24
     assert torch.equal(values * 2**24, (values * 2**24).round())
     # All 24 bits are in use.
-    assert all(abs(float(((values * 2**24).long() >> bit & 1).float().mean()) - 0.5) < 0.003 for bit in range(24))
+    bits = (values * 2**24).long()
+    assert all(abs(float((bits >> bit & 1).float().mean()) - 0.5) < 0.003 for bit in range(24))
 
 
 def test_uniform_follows_the_reference_in_python_integers() -> None:
@@ -129,7 +131,7 @@ def test_uniform_follows_the_reference_in_python_integers() -> None:
     gamma = 0x9E3779B97F4A7C15
     samples = [0, 5, 49_999, 2**62]
     expected = [
-        [(finalise((finalise(((s + 1) * gamma + KEY) % 2**64) + (d + 1) * gamma) % 2**64) >> 40) for d in range(8)]
+        [finalise((finalise(((s + 1) * gamma + KEY) % 2**64) + (d + 1) * gamma) % 2**64) >> 40 for d in range(8)]
         for s in samples
     ]
     assert (uniform(KEY, torch.tensor(samples), 8) * 2**24).long().tolist() == expected
