@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from cifar_hpc.errors import UserError
+from cifar_hpc.errors import UserError, missing_package
 
 EXAMPLES = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

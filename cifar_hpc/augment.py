@@ -1,12 +1,13 @@
 """The report's augmentation, batched on the device: crop, flip, rotation, colours, normalisation, erasing.
 
 Torchvision defines what each step means; the tests compare with it. Here every sample has its own parameters,
-which are computed from `randomness.uniform`, and nothing waits for the device: no shapes or branches depend on
-data, and no constant is copied from the host, so a CUDA graph or torch.compile (fullgraph) may hold all of it.
+which are computed from `randomness.uniform`, and nothing waits for the device: no shapes or branches depend
+on data, and no constant is copied from the host, so a CUDA graph or torch.compile (fullgraph) may hold all of
+it.
 
-A sample's pixels do not depend on the other samples of its batch, to the bit. Two things in the code serve that:
-each operation is a single multiplication or addition (a fused one may round differently in the remainder of a
-vector loop), and the one reduction, contrast's mean, is a sum of integers.
+A sample's pixels do not depend on the other samples of its batch, to the bit. Two things in the code serve
+that: each operation is a single multiplication or addition (a fused one may round differently in the
+remainder of a vector loop), and the one reduction, contrast's mean, is a sum of integers.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def geometry(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
         return images
     batch = images.shape[0]
     row, column = _rotated(p.angle, config.rotation > 0)
-    # From a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop window
-    # or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
+    # From a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop
+    # window or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
     down, right = (side[:, None, None] - config.crop_padding for side in (p.top, p.left))
     mirror = p.flip[:, None, None].to(torch.int64)
     low, high = (-right).clamp(min=0), _LAST - right.clamp(min=0)
@@ -83,8 +84,9 @@ def _rotated(angle: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     """Row and column that each pixel shows, float32 integers broadcasting to [B, 32, 32].
 
     Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which a CPU does with fused
-    multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done as
-    an exact product and a sum in float64: a matrix product would depend on the BLAS and a GPU's TF32 setting.
+    multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done
+    as an exact product and a sum in float64: a matrix product would depend on the BLAS and a GPU's TF32
+    setting.
     """
     line = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=angle.device)
     if not rotate:
@@ -101,9 +103,9 @@ def _rotated(angle: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
 def color_jitter(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
     """Brightness, contrast, saturation and hue, in each sample's own order, as ColorJitter on floats.
 
-    The first three are all `clamp(factor * image + (1 - factor) * other)`, with nothing, the mean of the luma, or
-    the luma as the other. So hue is done once for all samples, and up to three such blends before and after it,
-    where a sample that has no blend at some turn takes factor 1.
+    The first three are all `clamp(factor * image + (1 - factor) * other)`, with nothing, the mean of the
+    luma, or the luma as the other. So hue is done once for all samples, and up to three such blends before
+    and after it, where a sample that has no blend at some turn takes factor 1.
 
     Args:
         images: float32 [B, 3, 32, 32] in [0, 1].
@@ -119,8 +121,8 @@ def color_jitter(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor
 
 
 def _jitter_(x: Tensor, p: Parameters, config: AugmentConfig) -> Tensor:
-    # Planes, reused by every step: less memory to fetch than a new tensor for each. Each is contiguous, because
-    # torch.compile refuses `out=` otherwise.
+    # Planes, reused by every step: less memory to fetch than a new tensor for each. Each is contiguous,
+    # because torch.compile refuses `out=` otherwise.
     scratch = x.new_empty(4, x.shape[0], 1, _PIXELS)
     turns, before = _blend_turns(p, config), 0
     if config.hue > 0:
@@ -185,9 +187,10 @@ def _blend_(x: Tensor, scratch: Tensor, turns: Turns, turn: int, config: Augment
 def _shift_hue_(x: Tensor, scratch: Tensor, shift: Tensor) -> None:
     """Turn the hue of x [B, 3, 1024] by `shift` [B, 1, 1] turns without leaving RGB.
 
-    With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(distance of its own
-    hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on the side
-    of sign(g - b): the usual formula of all six sextants without its comparisons, which are slow on a CPU.
+    With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(distance of its
+    own hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on
+    the side of sign(g - b): the usual formula of all six sextants without its comparisons, which are slow on
+    a CPU.
     """
     red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
     low, spread, hue, divisor = scratch

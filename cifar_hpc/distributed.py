@@ -79,12 +79,14 @@ def connect(launch: Launch, device: torch.device) -> None:
     if launch.world_size == 1:
         return
     timeout = timedelta(minutes=30)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     if launch.rendezvous is None:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
         return
     store = _meet(launch, launch.rendezvous, timeout)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=bound
+    )
     dist.barrier()
     if launch.rank == 0:
         launch.rendezvous.unlink(missing_ok=True)

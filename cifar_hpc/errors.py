@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -32,6 +33,14 @@ class RunBusyError(UserError):
     """The run is already queued or running, and a run has at most one writer."""
 
     exit_code = 4
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """The message for a package that is not installed where the user runs this."""
+    return (
+        f"the Python package '{error.name}' is not installed for {sys.executable}. "
+        "HINT: make .venv/.run && . .venv/bin/activate"
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

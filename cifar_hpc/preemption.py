@@ -27,9 +27,13 @@ class StopFlag:
         """Whether this process has been told to stop."""
         return self.signal is not None
 
-    def install(self) -> StopFlag:
-        """Take over SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along."""
-        for number in STOP_SIGNALS:
+    def install(self, interactive: bool = False) -> StopFlag:
+        """Take over SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along.
+
+        Args:
+            interactive: take over the first Ctrl-C as well; a second one interrupts as usual.
+        """
+        for number in (*STOP_SIGNALS, signal.SIGINT) if interactive else STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         return self
@@ -38,6 +42,8 @@ class StopFlag:
         # The first one tells why; later ones, such as SIGTERM after our own requeue, do not change that.
         if self.signal is None:
             self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

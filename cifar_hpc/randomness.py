@@ -1,15 +1,15 @@
 """All randomness of a run, as pure functions of integers (counter-based; nothing here has a state).
 
 A generator with a state has to be saved, restored and re-split at every preemption. A hash of (seed, stream,
-epoch, step, sample) does not: the same question always gets the same answer, whatever ran before, on whichever
-rank or device.
+epoch, step, sample) does not: the same question always gets the same answer, whatever ran before, on
+whichever rank or device.
 
 Source: the finaliser and increment of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014; constants of Stafford's variant 13), used as a counter-based generator in the manner
 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
-The numbers are part of the checkpoint contract: changing any of them breaks every resumed run, so the tests hold
-golden values.
+The numbers are part of the checkpoint contract: changing any of them breaks every resumed run, so the tests
+hold golden values.
 """
 
 from __future__ import annotations
@@ -124,9 +124,11 @@ def uniform(key: int | Tensor, samples: Tensor, draws: int) -> Tensor:
         raise ValueError(f"samples must be int64 [B], got {samples.dtype} {list(samples.shape)}")
     if draws < 0:
         raise ValueError(f"draws must not be negative, got {draws}")
-    # Two rounds: the first separates samples, the second draws. One round over a sum of two counters would give
-    # (sample, draw) pairs on the same line of the lattice the same number.
-    rows = _finalise_tensor((samples + 1) * _GAMMA_S + key)
-    columns = torch.arange(1, draws + 1, dtype=torch.int64, device=samples.device) * _GAMMA_S
+    # Separate rounds for sample, key and draw: one round over a sum of counters would give (sample, draw)
+    # pairs on one line of the lattice the same number. And each counter goes through the hash before anything
+    # multiplies it: Inductor would fold `arange * constant` into its loop index, where the overflow is
+    # undefined behaviour in C++ (seen: a corrupted heap).
+    rows = _finalise_tensor(_finalise_tensor(samples) + key)
+    columns = _finalise_tensor(torch.arange(1, draws + 1, dtype=torch.int64, device=samples.device))
     bits = (_finalise_tensor(rows[:, None] + columns) >> 40) & 0xFFFFFF
     return bits.to(torch.float32) * 2.0**-24

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.errors import RunBusyError, SpecError, UserError
+from cifar_hpc.errors import RunBusyError, SpecError, UserError, missing_package
 
 DEFAULT_JOB = Path(__file__).resolve().parent.parent / "jobs" / "improved_resnet.yaml"
 
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return SpecError.exit_code
 
 
 def _submit(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
 """Pictures that need no download: 10 classes of shapes and textures, 32x32, drawn from integers.
 
-For demos, tests and machines without CIFAR-10. The classes stay apart under the project's augmentation (a flip,
-15 degrees, a shift by 4 pixels, other colours), and colour tells nothing about them: foreground and background
-are drawn alike for every class, so a model has to look at shapes.
+For demos, tests and machines without CIFAR-10. The classes stay apart under the project's augmentation (a
+flip, 15 degrees, a shift by 4 pixels, other colours), and colour tells nothing about them: foreground and
+background are drawn alike for every class, so a model has to look at shapes.
 
-All arithmetic is on integers, so the pictures are the same bytes on every machine, with any number of threads.
+All arithmetic is on integers, so the pictures are the same bytes on every machine, with any number of
+threads.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def _draw(samples: Tensor, labels: Tensor, key: int) -> Tensor:
     # Whole numbers below 2**24 from here on.
     bits = (uniform(mix(key, 1), samples, _DRAWS) * 2**24).to(torch.int32)
     ink = _masks(labels, bits)[:, None]
-    # Each channel of the foreground is 56 to 119 away from the background, up or down, wrapping around: by itself,
-    # every foreground colour is as likely as any other.
+    # Each channel of the foreground is 56 to 119 away from the background, up or down, wrapping around: by
+    # itself, every foreground colour is as likely as any other.
     back = bits[:, _BACK : _BACK + 3] >> 16
     step = 56 + (bits[:, _STEP : _STEP + 3] & 63)
     fore = torch.where(bits[:, _SIGN : _SIGN + 3] & 1 == 0, back + step, back - step) & 255

@@ -11,7 +11,7 @@ from cifar_hpc.preemption import StopFlag
 
 def train(job: str, overrides: list[str], name: str | None) -> int:
     """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
-    stop = StopFlag().install()
+    stop = StopFlag().install(interactive=True)
     from cifar_hpc.freeze import freeze, resolve
     from cifar_hpc.paths import RunPaths, project_root
     from cifar_hpc.spec_io import check_run_name, load_spec, run_name
