@@ -2,8 +2,7 @@
 
 Torchvision defines what each step means; the tests compare with it. Here every sample has its own parameters,
 which are computed from `randomness.uniform`, and nothing waits for the device: no shapes or branches depend
-on data, and no constant is copied from the host, so a CUDA graph or torch.compile (fullgraph) may hold all of
-it.
+on data, and no constant is copied from the host, so a CUDA graph or torch.compile may hold all of it.
 
 A sample's pixels do not depend on the other samples of its batch, to the bit. Two things in the code serve
 that: each operation is a single multiplication or addition (a fused one may round differently in the
@@ -85,8 +84,7 @@ def _rotated(angle: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
 
     Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which a CPU does with fused
     multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done
-    as an exact product and a sum in float64: a matrix product would depend on the BLAS and a GPU's TF32
-    setting.
+    as an exact product and a sum in float64: a matrix product would depend on the BLAS and on TF32 settings.
     """
     line = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=angle.device)
     if not rotate:
@@ -111,7 +109,7 @@ def color_jitter(images: Tensor, p: Parameters, config: AugmentConfig) -> Tensor
         images: float32 [B, 3, 32, 32] in [0, 1].
 
     Returns:
-        float32 [B, 3, 32, 32] in [0, 1], within 1e-5 of torchvision (factors in
+        float32 [B, 3, 32, 32] in [0, 1], within 1e-5 of torchvision (for factors in
         [0.8, 1.2]); `images` itself if the config changes no colour.
     """
     if not config.jitter:

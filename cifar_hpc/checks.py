@@ -14,6 +14,8 @@ from cifar_hpc.paths import RunPaths
 from cifar_hpc.runlog import read_jsonl
 from cifar_hpc.spec import Spec
 
+NVIDIA_DEVICE = Path("/dev/nvidia0")
+
 
 def check_data(spec: Spec, root: Path) -> None:
     """Make sure that the images are there, so that no job waits for days only to find that they are not.
@@ -30,7 +32,7 @@ def check_data(spec: Spec, root: Path) -> None:
             [sys.executable, "-m", "cifar_hpc.prepare", str(folder)],
             cwd=code_root,
             stderr=subprocess.PIPE,
-            stdout=sys.stderr,  # torchvision's download messages; standard output is for the answer
+            stdout=2,  # to standard error: torchvision's download messages; standard output is for the answer
             text=True,
             check=False,
         )
@@ -45,7 +47,7 @@ def check_local_gpus(spec: Spec) -> None:
         SpecError: with the way to ask for the CPU.
     """
     wants_gpu = spec.train.device != "cpu" and (spec.resources.gpus_per_node > 0 or spec.train.device != "auto")
-    if wants_gpu and shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
+    if wants_gpu and shutil.which("nvidia-smi") is None and not NVIDIA_DEVICE.exists():
         raise SpecError(
             f"train.device: {spec.train.device} with resources.gpus_per_node: {spec.resources.gpus_per_node} asks for "
             "GPUs, and this machine has none. HINT: --set train.device=cpu trains on the CPU; --cluster slurm submits."

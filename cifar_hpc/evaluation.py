@@ -88,34 +88,34 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
         norm.train()
         norm.momentum = 1.0  # the running statistics become the batch's own
     engine.model.set_update_statistics(True)
-    stopped = False
-    for first in range(0, batches, layout.world_size):
-        batch = first + layout.rank
-        if batch < batches:
-            images = engine.augmented(
-                rows[batch * size : (batch + 1) * size], mix(spec.train.seed, Stream.BN_ESTIMATE, epoch, batch)
-            )
-            with engine.autocast():
-                engine.model(images)
-            parts = [t for n in norms for t in (n.running_mean, n.running_var) if t is not None]
-            table[batch] = torch.cat(parts)
-        stopped = between(
-            f"epoch {epoch + 1}: measuring BatchNorm statistics of the slow weights, "
-            f"batch {min(first + layout.world_size, batches)}/{batches}"
-        )
-        if stopped:
-            break
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    if stopped:
-        return False
+    try:
+        for first in range(0, batches, layout.world_size):
+            batch = first + layout.rank
+            if batch < batches:
+                images = engine.augmented(
+                    rows[batch * size : (batch + 1) * size], mix(spec.train.seed, Stream.BN_ESTIMATE, epoch, batch)
+                )
+                with engine.autocast():
+                    engine.model(images)
+                parts = [t for n in norms for t in (n.running_mean, n.running_var) if t is not None]
+                table[batch] = torch.cat(parts)
+            if between(
+                f"epoch {epoch + 1}: measuring BatchNorm statistics of the slow weights, "
+                f"batch {min(first + layout.world_size, batches)}/{batches}"
+            ):
+                return False
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     if layout.world_size > 1:
         dist.all_reduce(table)  # each row is zero on every rank but one: exact
     pieces = iter(table.double().mean(0).float().split([c for c in channels for _ in range(2)]))
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         norm.running_mean.copy_(next(pieces))
         norm.running_var.copy_(next(pieces))
+        norm.num_batches_tracked.fill_(batches)  # this rank has seen only its own
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,7 +112,7 @@ class Lookahead(Optimizer):
         shapes = [s.shape for s in self._slow]
         if [s.shape for s in state_dict["slow"]] != shapes:
             raise ValueError("the slow weights' shapes do not fit the parameters")
-        self.inner.load_state_dict(state_dict["inner"])
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # by itself torch would share the momentum
         self._share_inner()
         with torch.no_grad():
             for slow, saved in zip(self._slow, state_dict["slow"], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -115,7 +116,10 @@ def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None)
     known = [e for e in events if e.get("event") in ("finished", "failed", "left", "cancelled", *_SUBMIT_AGAIN)]
     if not known:
         return "not started", "never submitted"
-    return _afterwards(known[-1])
+    # A cancelled job still writes what it does about it; that is no news, unless it started again or finished.
+    since_start = list(itertools.takewhile(lambda e: e["event"] not in ("submitted", "resumed"), reversed(known)))
+    cancelled = [e for e in since_start if e["event"] == "cancelled"]
+    return _afterwards(cancelled[0] if cancelled and known[-1]["event"] != "finished" else known[-1])
 
 
 def _afterwards(event: dict[str, Any]) -> tuple[str, str]:

@@ -82,7 +82,7 @@ class DataSpec:
 @dataclass(frozen=True)
 class CheckpointSpec:
     every_minutes: float | None = option(
-        None, "minutes between two checkpoints within an epoch; 10 if every_steps is null too", above=0
+        None, "minutes between two checkpoints within an epoch; 5 if every_steps is null too", above=0
     )
     every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
     every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1)
@@ -93,7 +93,7 @@ class CheckpointSpec:
         """Seconds between two checkpoints within an epoch, or None where steps decide."""
         if self.every_steps is not None:
             return None
-        return 60 * (10.0 if self.every_minutes is None else self.every_minutes)
+        return 60 * (5.0 if self.every_minutes is None else self.every_minutes)
 
 
 @dataclass(frozen=True)

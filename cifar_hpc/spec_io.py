@@ -65,7 +65,7 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         raise SpecError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from cifar_hpc.randomness import Stream, mix, uniform
 
 CONFIG = AugmentConfig()
 OFF = AugmentConfig.off()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny operations on many threads crawl when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draws_for(count: int, seed: int = 0) -> Tensor:
@@ -46,8 +56,7 @@ def reference_geometry(image: Tensor, p: A.Parameters, n: int, padding: int) -> 
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, AugmentConfig(rotation=180.0, crop_padding=12), AugmentConfig(crop_padding=0),
-     AugmentConfig(flip=0)],
+    [CONFIG, AugmentConfig(rotation=180.0, crop_padding=12), AugmentConfig(crop_padding=0), AugmentConfig(flip=0)],
 )
 def test_geometry_equals_torchvision(config: AugmentConfig) -> None:
     count = 3000 if config == CONFIG else 500
@@ -60,8 +69,9 @@ def test_geometry_equals_torchvision(config: AugmentConfig) -> None:
     assert int((got != images).sum()) > count * 1000
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(rotation=0), AugmentConfig(rotation=0, flip=0),
-                                    AugmentConfig(rotation=0, crop_padding=0)])
+@pytest.mark.parametrize(
+    "config", [AugmentConfig(rotation=0), AugmentConfig(rotation=0, flip=0), AugmentConfig(rotation=0, crop_padding=0)]
+)
 def test_geometry_without_rotation_equals_torchvision(config: AugmentConfig) -> None:
     images, p = random_images(200), A.sample_parameters(draws_for(200), config)
     expected = torch.stack([reference_geometry(images[n], p, n, config.crop_padding) for n in range(200)])
@@ -95,9 +105,7 @@ def orders(count: int) -> Tensor:
     return torch.tensor(list(itertools.permutations(range(4)))).repeat(count // 24 + 1, 1)[:count]
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIG, AugmentConfig(brightness=1.5, contrast=1.0, saturation=3.0, hue=0.5)]
-)
+@pytest.mark.parametrize("config", [CONFIG, AugmentConfig(brightness=1.5, contrast=1.0, saturation=3.0, hue=0.5)])
 def test_color_jitter_matches_torchvision_in_every_order(config: AugmentConfig) -> None:
     count = 24 * 20
     images = random_images(count).float().div(255)
@@ -267,8 +275,13 @@ def test_crop_and_flip_distributions() -> None:
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("angle", -15, 15), ("brightness", 0.8, 1.2), ("contrast", 0.8, 1.2), ("saturation", 0.8, 1.2),
-     ("hue", -0.1, 0.1)],
+    [
+        ("angle", -15, 15),
+        ("brightness", 0.8, 1.2),
+        ("contrast", 0.8, 1.2),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ],
 )
 def test_continuous_parameters_are_uniform(name: str, low: float, high: float) -> None:
     assert distance_from_uniform(getattr(sampled(), name), low, high) < 1.95
@@ -291,16 +304,24 @@ def test_orders_are_equally_likely() -> None:
 
 def test_parameters_are_independent() -> None:
     p = sampled()
-    columns = [p.top, p.left, p.flip, p.angle, p.brightness, p.contrast, p.saturation, p.hue, p.order[:, 0],
-               p.erase_height > 0]
+    columns = [
+        p.top,
+        p.left,
+        p.flip,
+        p.angle,
+        p.brightness,
+        p.contrast,
+        p.saturation,
+        p.hue,
+        p.order[:, 0],
+        p.erase_height > 0,
+    ]
     correlation = torch.corrcoef(torch.stack([c.double() for c in columns]))
     assert float((correlation - torch.eye(len(columns))).abs().max()) < 4.5 / math.sqrt(COUNT)
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [((0.02, 0.33), (0.3, 3.3)), ((0.3, 1.0), (0.5, 4.0))])
-def test_erased_boxes_are_distributed_as_torchvisions(
-    scale: tuple[float, float], ratio: tuple[float, float]
-) -> None:
+def test_erased_boxes_are_distributed_as_torchvisions(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     p = sampled(AugmentConfig(erasing=0.5, erasing_scale=scale, erasing_ratio=ratio))
     on = p.erase_height > 0
     assert abs(float(on.double().mean()) - 0.5) < 4 * 0.5 / math.sqrt(COUNT)
@@ -349,9 +370,20 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("crop_padding", 32), ("crop_padding", -1), ("flip", 1.5), ("rotation", math.nan), ("brightness", -0.1),
-     ("contrast", math.inf), ("hue", 0.6), ("erasing", 2), ("erasing_scale", (0.5, 0.1)),
-     ("erasing_scale", (0.5, 1.1)), ("erasing_ratio", (0.0, 1.0)), ("erasing_ratio", (2.0, 1.0))],
+    [
+        ("crop_padding", 32),
+        ("crop_padding", -1),
+        ("flip", 1.5),
+        ("rotation", math.nan),
+        ("brightness", -0.1),
+        ("contrast", math.inf),
+        ("hue", 0.6),
+        ("erasing", 2),
+        ("erasing_scale", (0.5, 0.1)),
+        ("erasing_scale", (0.5, 1.1)),
+        ("erasing_ratio", (0.0, 1.0)),
+        ("erasing_ratio", (2.0, 1.0)),
+    ],
 )
 def test_impossible_configs_are_refused(field: str, value: object) -> None:
     with pytest.raises(SpecError, match=f"augment.{field}"):

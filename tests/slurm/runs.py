@@ -164,15 +164,11 @@ class Run:
 
         def found() -> list[Event]:
             assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
-            begun: dict[int, int] = {}  # the epoch's last step is saved within the epoch, too, and is no middle
-            for row in self.events("evaluated"):
-                begun[row["epoch"]] = row["step"]
             return [
                 row
                 for row in self.events("checkpoint")
                 if row["epoch"] >= epochs_done and row["step_in_epoch"] and row["step"] > step
-                and row["step"] not in begun.values()
-            ]  # fmt: skip
+            ]
 
         return until(f"{self.name}: a checkpoint within an epoch", found, self.report)[0]  # type: ignore[no-any-return]
 

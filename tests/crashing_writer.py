@@ -1,0 +1,107 @@
+"""Forks writers of checkpoints and kills each with SIGKILL; what then lies in the folder must verify.
+
+python crashing_writer.py FOLDER. Prints one line a kill. Run by test_store.py in a process of its own, since forking is
+only safe while torch has started no thread.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_hpc import checkpoint, store
+from cifar_hpc.store import BEST, CheckpointStore, candidates, newest_good, read_index
+
+KEYS = [k for k in checkpoint.REQUIRED if k != "digest"]
+
+
+def state(step: int) -> dict[str, Any]:
+    return dict.fromkeys(KEYS, 0) | {"format": checkpoint.FORMAT, "step": step, "model": torch.full((50_000,), step)}
+
+
+def write_for_ever(folder: Path, first: int) -> None:
+    writer = CheckpointStore(folder, 2, lambda name, entry: None, lambda name, reason: os._exit(3))
+    step = first
+    while True:
+        step += 1
+        writer.save(state(step), best=step % 2 == 0)
+        writer.wait()
+
+
+def die_at(owner: Any, name: str, call: int) -> None:
+    """Die at the given call of `owner.name`, before it has done anything."""
+    original: Callable[..., Any] = getattr(owner, name)
+    count = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def child(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(4)
+    return pid
+
+
+def verify(folder: Path, at_least: int, what: str) -> int:
+    """The step of the newest checkpoint, after checking all that may lie in the folder."""
+    for path in [*candidates(folder), folder / BEST]:
+        if path.exists():
+            loaded = checkpoint.read(path)
+            assert (loaded["model"] == loaded["step"]).all()
+    found = newest_good(folder)
+    step = found.state["step"] if found else 0
+    assert found is None or found.bad == []
+    assert step >= at_least, f"{what}: step {step} after {at_least} was on disk"
+    read_index(folder)
+    CheckpointStore(folder, 2, lambda name, entry: None, lambda name, reason: None)
+    assert not list(folder.glob(".*")), "leftovers"
+    print(what, "->", step, flush=True)
+    return step
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    step = 0
+    points = [(os, "fsync"), (torch, "save"), (Path, "replace"), (store, "_file_sha256"), (os, "link"), (Path, "unlink")]
+    points += [(store, "write_atomic"), (store, "sync_directory")]
+    for owner, name in points:
+        for call in (1, 2):
+
+            def work(owner: Any = owner, name: str = name, call: int = call, first: int = step) -> None:
+                die_at(owner, name, call)
+                write_for_ever(folder, first)
+
+            _, status = os.waitpid(child(work), 0)
+            assert status == signal.SIGKILL, f"{name} {call}: status {status}"
+            step = verify(folder, step, f"{name} {call}")
+    moments = random.Random(0)
+    for _ in range(12):
+        pid = child(lambda first=step: write_for_ever(folder, first))  # type: ignore[misc]
+        time.sleep(moments.uniform(0.005, 0.08))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert status == signal.SIGKILL, f"status {status}"
+        step = verify(folder, step, "random")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

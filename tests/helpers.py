@@ -1,0 +1,113 @@
+"""Shared by the tests: tiny specs and data sets, and a pool of real processes that form gloo groups."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cifar_hpc.data import Dataset
+from cifar_hpc.engine import Engine, configure_torch
+from cifar_hpc.shards import ShardLayout
+from cifar_hpc.spec import Spec
+from cifar_hpc.spec_io import from_plain, merge
+from cifar_hpc.synthetic import make_synthetic
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "dropout": 0.1},
+    "train": {"epochs": 2, "batch_size": 32, "shards": 4, "cpu_threads": 1, "device": "cpu", "amp": "fp32"},
+    "data": {"source": "synthetic", "train_size": 264, "test_size": 100},
+    "lookahead": {"bn_batches": 3},
+    "resources": {"gpus_per_node": 0},
+}
+ANSWER_SECONDS = 120  # only bounds how long a hang lasts
+
+
+def tiny_spec(**sections: dict[str, Any]) -> Spec:
+    """The tiny spec, with `section={key: value}` laid over it."""
+    return from_plain(merge(TINY, sections))
+
+
+def tiny_engine(spec: Spec, rank: int = 0, world: int = 1) -> Engine:
+    """An engine on the CPU with the spec's synthetic images."""
+    configure_torch(spec, CPU)
+    data = Dataset(*make_synthetic(spec.data.train_size or 64, spec.data.test_size or 64))
+    return Engine(spec, CPU, ShardLayout(spec.train.shards or world, world, rank), data, spec.train.amp)
+
+
+class Ranks:
+    """Real processes that are started once and then run functions together, as the ranks of a gloo group."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, group: bool = True) -> list[Any]:
+        """What `function(rank, world, *args)` returned on each rank; an error of any rank fails the test.
+
+        Args:
+            function: at the top level of a module; its result is to be of plain values.
+            group: form the default process group around it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self._pipes[:world]:
+                pipe.send((world, function, args, f"file://{folder}/store" if group else None))
+            answers = []
+            for rank, pipe in enumerate(self._pipes[:world]):
+                assert pipe.poll(ANSWER_SECONDS), f"rank {rank} does not answer"
+                answers.append(pipe.recv())
+        problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(answers) if problem]
+        assert not problems, "\n".join(problems)
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    while True:
+        try:
+            world, function, args, store = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        problem = result = None
+        try:
+            if store:
+                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+            result = function(rank, world, *args)
+        except Exception:
+            problem = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send((problem, result))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files anywhere below `folder`."""
+    return [p for p in folder.rglob("*") if p.suffix == ".tmp"]

@@ -1,0 +1,55 @@
+"""python -m cifar_hpc ..., with a signal to itself at one precise place: no test has to guess a moment.
+
+INTERRUPT=SIGNAL@step:N       before step N (counted from 0)
+INTERRUPT=SIGNAL@evaluate:E   before the evaluation of epoch E (counted from 0)
+INTERRUPT=SIGNAL@step:N/RANK  the same, on that rank only
+INITIAL_SCALE=X               GradScaler begins at X
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cifar_hpc import trainer
+from cifar_hpc.__main__ import main
+from cifar_hpc.engine import Engine
+
+
+def interrupt(rule: str) -> None:
+    """Arrange for what `rule` says."""
+    match = re.fullmatch(r"(SIG\w+)@(step|evaluate):(\d+)(?:/(\d+))?", rule)
+    assert match, rule
+    name, place, number, rank = match.groups()
+    if rank is not None and rank != os.environ.get("RANK", "0"):
+        return
+
+    def before(owner: Any, attribute: str, count: int) -> None:
+        original: Callable[..., Any] = getattr(owner, attribute)
+
+        def wrapper(*args: Any) -> Any:
+            if args[count] == int(number):
+                os.kill(os.getpid(), getattr(signal, name))
+            return original(*args)
+
+        setattr(owner, attribute, wrapper)
+
+    if place == "step":
+        before(Engine, "step", 3)  # (self, epoch, step_in_epoch, global_step, rows)
+    else:
+        before(trainer, "evaluate", 1)  # (engine, epoch, between)
+
+
+if __name__ == "__main__":
+    if rule := os.environ.get("INTERRUPT"):
+        interrupt(rule)
+    if scale := os.environ.get("INITIAL_SCALE"):
+        torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=float(scale))
+    sys.exit(main())

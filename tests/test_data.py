@@ -1,0 +1,253 @@
+"""Images from a folder, from torchvision's CIFAR-10 and drawn: each thing that can be wrong is named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from cifar_hpc import data
+from cifar_hpc.data import Dataset, Interrupted, check_cifar10, load_dataset
+from cifar_hpc.errors import SpecError
+from cifar_hpc.spec import DataSpec
+
+CLASSES = [f"class{n}" for n in range(10)]
+FOLDER = DataSpec(source="folder", root="images")
+
+
+def draw(path: Path, value: int, size: tuple[int, int] = (32, 32)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 2 * value, 7)).save(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project root with images/{train,test}/class0..9/*.png; each image has its label's colour."""
+    for label, name in enumerate(CLASSES):
+        for number in range(3):
+            draw(tmp_path / "images" / "train" / name / f"{number}.png", label)
+        draw(tmp_path / "images" / "test" / name / "0.png", label)
+    return tmp_path
+
+
+def same(one: Dataset, two: Dataset) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+
+
+def test_folder(root: Path) -> None:
+    loaded = load_dataset(FOLDER, root)
+    assert (loaded.train_images.shape, loaded.train_images.dtype) == ((30, 3, 32, 32), torch.uint8)
+    assert (loaded.test_labels.tolist(), loaded.test_labels.dtype) == (list(range(10)), torch.int64)
+    for images, labels in ((loaded.train_images, loaded.train_labels), (loaded.test_images, loaded.test_labels)):
+        expected = torch.stack([labels, 2 * labels, torch.full_like(labels, 7)], 1)[:, :, None, None]
+        assert torch.equal(images.long(), expected.expand(-1, -1, 32, 32))
+    assert same(loaded, load_dataset(DataSpec(source="folder", root=str(root / "images")), Path("/nowhere")))
+
+
+def small(root: Path) -> Path:
+    draw(root / "images" / "train" / "class3" / "1.png", 3, (32, 31))
+    return root / "images" / "train" / "class3" / "1.png"
+
+
+def cut(root: Path) -> Path:
+    path = root / "images" / "test" / "class9" / "0.png"
+    os.truncate(path, 60)
+    return path
+
+
+def text(root: Path) -> Path:
+    path = root / "images" / "train" / "class0" / "2.png"
+    path.write_text("no image")
+    return path
+
+
+def no_class(root: Path) -> Path:
+    (root / "images" / "train" / "class4").rename(root / "class4")
+    return root / "images" / "train"
+
+
+def other_class(root: Path) -> Path:
+    (root / "images" / "test" / "class4").rename(root / "images" / "test" / "klass4")
+    return root / "images" / "test"
+
+
+def empty_class(root: Path) -> Path:
+    path = root / "images" / "test" / "class4"
+    (path / "0.png").rename(path / "0.txt")
+    return path
+
+
+def no_split(root: Path) -> Path:
+    (root / "images" / "test").rename(root / "images" / "tests")
+    return root / "images" / "test"
+
+
+def no_folder(root: Path) -> Path:
+    (root / "images").rename(root / "image")
+    return root / "images" / "train"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (small, "is 32x31 pixels; allowed: 32x32"),
+        (cut, "is not a readable image"),
+        (text, "is not a readable image"),
+        (no_class, "has 9 class folders; allowed: 10"),
+        (other_class, "has the classes .*klass4.* but train has .*class4"),
+        (empty_class, "holds no image"),
+        (no_split, "is no folder; .*did you mean 'tests'"),
+        (no_folder, "is no folder"),
+    ],
+)
+def test_what_is_wrong_in_a_folder_is_named(root: Path, spoil: Any, message: str) -> None:
+    path = spoil(root)
+    with pytest.raises(SpecError, match=message) as caught:
+        load_dataset(FOLDER, root)
+    assert str(caught.value).startswith("data.root: ")
+    assert str(path) in str(caught.value)
+
+
+def test_the_second_start_reads_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_dataset(FOLDER, root)
+    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert same(load_dataset(FOLDER, root), first)
+    draw(root / "images" / "train" / "class0" / "0.png", 99)
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        load_dataset(FOLDER, root)
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "removed", "renamed"])
+def test_a_change_of_any_file_is_seen(root: Path, change: str) -> None:
+    before = load_dataset(FOLDER, root)
+    folder = root / "images" / "train" / "class0"
+    if change == "replaced":  # by an image of the same length
+        size = (folder / "0.png").stat().st_size
+        draw(folder / "0.png", 1)
+        assert (folder / "0.png").stat().st_size == size
+    elif change == "added":
+        draw(folder / "9.png", 0)
+    elif change == "removed":
+        (folder / "2.png").unlink()
+    else:
+        (folder / "2.png").rename(root / "images" / "train" / "class1" / "x.png")
+    assert not same(load_dataset(FOLDER, root), before)
+
+
+def test_a_damaged_cache_is_made_anew(root: Path) -> None:
+    first = load_dataset(FOLDER, root)
+    (cache,) = (root / "images" / ".cifar_hpc").iterdir()
+    os.truncate(cache, 100)
+    said: list[str] = []
+    assert same(load_dataset(FOLDER, root, lambda text: bool(said.append(text))), first)
+    assert any("not readable" in text and str(cache) in text for text in said)
+    assert cache.stat().st_size > 100
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    said: list[str] = []
+    assert len(load_dataset(FOLDER, root, lambda text: bool(said.append(text))).train_images) == 30
+    assert any("cannot be written" in text for text in said)
+    assert list((root / "images" / ".cifar_hpc").iterdir()) == []
+
+
+def test_reading_can_be_left(root: Path) -> None:
+    with pytest.raises(Interrupted):
+        load_dataset(FOLDER, root, lambda text: True)
+
+
+def test_the_chosen_images_are_fixed(root: Path) -> None:
+    def choose(size: int) -> torch.Tensor:
+        return load_dataset(DataSpec(source="folder", root="images", train_size=size, test_size=4), root).train_labels
+
+    assert choose(12).tolist() == [1, 3, 4, 5, 5, 6, 7, 7, 8, 8, 9, 9], "the choice of a run must never change"
+    assert torch.equal(choose(30), load_dataset(FOLDER, root).train_labels)
+
+
+@pytest.mark.parametrize("key", ["train_size", "test_size"])
+def test_more_images_than_there_are(root: Path, key: str) -> None:
+    with pytest.raises(SpecError, match=rf"^data\.{key}: 31 is more than the (30|10) images"):
+        load_dataset(DataSpec(source="folder", root="images", **{key: 31}), root)
+
+
+def test_synthetic() -> None:
+    loaded = load_dataset(DataSpec(source="synthetic", train_size=20, test_size=10), Path("/nowhere"))
+    assert loaded.train_images.shape == (20, 3, 32, 32)
+    assert same(loaded, load_dataset(DataSpec(source="synthetic", train_size=20, test_size=10), Path("/elsewhere")))
+
+
+# ------------------------------------------------------------------ CIFAR-10
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CIFAR-10 of 2 images a file whose md5 sums torchvision takes for the right ones."""
+    base = tmp_path / "data" / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        blob = pickle.dumps(content)
+        (base / name).write_bytes(blob)
+        return [name, hashlib.md5(blob).hexdigest()]
+
+    def batch(number: int) -> dict[str, Any]:
+        pixels = np.arange(2 * 3072, dtype=np.int64).reshape(2, 3072) + number
+        return {"data": (pixels % 251).astype(np.uint8), "labels": [number, number + 1]}
+
+    train = [write(f"data_batch_{n}", batch(n)) for n in range(1, 6)]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(7))])
+    name, md5 = write("batches.meta", {"label_names": CLASSES})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return tmp_path
+
+
+def test_cifar10(cifar: Path) -> None:
+    loaded = load_dataset(DataSpec(source="cifar10"), cifar)
+    assert loaded.train_labels.tolist() == [1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    assert loaded.test_labels.tolist() == [7, 8]
+    assert (loaded.train_images.shape, loaded.train_images.dtype) == ((10, 3, 32, 32), torch.uint8)
+    assert loaded.train_images.is_contiguous()
+    assert loaded.train_images[0].flatten()[:3].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_bad_file_of_cifar10_is_named(cifar: Path, name: str, damage: str) -> None:
+    path = cifar / "data" / CIFAR10.base_folder / name
+    if damage == "cut":
+        os.truncate(path, 20)
+    elif damage == "changed":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    else:
+        path.unlink()
+    message = "is missing" if damage == "missing" else "is truncated or not the original"
+    with pytest.raises(SpecError, match=message) as caught:
+        load_dataset(DataSpec(source="cifar10"), cifar)
+    assert str(path) in str(caught.value)
+
+
+def test_a_failed_download_says_what_else_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, root: str, **_: object) -> None:
+        raise RuntimeError("<urlopen error [Errno -3]\nTemporary failure in name resolution>")
+
+    monkeypatch.setattr(CIFAR10, "__init__", fail)
+    with pytest.raises(SpecError, match=r"download failed: .*Errno -3\] Temporary.*HINT: .*data\.source=synthetic"):
+        check_cifar10(tmp_path / "data", download=True)
+
+
+def test_what_is_whole_is_not_downloaded(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CIFAR10, "__init__", lambda *_, **__: pytest.fail("downloaded"))
+    check_cifar10(cifar / "data", download=True)

@@ -1,0 +1,105 @@
+"""How processes find each other, on which device they compute, and that nothing is left of them afterwards."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CPU, Ranks, tiny_spec
+
+from cifar_hpc.context import Context
+from cifar_hpc.distributed import Launch, connect, disconnect, resolve_device
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.job import Job
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.preemption import StopFlag
+from cifar_hpc.runlog import read_jsonl
+
+
+def gloo_threads() -> int:
+    gc.collect()  # what earlier tests have left in this process
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def meet(rank: int, world: int, file: str) -> list[int]:
+    launch = Launch(rank, world, rank, None, None, Path(file))
+    connect(launch, CPU)
+    found = [torch.zeros(1) for _ in range(world)]
+    dist.all_gather(found, torch.tensor([float(rank)]))
+    disconnect()
+    return [int(t) for t in found]
+
+
+def test_ranks_meet_through_a_file_that_is_gone_afterwards(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    # Left by an attempt that was killed: nobody listens there any more.
+    file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 1, "token": "old"}))
+    assert ranks.run(3, meet, str(file), group=False) == [[0, 1, 2]] * 3
+    assert list(file.parent.iterdir()) == []
+
+
+def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tuple[int, int]:
+    """A whole run as one of its processes: its exit status, and how many of gloo's threads outlive it."""
+    before = gloo_threads()
+    paths = RunPaths(Path(root), "whole")
+    launch = Launch(rank, world, rank, None, None, Path(root) / "slurm" / "rendezvous.json")
+    status = Job(Context(paths, tiny_spec(**sections), launch, StopFlag())).run()
+    return status, gloo_threads() - before
+
+
+def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    sections = {"train": {"epochs": 1}, "data": {"train_size": 64, "test_size": 10}}
+    assert ranks.run(2, whole_run, str(tmp_path), sections, group=False) == [(0, 0)] * 2
+    assert read_jsonl(tmp_path / "logs" / "whole" / "events.jsonl")[-1]["event"] == "finished"
+
+
+def test_one_process_needs_no_group() -> None:
+    connect(Launch(), CPU)
+    assert not dist.is_initialized()
+    disconnect()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus"), [("cpu", 0), ("cpu", 4), ("auto", 0)], ids=["cpu", "cpu on a GPU node", "no GPU asked for"]
+)
+def test_the_cpu_where_it_is_meant(device: str, gpus: int) -> None:
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": gpus})
+    assert resolve_device(spec, 0) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 0), ("cuda:1", 2)])
+def test_never_the_cpu_where_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch, device: str, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": gpus})
+    with pytest.raises(RunFailedError, match=rf"train\.device: {device} .* CUDA is not usable on {os.uname().nodename}"):
+        resolve_device(spec, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "local_rank", "index"), [("auto", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:2", 4, 0, 2)]
+)
+def test_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int, local_rank: int, index: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 4})
+    assert resolve_device(spec, local_rank) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
+@pytest.mark.parametrize(("device", "local_rank"), [("auto", 2), ("cuda:2", 0)])
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 2})
+    with pytest.raises(RunFailedError, match=r"GPU 2 is not there .* visible: 2"):
+        resolve_device(spec, local_rank)

@@ -1,0 +1,67 @@
+"""The frozen spec: what the first start fixes, every later start must fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import tiny_spec
+
+from cifar_hpc.errors import SpecError
+from cifar_hpc.freeze import freeze, read_frozen, resolve
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.spec import Spec
+
+OPEN = {"shards": None, "cpu_threads": None}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    run = RunPaths(tmp_path, "demo-1")
+    run.create()
+    return run
+
+
+def start(paths: RunPaths, spec: Spec, tasks: int, threads: int = 1) -> Spec:
+    resolved = resolve(paths, spec, tasks, threads)
+    freeze(paths, resolved)
+    return resolved
+
+
+def test_the_first_start_fixes_shards_and_threads(paths: RunPaths) -> None:
+    assert read_frozen(paths) is None
+    first = start(paths, tiny_spec(train=OPEN), 4, threads=2)
+    assert (first.train.shards, first.train.cpu_threads) == (4, 2)
+    assert read_frozen(paths) == first
+    later = start(paths, tiny_spec(train=OPEN), 3, threads=8)
+    assert later == first
+
+
+def test_the_spec_rules_over_the_first_start(paths: RunPaths) -> None:
+    spec = start(paths, tiny_spec(train={"shards": 8, "cpu_threads": 3}), 2, threads=1)
+    assert (spec.train.shards, spec.train.cpu_threads) == (8, 3)
+
+
+def test_resources_and_epochs_may_change_later(paths: RunPaths) -> None:
+    start(paths, tiny_spec(), 1)
+    changed = tiny_spec(train={"epochs": 9}, resources={"partition": "other"})
+    assert start(paths, changed, 2) == changed == read_frozen(paths)
+
+
+def test_anything_else_is_refused(paths: RunPaths) -> None:
+    start(paths, tiny_spec(), 1)
+    with pytest.raises(SpecError, match=r"run demo-1.*\n  train\.seed: 0 -> 1\n"):
+        resolve(paths, tiny_spec(train={"seed": 1}), 1, 1)
+
+
+@pytest.mark.parametrize("shards", [2, None])
+def test_more_processes_than_shards_are_refused(paths: RunPaths, shards: int | None) -> None:
+    start(paths, tiny_spec(train={"shards": shards}), 2)
+    with pytest.raises(SpecError, match=r"3 processes are more than train\.shards: 2.*at most 2 .*train\.shards=3"):
+        resolve(paths, tiny_spec(train={"shards": shards}), 3, 1)
+
+
+def test_a_damaged_frozen_spec_is_named(paths: RunPaths) -> None:
+    paths.spec.write_text("train: [")
+    with pytest.raises(SpecError, match=r"spec\.yaml: not readable"):
+        read_frozen(paths)

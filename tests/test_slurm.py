@@ -1,0 +1,77 @@
+"""Reading what Slurm's commands print."""
+
+from __future__ import annotations
+
+import stat
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cifar_hpc import slurm
+from cifar_hpc.errors import SchedulerError
+
+SHOWN = (
+    "JobId=5 JobName=my run UserId=me(1) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 "
+    "EndTime=2026-01-01T10:00:00 PreemptTime=None Comment=a=b c Command=/x y/z.sh \n"
+)
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_job_fields(fake: Path) -> None:
+    (fake / "shown").write_text(SHOWN)
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    fields = slurm.job_fields("5")
+    assert fields["JobState"] == "RUNNING" and fields["Restarts"] == "2" and fields["JobName"] == "my run"
+    assert fields["EndTime"] == "2026-01-01T10:00:00" and fields["Command"] == "/x y/z.sh"
+
+
+def test_queue(fake: Path) -> None:
+    program(fake, "squeue", "echo '7|a-1|PENDING|Priority|N/A|'; echo '8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]'")
+    first, second = slurm.queue()
+    assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
+    assert second.nodes == "n[1-2]"
+
+
+def test_refusals_carry_the_words(fake: Path) -> None:
+    program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
+    with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
+        slurm.requeue("9")
+
+
+def test_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SchedulerError, match="scontrol is not on PATH"):
+        slurm.job_fields("1")
+
+
+def test_answers(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fake))
+    assert not slurm.answers()
+    program(fake, "sbatch", "exit 0")
+    program(fake, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert slurm.answers()
+    program(fake, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("SLURM_CONF", "/some/slurm.conf")
+    with pytest.raises(SchedulerError, match=r"does not answer.*Unable to contact"):
+        slurm.answers()
+
+
+@pytest.mark.parametrize("text", ["None", "N/A", "Unknown", "", None])
+def test_no_instant(text: str | None) -> None:
+    assert slurm.parse_instant(text) is None
+
+
+def test_instant() -> None:
+    assert slurm.parse_instant("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)
