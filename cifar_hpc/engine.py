@@ -26,6 +26,8 @@ from cifar_hpc.shards import ShardLayout, ShardReducer
 from cifar_hpc.spec import Spec
 
 NO_BAD_STEP = 2**62
+# GradScaler begins at 2**16 and halves at an overflow; only gradients that are NaN at any scale lead down to here.
+LEAST_SCALE = 2.0**-24
 
 
 def resolve_amp(spec: Spec, device: torch.device) -> str:
@@ -176,7 +178,7 @@ class Engine:
         """Stop on this rank's knowledge of a NaN or infinite loss.
 
         Raises:
-            RunFailedError: names the step.
+            RunFailedError: names the step (under fp16, where single overflows are no fault, the loss scale).
         """
         step = int(self.bad_step)
         if step < NO_BAD_STEP:
@@ -184,6 +186,12 @@ class Engine:
                 f"the training loss was NaN or infinite at step {step}, in epoch "
                 f"{(step - 1) // self.steps_per_epoch + 1}. The last good checkpoint is kept. "
                 "HINT: lower optimizer.lr, or set train.amp=fp32."
+            )
+        if self.amp == "fp16" and self.scaler.get_scale() < LEAST_SCALE:
+            raise RunFailedError(
+                f"fp16: the gradients overflow at every loss scale (by now {self.scaler.get_scale():g}), so no step "
+                "updates the weights any more. The checkpoints so far are kept. HINT: lower optimizer.lr, or set "
+                "train.amp=fp32."
             )
 
     def gathered_sums(self) -> Tensor:

@@ -20,6 +20,8 @@ def requeue(run: str) -> int:
     paths = find_run(project_root(), run)
     job = queued_jobs().get(run)
     if job is not None and job.state == "PENDING":
+        if "held" in job.reason.lower():  # JobHeldUser, or launch_failed_requeued_held after a node's trouble
+            slurm.command(["scontrol", "release", job.job_id])
         slurm.release(job.job_id)
         print(f"job {job.job_id} may start as soon as there is room (it was waiting: {job.reason})")
     elif job is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,6 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _send(arguments: argparse.Namespace, paths: Any, spec: Any, site: Any, slurm: bool) -> dict[str, Any]:
     """Check, freeze, snapshot, submit. Nothing of an earlier start is touched before the checks have passed."""
     from cifar_hpc import checks, launcher
-    from cifar_hpc.freeze import freeze
     from cifar_hpc.runlog import append_event
     from cifar_hpc.snapshot import take_snapshot
 
@@ -160,9 +161,12 @@ def _send(arguments: argparse.Namespace, paths: Any, spec: Any, site: Any, slurm
         except BlockingIOError:
             raise RunBusyError(f"run {paths.name} is being submitted by another process right now.") from None
         checks.check_free(paths, slurm)
-        freeze(paths, spec)
         code = take_snapshot(paths)
-        job_id = launcher.submit_slurm(paths, spec, site, code) if slurm else launcher.submit_local(paths, spec, code)
+        with _frozen(paths, spec):
+            if slurm:
+                job_id = launcher.submit_slurm(paths, spec, site, code)
+            else:
+                job_id = launcher.submit_local(paths, spec, code)
         append_event(
             paths.events,
             "submitted",
@@ -184,6 +188,24 @@ def _send(arguments: argparse.Namespace, paths: Any, spec: Any, site: Any, slurm
         "status": f"{python} status {paths.name}",
         "cancel": f"scancel {job_id}" if slurm else f"{python} cancel {paths.name}",
     }
+
+
+@contextlib.contextmanager
+def _frozen(paths: Any, spec: Any) -> Iterator[None]:
+    """Freeze `spec`, since the job may start at once; a refused submission puts back what was frozen before."""
+    from cifar_hpc.freeze import freeze
+    from cifar_hpc.jsonfile import write_atomic
+
+    before = paths.spec.read_bytes() if paths.spec.exists() else None
+    freeze(paths, spec)
+    try:
+        yield
+    except UserError:
+        if before is None:
+            paths.spec.unlink()
+        else:
+            write_atomic(paths.spec, before)
+        raise
 
 
 def _resource_overrides(arguments: argparse.Namespace) -> list[str]:

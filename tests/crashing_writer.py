@@ -81,8 +81,8 @@ def verify(folder: Path, at_least: int, what: str) -> int:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     step = 0
-    points = [(os, "fsync"), (torch, "save"), (Path, "replace"), (store, "_file_sha256"), (os, "link"), (Path, "unlink")]
-    points += [(store, "write_atomic"), (store, "sync_directory")]
+    points = [(os, "fsync"), (os, "link"), (torch, "save"), (Path, "replace"), (Path, "unlink")]
+    points += [(store, "_file_sha256"), (store, "write_atomic"), (store, "sync_directory")]
     for owner, name in points:
         for call in (1, 2):
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def test_the_cpu_where_it_is_meant(device: str, gpus: int) -> None:
 def test_never_the_cpu_where_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch, device: str, gpus: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": gpus})
-    with pytest.raises(RunFailedError, match=rf"train\.device: {device} .* CUDA is not usable on {os.uname().nodename}"):
+    with pytest.raises(
+        RunFailedError, match=rf"train\.device: {device} .*CUDA is not usable on {socket.gethostname()}"
+    ):
         resolve_device(spec, 0)
 
 

@@ -130,6 +130,19 @@ def test_an_overflow_under_fp16_counts_nothing_and_spoils_nothing() -> None:
     assert torch.isfinite(engine.gathered_sums()).all()
 
 
+def test_nan_weights_under_fp16_do_not_go_on_for_ever() -> None:
+    engine = tiny_engine(tiny_spec(train={"amp": "fp16"}))
+    run(engine, 0, 1)
+    with torch.no_grad():
+        next(engine.model.parameters()).fill_(math.nan)
+    engine.scaler.update(2.0**-22)
+    run(engine, 1, 3)
+    engine.check_finite()  # so far they might be overflows
+    run(engine, 3, 4)
+    with pytest.raises(RunFailedError, match=r"overflow at every loss scale .*optimizer\.lr"):
+        engine.gathered_sums()
+
+
 @pytest.mark.parametrize(
     "sections",
     [

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+JOB = str(PROJECT / "jobs" / "improved_resnet.yaml")
 PATIENCE_SECONDS = 180
 SET = (
     "model.width_multiplier=0.0625 model.blocks=[1,1,1] train.epochs=3 train.batch_size=32 train.shards=2 "
@@ -43,7 +44,7 @@ class Project:
         )
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.command("submit.py", "--cluster", "local", "--name", "run", "--set", *SET, *arguments)
+        return self.command("submit.py", JOB, "--cluster", "local", "--name", "run", "--set", *SET, *arguments)
 
     def cifar(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.command("-m", "cifar_hpc", *arguments)
@@ -72,7 +73,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def test_requeue_cancel_and_resubmission_end_in_the_same_sums(project: Project) -> None:
-    reference = project.cifar("train", str(PROJECT / "jobs" / "demo.yaml"), "--name", "reference", "--set", *SET)
+    reference = project.cifar("train", JOB, "--name", "reference", "--set", *SET)
     assert reference.returncode == 0, reference.stderr
 
     submitted = project.submit("--json")

@@ -34,18 +34,19 @@ def until(what: str, condition: Callable[[], Any], report: Callable[[], str] = s
 
 
 class Lab:
-    """A folder for runs ($CIFAR_HPC_ROOT) and the cluster that they run on."""
+    """A folder for runs ($CIFAR_HPC_ROOT), a copy of the project to work from, and the cluster that runs run on."""
 
-    def __init__(self, root: Path, cluster: Any) -> None:
-        self.root, self.cluster = root, cluster
+    def __init__(self, root: Path, project: Path, cluster: Any) -> None:
+        self.root, self.project, self.cluster = root, project, cluster
+        self.env: dict[str, str] = cluster.env | {"CIFAR_HPC_ROOT": str(root)}
         self.frozen: list[int] = []
 
-    def python(self, *arguments: str, project: Path = PROJECT, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    def python(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
         """Run Python in the project's folder; its exit status must be `expect`."""
         done = subprocess.run(
             [sys.executable, *arguments],
-            cwd=project,
-            env=self.cluster.env | {"CIFAR_HPC_ROOT": str(self.root)},
+            cwd=self.project,
+            env=self.env,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -85,7 +86,9 @@ class Lab:
         self.frozen.clear()
         self.cluster.run(["scancel", "--user", str(os.getuid())])
         until("the queue is empty", lambda: not self.queued())
-        for node in self.cluster.run(["sinfo", "--noheader", "--Node", "--states=down,drain", "--format=%N"]).stdout.split():
+        for node in self.cluster.run(
+            ["sinfo", "--noheader", "--Node", "--states=down,drain", "--format=%N"]
+        ).stdout.split():
             self.cluster.scontrol("update", f"nodename={node}", "state=resume")
         idle = ["sinfo", "--noheader", "--Node", "--format=%T"]
         until("all nodes are idle", lambda: set(self.cluster.run(idle).stdout.split()) == {"idle"})
@@ -101,11 +104,9 @@ class Run:
 
     # ------------------------------------------------------------ commands
 
-    def submit(self, *arguments: str, project: Path = PROJECT, expect: int = 0) -> dict[str, Any]:
+    def submit(self, *arguments: str, expect: int = 0) -> dict[str, Any]:
         """submit.py --json; returns its answer."""
-        done = self.lab.python(
-            "submit.py", *arguments, "--name", self.name, "--json", project=project, expect=expect
-        )
+        done = self.lab.python("submit.py", *arguments, "--name", self.name, "--json", expect=expect)
         answer: dict[str, Any] = json.loads(done.stdout)
         if expect == 0:
             assert answer["run"] == self.name and answer["cluster"] == "slurm"
@@ -159,28 +160,23 @@ class Run:
             f"{self.name}: {kinds} {count}", lambda: self.events(*kinds)[count - 1 : count], self.report
         )[0]
 
-    def wait_mid_epoch(self, epochs_done: int, step: int = 0) -> Event:
-        """The first checkpoint after `step` that lies within an epoch, with at least `epochs_done` behind it."""
+    def wait_mid_epoch(self) -> Event:
+        """The first checkpoint within an epoch that is not the run's first."""
 
         def found() -> list[Event]:
             assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
-            return [
-                row
-                for row in self.events("checkpoint")
-                if row["epoch"] >= epochs_done and row["step_in_epoch"] and row["step"] > step
-            ]
+            return [row for row in self.events("checkpoint") if row["epoch"] and row["step_in_epoch"]]
 
         return until(f"{self.name}: a checkpoint within an epoch", found, self.report)[0]  # type: ignore[no-any-return]
 
-    def freeze(self) -> int:
+    def freeze(self) -> None:
         """Stop rank 0 where it is, so that no machine is fast enough to finish before what the test does next.
 
-        Slurm sends SIGCONT before each SIGTERM, which lets it go on. Returns the process id.
+        Slurm sends SIGCONT along with each of its signals, which lets the process go on and see them.
         """
         pid = int(json.loads((self.logs / "run.lock").read_text())["pid"])
         os.kill(pid, signal.SIGSTOP)
         self.lab.frozen.append(pid)
-        return pid
 
     def job(self) -> dict[str, str]:
         """`scontrol show job` of its job."""
@@ -202,14 +198,17 @@ class Run:
 
     def task_processes(self) -> list[int]:
         """Process ids of its tasks, on whatever node of this machine."""
-        wanted = f"SLURM_JOB_NAME={self.name}\0".encode(), f"CIFAR_HPC_ROOT={self.lab.root}\0".encode()
+        wanted = (f"SLURM_JOB_NAME={self.name}\0".encode(), f"CIFAR_HPC_ROOT={self.lab.root}\0".encode())
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and b"submitit.core._submit" in (entry / "cmdline").read_bytes():
+                if not entry.name.isdigit():
+                    continue
+                # srun's own command line has the tasks' in it
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                if command[0] == os.fsencode(sys.executable) and b"submitit.core._submit" in command:
                     environment = (entry / "environ").read_bytes()
-                    # srun has the command on its own line, too; only a task has a rank.
-                    if all(w in environment for w in wanted) and b"SLURM_PROCID=" in environment:
+                    if all(words in environment for words in wanted):
                         found.append(int(entry.name))
             except OSError:
                 continue  # gone meanwhile
@@ -245,11 +244,11 @@ class Run:
         assert self.wait("resumed", count=count)["step"] == step, self.report()
 
 
-def copy_project(target: Path) -> Path:
-    """What is needed to submit, copied to where a test may break it."""
+def copy_project(source: Path, target: Path) -> Path:
+    """What is needed to submit, copied to `target`."""
     for name in ("cifar_hpc", "slurm", "jobs"):
-        shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PROJECT / "submit.py", target)
+        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source / "submit.py", target)
     return target
 
 
