@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,14 @@ class Lab:
         """Ids of the jobs in the queue."""
         done = self.cluster.run(["squeue", "--noheader", "--format=%i"])
         assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        ids: list[str] = done.stdout.split()
+        return ids
 
     def clear(self) -> None:
         """End every job, thaw every process, and have every node back in service."""
         for pid in self.frozen:
-            _signal(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         self.frozen.clear()
         self.cluster.run(["scancel", "--user", str(os.getuid())])
         until("the queue is empty", lambda: not self.queued())
@@ -160,14 +162,10 @@ class Run:
             f"{self.name}: {kinds} {count}", lambda: self.events(*kinds)[count - 1 : count], self.report
         )[0]
 
-    def wait_mid_epoch(self) -> Event:
-        """The first checkpoint within an epoch that is not the run's first."""
-
-        def found() -> list[Event]:
-            assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
-            return [row for row in self.events("checkpoint") if row["epoch"] and row["step_in_epoch"]]
-
-        return until(f"{self.name}: a checkpoint within an epoch", found, self.report)[0]  # type: ignore[no-any-return]
+    def mid_epoch(self) -> bool:
+        """Whether it has saved a checkpoint within an epoch that is not its first."""
+        assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
+        return any(row["epoch"] and row["step_in_epoch"] for row in self.events("checkpoint"))
 
     def freeze(self) -> None:
         """Stop rank 0 where it is, so that no machine is fast enough to finish before what the test does next.
@@ -244,16 +242,22 @@ class Run:
         assert self.wait("resumed", count=count)["step"] == step, self.report()
 
 
+def freeze_mid_epoch(*runs: Run) -> None:
+    """Freeze each run as soon as it has saved a checkpoint within an epoch that is not its first."""
+    moving = set(runs)
+
+    def all_frozen() -> bool:
+        for run in [run for run in moving if run.mid_epoch()]:
+            run.freeze()
+            moving.remove(run)
+        return not moving
+
+    until("a checkpoint within an epoch", all_frozen, lambda: "\n".join(run.report() for run in moving))
+
+
 def copy_project(source: Path, target: Path) -> Path:
     """What is needed to submit, copied to `target`."""
     for name in ("cifar_hpc", "slurm", "jobs"):
         shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(source / "submit.py", target)
     return target
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

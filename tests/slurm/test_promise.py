@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import PATIENCE, PROJECT, Lab, Run, copy_project
+from runs import PATIENCE, PROJECT, Lab, Run, copy_project, freeze_mid_epoch
 
 pytestmark = pytest.mark.slurm
 
@@ -88,7 +88,7 @@ def narrow(root: Path) -> str:
 
 @pytest.fixture(scope="session")
 def reference(root: Path, project: Path, narrow: str, minicluster: Any) -> Iterator[Callable[[], Run]]:
-    """Begins the undisturbed run of the small model, in one plain process without Slurm; calling it waits for the end."""
+    """Begins the small model's undisturbed run, one plain process without Slurm; calling it waits for the end."""
     lab = Lab(root, project, minicluster)
     run = lab.run("reference")
     command = [sys.executable, "-m", "cifar_hpc", "train", narrow, "--name", run.name]
@@ -151,9 +151,7 @@ def test_partitions_that_cancel_or_give_no_grace(lab: Lab, narrow: str, referenc
     cancelable, nograce = lab.run("cancelable"), lab.run("nograce")
     cancelable.submit(narrow, "--partition", "cancelable", "--nodelist", "node1")
     nograce.submit(narrow, "--partition", "nograce", "--nodelist", "node2")
-    for run in (cancelable, nograce):
-        run.wait_mid_epoch()
-        run.freeze()
+    freeze_mid_epoch(cancelable, nograce)
     with lab.urgent("-N2"):
         for run in (cancelable, nograce):
             assert run.wait_job(JobState="PENDING", Reason="BeginTime")["Restarts"] == "1"
@@ -186,8 +184,7 @@ def test_without_scontrol_slurm_is_left_to_requeue(
     profile.write_text(f"setup: ['export PATH={programs}']\n")
     run = short_lab.run("no-scontrol")
     run.submit(narrow, "--profile", str(profile), "--partition", "gpu", "--nodelist", "node1")
-    run.wait_mid_epoch()
-    run.freeze()
+    freeze_mid_epoch(run)
     with short_lab.urgent("--nodelist=node1"):
         assert "requeueing is left to Slurm" in run.wait("holding")["explanation"]
         assert run.wait_job(JobState="PENDING", Reason="BeginTime")["Restarts"] == "1"
@@ -210,9 +207,8 @@ def test_time_limit(lab: Lab, narrow: str, reference: Callable[[], Run]) -> None
     gives_up.submit(*limited, "timeouts.max=0", "--nodelist", "node2")
     # From the middle of an epoch on they have one minute left, however long it has taken them to get there.
     # Slurm looks at time limits every 30 s, so its warning comes with 30 to 60 s left.
+    freeze_mid_epoch(goes_on, gives_up)
     for run in (goes_on, gives_up):
-        run.wait_mid_epoch()
-        run.freeze()
         lab.cluster.scontrol("update", f"jobid={run.job_id}", "EndTime=now+60")
     assert goes_on.wait_job(JobState="PENDING", Reason="BeginTime")["Restarts"] == "1"
     assert [e["reason"] for e in goes_on.events("requeued")] == ["timeout"]
@@ -236,8 +232,7 @@ def test_time_limit(lab: Lab, narrow: str, reference: Callable[[], Run]) -> None
 def test_node_goes_down(lab: Lab, narrow: str, reference: Callable[[], Run]) -> None:
     run = lab.run("node-down")
     run.submit(narrow, "--partition", "gpu")
-    run.wait_mid_epoch()
-    run.freeze()
+    freeze_mid_epoch(run)
     node = run.job()["NodeList"]
     try:
         assert lab.cluster.scontrol("update", f"nodename={node}", "state=down", "reason=test").returncode == 0
@@ -258,8 +253,7 @@ def test_node_goes_down(lab: Lab, narrow: str, reference: Callable[[], Run]) -> 
 def test_scancel_is_final_and_a_new_submission_goes_on(lab: Lab, narrow: str, reference: Callable[[], Run]) -> None:
     run = lab.run("scancelled")
     run.submit(narrow, "--partition", "gpu")
-    run.wait_mid_epoch()
-    run.freeze()
+    freeze_mid_epoch(run)
     first = run.job_id
     lab.cluster.run(["scancel", first])
     assert run.wait_gone()["JobState"] == "CANCELLED"
@@ -285,7 +279,7 @@ def test_crash_of_a_run_that_nobody_else_may_write(lab: Lab, narrow: str, refere
     run.wait("started")
     refused = run.submit(narrow, "--partition", "gpu", expect=4)
     assert refused["exit_code"] == 4 and f"job {run.job_id} " in refused["error"]
-    run.wait_mid_epoch()
+    freeze_mid_epoch(run)
     tasks = run.task_processes()
     assert len(tasks) == 2
     for pid in tasks:
@@ -355,9 +349,7 @@ def test_full_model_on_two_nodes_is_preempted_and_goes_on(lab: Lab, images: Path
 
     for run in (same, fewer):
         run.submit(*spec, "--nodes", "2")
-    for run in (same, fewer):
-        run.wait_mid_epoch()
-        run.freeze()
+    freeze_mid_epoch(same, fewer)
     asked = time.time()
     with lab.urgent("-N2") as urgent:
         for run in (same, fewer):
