@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cifar_hpc.errors import UserError
+
+T = TypeVar("T")
 
 
 class Wish(IntEnum):
@@ -30,6 +37,25 @@ class Agreement:
         self.world_size, self.lag = world_size, lag
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._pending: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def from_rank_0(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank; its exception, too, is raised on every rank."""
+        if self._group is None:
+            return work()
+        box: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = error
+            except Exception as error:  # any other may not be one that can be sent
+                box[1] = RuntimeError(f"{type(error).__name__} on rank 0: {error}\n{traceback.format_exc()}")
+        dist.broadcast_object_list(box, 0, group=self._group)
+        if isinstance(box[1], UserError):
+            box[1].everywhere = True
+        if box[1] is not None:
+            raise box[1]
+        return box[0]  # type: ignore[no-any-return]
 
     def after_step(self, wish: Wish) -> Wish:
         """The wish that all ranks heed after this step."""

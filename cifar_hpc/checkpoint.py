@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cifar_hpc.errors import RunFailedError
+
 FORMAT = 1
 REQUIRED = (
     "format",
@@ -89,17 +91,26 @@ def read(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint.
 
     Raises:
-        BadCheckpointError: for a file that is damaged, foreign, or of another format version.
+        BadCheckpointError: for a file that is damaged or foreign.
+        RunFailedError: for a file of another format version, which is not damaged.
+        OSError: where it cannot be read just now.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise BadCheckpointError(f"not readable ({type(error).__name__})") from None
+    except (OSError, MemoryError):
+        raise  # says nothing about the file; trying again may help
     except Exception as error:  # torch.load fails in many ways on a damaged file
         words = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0][:120]
         raise BadCheckpointError(f"not readable ({type(error).__name__}: {words})") from None
     if not isinstance(state, dict) or "format" not in state:
         raise BadCheckpointError("not a checkpoint of cifar_hpc")
     if state["format"] != FORMAT:
-        raise BadCheckpointError(f"format version {state['format']}, but this code reads {FORMAT}")
+        raise RunFailedError(
+            f"{path}: format version {state['format']}, but this code reads version {FORMAT}. "
+            "HINT: use the cifar_hpc that wrote it, or begin the run anew under another --name."
+        )
     missing = [key for key in REQUIRED if key not in state]
     if missing:
         raise BadCheckpointError(f"incomplete: {', '.join(missing)} missing")

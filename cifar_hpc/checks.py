@@ -64,10 +64,10 @@ def check_free(paths: RunPaths, on_slurm: bool) -> None:
     if owner is not None:
         raise RunBusyError(f"run {paths.name} is being trained by {runlock.describe(owner)}.")
     if on_slurm:
-        jobs = slurm.queue(paths.name)
-        if jobs:
+        job = slurm.queue(paths.root).get(paths.name)
+        if job is not None:
             raise RunBusyError(
-                f"run {paths.name} is already in the queue as job {jobs[0].job_id} ({jobs[0].state}). "
+                f"run {paths.name} is already in the queue as job {job.job_id} ({job.state}). "
                 f"HINT: python -m cifar_hpc cancel {paths.name}"
             )
     controller = local_controller(paths)

@@ -84,12 +84,25 @@ def connect(launch: Launch, device: torch.device) -> None:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
         return
     store = _meet(launch, launch.rendezvous, timeout)
+    _wait_for_all(store, launch)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=bound
     )
     dist.barrier()
     if launch.rank == 0:
         launch.rendezvous.unlink(missing_ok=True)
+
+
+def _wait_for_all(store: dist.TCPStore, launch: Launch) -> None:
+    # NCCL waits for missing ranks without end; a rank that has failed on its way here must not hold the others' GPUs.
+    store.set(f"here/{launch.rank}", "")
+    try:
+        store.wait([f"here/{rank}" for rank in range(launch.world_size)], timedelta(seconds=RENDEZVOUS_SECONDS))
+    except dist.DistStoreError:
+        raise RunFailedError(
+            f"not all of the {launch.world_size} processes came up within {RENDEZVOUS_SECONDS} s. "
+            "HINT: the log of the one that failed is beside this one."
+        ) from None
 
 
 def _meet(launch: Launch, path: Path, timeout: timedelta) -> dist.TCPStore:

@@ -44,6 +44,8 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
     if spec.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Every buffer is written before it is read, so filling them first would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -206,7 +208,18 @@ class Engine:
         if self.layout.world_size > 1:
             dist.all_reduce(sums)  # every row has one rank that is not zero: exact, whatever the order
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
-        self.check_finite()
+        try:
+            self.check_finite()
+            # A step of finite loss may leave weights that are not; a checkpoint of those would be no good one.
+            weights = [p.detach() for p in self.model.parameters()]
+            if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+                raise RunFailedError(
+                    f"the weights became NaN or infinite by update {self.updates}. The last good checkpoint is kept. "
+                    "HINT: lower optimizer.lr, or set train.amp=fp32."
+                )
+        except RunFailedError as error:
+            error.everywhere = True  # all ranks have the same sums and the same weights
+            raise
         return sums.cpu()
 
     def loss_so_far(self, images: int) -> tuple[float, float]:

@@ -11,6 +11,7 @@ class UserError(Exception):
     """Something the user can mend. The message names the key or file, the value, what is allowed, and a hint."""
 
     exit_code = 2
+    everywhere = False  # whether every rank of a run raises this same error, so that one of them may speak for all
 
 
 class SpecError(UserError):

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from cifar_hpc import __version__, outcome
 from cifar_hpc.agreement import Agreement, Wish
-from cifar_hpc.checkpoint import history, read
+from cifar_hpc.checkpoint import digest, history, read
 from cifar_hpc.context import Context
 from cifar_hpc.data import Dataset, Interrupted, load_dataset
 from cifar_hpc.distributed import connect, disconnect, resolve_device
 from cifar_hpc.engine import Engine, configure_torch, describe_environment, resolve_amp
-from cifar_hpc.errors import UserError
+from cifar_hpc.errors import RunFailedError, UserError
 from cifar_hpc.runlock import RunLock
 from cifar_hpc.runlog import count_starts, read_jsonl, restore_metrics
 from cifar_hpc.shards import ShardLayout
@@ -28,10 +27,8 @@ from cifar_hpc.spec_io import check_resumable, from_plain
 from cifar_hpc.store import CheckpointStore, newest_good
 from cifar_hpc.trainer import Position, Trainer
 
-T = TypeVar("T")
-
 # After a requeue the last attempt of this job may still be dying on its node.
-LOCK_PATIENCE_SECONDS = {"slurm": 120.0, "local": 20.0, None: 3.0}
+LOCK_PATIENCE_SECONDS = {"slurm": 300.0, "local": 20.0, None: 3.0}
 
 
 class Job:
@@ -41,6 +38,7 @@ class Job:
         self.context = context
         self.lock = RunLock(context.paths.lock)
         self.trainer: Trainer | None = None
+        self._state: dict[str, Any] | None = None
 
     def run(self) -> int:
         """Train; returns the exit status that this process should end with."""
@@ -69,41 +67,45 @@ class Job:
             self.trainer.store.wait()
         return self.trainer.position
 
-    def _from_rank_0(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; a user's error there is raised on every rank."""
-        box: list[Any] = [None, None]
-        if self.context.first:
-            try:
-                box[0] = work()
-            except UserError as error:
-                box[1] = error
-        if self.context.launch.world_size > 1:
-            dist.broadcast_object_list(box, 0)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]  # type: ignore[no-any-return]
-
     def _train(self) -> bool:
         spec, launch = self.context.spec, self.context.launch
         device = resolve_device(spec, launch.local_rank)
         configure_torch(spec, device)
         connect(launch, device)
-        self.context.restart = self._from_rank_0(self._open)
-        layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
         agreement = Agreement(launch.world_size, lag=1 if device.type == "cuda" else 0)
-        chosen = self._from_rank_0(self._choose_checkpoint)
-        data = self._load_data(agreement).to(device)
-        engine = Engine(spec, device, layout, data, resolve_amp(spec, device))
-        environment = describe_environment(spec, device)
-        state = read(chosen) if chosen is not None else None
+        self.context.restart = agreement.from_rank_0(self._open)
+        layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
+        chosen = agreement.from_rank_0(self._choose_checkpoint)
+        data = self._load_data(agreement)
+        environment = describe_environment(spec, device) | {"data": digest([data.train_images, data.train_labels])}
+        state = self._state or (read(chosen) if chosen is not None else None)
         if state is not None:
-            check_resumable(from_plain(state["spec"]), spec, self.context.paths.name)
+            self._check_fits(state, environment)
+        # A rank that has failed so far is noticed here, where gloo tells of it; NCCL would wait for it.
+        agreement.now(Wish.GO_ON)
+        engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
         store = self._open_store() if self.context.first else None
         trainer = self.trainer = Trainer(engine, self.context, agreement, store, environment)
         if state is not None:
             trainer.resume(state)
+        self._state = None
         self._announce(chosen, state, environment)
+        agreement.now(Wish.GO_ON)
         return trainer.train()
+
+    def _check_fits(self, state: dict[str, Any], environment: dict[str, Any]) -> None:
+        """The checkpoint is of this spec and of these images.
+
+        Raises:
+            UserError: names what differs.
+        """
+        spec = self.context.spec
+        check_resumable(from_plain(state["spec"]), spec, self.context.paths.name)
+        if state["environment"]["data"] != environment["data"]:
+            raise RunFailedError(
+                f"data.root: the training images in {self.context.paths.root / spec.data.root} are not those that run "
+                f"{self.context.paths.name} was started with. HINT: give the run on other images another --name."
+            )
 
     def _open(self) -> int:
         owner = {
@@ -122,11 +124,13 @@ class Job:
             return None
         for path, reason in found.bad:
             aside = path.with_name(path.name + ".damaged")
-            path.replace(aside)  # out of the way of retention and of the next start
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(aside)  # out of the way of retention and of the next start
             self.context.emit("fallback", file=path.name, moved_to=aside.name, reason=reason)
             self.context.log.line(
                 f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
             )
+        self._state = found.state  # so that rank 0 does not read it twice
         return found.path
 
     def _load_data(self, agreement: Agreement) -> Dataset:
@@ -143,7 +147,7 @@ class Job:
 
         # Rank 0 goes first, so that a folder is decoded once and the others find the cache.
         mine: list[Dataset | None] = []
-        self._from_rank_0(lambda: mine.append(load()))
+        agreement.from_rank_0(lambda: mine.append(load()))
         if agreement.now(Wish.STOP if self.context.stop.requested else Wish.GO_ON) is Wish.STOP:
             raise Interrupted
         data = mine[0] if mine else load_dataset(self.context.spec.data, self.context.paths.root)

@@ -98,7 +98,7 @@ def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
         timeout_min=parse_time(resources.time) / 60,
         tasks_per_node=resources.ntasks_per_node,
         gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus_per_node,
-        signal_delay_s=resources.warning_seconds,
+        signal_delay_s=_warning_seconds(spec),
         stderr_to_stdout=True,
     )
     with contextlib.chdir(code):
@@ -153,13 +153,18 @@ def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
         "nodelist": resources.nodelist,
         "comment": resources.comment,
         "dependency": ",".join(["singleton", *others]),
-        "signal_delay_s": resources.warning_seconds,
+        "signal_delay_s": _warning_seconds(spec),
         "stderr_to_stdout": True,
         "wckey": None,
         "setup": list(site.setup) or None,
         "srun_args": srun or None,
         "additional_parameters": {k: v for k, v in plain.items() if v is not None},
     }
+
+
+def _warning_seconds(spec: Spec) -> int:
+    """resources.warning_seconds, or less under a time limit so short that the warning would come at the start."""
+    return min(spec.resources.warning_seconds, max(10, parse_time(spec.resources.time) // 4))
 
 
 @contextlib.contextmanager

@@ -10,15 +10,17 @@ from datetime import datetime
 
 from cifar_hpc import slurm
 from cifar_hpc.context import Context
-from cifar_hpc.errors import SchedulerError, UserError
-from cifar_hpc.preemption import Decision, decide
-from cifar_hpc.runlog import append_line, count_requeues, read_jsonl
+from cifar_hpc.errors import RunBusyError, SchedulerError, UserError
+from cifar_hpc.preemption import ALIVE, Decision, decide
+from cifar_hpc.runlog import append_line, count_requeues, read_jsonl, since_submission
 from cifar_hpc.trainer import Position
 
 # submitit's local controller starts the tasks again when one exits with this (submitit.local.local).
 LOCAL_REQUEUE_STATUS = 144
+# That controller does so at most this often (submitit.local.local, Controller.run).
+LOCAL_REQUEUES = 5
 # How long a process holds still for Slurm to end it, where it could not ask for a requeue itself.
-HOLD_SECONDS = 900
+HOLD_SECONDS = 3600
 
 
 def finished(context: Context, position: Position | None) -> None:
@@ -41,10 +43,14 @@ def stopped(context: Context, position: Position | None) -> int:
     context.log.line(f"STOPPED by {name}: {at}")
     if context.launch.scheduler == "slurm":
         return _leave_slurm(context)
+    if context.launch.scheduler == "local" and not context.first:
+        return 0  # what rank 0 answers decides for all
     if context.launch.scheduler == "local" and name != "SIGTERM":
-        context.emit("requeued", reason="preemption")
-        context.log.line("requeued: the local executor starts the run again")
-        return LOCAL_REQUEUE_STATUS
+        if _requeues(context, "preemption") < LOCAL_REQUEUES:
+            context.emit("requeued", reason="preemption")
+            context.log.line("requeued: the local executor starts the run again")
+            return LOCAL_REQUEUE_STATUS
+        context.log.line(f"the local executor starts a job again {LOCAL_REQUEUES} times at most")
     context.log.line("not requeued; submit the same again to go on from here")
     context.emit("left", reason="stopped", explanation=f"{name} outside Slurm")
     return 128 + (received or 15)
@@ -100,14 +106,18 @@ def failed(context: Context, error: Exception, text: str, position: Position | N
 
     Returns the exit status.
     """
+    print(f"error: {text.rstrip()}", file=sys.stderr, flush=True)
+    if isinstance(error, RunBusyError):
+        return error.exit_code  # the logs belong to the process that holds the run
+    if isinstance(error, UserError) and error.everywhere and not context.first:
+        return error.exit_code
     where = f"rank {context.launch.rank} ({socket.gethostname()})"
     append_line(context.paths.train_log, f"{datetime.now():%Y-%m-%d %H:%M:%S} FAILED on {where}: {text.rstrip()}")
-    print(f"error: {text.rstrip()}", file=sys.stderr, flush=True)
     if not context.first:
         time.sleep(5)  # rank 0 hears of it through its broken connection, and may want to requeue
         return 1
     step = position.step if position else 0
-    earlier = [e for e in read_jsonl(context.paths.events) if e.get("event") == "failed"]
+    earlier = [e for e in since_submission(read_jsonl(context.paths.events)) if e.get("event") == "failed"]
     progress = not earlier or step > int(earlier[-1].get("step") or 0)
     context.emit("failed", step=step, error=f"{type(error).__name__}: {error}".splitlines()[0][:500])
     if again and progress and context.launch.scheduler == "slurm" and context.spec.resources.requeue:
@@ -121,7 +131,7 @@ def _requeue_failure(context: Context) -> None:
         context.log.line(f"not requeued: failures.max ({limit}) is used up; submit again to go on")
         return
     try:
-        if slurm.job_fields(context.launch.job_id or "").get("JobState") == "RUNNING":
+        if slurm.job_fields(context.launch.job_id or "").get("JobState") in ALIVE:
             context.emit("requeued", reason="failure")
             context.log.line(f"requeueing after failure {used + 1} of at most {limit}")
             slurm.requeue(context.launch.job_id or "")
@@ -130,4 +140,4 @@ def _requeue_failure(context: Context) -> None:
 
 
 def _requeues(context: Context, reason: str) -> int:
-    return count_requeues(read_jsonl(context.paths.events)).get(reason, 0)
+    return count_requeues(since_submission(read_jsonl(context.paths.events))).get(reason, 0)

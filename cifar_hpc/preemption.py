@@ -11,6 +11,9 @@ from types import FrameType
 from cifar_hpc.slurm import parse_instant
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# What `scontrol show job` calls a job that holds its nodes. While a SIGCONT is on its way, which Slurm sends along with
+# its warnings, the job is SIGNALING (seen with a checkpoint written in 20 ms); STOPPED until a SIGSTOP is taken back.
+ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "RESIZING")
 # Slurm delivers --signal=USR2@S up to a minute early (sbatch(1)).
 EARLY_SECONDS = 60
 
@@ -83,9 +86,9 @@ def decide(
     if fields is None:
         return Decision("hold", "unknown", "scontrol does not answer, so requeueing is left to Slurm; waiting for it")
     state = fields.get("JobState", "")
-    if state != "RUNNING":
-        if int(fields.get("Restarts") or 0) > own_restarts:
-            return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
+    if state != "RUNNING" and int(fields.get("Restarts") or 0) > own_restarts:
+        return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
+    if state not in ALIVE:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
         return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
     preempted = parse_instant(fields.get("PreemptTime")) is not None
@@ -97,4 +100,4 @@ def decide(
         return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
     if timeout and timeouts_left <= 0:
         return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
-    return Decision("requeue", reason, f"JobState=RUNNING: {reason}; requeueing")
+    return Decision("requeue", reason, f"JobState={state}: {reason}; requeueing")

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cifar_hpc import runlock, slurm
+from cifar_hpc import runlock
 from cifar_hpc.checks import local_controller
-from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.errors import UserError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.runlog import count_requeues, count_starts, read_jsonl
@@ -50,19 +50,11 @@ class RunState:
         return asdict(self)
 
 
-def queued_jobs() -> dict[str, QueuedJob]:
-    """This user's jobs by name, from one squeue call; empty where there is no Slurm."""
-    try:
-        return {job.name: job for job in slurm.queue()}
-    except SchedulerError:
-        return {}
-
-
 def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
     """The state of one run.
 
     Args:
-        jobs: as `queued_jobs` returns them.
+        jobs: as `slurm.queue` returns them.
     """
     events, rows = read_jsonl(paths.events), read_jsonl(paths.metrics)
     try:

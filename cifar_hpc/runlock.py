@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -56,7 +57,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        return None if _try_lock(descriptor) else read_owner(path)
+        return None if _try_lock(descriptor, fcntl.LOCK_SH) else read_owner(path)
     finally:
         os.close(descriptor)
 
@@ -76,9 +77,14 @@ def describe(owner: dict[str, Any]) -> str:
     return f"{job} (pid {owner.get('pid', '?')} on {owner.get('host', '?')})"
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    # A look takes the lock shared, so that two who look at once do not take each other for the holder.
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        # A file system without locks (some Lustre and NFS mounts): there --dependency=singleton stands alone.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,16 +22,21 @@ def utc_now() -> str:
 def append_line(path: Path, line: str) -> None:
     """Append whole lines with one write(2), so that lines of several processes never mix.
 
-    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one.
+    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one. A log that cannot be
+    written is no reason to end a run: the line then goes to standard error. The rows of metrics.jsonl are in every
+    checkpoint too, and `restore_metrics` puts them back.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        size = os.fstat(descriptor).st_size
-        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" * cut + line + "\n").encode())
-    finally:
-        os.close(descriptor)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, ("\n" * cut + line + "\n").encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; the line was: {line}", file=sys.stderr, flush=True)
 
 
 class TrainLog:
@@ -82,6 +88,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def since_submission(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events since the run was last submitted: limits of retries begin anew with each submission."""
+    last = max((i for i, row in enumerate(events) if row.get("event") == "submitted"), default=0)
+    return list(events[last:])
 
 
 def count_requeues(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:

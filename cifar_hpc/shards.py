@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_hpc.errors import RunFailedError
@@ -130,8 +130,3 @@ class ShardReducer:
                 start = row.storage_offset() + view.storage_offset() - buffer.storage_offset()
                 row.as_strided(parameter.shape, parameter.stride(), start).copy_(kept[parameter])
         return rows
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, or the module itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

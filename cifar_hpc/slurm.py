@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import shutil
 import subprocess
@@ -49,7 +48,7 @@ def answers() -> bool:
     except SchedulerError as error:
         if "Invalid job id" in str(error):
             return True
-        if not os.environ.get("SLURM_CONF") and not Path("/etc/slurm/slurm.conf").exists():
+        if _unconfigured(error):
             return False
         raise SchedulerError(
             f"Slurm is installed but does not answer: {error} HINT: try again, or use --cluster local "
@@ -101,11 +100,28 @@ class QueuedJob:
     reason: str
     start: str  # expected or actual, as squeue prints it
     nodes: str
+    directory: str  # the folder it works in: the run's code snapshot
 
 
-def queue(name: str | None = None) -> list[QueuedJob]:
-    """This user's jobs in the queue, all of them in one call, or those of one name."""
-    arguments = ["squeue", "--noheader", "--user", getpass.getuser(), "--format=%i|%j|%T|%r|%S|%N"]
-    if name is not None:
-        arguments.append(f"--name={name}")
-    return [QueuedJob(*line.split("|", 5)) for line in command(arguments).splitlines() if line.count("|") >= 5]
+def queue(root: Path) -> dict[str, QueuedJob]:
+    """This user's jobs of runs under `root`, by the run's name, from one call; empty where there is no Slurm.
+
+    Raises:
+        SchedulerError: where there is a Slurm and it does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return {}
+    try:
+        text = command(["squeue", "--noheader", "--user", getpass.getuser(), "--format=%i|%j|%T|%r|%S|%N|%Z"])
+    except SchedulerError as error:
+        if _unconfigured(error):
+            return {}
+        raise
+    lines = text.splitlines()
+    jobs = [QueuedJob(*line.split("|", 6)) for line in lines if line.count("|") >= 6]
+    return {job.name: job for job in jobs if Path(job.directory).is_relative_to(root / "logs" / job.name)}
+
+
+def _unconfigured(error: SchedulerError) -> bool:
+    """Whether Slurm's programs are installed here without belonging to any cluster."""
+    return any(words in str(error) for words in ("configuration source", "Unable to process configuration file"))

@@ -13,6 +13,24 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.slurm_time import parse_time
 from cifar_hpc.spec_fields import option
 
+# Options of sbatch that would undo what resuming and requeueing rest on, and what to use in their place.
+RESERVED_SBATCH = {
+    "array": "one submission for each run",
+    "chdir": "the code snapshot, where jobs run,",
+    "dependency": "--dependency",
+    "error": "logs/<run>/slurm",
+    "job-name": "--name",
+    "no-requeue": "--no-requeue",
+    "nodes": "--nodes",
+    "ntasks": "--nodes and resources.tasks_per_node",
+    "ntasks-per-node": "resources.tasks_per_node",
+    "open-mode": "logs/<run>/slurm",
+    "output": "logs/<run>/slurm",
+    "requeue": "resources.requeue",
+    "signal": "resources.warning_seconds",
+    "time": "--time",
+}
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -66,7 +84,10 @@ class TrainSpec:
     compile: bool = option(False, "compile the model with torch.compile")
     device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
     cpu_threads: int | None = option(
-        None, "threads of a process, part of the bits on a CPU; null is cpus_per_task, or this machine's share", low=1
+        None,
+        "threads of a process, part of the bits on a CPU; null is cpus_per_task, or without it 1 under Slurm and "
+        "a share of this machine elsewhere",
+        low=1,
     )
     log_seconds: float = option(30.0, "seconds between two progress lines in train.log", above=0, high=60)
 
@@ -119,7 +140,9 @@ class ResourcesSpec:
     dependency: str | None = option(None, "further job dependencies, beside singleton")
     comment: str | None = option(None, "job comment; some sites read wishes from it")
     requeue: bool = option(True, "requeue the job after a preemption, a timeout or a node failure")
-    warning_seconds: int = option(120, "seconds before the time limit at which Slurm sends SIGUSR2", low=10)
+    warning_seconds: int = option(
+        120, "seconds before the time limit at which Slurm sends SIGUSR2; a quarter of a short limit at most", low=10
+    )
     sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names")
 
     @property
@@ -170,6 +193,16 @@ def check(spec: Spec) -> Spec:
             f"checkpoint.every_minutes: {checkpoint.every_minutes:g} and checkpoint.every_steps: "
             f"{checkpoint.every_steps} are both given; allowed: one of them."
         )
+    if train.compile and train.deterministic:
+        raise SpecError(
+            "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
+            "of restarts and the number of processes; such a run resumes exactly, but not to the same bits."
+        )
+    for name in spec.resources.sbatch:
+        if name in RESERVED_SBATCH:
+            raise SpecError(
+                f"resources.sbatch.{name}: is set by cifar_hpc itself. HINT: use {RESERVED_SBATCH[name]} instead."
+            )
     if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
         raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
     _check_device(train.device)

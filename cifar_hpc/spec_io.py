@@ -167,6 +167,8 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
 def run_name(job: str, spec: Spec) -> str:
     """`<job>-<8 hex digits>` of what differs from the defaults, so that the same spec finds the same run."""
     changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not _covered(k, NOT_IN_NAME)}
+    if spec.data.source == "folder":
+        changed["data.root"] = spec.data.root  # here it says which images; elsewhere only where the same ones are
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{job}-{digest[:8]}"
 
@@ -177,5 +179,5 @@ def check_run_name(name: str) -> str:
         return name
     raise SpecError(
         f"--name: {name!r} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
-        "beginning with a letter or a digit."
+        "beginning with a letter or a digit. HINT: without --name it is made from the job file's name."
     )

@@ -7,8 +7,9 @@ import sys
 import time
 from datetime import timedelta
 
+from cifar_hpc import slurm
 from cifar_hpc.paths import all_runs, find_run, project_root
-from cifar_hpc.run_state import RunState, queued_jobs, read_state
+from cifar_hpc.run_state import RunState, read_state
 
 WATCH_SECONDS = 3.0
 COLUMNS = ("RUN", "STATE", "EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RESTARTS", "RANKS", "LOG AGE", "JOB", "DETAIL")
@@ -31,7 +32,7 @@ def status(runs: list[str], *, watch: bool, as_json: bool) -> int:
 def _read(runs: list[str]) -> list[RunState]:
     root = project_root()
     paths = [find_run(root, name) for name in runs] if runs else all_runs(root)
-    jobs = queued_jobs()
+    jobs = slurm.queue(root)
     return [read_state(p, jobs) for p in paths]
 
 

@@ -11,14 +11,13 @@ from cifar_hpc import runlock, slurm
 from cifar_hpc.checks import local_controller
 from cifar_hpc.errors import SpecError
 from cifar_hpc.paths import RunPaths, find_run, project_root
-from cifar_hpc.run_state import queued_jobs
 from cifar_hpc.runlog import append_event
 
 
 def requeue(run: str) -> int:
     """Requeue a running job by the way of a checkpoint; let a requeued one start now instead of in two minutes."""
     paths = find_run(project_root(), run)
-    job = queued_jobs().get(run)
+    job = slurm.queue(paths.root).get(run)
     if job is not None and job.state == "PENDING":
         if "held" in job.reason.lower():  # JobHeldUser, or launch_failed_requeued_held after a node's trouble
             slurm.command(["scontrol", "release", job.job_id])
@@ -38,7 +37,7 @@ def requeue(run: str) -> int:
 def cancel(run: str) -> int:
     """Cancel a run's job; a running one saves a checkpoint first, and submitting again goes on from there."""
     paths = find_run(project_root(), run)
-    job = queued_jobs().get(run)
+    job = slurm.queue(paths.root).get(run)
     if job is not None:
         slurm.cancel(job.job_id)
         print(f"job {job.job_id} is cancelled; submit again to go on from its checkpoint")

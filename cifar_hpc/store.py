@@ -142,7 +142,8 @@ class CheckpointStore:
         try:
             os.link(self.directory / name, temporary)
         except OSError:  # a file system without hard links
-            temporary.write_bytes((self.directory / name).read_bytes())
+            write_atomic(self.directory / BEST, (self.directory / name).read_bytes())
+            return
         temporary.replace(self.directory / BEST)
         sync_directory(self.directory)
 

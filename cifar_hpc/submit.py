@@ -102,6 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return SpecError.exit_code
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return SpecError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was submitted", file=sys.stderr)
+        return 130
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -115,7 +121,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = Path(arguments.job) if arguments.job else DEFAULT_JOB
     overrides = [*arguments.overrides, *_resource_overrides(arguments)]
     spec = load_spec(job, overrides, {"resources": defaults})
-    name = check_run_name(arguments.name) if arguments.name else run_name(job.stem, spec)
+    name = check_run_name(arguments.name or run_name(job.stem, spec))
     paths = RunPaths(project_root(), name)
 
     if arguments.dry_run:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
+from cifar_hpc import slurm
+from cifar_hpc.errors import SchedulerError
 from cifar_hpc.paths import RunPaths, find_run, project_root
-from cifar_hpc.run_state import RunState, queued_jobs, read_state
+from cifar_hpc.run_state import RunState, read_state
 from cifar_hpc.runlog import read_jsonl
 
 POLL_SECONDS = 0.5
@@ -92,7 +95,9 @@ def _follow(paths: RunPaths, *, epochs_only: bool) -> int:
         # The state is read before the log, so that what was logged up to the end is still printed.
         state: RunState | None = None
         if time.monotonic() - asked >= STATE_SECONDS:
-            state, asked = read_state(paths, queued_jobs()), time.monotonic()
+            asked = time.monotonic()
+            with contextlib.suppress(SchedulerError):  # a controller that is busy or restarting says nothing new
+                state = read_state(paths, slurm.queue(paths.root))
         if follower.poll():
             continue
         if state is not None:

@@ -12,15 +12,17 @@ from cifar_hpc.preemption import StopFlag
 def train(job: str, overrides: list[str], name: str | None) -> int:
     """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
     stop = StopFlag().install(interactive=True)
+    from cifar_hpc.errors import RunBusyError
     from cifar_hpc.freeze import freeze, resolve
     from cifar_hpc.paths import RunPaths, project_root
+    from cifar_hpc.runlock import describe, holder
     from cifar_hpc.spec_io import check_run_name, load_spec, run_name
 
     path = Path(job)
     spec = load_spec(path, overrides)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    paths = RunPaths(project_root(), check_run_name(name) if name else run_name(path.stem, spec))
+    paths = RunPaths(project_root(), check_run_name(name or run_name(path.stem, spec)))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
 
@@ -33,6 +35,9 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         if spec.data.source == "cifar10":
             check_cifar10(paths.root / spec.data.root, download=True)
         paths.create()
+        owner = holder(paths.lock)
+        if owner is not None:
+            raise RunBusyError(f"run {paths.name} is being trained by {describe(owner)}.")
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
     launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))

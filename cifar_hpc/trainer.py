@@ -18,7 +18,7 @@ from cifar_hpc.engine import NO_BAD_STEP, Engine
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.evaluation import Result, evaluate
 from cifar_hpc.randomness import permutation
-from cifar_hpc.runlog import append_line, utc_now
+from cifar_hpc.runlog import append_line, restore_metrics, utc_now
 from cifar_hpc.schedule import learning_rate
 from cifar_hpc.spec_io import to_plain
 from cifar_hpc.store import CheckpointStore
@@ -71,14 +71,24 @@ class Trainer:
         self._saved = (state["step"], state["epoch"])
 
     def train(self) -> bool:
-        """True after the last epoch; False if stopped on request. Either way the state is on disk on return."""
+        """True after the last epoch, with its state on disk; False if stopped on request, with its state on disk if
+        that was possible.
+
+        Raises:
+            RunFailedError: on rank 0, where the final state could not be written; on any, where the loss is not finite.
+        """
         self._clock = self._last_line = self._last_save = time.monotonic()
         self._last_line_images = self._images_done()
         while self.position.epoch < self.spec.train.epochs:
             if not (self._train_epoch() and self._end_epoch()):
-                self._save(durable=True)
+                self._save(queue=True)
+                self._settle()  # if it cannot be written, the older checkpoint has to do
                 return False
-        self._settle()
+        error = self._settle()
+        if error is not None:
+            raise RunFailedError(f"the last checkpoint could not be written: {error}.")
+        if self.store is not None:
+            restore_metrics(self.context.paths.metrics, self.position.history)  # a full disk may have cost a row
         return True
 
     def _train_epoch(self) -> bool:
@@ -108,6 +118,8 @@ class Trainer:
             and not store.busy
             and time.monotonic() - self._last_save >= interval
         )
+        if due:
+            self._last_save = time.monotonic()  # once is enough, also where the wish is heeded a step later
         return Wish.SAVE if due or self._suspect else Wish.GO_ON
 
     def _end_epoch(self) -> bool:
@@ -165,17 +177,10 @@ class Trainer:
             "time": utc_now(),
         }
 
-    def _save(
-        self,
-        durable: bool = False,
-        queue: bool = False,
-        best: bool = False,
-        slow_buffers: dict[str, Tensor] | None = None,
-    ) -> None:
+    def _save(self, queue: bool = False, best: bool = False, slow_buffers: dict[str, Tensor] | None = None) -> None:
         """Snapshot now and write in the background. Collective.
 
         Args:
-            durable: return only when it is on disk.
             queue: wait for a write still under way; otherwise skip this one.
         """
         sums = self.engine.gathered_sums()
@@ -183,7 +188,11 @@ class Trainer:
         self._last_save = time.monotonic()
         position, store = self.position, self.store
         here = (position.step, position.epoch)
-        if store is not None and self._saved != here and (durable or queue or not store.busy):
+        if store is None or (store.busy and not queue):
+            return
+        if store.wait() is not None:
+            self._saved = None  # what could not be written is not saved, and may be tried again
+        if self._saved != here:
             store.save(
                 checkpoint.to_host(
                     {
@@ -204,15 +213,12 @@ class Trainer:
                 best,
             )
             self._saved = here
-        if durable:
-            self._settle()
 
-    def _settle(self) -> None:
-        """Wait until the last checkpoint is on disk, on every rank."""
+    def _settle(self) -> str | None:
+        """Wait, on every rank, until the last checkpoint is on disk; rank 0 gets the reason if it is not."""
         error = self.store.wait() if self.store is not None else None
         self.agreement.now(Wish.GO_ON)
-        if error is not None:
-            raise RunFailedError(f"the last checkpoint could not be written: {error}.")
+        return error
 
     def _tick(self) -> None:
         now = time.monotonic()

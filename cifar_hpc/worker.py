@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_hpc.errors import UserError
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import StopFlag
 
@@ -34,7 +35,10 @@ class Task:
 
         environment = submitit.JobEnvironment()
         paths = RunPaths(Path(self.root), self.name)
-        spec = read_frozen(paths)
+        try:
+            spec = read_frozen(paths)
+        except UserError as error:
+            sys.exit(f"error: {error}")
         if spec is None:
             sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
         attempt = os.environ.get("SLURM_RESTART_COUNT") or "0"

@@ -6,6 +6,7 @@ only safe while torch has started no thread.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -51,6 +52,15 @@ def die_at(owner: Any, name: str, call: int) -> None:
     setattr(owner, name, wrapper)
 
 
+def die_half_way(content: Any, file: Any) -> None:
+    """In place of torch.save: die with half of the file written."""
+    buffer = io.BytesIO()
+    torch.serialization.save(content, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def child(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
@@ -93,6 +103,15 @@ def main(folder: Path) -> None:
             _, status = os.waitpid(child(work), 0)
             assert status == signal.SIGKILL, f"{name} {call}: status {status}"
             step = verify(folder, step, f"{name} {call}")
+    for name in ("half", "half of the same step"):
+
+        def work(first: int = step - (name != "half")) -> None:
+            torch.save = die_half_way
+            write_for_ever(folder, first)
+
+        _, status = os.waitpid(child(work), 0)
+        assert status == signal.SIGKILL, f"{name}: status {status}"
+        step = verify(folder, step, name)
     moments = random.Random(0)
     for _ in range(12):
         pid = child(lambda first=step: write_for_ever(folder, first))  # type: ignore[misc]

@@ -23,7 +23,6 @@ from cifar_hpc.runlog import read_jsonl
 
 
 def gloo_threads() -> int:
-    gc.collect()  # what earlier tests have left in this process
     return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 
 
@@ -47,11 +46,16 @@ def test_ranks_meet_through_a_file_that_is_gone_afterwards(ranks: Ranks, tmp_pat
 
 def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tuple[int, int]:
     """A whole run as one of its processes: its exit status, and how many of gloo's threads outlive it."""
+    gc.collect()  # what earlier tests have left in this process
     before = gloo_threads()
     paths = RunPaths(Path(root), "whole")
     launch = Launch(rank, world, rank, None, None, Path(root) / "slurm" / "rendezvous.json")
-    status = Job(Context(paths, tiny_spec(**sections), launch, StopFlag())).run()
-    return status, gloo_threads() - before
+    job = Job(Context(paths, tiny_spec(**sections), launch, StopFlag()))
+    gc.disable()  # so that none happens to run, as none may happen to run in a user's process
+    try:
+        return job.run(), gloo_threads() - before
+    finally:
+        gc.enable()
 
 
 def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks: Ranks, tmp_path: Path) -> None:

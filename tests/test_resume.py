@@ -141,6 +141,7 @@ def result(runs: Runs, name: str, capsys: pytest.CaptureFixture[str], monkeypatc
     assert leftovers(runs.root) == []
     found = newest_good(runs.root / "checkpoints" / name)
     assert found is not None
+    assert checkpoint.history(found.state) == rows
     best = checkpoint.read(runs.root / "checkpoints" / name / "best.pt")
     return Result(
         report["sums"],

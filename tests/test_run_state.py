@@ -29,7 +29,7 @@ def events(paths: RunPaths, *rows: dict[str, Any]) -> None:
 
 
 def job(state: str, reason: str = "None") -> dict[str, QueuedJob]:
-    return {"run": QueuedJob("7", "run", state, reason, "2026-01-01T00:00:00", "n1")}
+    return {"run": QueuedJob("7", "run", state, reason, "2026-01-01T00:00:00", "n1", "/logs/run")}
 
 
 @pytest.mark.parametrize(

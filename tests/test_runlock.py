@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -104,3 +106,20 @@ def test_a_damaged_owner_is_unknown(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.lock"
     path.write_text(content)
     assert describe(read_owner(path)) == "a process outside any job (pid ? on ?)"
+
+
+def test_two_who_look_at_once_see_no_holder(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.touch()
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as somebody does who looks just now
+        assert holder(path) is None
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("cifar_hpc.runlock.fcntl.flock", flock)
+    RunLock(tmp_path / "run.lock").acquire({"job_id": "1"})
+    assert holder(tmp_path / "run.lock") is None

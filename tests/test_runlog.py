@@ -18,6 +18,7 @@ from cifar_hpc.runlog import (
     metrics_text,
     read_jsonl,
     restore_metrics,
+    since_submission,
     utc_now,
 )
 
@@ -121,3 +122,15 @@ def test_only_an_enabled_log_writes(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[1] == "== run a"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d text", lines[3])
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").write_text("a file where a folder should be")
+    append_line(tmp_path / "logs" / "train.log", "what was to be said")
+    assert "what was to be said" in capsys.readouterr().err
+
+
+def test_limits_begin_anew_with_each_submission() -> None:
+    rows = [{"event": e} for e in ("submitted", "requeued", "submitted", "started")]
+    assert [row["event"] for row in since_submission(rows)] == ["submitted", "started"]
+    assert since_submission(rows[1:2]) == rows[1:2]

@@ -38,10 +38,25 @@ def test_job_fields(fake: Path) -> None:
 
 
 def test_queue(fake: Path) -> None:
-    program(fake, "squeue", "echo '7|a-1|PENDING|Priority|N/A|'; echo '8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]'")
-    first, second = slurm.queue()
+    lines = [
+        f"7|a-1|PENDING|Priority|N/A||{fake}/logs/a-1/code/1f",
+        f"8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]|{fake}/logs/b/code/2e",
+        "9|c|RUNNING|None|N/A|n1|/another/clone/logs/c/code/2e",
+    ]
+    program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    jobs = slurm.queue(fake)
+    assert list(jobs) == ["a-1", "b"]
+    first = jobs["a-1"]
     assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
-    assert second.nodes == "n[1-2]"
+    assert jobs["b"].nodes == "n[1-2]"
+
+
+def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
+    program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert slurm.queue(fake) == {}
+    program(fake, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SchedulerError, match="Unable to contact"):
+        slurm.queue(fake)
 
 
 def test_refusals_carry_the_words(fake: Path) -> None:
@@ -62,8 +77,9 @@ def test_answers(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(fake, "sbatch", "exit 0")
     program(fake, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert slurm.answers()
+    program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert not slurm.answers()
     program(fake, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    monkeypatch.setenv("SLURM_CONF", "/some/slurm.conf")
     with pytest.raises(SchedulerError, match=r"does not answer.*Unable to contact"):
         slurm.answers()
 

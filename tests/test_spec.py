@@ -34,6 +34,8 @@ def test_every_key_is_documented() -> None:
         ({"train": {"shards": 33}}, r"train\.shards: 33 .* train\.batch_size \(32\)"),
         ({"checkpoint": {"every_minutes": 1, "every_steps": 2}}, r"every_minutes: 1 and checkpoint\.every_steps: 2"),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, r"optimizer\.nesterov"),
+        ({"train": {"compile": True}}, r"train\.compile: true needs train\.deterministic: false"),
+        ({"resources": {"sbatch": {"dependency": "afterok:1"}}}, r"resources\.sbatch\.dependency: .* --dependency"),
         ({"train": {"device": "gpu"}}, r"train\.device: 'gpu' .* cuda:N"),
         ({"train": {"device": "cpu:1"}}, r"train\.device"),
         ({"train": {"device": "cuda:x"}}, r"train\.device"),
@@ -55,7 +57,7 @@ def test_devices(device: str) -> None:
     assert tiny_spec(train={"device": device}).train.device == device
 
 
-@pytest.mark.parametrize(("minutes", "steps", "seconds"), [(None, None, 600), (2.5, None, 150), (None, 7, None)])
+@pytest.mark.parametrize(("minutes", "steps", "seconds"), [(None, None, 300), (2.5, None, 150), (None, 7, None)])
 def test_checkpoint_interval(minutes: float | None, steps: int | None, seconds: float | None) -> None:
     assert CheckpointSpec(every_minutes=minutes, every_steps=steps).interval_seconds == seconds
 

@@ -280,3 +280,11 @@ def test_good_run_names(name: str) -> None:
 def test_bad_run_names(name: str) -> None:
     with pytest.raises(SpecError, match="--name"):
         check_run_name(name)
+
+
+def test_the_folder_of_images_names_the_run_only_where_it_says_which_images() -> None:
+    def name(source: str, root: str) -> str:
+        return run_name("j", from_plain({"data": {"source": source, "root": root}}))
+
+    assert name("folder", "/a") != name("folder", "/b")
+    assert name("cifar10", "/a") == name("cifar10", "/b")

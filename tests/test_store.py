@@ -52,7 +52,31 @@ def test_a_killed_writer_leaves_only_what_verifies(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 16 + 12
+    assert len(done.stdout.splitlines()) == 16 + 2 + 12
+
+
+def test_content_is_synced_before_the_name_and_the_name_before_it_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def seen_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        order.append("sync folder" if path.is_dir() else f"sync {path.suffix}")
+        fsync(descriptor)
+
+    def seen_replace(self: Path, target: Path) -> Path:
+        order.append(f"rename to {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(Path, "replace", seen_replace)
+    writer = CheckpointStore(tmp_path, 3, lambda name, entry: order.append("reported"), lambda *what: None)
+    writer.save(state(7))
+    assert writer.wait() is None
+    assert order[:3] == ["sync .tmp", "rename to step_00000007.pt", "sync folder"]
+    assert order[-1] == "reported"
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_dry_run_prints_the_script_and_writes_nothing(root: Path, capsys: pytest
     assert not root.exists()
 
 
+@pytest.mark.parametrize(("limit", "seconds"), [("04:00:00", 120), ("4", 60), ("1", 15), ("00:20", 10)])
+def test_the_warning_fits_into_the_time_limit(
+    root: Path, capsys: pytest.CaptureFixture[str], limit: str, seconds: int
+) -> None:
+    assert submit.main(["--time", limit, "--dry-run"]) == 0
+    assert f"#SBATCH --signal=USR2@{seconds}\n" in capsys.readouterr().out
+
+
 def test_no_gpu_is_requested_for_the_cpu_but_the_tasks_stay(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main("--set train.device=cpu --gpus-per-node 2 --dry-run".split()) == 0
     script = capsys.readouterr().out

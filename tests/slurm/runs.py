@@ -19,6 +19,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds; a limit for what hangs, never what decides a test
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 NOT_COMPARED = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
 Event = dict[str, Any]
 
@@ -183,11 +184,16 @@ class Run:
 
     def wait_job(self, **fields: str) -> dict[str, str]:
         """Wait until the job's fields have these values."""
-        return until(  # type: ignore[no-any-return]
-            f"{self.name}: job {self.job_id} {fields}",
-            lambda: (job := self.job()) if fields.items() <= (job := self.job()).items() else None,
-            self.report,
-        )
+
+        def reached() -> dict[str, str] | None:
+            job = self.job()
+            if fields.items() <= job.items():
+                return job
+            if job["JobState"] in ENDED:  # for good, so that waiting is in vain
+                pytest.fail(f"{self.name}: waiting for {fields}\n{self.report()}")
+            return None
+
+        return until(f"{self.name}: job {self.job_id} {fields}", reached, self.report)  # type: ignore[no-any-return]
 
     def wait_gone(self) -> dict[str, str]:
         """Wait until the job has left the queue; returns its last fields."""
