@@ -13,6 +13,7 @@ from cifar_hpc.checks import local_controller
 from cifar_hpc.errors import UserError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.preemption import ALIVE
 from cifar_hpc.runlog import count_requeues, count_starts, read_jsonl
 from cifar_hpc.slurm import QueuedJob
 
@@ -97,7 +98,7 @@ def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None)
         if job.state == "PENDING":
             start = f", start {job.start}" if job.start not in ("", "N/A") else ""
             return ("requeued" if job.reason == "BeginTime" else "queued"), f"{job.reason}{start}"
-        if job.state in ("RUNNING", "CONFIGURING"):
+        if job.state in (*ALIVE, "CONFIGURING"):
             return "running", f"on {job.nodes}"
         return "stopping", job.state
     owner = runlock.holder(paths.lock)

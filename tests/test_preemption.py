@@ -26,6 +26,8 @@ def decided(received: signal.Signals | None, fields: dict[str, str] | None, **ch
 
 
 TABLE = [
+    ("preempted, its signal on the way", signal.SIGTERM, PREEMPTED | {"JobState": "SIGNALING"}, {}, "requeue",
+     "preemption"),
     # what happened, signal, scontrol's fields, changes -> action, reason
     ("preempted with grace", signal.SIGTERM, PREEMPTED, {}, "requeue", "preemption"),
     ("preempted, USR2 first", signal.SIGUSR2, PREEMPTED, {}, "requeue", "preemption"),
