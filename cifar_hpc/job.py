@@ -52,7 +52,7 @@ class Job:
         except Exception as error:
             return outcome.failed(context, error, traceback.format_exc(), self._position(), again=True)
         if not finished:
-            return outcome.stopped(context, self._position())
+            return outcome.stopped(context, self._position(), self.trainer is None or self.trainer.stored)
         outcome.finished(context, self._position())
         self.trainer = None  # lets go of the process groups, so that `disconnect` can end their threads
         disconnect()

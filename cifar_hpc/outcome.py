@@ -34,12 +34,16 @@ def finished(context: Context, position: Position | None) -> None:
     context.emit("finished", step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best)
 
 
-def stopped(context: Context, position: Position | None) -> int:
-    """Told to stop, and everything is on disk. Returns the exit status."""
+def stopped(context: Context, position: Position | None, stored: bool) -> int:
+    """Told to stop; `stored` says whether the position is on disk. Returns the exit status."""
     received = context.stop.signal
     name = received.name if received else "another rank's signal"
     context.emit("signal", signal=name, **({"step": position.step, "epoch": position.epoch} if position else {}))
-    at = f"step {position.step} is on disk" if position else "nothing had been computed yet"
+    at = "nothing had been computed yet"
+    if position is not None:
+        at = f"step {position.step} " + (
+            "is on disk" if stored else "is NOT on disk; the checkpoint before it has to do"
+        )
     context.log.line(f"STOPPED by {name}: {at}")
     if context.launch.scheduler == "slurm":
         return _leave_slurm(context)

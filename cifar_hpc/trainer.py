@@ -52,6 +52,7 @@ class Trainer:
         self.store = store  # on rank 0 only
         self.environment = environment
         self.position = Position()
+        self.stored = True  # whether the position at which training stopped is on disk
         self._saved: tuple[int, int] | None = None
         self._suspect = False
         self._clock = self._last_line = self._last_save = time.monotonic()
@@ -82,7 +83,7 @@ class Trainer:
         while self.position.epoch < self.spec.train.epochs:
             if not (self._train_epoch() and self._end_epoch()):
                 self._save(queue=True)
-                self._settle()  # if it cannot be written, the older checkpoint has to do
+                self.stored = self._settle() is None  # if it is not, the older checkpoint has to do
                 return False
         error = self._settle()
         if error is not None:
