@@ -87,7 +87,10 @@ class Trainer:
                 return False
         error = self._settle()
         if error is not None:
-            raise RunFailedError(f"the last checkpoint could not be written: {error}.")
+            raise RunFailedError(
+                f"the last checkpoint could not be written: {error}. HINT: make room and submit again; the run goes on "
+                "from the newest one that is there."
+            )
         if self.store is not None:
             restore_metrics(self.context.paths.metrics, self.position.history)  # a full disk may have cost a row
         return True
