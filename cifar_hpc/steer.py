@@ -26,7 +26,7 @@ def requeue(run: str) -> int:
     elif job is not None:
         # The signal of a preemption: the run saves first and then requeues itself.
         slurm.command(["scancel", "--signal=USR2", job.job_id])
-        print(f"job {job.job_id} saves a checkpoint and requeues itself")
+        print(f"job {job.job_id} saves a checkpoint and requeues itself, unless it was submitted with --no-requeue")
     elif not _signal_local(paths, signal.SIGUSR2):
         raise SpecError(f"{run}: has no job in the queue and no process here. HINT: submit it again to go on.")
     else:
