@@ -17,17 +17,19 @@ A checkpoint is one dict of tensors and plain values, written by torch.save and 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cifar_hpc import tensorfile
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
+from cifar_hpc.tensorfile import digest, seal
+
+__all__ = ["FORMAT", "REQUIRED", "BadCheckpointError", "digest", "history", "read", "seal", "sums", "to_host"]
 
 FORMAT = 1
 REQUIRED = (
@@ -51,72 +53,34 @@ REQUIRED = (
 )
 
 
-class BadCheckpointError(Exception):
-    """The file is no checkpoint that can be used; the message says why."""
-
-
-def digest(value: Any) -> str:
-    """sha256 of a tree of dicts, lists, plain values and tensors: of what it means, not of how it lies in memory."""
-    sha = hashlib.sha256()
-    _update(sha, value)
-    return sha.hexdigest()
-
-
-def _update(sha: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu().contiguous()
-        sha.update(f"tensor {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        sha.update(f"dict {len(value)};".encode())
-        for key in sorted(value, key=str):
-            sha.update(f"{key!r}:".encode())
-            _update(sha, value[key])
-    elif isinstance(value, (list, tuple)):
-        sha.update(f"list {len(value)};".encode())
-        for item in value:
-            _update(sha, item)
-    else:
-        sha.update(f"{value!r};".encode())
-
-
-def seal(state: dict[str, Any]) -> dict[str, Any]:
-    """Add the digest that `read` verifies."""
-    state["digest"] = digest({k: v for k, v in state.items() if k != "digest"})
-    return state
-
-
 def read(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint.
 
     Raises:
         BadCheckpointError: for a file that is damaged or foreign.
-        RunFailedError: for a file of another format version, which is not damaged.
-        OSError: where it cannot be read just now.
+        RunFailedError: for a file that may not be read, or of another format version; neither is damaged.
+        OSError, MemoryError: where it cannot be read just now.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise BadCheckpointError(f"not readable ({type(error).__name__})") from None
-    except (OSError, MemoryError):
-        raise  # says nothing about the file; trying again may help
-    except Exception as error:  # torch.load fails in many ways on a damaged file
-        words = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0][:120]
-        raise BadCheckpointError(f"not readable ({type(error).__name__}: {words})") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise BadCheckpointError("not a checkpoint of cifar_hpc")
-    if state["format"] != FORMAT:
+        state = tensorfile.load(path)
+    except PermissionError as error:
         raise RunFailedError(
-            f"{path}: format version {state['format']}, but this code reads version {FORMAT}. "
-            "HINT: use the cifar_hpc that wrote it, or begin the run anew under another --name."
+            f"{path}: cannot be read: {error.strerror}. HINT: see to whom it belongs (ls -l), and train as that user."
+        ) from None
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int:
+        raise BadCheckpointError("not a checkpoint of cifar_hpc")
+    if version != FORMAT:
+        writer = "a newer" if version > FORMAT else "an older"
+        raise RunFailedError(
+            f"{path}: is of format version {version}, written by {writer} cifar_hpc; this one reads version {FORMAT}. "
+            f"HINT: go on with the cifar_hpc that wrote it, or begin the run anew under another --name."
         )
     missing = [key for key in REQUIRED if key not in state]
     if missing:
         raise BadCheckpointError(f"incomplete: {', '.join(missing)} missing")
-    if state["digest"] != digest({k: v for k, v in state.items() if k != "digest"}):
-        raise BadCheckpointError("its content does not match its digest: damaged")
-    return state
+    tensorfile.check_seal(state)
+    return state  # type: ignore[no-any-return]
 
 
 def to_host(value: Any) -> Any:

@@ -6,25 +6,24 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cifar_hpc import tensorfile
 from cifar_hpc.errors import SpecError
 from cifar_hpc.image_folder import list_folder
-from cifar_hpc.jsonfile import sync_directory
+from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers, replacing
+from cifar_hpc.preemption import Interrupted
 from cifar_hpc.randomness import permutation
 from cifar_hpc.spec import DataSpec
+from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
 Progress = Callable[[str], bool]
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """Preparation was left because the run is to stop."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,13 @@ def _read_cifar10(folder: Path) -> Dataset:
 def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
     files, labels = list_folder(folder)
     cache = _cache_path(folder, root, files)
-    if cache.exists():
+    remove_leftovers(cache.parent)  # of processes that were killed while they wrote one
+    if os.path.lexists(cache):
         try:
-            return Dataset(**torch.load(cache, weights_only=True, mmap=True))
-        except Exception as error:  # a damaged cache is no reason to stop: it is only a cache
-            progress(f"data cache {cache} is not readable ({type(error).__name__}); decoding again")
-    tensors: dict[str, Tensor] = {}
+            return _read_cache(cache)
+        except (BadFileError, OSError) as error:  # no reason to stop: it is only a cache
+            progress(f"WARNING data cache {cache}: {error}; decoding again")
+    tensors: dict[str, Any] = {}
     for split in ("train", "test"):
         tensors[f"{split}_images"] = _decode(files[split], progress)
         tensors[f"{split}_labels"] = torch.tensor(labels[split])
@@ -137,7 +137,7 @@ def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
 
 
 def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
-    digest = hashlib.sha256(b"1")  # the version of the cache's format
+    digest = hashlib.sha256(b"2")  # the version of the cache's format
     for paths in files.values():
         for path in paths:
             status = path.stat()
@@ -147,6 +147,20 @@ def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
     if (beside / name).exists() or os.access(folder, os.W_OK):
         return beside / name
     return root / "checkpoints" / ".data" / name
+
+
+def _read_cache(path: Path) -> Dataset:
+    """What `_write_cache` wrote, to the last bit.
+
+    Raises:
+        BadFileError: it is something else.
+    """
+    content = tensorfile.load(path)
+    names = [field.name for field in fields(Dataset)]
+    if not isinstance(content, dict) or content.get("name") != path.name or not content.keys() >= {*names, "digest"}:
+        raise BadFileError("not the decoded images of this folder")
+    tensorfile.check_seal(content)
+    return Dataset(*(content[name] for name in names))
 
 
 def _decode(files: list[Path], progress: Progress) -> Tensor:
@@ -176,13 +190,9 @@ def _decode(files: list[Path], progress: Progress) -> Tensor:
 
 
 def _write_cache(path: Path, tensors: dict[str, Any], progress: Progress) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors, temporary)
-        temporary.replace(path)
-        sync_directory(path.parent)
+        path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        with replacing(path) as file:
+            tensorfile.save(tensorfile.seal({**tensors, "name": path.name}), file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        progress(f"data cache {path} cannot be written ({error}); the next start decodes again")
-    finally:
-        temporary.unlink(missing_ok=True)
+        progress(f"WARNING data cache {path} cannot be written ({error}); the next start decodes again")

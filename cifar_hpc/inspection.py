@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from cifar_hpc import checkpoint
 from cifar_hpc.checkpoint import BadCheckpointError
-from cifar_hpc.errors import SpecError
+from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.paths import find_run, project_root
 from cifar_hpc.store import candidates, newest_good
 
 
 def inspect(run: str, step: int | None, *, as_json: bool) -> int:
-    """Print a checkpoint's position, figures and sums. Exit status 1 where it does not verify."""
+    """Print a checkpoint's position, figures and sums.
+
+    Raises:
+        SpecError: there is no such checkpoint.
+        RunFailedError: it does not verify.
+    """
     report = describe(*_load(run, step))
     if as_json:
         print(json.dumps(report, indent=1))
@@ -23,6 +29,8 @@ def inspect(run: str, step: int | None, *, as_json: bool) -> int:
         print(f"{key:14} {report[key]}")
     for name, digest in report["sums"].items():
         print(f"{name:14} sha256 {digest}")
+    for line in report["skipped"]:
+        print(f"{'skipped':14} {line}")
     return 0
 
 
@@ -65,9 +73,9 @@ def _load(run: str, step: int | None) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         raise SpecError(f"{path}: there is no such file.")
     try:
         return path, checkpoint.read(path), []
     except BadCheckpointError as error:
-        raise SpecError(f"{path}: {error}.") from None
+        raise RunFailedError(f"{path}: {error}. HINT: without --step, inspect takes the newest good one.") from None

@@ -1,4 +1,8 @@
-"""A run's three logs: train.log for people, metrics.jsonl (one row an epoch) and events.jsonl for both."""
+"""A run's three logs: train.log for people, metrics.jsonl (one row an epoch) and events.jsonl for both.
+
+A log that cannot be written is no reason to end a run. Lines that found no room are kept, and written as soon as there
+is some; what metrics.jsonl lacks is taken from the training state, which has all its rows.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,20 @@ import json
 import os
 import socket
 import sys
+import threading
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.jsonfile import write_atomic
+from cifar_hpc.jsonfile import DIRECTORY_MODE, NotRegularError, open_regular, read_regular, write_atomic
+
+# Lines of one log that are kept for later; beyond it the oldest are only on standard error.
+KEPT_LINES = 1000
+_kept: defaultdict[Path, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
+_lock = threading.Lock()  # checkpoints are reported from a thread of their own
 
 
 def utc_now() -> str:
@@ -22,21 +34,39 @@ def utc_now() -> str:
 def append_line(path: Path, line: str) -> None:
     """Append whole lines with one write(2), so that lines of several processes never mix.
 
-    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one. A log that cannot be
-    written is no reason to end a run: the line then goes to standard error. The rows of metrics.jsonl are in every
-    checkpoint too, and `restore_metrics` puts them back.
+    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one. Where the log cannot be
+    written, the line goes to standard error, and is kept for the next call.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    with _lock:
+        waiting = _kept[path]
+        waiting.append(line)
         try:
-            size = os.fstat(descriptor).st_size
-            cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, ("\n" * cut + line + "\n").encode())
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        print(f"{path}: {error.strerror}; the line was: {line}", file=sys.stderr, flush=True)
+            while waiting:
+                _append(path, waiting[0] + "\n")
+                waiting.popleft()
+        except OSError as error:
+            _complain(f"{path}: {error.strerror}; the line was: {line}")
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # under Slurm standard error is a file, on the same full disk perhaps
+        print(text, file=sys.stderr, flush=True)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        _write_all(descriptor, ("\n" * cut + text).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:  # a disk that is nearly full takes a part, and says why with the next write
+        content = content[os.write(descriptor, content) :]
 
 
 class TrainLog:
@@ -44,15 +74,20 @@ class TrainLog:
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
+        self._begun = False
 
     def line(self, text: str) -> None:
         """Write one line."""
         if self.enabled:
+            if self._begun and not self.path.exists():
+                append_line(self.path, f"WARNING {self.path} was gone; it is made again, and what was in it is lost")
+            self._begun = True
             append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def banner(self, lines: Sequence[str]) -> None:
         """A block that is easy to find by eye: one at each start."""
         if self.enabled:
+            self._begun = True
             rule = "=" * 100
             append_line(self.path, "\n".join([rule, *(f"== {line}" for line in lines), rule]))
 
@@ -74,16 +109,25 @@ def append_event(
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a missing file is empty, and a line cut short by a crash is left out."""
+    """The rows of a JSON-lines file; a missing file is empty.
+
+    Left out is what is no row: a line cut short by a crash, or the NUL bytes that a crashed machine leaves where a
+    file had grown and its content was not on disk yet (ext4 and XFS allocate late).
+    """
     try:
-        text = path.read_text(errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_regular(path)
+    except (FileNotFoundError, NotADirectoryError, NotRegularError):
         return []
+    return parse_jsonl(content)
+
+
+def parse_jsonl(content: bytes) -> list[dict[str, Any]]:
+    """The rows in `content`, as `read_jsonl`."""
     rows = []
-    for line in text.splitlines():
+    for line in content.decode(errors="replace").split("\n"):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line.strip("\0 \r"))
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -117,20 +161,49 @@ def metrics_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def restore_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Make metrics.jsonl hold exactly `rows`, those of the checkpoint; returns how many lines were cut off.
+    """Make metrics.jsonl hold exactly `rows`, those of the training state; returns how many rows beyond them went.
 
-    What a killed run wrote beyond its last checkpoint is cut off in place, so that a `tail -F` goes on; a file that
-    was lost or damaged is written anew.
+    What a killed run wrote beyond its last checkpoint is cut off in place, and what is lacking at the end is appended,
+    so that a `tail -F` goes on; a file that was lost or damaged is written anew. Where that fails, standard error says
+    so, and the next call mends it.
+    """
+    try:
+        return write_metrics(path, rows)
+    except OSError as error:
+        _complain(f"{path}: {error.strerror}; its rows are in the checkpoints too")
+        return 0
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """`restore_metrics`, where a failure matters.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     wanted = metrics_text(rows).encode()
-    present = path.read_bytes() if path.exists() else b""
+    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    try:
+        present = read_regular(path)
+    except FileNotFoundError:
+        present = b""
     if present == wanted:
         return 0
+    if wanted.startswith(present):
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            _write_all(descriptor, wanted[len(present) :])
+        finally:
+            os.close(descriptor)
+        return 0
+    beyond = {row["epoch"] for row in parse_jsonl(present) if isinstance(row.get("epoch"), int)}
+    beyond -= {row["epoch"] for row in rows}
     if present.startswith(wanted):
-        with path.open("r+b") as file:
-            file.truncate(len(wanted))
-            os.fsync(file.fileno())
-        return present[len(wanted) :].count(b"\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, wanted)
-    return 0
+        descriptor = open_regular(path, os.O_RDWR)
+        try:
+            os.ftruncate(descriptor, len(wanted))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    else:
+        write_atomic(path, wanted)
+    return len(beyond)

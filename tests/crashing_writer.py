@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from cifar_hpc import checkpoint, store
-from cifar_hpc.store import BEST, CheckpointStore, candidates, newest_good, read_index
+from cifar_hpc import checkpoint, checkpoint_index, jsonfile, store
+from cifar_hpc.checkpoint_index import BEST, read_index
+from cifar_hpc.store import CheckpointStore, candidates, newest_good
 
 KEYS = [k for k in checkpoint.REQUIRED if k != "digest"]
 
@@ -84,6 +85,8 @@ def verify(folder: Path, at_least: int, what: str) -> int:
     read_index(folder)
     CheckpointStore(folder, 2, lambda name, entry: None, lambda name, reason: None)
     assert not list(folder.glob(".*")), "leftovers"
+    assert list(read_index(folder)["checkpoints"]) == sorted(path.name for path in candidates(folder)), "index"
+    assert len(candidates(folder)) <= 2, "old files"
     print(what, "->", step, flush=True)
     return step
 
@@ -92,7 +95,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     step = 0
     points = [(os, "fsync"), (os, "link"), (torch, "save"), (Path, "replace"), (Path, "unlink")]
-    points += [(store, "_file_sha256"), (store, "write_atomic"), (store, "sync_directory")]
+    points += [(store, "duplicate"), (checkpoint_index, "write_atomic"), (jsonfile, "sync_directory")]
     for owner, name in points:
         for call in (1, 2):
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_engine, tiny_spec
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from cifar_hpc import checkpoint
@@ -95,22 +100,19 @@ def test_every_part_is_covered_by_the_digest(tmp_path: Path, path: Path, key: st
         read(tmp_path / "changed.pt")
 
 
-def flip(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: b"", "not readable"),
-        (lambda content: content[:100], "not readable"),
-        (lambda content: content[:-1], "not readable"),
-        (lambda content: content[: len(content) // 2], "not readable"),
-        (lambda content: b"\0" * len(content), "not readable"),
-        (lambda content: b"\x89PNG" + content[4:], "not readable"),
-        (lambda content: flip(content, len(content) // 2), "not readable|damaged"),
+        (lambda content: b"", "^empty$"),
+        (lambda content: content[:3], "no file of torch.save"),
+        (lambda content: content[:100], "cut short"),
+        (lambda content: content[:-1], "cut short"),
+        (lambda content: content[: len(content) // 2], "cut short"),
+        (lambda content: b"\0" * len(content), "no file of torch.save"),
+        (lambda content: b"\x89PNG" + content[4:], "no file of torch.save"),
+        (lambda content: b"some text", "no file of torch.save, or damaged: it begins with b'some'"),
     ],
-    ids=["empty", "head only", "last byte lost", "half", "zeros", "other magic", "a flipped bit"],
+    ids=["empty", "three bytes", "head only", "last byte lost", "half", "zeros", "other magic", "text"],
 )
 def test_damaged_files(path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     path.write_bytes(damage(path.read_bytes()))
@@ -118,9 +120,95 @@ def test_damaged_files(path: Path, damage: Callable[[bytes], bytes], message: st
         read(path)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A checkpoint of a few kilobytes, most of which are structure."""
+    keys = [k for k in checkpoint.REQUIRED if k != "digest"]
+    tree = dict.fromkeys(keys, 0) | {
+        "format": checkpoint.FORMAT,
+        "model": {"a": torch.arange(64.0), "b": torch.ones(3)},
+    }
+    path = tmp_path_factory.mktemp("flips") / "step_00000000.pt"
+    torch.save(seal(tree), path)
+    return path, path.read_bytes()
+
+
+@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@given(data=strategies.data())
+def test_one_flipped_bit_anywhere_in_the_file(small: tuple[Path, bytes], data: strategies.DataObject) -> None:
+    """It is found, or it is where it does not matter (padding, a time stamp): what is read is what was saved."""
+    path, whole = small
+    bit = data.draw(strategies.integers(0, 8 * len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    try:
+        state = read(path)
+    except BadCheckpointError:
+        return
+    path.write_bytes(whole)
+    assert digest(state) == digest(read(path))
+
+
+def test_a_flipped_bit_in_any_byte_that_counts_is_found(small: tuple[Path, bytes]) -> None:
+    """All of the pickle, all tensors: every single byte."""
+    path, whole = small
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        records = [(r.filename, archive.read(r)) for r in archive.infolist() if "/data" in r.filename]
+    found = 0
+    for name, content in records:
+        place = whole.index(content)
+        for byte in range(place, place + len(content)):
+            flipped = bytearray(whole)
+            flipped[byte] ^= 1 << byte % 8
+            path.write_bytes(flipped)
+            with pytest.raises(BadCheckpointError, match=f"the sum of its record .*{name.partition('/')[2]} is wrong"):
+                read(path)
+            found += 1
+    assert found > 800
+
+
+def test_nothing_is_interpreted_before_the_sums_are_right(
+    small: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.load itself does not look at them: a damaged pickle could ask for any amount of memory."""
+    content = bytearray(small[1])
+    content[content.index(b"step_in_epoch")] ^= 1
+    torch.load(io.BytesIO(content), weights_only=True)
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("interpreted"))
+    with pytest.raises(BadCheckpointError, match="the sum of its record"):
+        read(path)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpointError, match="FileNotFoundError"):
+    with pytest.raises(BadCheckpointError, match="there is no such file"):
         read(tmp_path / "none.pt")
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000004.pt"
+    os.mkfifo(path)
+    with pytest.raises(BadCheckpointError, match="is no regular file but a FIFO"):  # and not: waits for a writer
+        read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadCheckpointError, match="is no regular file but a directory"):
+        read(path)
+    path.rmdir()
+    path.symlink_to(path)
+    with pytest.raises(BadCheckpointError, match="Too many levels of symbolic links"):
+        read(path)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(BadCheckpointError, match="a link to nothing"):
+        read(path)
+
+
+def test_a_link_to_a_checkpoint_is_one(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.pt").symlink_to(path)
+    assert read(tmp_path / "link.pt")["step"] == 4
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3)])
@@ -134,22 +222,84 @@ class Evil:
     """What torch.load would run if it were allowed to unpickle anything."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("evil"),)
+        return os.mkdir, ("evil",)
 
 
-def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["in a file of torch.save", "in an old one", "bare", "beside what a checkpoint holds"])
+def test_code_in_a_file_is_not_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], kind: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": Evil()}, "evil.pt")
-    with pytest.raises(BadCheckpointError, match="not readable"):
+    if kind == "bare":
+        Path("evil.pt").write_bytes(pickle.dumps(Evil()))
+    elif kind == "beside what a checkpoint holds":
+        torch.save({**seal(copy.deepcopy(state)), "more": Evil()}, "evil.pt")
+    else:
+        torch.save({"format": Evil()}, "evil.pt", _use_new_zipfile_serialization=kind == "in a file of torch.save")
+    old = kind in ("bare", "in an old one")
+    words = (
+        "a bare pickle.* nothing in it was executed"
+        if old
+        else r"holds code \(pickle globals: posix\.mkdir\), which was not executed"
+    )
+    with pytest.raises(BadCheckpointError, match=words):
         read(Path("evil.pt"))
     assert not Path("evil").exists()
+    pickle.loads(pickle.dumps(Evil()))
+    assert Path("evil").exists(), "the payload is a real one"
 
 
-def test_another_format_version(tmp_path: Path, state: dict[str, Any]) -> None:
-    torch.save(seal({**state, "format": 99}), tmp_path / "new.pt")
+def test_compressed_files_are_refused_unread(path: Path, tmp_path: Path) -> None:
+    """A bomb of a few kilobytes unpacks to gigabytes; torch.save never compresses."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for record in archive.infolist():
+            packed.writestr(record.filename, archive.read(record))
+    with pytest.raises(BadCheckpointError, match="compressed"):
+        read(tmp_path / "z.pt")
+
+
+def test_what_has_no_bytes_to_sum_up_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
+    odd = {**seal(copy.deepcopy(state)), "model": torch.ones(3).to_sparse()}
+    torch.save(odd, tmp_path / "odd.pt")
+    with pytest.raises(BadCheckpointError, match="holds what was never saved"):
+        read(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(("version", "writer"), [(99, "a newer"), (0, "an older")])
+def test_another_format_version(tmp_path: Path, state: dict[str, Any], version: int, writer: str) -> None:
+    torch.save(seal({**state, "format": version}), tmp_path / "new.pt")
     # Not a BadCheckpointError: such a file is whole, and nobody should go back to an older one because of it.
-    with pytest.raises(RunFailedError, match="format version 99, but this code reads version 1"):
+    with pytest.raises(
+        RunFailedError, match=f"format version {version}, written by {writer} cifar_hpc; this one reads version 1. HINT"
+    ):
         read(tmp_path / "new.pt")
+
+
+def test_a_file_of_somebody_else_is_no_damaged_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunFailedError, match=r"cannot be read: Permission denied\. HINT"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(116, "Stale file handle"), OSError),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried ..."), MemoryError),
+    ],
+)
+def test_what_says_nothing_about_the_file_does_not_condemn_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(kind):
+        read(path)
 
 
 def test_a_missing_part_is_named(tmp_path: Path, state: dict[str, Any]) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import leftovers
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from cifar_hpc import data
+from cifar_hpc import data, tensorfile
 from cifar_hpc.data import Dataset, Interrupted, check_cifar10, load_dataset
 from cifar_hpc.errors import SpecError
+from cifar_hpc.jsonfile import replacing
 from cifar_hpc.spec import DataSpec
 
 CLASSES = [f"class{n}" for n in range(10)]
@@ -142,14 +145,97 @@ def test_a_change_of_any_file_is_seen(root: Path, change: str) -> None:
     assert not same(load_dataset(FOLDER, root), before)
 
 
-def test_a_damaged_cache_is_made_anew(root: Path) -> None:
+def flipped(cache: Path) -> None:
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 2] ^= 16  # a pixel
+    cache.write_bytes(content)
+
+
+def resealed(cache: Path) -> None:
+    """Other pixels under right sums of the records: the digest is what is left to notice it."""
+    content = torch.load(cache, weights_only=True)
+    content["train_images"][0, 0, 0, 0] ^= 1
+    torch.save(content, cache)
+
+
+def renamed(cache: Path) -> None:
+    """The cache of another folder."""
+    content = torch.load(cache, weights_only=True)
+    del content["digest"]
+    torch.save(tensorfile.seal({**content, "name": "decoded-0.pt"}), cache)
+
+
+def unsealed(cache: Path) -> None:
+    """As an earlier version wrote them."""
+    content = torch.load(cache, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k not in ("name", "digest")}, cache)
+
+
+def fifo(cache: Path) -> None:
+    cache.unlink()
+    os.mkfifo(cache)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("evil",)
+
+
+def evil(cache: Path) -> None:
+    torch.save({"train_images": Evil()}, cache)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda cache: os.truncate(cache, 100), "damaged or cut short"),
+        (lambda cache: os.truncate(cache, 0), "empty"),
+        (flipped, "the sum of its record .* is wrong"),
+        (resealed, "does not match its digest"),
+        (renamed, "not the decoded images of this folder"),
+        (unsealed, "not the decoded images of this folder"),
+        (lambda cache: cache.write_text("text"), "no file of torch.save"),
+        (fifo, "a FIFO"),
+        (evil, r"holds code \(pickle globals: posix\.mkdir\), which was not executed"),
+        (lambda cache: cache.write_bytes(pickle.dumps(Evil())), "a bare pickle.*nothing in it was executed"),
+    ],
+    ids="cut empty flipped resealed renamed unsealed text FIFO evil bare".split(),
+)
+def test_a_damaged_or_foreign_cache_is_named_and_made_anew(
+    root: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str
+) -> None:
+    monkeypatch.chdir(root)
     first = load_dataset(FOLDER, root)
     (cache,) = (root / "images" / ".cifar_hpc").iterdir()
-    os.truncate(cache, 100)
+    spoil(cache)
     said: list[str] = []
     assert same(load_dataset(FOLDER, root, lambda text: bool(said.append(text))), first)
-    assert any("not readable" in text and str(cache) in text for text in said)
-    assert cache.stat().st_size > 100
+    (line,) = [text for text in said if str(cache) in text]
+    assert re.search(rf"WARNING data cache .*: .*{message}.*; decoding again", line)
+    assert not (root / "evil").exists()
+    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert same(load_dataset(FOLDER, root), first)
+
+
+def test_the_half_cache_of_a_killed_process_is_removed_and_a_living_one_is_left(root: Path) -> None:
+    load_dataset(FOLDER, root)
+    (cache,) = (root / "images" / ".cifar_hpc").iterdir()
+    (cache.parent / f".{cache.name}.77.tmp").write_bytes(b"half")
+    with replacing(cache.with_name("decoded-of-another-run.pt")):
+        assert len(leftovers(root)) == 2
+        load_dataset(FOLDER, root)
+        assert len(leftovers(root)) == 1
+    assert leftovers(root) == []
+
+
+def test_a_cache_that_is_changed_after_it_was_read_changes_no_images(root: Path) -> None:
+    load_dataset(FOLDER, root)
+    loaded = load_dataset(FOLDER, root)
+    (cache,) = (root / "images" / ".cifar_hpc").iterdir()
+    before = loaded.train_images.clone()
+    with cache.open("r+b") as file:
+        file.write(b"\xff" * cache.stat().st_size)
+    assert torch.equal(loaded.train_images, before)
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
