@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from cifar_hpc.errors import UserError, missing_package
+from cifar_hpc.printable import printable
 
 EXAMPLES = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         print(f"error: {missing_package(error)}", file=sys.stderr)
@@ -74,9 +75,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141  # the reader, such as head, has gone
+    except OSError as error:
+        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {printable(words)}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.paths import keep_others_out
+
+    keep_others_out()
     if arguments.command == "train":
         from cifar_hpc.train_command import train
 

@@ -80,10 +80,15 @@ def local_controller(paths: RunPaths) -> int | None:
     submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
     if not submitted or submitted[-1].get("scheduler") != "local":
         return None
-    pid = int(submitted[-1]["job_id"])
     try:
+        pid = int(submitted[-1]["job_id"])
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ):  # a line of events.jsonl that is not ours, a process that is gone
         return None
     return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None
 

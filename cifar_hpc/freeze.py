@@ -8,12 +8,21 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.jsonfile import write_atomic
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.spec import Spec, check
-from cifar_hpc.spec_io import check_resumable, from_plain, read_mapping, to_yaml
+from cifar_hpc.spec_io import check_resumable, from_plain, to_yaml
+from cifar_hpc.yaml_text import read_mapping
 
 
 def read_frozen(paths: RunPaths) -> Spec | None:
-    """The spec in logs/<run>/spec.yaml, or None in a new run."""
-    return from_plain(read_mapping(paths.spec)) if paths.spec.exists() else None
+    """The spec in logs/<run>/spec.yaml, or None in a new run.
+
+    Raises:
+        SpecError: where it cannot be read, or is no spec.
+    """
+    if not paths.spec.exists():
+        return None
+    if not paths.spec.is_file():  # reading a FIFO would wait for a writer
+        raise SpecError(f"{paths.spec}: is no regular file. HINT: find out who put it there, and remove it.")
+    return from_plain(read_mapping(paths.spec))
 
 
 def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
@@ -26,7 +35,7 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
     Raises:
         SpecError: where the run was started under a spec that computes something else, or has fewer shards than tasks.
     """
-    old = read_frozen(paths)
+    old = read_frozen(paths) if _begun(paths) else None
     if old is not None:
         check_resumable(old, spec, paths.name)
     fixed = old.train if old is not None else spec.train
@@ -44,6 +53,11 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
             f"--set train.shards={tasks} and another --name."
         )
     return check(dataclasses.replace(spec, train=train))
+
+
+def _begun(paths: RunPaths) -> bool:
+    """Whether there has been a submission or a start; a submission that was killed half-way fixes nothing."""
+    return paths.events.exists() or any(paths.checkpoints.glob("step_*"))
 
 
 def freeze(paths: RunPaths, spec: Spec) -> None:

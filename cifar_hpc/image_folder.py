@@ -23,18 +23,30 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
             f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
             + nearest(folder.name, siblings)
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
     if len(classes) != CLASSES:
         raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {CLASSES}.")
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        names = sorted(e.name for e in os.scandir(folder / name) if e.name.lower().endswith(_IMAGES))
-        if not names:
+        images = sorted(
+            (e for e in _entries(folder / name) if e.name.lower().endswith(_IMAGES)), key=lambda entry: entry.name
+        )
+        if not images:
             raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(_IMAGES)}).")
-        files += [folder / name / n for n in names]
-        labels += [label] * len(names)
+        for image in images:
+            if not image.is_file():  # a FIFO would be waited for, a device read for ever
+                raise SpecError(f"data.root: {image.path} is no regular file; allowed: image files, or links to them.")
+        files += [Path(image.path) for image in images]
+        labels += [label] * len(images)
     return files, labels, classes
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        raise SpecError(f"data.root: {folder} cannot be read: {error.strerror}.") from None
 
 
 def list_folder(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[int]]]:

@@ -77,15 +77,11 @@ class ImprovedResNet(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-
-        def scaled(width: int) -> int:
-            return max(1, round(width * spec.width_multiplier))
-
-        stem = scaled(spec.stem_width)
+        stem = spec.scaled(spec.stem_width)
         self.stem = nn.Sequential(_conv(3, stem, 3), ShardBatchNorm2d(stem), _activation(spec.activation))
         layers: list[nn.Module] = []
         channels = stem
-        for number, (blocks, width) in enumerate(zip(spec.blocks, map(scaled, spec.widths), strict=True)):
+        for number, (blocks, width) in enumerate(zip(spec.blocks, map(spec.scaled, spec.widths), strict=True)):
             stride = 1 if number == 0 else 2
             for block in range(blocks):
                 layers.append(Bottleneck(channels, width, stride if block == 0 else 1, spec.activation, block == 0))

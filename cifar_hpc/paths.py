@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.jsonfile import DIRECTORY_MODE
+from cifar_hpc.printable import control_character, shown
 
 
 def project_root() -> Path:
-    """The folder that holds checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the one that holds the package."""
-    return Path(os.environ.get("CIFAR_HPC_ROOT") or Path(__file__).resolve().parent.parent).resolve()
+    """The folder that holds checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the one that holds the package.
+
+    Raises:
+        SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot hold.
+    """
+    root = Path(os.environ.get("CIFAR_HPC_ROOT") or Path(__file__).resolve().parent.parent).resolve()
+    if control_character(str(root)) is not None or "%" in str(root) or "\\" in str(root):
+        key = "CIFAR_HPC_ROOT" if os.environ.get("CIFAR_HPC_ROOT") else "the project's folder"
+        raise SpecError(
+            f"{key}: {shown(str(root))} is not allowed; allowed: a path in UTF-8 without control characters, '%' and "
+            "'\\', which mean something else in the names of Slurm's output files. HINT: set CIFAR_HPC_ROOT to another "
+            "folder."
+        )
+    return root
+
+
+def keep_others_out() -> None:
+    """Make sure that not everybody may write what this process and its children create, whatever the umask was."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether `name` can be a directory, a Slurm job name and a word in a shell alike."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ class RunPaths:
         """
         for directory in (self.logs, self.checkpoints, self.slurm):
             try:
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
             except OSError as error:
                 raise SpecError(
                     f"{directory}: cannot be made: {error.strerror}. "
@@ -79,7 +104,8 @@ class RunPaths:
 
 def all_runs(root: Path) -> list[RunPaths]:
     """Every run that has a spec, by name."""
-    return [RunPaths(root, p.parent.name) for p in sorted((root / "logs").glob("*/spec.yaml"))]
+    names = (p.parent.name for p in sorted((root / "logs").glob("*/spec.yaml")))
+    return [RunPaths(root, name) for name in names if is_run_name(name)]
 
 
 def find_run(root: Path, name: str) -> RunPaths:
@@ -89,8 +115,8 @@ def find_run(root: Path, name: str) -> RunPaths:
         SpecError: lists the nearest name where there is none.
     """
     paths = RunPaths(root, name)
-    if paths.logs.is_dir() or paths.checkpoints.is_dir():
+    if is_run_name(name) and (paths.logs.is_dir() or paths.checkpoints.is_dir()):
         return paths
     names = [r.name for r in all_runs(root)]
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none yet"
-    raise SpecError(f"{name}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))
+    raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))

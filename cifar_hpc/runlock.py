@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.errors import RunBusyError
+from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.jsonfile import NotRegularError, open_regular
+
+OWNER_BYTES = 10_000
 
 
 class RunLock:
@@ -28,9 +33,10 @@ class RunLock:
 
         Raises:
             RunBusyError: names the holder.
+            SpecError: where something else than a file of ours stands in the lock's place.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + patience_seconds
         while not _try_lock(descriptor):
             if time.monotonic() >= deadline:
@@ -39,9 +45,10 @@ class RunLock:
                     f"{self.path}: the run is already being trained by {describe(read_owner(self.path))}."
                 )
             time.sleep(0.2)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # on a full disk the lock holds as well without its owner's name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
     def release(self) -> None:
         """Let go; the file stays."""
@@ -51,9 +58,13 @@ class RunLock:
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock right now, or None."""
+    """Who holds the lock right now, or None.
+
+    Raises:
+        SpecError: where something else than a file of ours stands in the lock's place.
+    """
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = _open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -65,16 +76,57 @@ def holder(path: Path) -> dict[str, Any] | None:
 def read_owner(path: Path) -> dict[str, Any]:
     """What the last holder wrote about itself."""
     try:
-        owner = json.loads(path.read_text())
-    except (OSError, ValueError):
+        descriptor = _open(path, os.O_RDONLY)
+    except (OSError, SpecError):
         return {}
+    try:
+        owner = json.loads(os.pread(descriptor, OWNER_BYTES, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    finally:
+        os.close(descriptor)
     return owner if isinstance(owner, dict) else {}
+
+
+def holder_pid(path: Path) -> int | None:
+    """The process on this machine that holds the lock, if it is one of this user's.
+
+    What the file says is checked with the kernel, since a signal will go there: a process of that number must have
+    this very file open.
+    """
+    owner = holder(path)
+    pid = owner.get("pid") if owner is not None else None
+    if owner is None or owner.get("host") != socket.gethostname() or type(pid) is not int or pid <= 1:
+        return None
+    try:
+        held = any(link.samefile(path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
+    except OSError:
+        return None
+    return pid if held else None
 
 
 def describe(owner: dict[str, Any]) -> str:
     """`job 17 (pid 4242 on node1)`, as far as it is known."""
     job = f"job {owner['job_id']}" if owner.get("job_id") else "a process outside any job"
     return f"{job} (pid {owner.get('pid', '?')} on {owner.get('host', '?')})"
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a lock's file, which others may have planted something else for.
+
+    Raises:
+        SpecError: where `path` is no regular file; nothing has been changed then.
+        OSError: for any other reason.
+    """
+    try:
+        return open_regular(path, flags | os.O_NOFOLLOW)
+    except OSError as error:
+        # ELOOP: a link. ENXIO: a socket.
+        if not isinstance(error, NotRegularError) and error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise SpecError(
+            f"{path}: {error.strerror}; a lock is a regular file. HINT: find out who put it there, and remove it."
+        ) from None
 
 
 def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.printable import shown
 from cifar_hpc.spec import ResourcesSpec
 from cifar_hpc.spec_fields import build, option
-from cifar_hpc.spec_io import read_mapping
+from cifar_hpc.yaml_text import read_mapping
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
         site = build(Site, values)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
+    for line in site.setup:
+        if re.match(r"\s*#\s*(SBATCH|PBS|BSUB)", line):
+            raise SpecError(
+                f"{path}: setup: {shown(line)} is not allowed; allowed: shell lines. HINT: options of sbatch belong "
+                "into resources.sbatch, as option: value."
+            )
     chosen = values.get("resources") or {}
     return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}
 
@@ -50,11 +58,10 @@ def _find(profile: str) -> Path:
     if profile.endswith((".yaml", ".yml")):
         return Path(profile)
     directory = clusters_directory()
-    path = directory / f"{profile}.yaml"
-    if path.exists():
-        return path
     names = sorted(p.stem for p in directory.glob("*.yaml"))
+    if profile in names:  # and nothing else: a '/' or '..' would lead out of the directory
+        return directory / f"{profile}.yaml"
     raise SpecError(
-        f"--profile: {profile!r} is not in {directory}; there are: {', '.join(names)}, or a path ending in .yaml."
-        + nearest(profile, names)
+        f"--profile: {shown(profile)} is not in {directory}; there are: {', '.join(names)}, or a path ending in .yaml."
+        + nearest(profile[:100], names)
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 from cifar_hpc.errors import SpecError
+from cifar_hpc.printable import shown
 
 _FORMS = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
+_NUMBER = "([0-9]{1,9})"  # what is longer does not fit into the 32 bits that Slurm has for it
 
 
 def parse_time(text: str, key: str = "--time") -> int:
@@ -15,9 +17,9 @@ def parse_time(text: str, key: str = "--time") -> int:
     Raises:
         SpecError: for any other form, and for no time at all.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    match = re.fullmatch(rf"(?:{_NUMBER}-)?{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?", text.strip())
     if match is None:
-        raise SpecError(f"{key}: {text!r} is not allowed; allowed: {_FORMS}, such as 90 or 1-12:00:00.")
+        raise SpecError(f"{key}: {shown(text)} is not allowed; allowed: {_FORMS}, such as 90 or 1-12:00:00.")
     days, *fields = (None if g is None else int(g) for g in match.groups())
     numbers = [f for f in fields if f is not None]
     if days is not None:

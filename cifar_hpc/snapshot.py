@@ -5,29 +5,79 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from pathlib import Path
 
+from cifar_hpc.jsonfile import sync_directory, temporary_name
 from cifar_hpc.paths import RunPaths
+
+# Nobody edits a snapshot; its folders stay writable to their owner, so that it can be removed.
+FILE_MODE, DIRECTORY_MODE = 0o444, 0o755
 
 
 def take_snapshot(paths: RunPaths) -> Path:
-    """Copy the package to logs/<run>/code/<digest>/cifar_hpc and return the folder above it, from which jobs run."""
+    """Copy the package to logs/<run>/code/<digest>/cifar_hpc and return the folder above it, from which jobs run.
+
+    A snapshot that is already there is used again only if it is what it would be now, to the byte. The caller sees to
+    it that nobody else takes one of the same run meanwhile, and that no job of the run is there.
+    """
     package = Path(__file__).resolve().parent
-    files = sorted(package.rglob("*.py"))
+    # Read once: what is copied is what the digest is of, even while somebody edits the project.
+    files = {
+        f"{package.name}/{file.relative_to(package).as_posix()}": file.read_bytes()
+        for file in sorted(package.rglob("*.py"))
+    }
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     target = paths.code / digest.hexdigest()[:12]
-    if target.exists():
+    paths.code.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    _remove_leftovers(paths.code)
+    if _is(target, files):
         return target
-    temporary = paths.code / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        for file in files:
-            copy = temporary / package.name / file.relative_to(package)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        if not target.exists():
-            temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(target)
+    _write(temporary, files)
+    if os.path.lexists(target):
+        target.rename(temporary_name(target))  # torn, edited, or none of ours: never run
+    temporary.rename(target)
+    sync_directory(paths.code)
+    _remove_leftovers(paths.code)
     return target
+
+
+def _is(target: Path, files: dict[str, bytes]) -> bool:
+    """Whether `target` holds exactly `files`, and only its owner and group may write there."""
+    for cache in target.glob("*/__pycache__"):
+        _remove(cache)  # of earlier jobs; compiled code is not compared, so it is not trusted either
+    found: dict[str, bytes] = {}
+    for path in [target, *target.rglob("*")]:
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return False
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or mode & stat.S_IWOTH:
+            return False
+        if stat.S_ISREG(mode):
+            found[path.relative_to(target).as_posix()] = path.read_bytes()
+    return found == files
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    for subfolder in sorted({folder} | {(folder / name).parent for name in files}):
+        subfolder.mkdir(DIRECTORY_MODE)
+    for name, content in files.items():
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+            file.write(content)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a submission that was killed, or a snapshot that was replaced, has left."""
+    for path in folder.glob(".*.tmp"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)

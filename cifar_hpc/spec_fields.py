@@ -8,8 +8,11 @@ import typing
 from typing import Any, Literal, TypeVar
 
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.printable import control_character, shown
+from cifar_hpc.yaml_text import WrittenFloat, WrittenInt
 
 T = TypeVar("T")
+MAX_TEXT = 4096  # characters, as many as the longest path
 
 
 def option(
@@ -32,7 +35,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         values = {}
     where = path or "the spec"
     if not isinstance(values, dict):
-        raise SpecError(f"{where}: {values!r} is not allowed; allowed: a mapping of keys to values")
+        raise SpecError(f"{where}: {shown(values)} is not allowed; allowed: a mapping of keys to values")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     arguments = {}
@@ -51,18 +54,47 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
 
 
 def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        # true and false are options without a value, given or left out.
+        items = {_name(k, dotted): str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
+        return {name: _convert(item, str, {}, f"{dotted}.{name}") for name, item in items.items()}
     try:
         converted = _to_type(value, hint)
-    except (TypeError, ValueError, OverflowError):
-        text = str(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error) if isinstance(error, _TextError) else ""
         choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
         raise SpecError(
-            f"{dotted}: {value!r} is not allowed; allowed: {_describe(hint, metadata)}." + nearest(text, choices)
+            f"{dotted}: {shown(value)} is not allowed; allowed: {_describe(hint, metadata)}{reason}."
+            + nearest(str(value)[:MAX_TEXT], choices)
+            + (" HINT: put it in quotes." if isinstance(value, bool) and _is_text(hint) else "")
         ) from None
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not _in_range(number, metadata):
-            raise SpecError(f"{dotted}: {value!r} is not allowed; allowed: {_describe(hint, metadata)}.")
+            raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {_describe(hint, metadata)}.")
     return converted
+
+
+def _name(key: Any, dotted: str) -> str:
+    if isinstance(key, str) and control_character(key) is None:
+        return key
+    raise SpecError(f"{dotted}: the key {shown(key)} is not allowed; allowed: text. HINT: put it in quotes.")
+
+
+class _TextError(ValueError):
+    """Text that no field can hold."""
+
+
+def _text(text: str) -> str:
+    character = control_character(text)
+    if character is not None:
+        raise _TextError(f" on one line, without {character!a} or other control characters")
+    if len(text) > MAX_TEXT:
+        raise _TextError(f" of at most {MAX_TEXT} characters")
+    return text
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or str in typing.get_args(hint)
 
 
 def _to_type(value: Any, hint: Any) -> Any:
@@ -83,15 +115,15 @@ def _to_type(value: Any, hint: Any) -> Any:
         if len(value) != len(arguments):
             raise ValueError
         return tuple(_to_type(v, a) for v, a in zip(value, arguments, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError
-        return {str(k): str(v) for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, (WrittenInt, WrittenFloat)):
+        return _text(value.text)  # as it stands in the file: 1.10 is not 1.1
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)  # YAML reads partition: 1080 as a number
-    if hint in (int, bool) and type(value) is hint:
+        return _text(str(value))
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if hint is bool and isinstance(value, bool):
         return value
     raise TypeError
 
@@ -122,5 +154,6 @@ def _describe(hint: Any, metadata: Any) -> str:
         return "a mapping of names to values"
     name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
     low, above, high = (metadata.get(k) for k in ("low", "above", "high"))
-    bounds = [f"{symbol} {bound:g}" for symbol, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None]
+    limits = ((">=", low), (">", above), ("<=", high))
+    bounds = [f"{symbol} {b if isinstance(b, int) else format(b, 'g')}" for symbol, b in limits if b is not None]
     return " ".join([name, " and ".join(bounds)]).strip()

@@ -5,97 +5,56 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.errors import SpecError
+from cifar_hpc.paths import is_run_name
+from cifar_hpc.printable import shown
 from cifar_hpc.spec import Spec, check
 from cifar_hpc.spec_fields import build
+from cifar_hpc.yaml_text import Dumper, parse_yaml, read_mapping
 
 # Where a run runs and how often it saves do not change what it computes: these are left out of a run's name.
-NOT_IN_NAME = ("resources", "checkpoint", "failures", "timeouts", "data.root", "train.log_seconds")
+NOT_IN_NAME = (
+    "resources",
+    "checkpoint",
+    "failures",
+    "timeouts",
+    "data.root",
+    "train.log_seconds",
+    "train.watchdog_minutes",
+)
 # What may differ between a run's first start and a later one.
 MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
+MAX_DEPTH = 8  # sections in a key; the spec has two
 
 
-class _Loader(yaml.SafeLoader):
-    """safe_load without three traps of YAML 1.1: 24:00:00 and 010 are text (not base 60 and 8), 1e-4 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # the base class refuses the one and merges the other
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-class _Dumper(yaml.SafeDumper):
-    """safe_dump that also quotes text which `_Loader`, though not YAML 1.1, would read as a number, such as 1e4."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-    _class.add_implicit_resolver(
-        _NUMBERS[1],
-        re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|nan)$", re.I),
-        list("-+.0123456789"),
-    )
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """The plain values of a YAML text.
+def load_spec(
+    path: Path,
+    overrides: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Spec:
+    """The spec of a job file, laid over `base` (a site's defaults), under `key.path=value` overrides and `flags`.
 
     Raises:
-        SpecError: names the file, line and column.
+        SpecError: names the file, the flag or the dotted key.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
-        raise SpecError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read: {reason}." + nearest(path.name, siblings)) from None
-    values = parse_yaml(text, str(path))
-    if values is not None and not isinstance(values, dict):
-        raise SpecError(f"{path}: holds {type(values).__name__}; allowed: a mapping of sections such as train:")
-    return values or {}
-
-
-def load_spec(path: Path, overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Spec:
-    """The spec of a job file, laid over `base` (a site's defaults), with `key.path=value` overrides on top."""
     values = merge(dict(base or {}), read_mapping(path))
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
         *sections, last = key.strip().split(".")
+        if not separator or not last or len(sections) > MAX_DEPTH:
+            raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
         leaf: dict[str, Any] = {last: parse_yaml(text, f"--set {key}")}
         for section in reversed(sections):
             leaf = {section: leaf}
         values = merge(values, leaf)
-    return check(build(Spec, values))
+    return check(build(Spec, merge(values, flags or {})))
 
 
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +80,7 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
 def to_yaml(spec: Spec, header: str) -> str:
     """YAML of every key, under comment lines."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.dump(to_plain(spec), Dumper=_Dumper, sort_keys=False)
+    return comment + yaml.dump(to_plain(spec), Dumper=Dumper, sort_keys=False)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,10 +133,14 @@ def run_name(job: str, spec: Spec) -> str:
 
 
 def check_run_name(name: str) -> str:
-    """`name`, if it can be a directory, a Slurm job name and a word in a shell alike."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    """`name`, if it can name a run.
+
+    Raises:
+        SpecError: says what is allowed.
+    """
+    if is_run_name(name):
         return name
     raise SpecError(
-        f"--name: {name!r} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
+        f"--name: {shown(name)} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
         "beginning with a letter or a digit. HINT: without --name it is made from the job file's name."
     )

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from cifar_hpc import slurm
 from cifar_hpc.paths import all_runs, find_run, project_root
+from cifar_hpc.printable import printable
 from cifar_hpc.run_state import RunState, read_state
 
 WATCH_SECONDS = 3.0
@@ -41,7 +42,7 @@ def _cells(state: RunState) -> tuple[str, ...]:
         return "-" if value is None else f"{value:.2f}"
 
     causes = ",".join(f"{count} {cause}" for cause, count in sorted(state.requeues.items()))
-    return (
+    cells = (
         state.run,
         state.state,
         f"{state.epoch}/{state.epochs}",
@@ -55,10 +56,14 @@ def _cells(state: RunState) -> tuple[str, ...]:
         state.job_id or "-",
         state.detail,
     )
+    return tuple(" ".join(printable(cell).split()) for cell in cells)  # one line, whatever the files hold
 
 
 def _duration(seconds: float | None) -> str:
-    return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
+    try:
+        return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
+    except (OverflowError, ValueError):  # more than timedelta can hold; NaN
+        return "?"
 
 
 def _print_plain(rows: list[tuple[str, ...]]) -> None:
@@ -71,12 +76,14 @@ def _watch(runs: list[str]) -> int:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
+    from rich.text import Text
 
     def table() -> Table:
         result = Table(*(c for c in COLUMNS if c not in ("JOB", "RANKS")), box=None, padding=(0, 1), expand=False)
         for state in _read(runs):
             cells = dict(zip(COLUMNS, _cells(state), strict=True))
-            result.add_row(*(v for k, v in cells.items() if k not in ("JOB", "RANKS")), style=_STYLES.get(state.state))
+            shown = (Text(v) for k, v in cells.items() if k not in ("JOB", "RANKS"))  # not str, which may hold markup
+            result.add_row(*shown, style=_STYLES.get(state.state))
         return result
 
     if not sys.stdout.isatty():
@@ -99,4 +106,5 @@ _STYLES = {
     "requeued": "yellow",
     "cancelled": "dim",
     "stopped": "magenta",
+    "unreadable": "red",
 }

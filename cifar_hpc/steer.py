@@ -5,12 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 import signal
-import socket
 
 from cifar_hpc import runlock, slurm
 from cifar_hpc.checks import local_controller
 from cifar_hpc.errors import SpecError
+from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths, find_run, project_root
+from cifar_hpc.printable import printable
 from cifar_hpc.runlog import append_event
 
 
@@ -21,8 +22,11 @@ def requeue(run: str) -> int:
     if job is not None and job.state == "PENDING":
         if "held" in job.reason.lower():  # JobHeldUser, or launch_failed_requeued_held after a node's trouble
             slurm.command(["scontrol", "release", job.job_id])
+        spec = read_frozen(paths)
+        if spec is not None:
+            slurm.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
         slurm.release(job.job_id)
-        print(f"job {job.job_id} may start as soon as there is room (it was waiting: {job.reason})")
+        print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})")
     elif job is not None:
         # The signal of a preemption: the run saves first and then requeues itself.
         slurm.command(["scancel", "--signal=USR2", job.job_id])
@@ -62,8 +66,8 @@ def _signal_local(paths: RunPaths, number: signal.Signals) -> bool:
     if number is signal.SIGTERM and controller is not None:
         os.kill(controller, number)  # submitit's controller hands it to every task
         return True
-    owner = runlock.holder(paths.lock)
-    if owner is None or owner.get("host") != socket.gethostname():
+    pid = runlock.holder_pid(paths.lock)
+    if pid is None:
         return False
-    os.kill(int(owner["pid"]), number)  # one rank is enough: all agree on where to stop
+    os.kill(pid, number)  # one rank is enough: all agree on where to stop
     return True

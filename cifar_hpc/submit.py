@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
+import os
+import re
 import shlex
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.errors import RunBusyError, SpecError, UserError, missing_package
+from cifar_hpc.printable import printable
+
+if TYPE_CHECKING:
+    from cifar_hpc.paths import RunPaths
+    from cifar_hpc.sites import Site
+    from cifar_hpc.spec import Spec
 
 DEFAULT_JOB = Path(__file__).resolve().parent.parent / "jobs" / "improved_resnet.yaml"
 
@@ -97,39 +105,45 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if arguments.json:
             print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _say(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return SpecError.exit_code
+        return _say(missing_package(error), SpecError.exit_code)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return SpecError.exit_code
+        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), SpecError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; nothing was submitted", file=sys.stderr)
+        print("interrupted; python -m cifar_hpc status shows whether a job was submitted before", file=sys.stderr)
         return 130
+
+
+def _say(error: str, status: int) -> int:
+    print(f"error: {printable(error)}", file=sys.stderr)
+    return status
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from cifar_hpc import checks, launcher
     from cifar_hpc.freeze import resolve
-    from cifar_hpc.paths import RunPaths, project_root
+    from cifar_hpc.paths import RunPaths, keep_others_out, project_root
     from cifar_hpc.sites import load_site
     from cifar_hpc.spec_io import check_run_name, load_spec, run_name
 
+    keep_others_out()
     site, defaults = load_site(arguments.profile)
     job = Path(arguments.job) if arguments.job else DEFAULT_JOB
-    overrides = [*arguments.overrides, *_resource_overrides(arguments)]
-    spec = load_spec(job, overrides, {"resources": defaults})
-    name = check_run_name(arguments.name or run_name(job.stem, spec))
+    asked = load_spec(job, arguments.overrides, {"resources": defaults}, {"resources": _resources(arguments)})
+    name = check_run_name(arguments.name or run_name(job.stem, asked))
     paths = RunPaths(project_root(), name)
 
     if arguments.dry_run:
-        spec = resolve(paths, spec, _tasks(spec), _threads(spec, local=False))
+        spec = resolve(paths, asked, _tasks(asked), _threads(asked, local=False))
         print(launcher.batch_script(paths, spec, site))
         return 0
     slurm = checks.on_slurm("slurm" if arguments.test_only else arguments.cluster)
-    spec = resolve(paths, spec, _tasks(spec), _threads(spec, local=not slurm))
+
+    def resolved() -> Spec:
+        return resolve(paths, asked, _tasks(asked), _threads(asked, local=not slurm))
+
+    spec = resolved()
     if arguments.test_only:
         print(launcher.test_only(paths, spec, site))
         return 0
@@ -142,7 +156,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             f"HINT: more epochs with --set train.epochs=N --name {name}, or another --name.",
         )
         return 0
-    answer = _send(arguments, paths, spec, site, slurm)
+    answer = _send(paths, resolved, site, slurm)
     _print(answer, arguments.json, _describe(answer))
     if not arguments.follow:
         return 0
@@ -151,38 +165,42 @@ def _submit(arguments: argparse.Namespace) -> int:
     return follow(paths, hint=f"{answer['tail']}\n{answer['cancel']}")
 
 
-def _send(arguments: argparse.Namespace, paths: Any, spec: Any, site: Any, slurm: bool) -> dict[str, Any]:
+def _send(paths: RunPaths, resolved: Callable[[], Spec], site: Site, slurm: bool) -> dict[str, Any]:
     """Check, freeze, snapshot, submit. Nothing of an earlier start is touched before the checks have passed."""
     from cifar_hpc import checks, launcher
+    from cifar_hpc.jsonfile import remove_leftovers
     from cifar_hpc.runlog import append_event
     from cifar_hpc.snapshot import take_snapshot
 
+    spec = resolved()
     if not slurm:
         checks.check_local_gpus(spec)
     checks.check_data(spec, paths.root)
     paths.create()
-    with (paths.logs / "submit.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusyError(f"run {paths.name} is being submitted by another process right now.") from None
+    with _one_submission(paths):
         checks.check_free(paths, slurm)
+        remove_leftovers(paths.logs)  # of a submission that was killed
+        spec = resolved()  # once more, since another submission may have come before this one
         code = take_snapshot(paths)
+
+        def record(job_id: str) -> None:
+            append_event(
+                paths.events,
+                "submitted",
+                job_id=job_id,
+                restart=None,
+                world_size=None,
+                scheduler="slurm" if slurm else "local",
+                code=code.name,
+                command=shlex.join(sys.argv),
+            )
+
         with _frozen(paths, spec):
             if slurm:
                 job_id = launcher.submit_slurm(paths, spec, site, code)
+                record(job_id)
             else:
-                job_id = launcher.submit_local(paths, spec, code)
-        append_event(
-            paths.events,
-            "submitted",
-            job_id=job_id,
-            restart=None,
-            world_size=None,
-            scheduler="slurm" if slurm else "local",
-            code=code.name,
-            command=shlex.join(sys.argv),
-        )
+                job_id = launcher.submit_local(paths, spec, code, record)
     python = f"{shlex.quote(sys.executable)} -m cifar_hpc"
     return {
         "run": paths.name,
@@ -197,7 +215,23 @@ def _send(arguments: argparse.Namespace, paths: Any, spec: Any, site: Any, slurm
 
 
 @contextlib.contextmanager
-def _frozen(paths: Any, spec: Any) -> Iterator[None]:
+def _one_submission(paths: RunPaths) -> Iterator[None]:
+    """At most one submission of a run at a time; the kernel ends one that is killed."""
+    from cifar_hpc.runlock import RunLock
+
+    lock = RunLock(paths.logs / "submit.lock")
+    try:
+        lock.acquire({"pid": os.getpid(), "host": socket.gethostname()})
+    except RunBusyError:
+        raise RunBusyError(f"run {paths.name} is being submitted by another process right now.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _frozen(paths: RunPaths, spec: Spec) -> Iterator[None]:
     """Freeze `spec`, since the job may start at once; a refused submission puts back what was frozen before."""
     from cifar_hpc.freeze import freeze
     from cifar_hpc.jsonfile import write_atomic
@@ -206,7 +240,7 @@ def _frozen(paths: Any, spec: Any) -> Iterator[None]:
     freeze(paths, spec)
     try:
         yield
-    except UserError:
+    except Exception:
         if before is None:
             paths.spec.unlink()
         else:
@@ -214,36 +248,37 @@ def _frozen(paths: Any, spec: Any) -> Iterator[None]:
         raise
 
 
-def _resource_overrides(arguments: argparse.Namespace) -> list[str]:
-    overrides = []
+def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as values of the section `resources`: text as it is, since YAML would read it anew."""
+    resources: dict[str, Any] = {}
     for _, key, _, _ in RESOURCE_FLAGS:
         value = getattr(arguments, f"resources_{key}")
         if value is not None:
-            number = key in ("gpus_per_node", "cpus_per_task")
-            overrides.append(f"resources.{key}={value if number else json.dumps(value)}")
+            number = key in ("gpus_per_node", "cpus_per_task") and re.fullmatch("[0-9]{1,9}", value)
+            resources[key] = int(value) if number else value
+    options: dict[str, str] = {}
     for item in arguments.sbatch:
         key, separator, value = item.lstrip("-").partition("=")
         if not key:
             raise SpecError(f"--sbatch {item}: not understood; allowed: KEY=VALUE, such as mail-type=END.")
-        overrides.append(f"resources.sbatch.{key}={json.dumps(value if separator else 'true')}")
+        options[key] = value if separator else "true"
+    if options:
+        resources["sbatch"] = options
     if arguments.no_requeue:
-        overrides.append("resources.requeue=false")
-    return overrides
+        resources["requeue"] = False
+    return resources
 
 
-def _tasks(spec: Any) -> int:
-    tasks: int = spec.resources.max_nodes * spec.resources.ntasks_per_node
-    return tasks
+def _tasks(spec: Spec) -> int:
+    return spec.resources.max_nodes * spec.resources.ntasks_per_node
 
 
-def _threads(spec: Any, local: bool) -> int:
-    import os
-
+def _threads(spec: Spec, local: bool) -> int:
     share = (os.cpu_count() or 1) // _tasks(spec) if local else 1
     return spec.resources.cpus_per_task or max(1, share)
 
 
-def _finished_epochs(paths: Any) -> int:
+def _finished_epochs(paths: RunPaths) -> int:
     from cifar_hpc.runlog import read_jsonl
 
     finished = [e for e in read_jsonl(paths.events) if e.get("event") == "finished"]

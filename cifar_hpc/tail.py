@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cifar_hpc import slurm
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.jsonfile import open_regular
 from cifar_hpc.paths import RunPaths, find_run, project_root
+from cifar_hpc.printable import printable
 from cifar_hpc.run_state import RunState, read_state
 from cifar_hpc.runlog import read_jsonl
 
@@ -45,26 +49,25 @@ class _Follower:
         if self._file is None:
             if not self.path.exists():
                 return False
-            self._file = self.path.open(errors="replace")
+            self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
         text = self._file.read()
         if text:
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
             return True
         try:
             status, mine = self.path.stat(), self._file.tell()
-            replaced = status.st_ino != _inode(self._file) or status.st_size < mine
+            replaced = status.st_ino != os.fstat(self._file.fileno()).st_ino or status.st_size < mine
         except OSError:
             replaced = True
         if replaced:
-            self._file.close()
-            self._file = None
+            self.close()
         return False
 
-
-def _inode(file: TextIO) -> int:
-    import os
-
-    return os.fstat(file.fileno()).st_ino
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class _EpochFollower:
@@ -76,20 +79,36 @@ class _EpochFollower:
 
     def poll(self) -> bool:
         """Print what is new; whether there was anything."""
-        rows = [row for row in read_jsonl(self.path) if row["epoch"] > self._epoch]
-        for row in rows:
-            print(
-                f"epoch {row['epoch']:>4}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
-                f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
-                f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s",
-                flush=True,
-            )
-            self._epoch = row["epoch"]
-        return bool(rows)
+        found = False
+        for row in read_jsonl(self.path):
+            line = _epoch_line(row)
+            if line is not None and row["epoch"] > self._epoch:
+                print(line, flush=True)
+                self._epoch, found = row["epoch"], True
+        return found
+
+    def close(self) -> None:
+        """Nothing is open between two looks."""
+
+
+def _epoch_line(row: Mapping[str, Any]) -> str | None:
+    """A row of metrics.jsonl for people, or None where it is no such row."""
+    try:
+        return (
+            f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
+            f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
+            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s"
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _follow(paths: RunPaths, *, epochs_only: bool) -> int:
-    follower = _EpochFollower(paths.metrics) if epochs_only else _Follower(paths.train_log)
+    with contextlib.closing(_EpochFollower(paths.metrics) if epochs_only else _Follower(paths.train_log)) as follower:
+        return _follow_until_the_end(paths, follower)
+
+
+def _follow_until_the_end(paths: RunPaths, follower: _Follower | _EpochFollower) -> int:
     asked, said = 0.0, ""
     while True:
         # The state is read before the log, so that what was logged up to the end is still printed.
@@ -103,10 +122,10 @@ def _follow(paths: RunPaths, *, epochs_only: bool) -> int:
         if state is not None:
             waiting = f"{state.state}: {state.detail}" if state.state in ("queued", "requeued", "hung") else ""
             if waiting and waiting != said:
-                print(f"[{waiting}]", file=sys.stderr, flush=True)
+                print(f"[{printable(waiting)}]", file=sys.stderr, flush=True)
             said = waiting
             if state.ended:
                 if state.state != "finished":
-                    print(f"[{state.state}: {state.detail}]", file=sys.stderr, flush=True)
+                    print(f"[{state.state}: {printable(state.detail)}]", file=sys.stderr, flush=True)
                 return 0 if state.state == "finished" else 1
         time.sleep(POLL_SECONDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from helpers import tiny_spec
 from cifar_hpc.errors import SpecError
 from cifar_hpc.freeze import freeze, read_frozen, resolve
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.runlog import append_event
 from cifar_hpc.spec import Spec
 
 OPEN = {"shards": None, "cpu_threads": None}
@@ -25,6 +28,7 @@ def paths(tmp_path: Path) -> RunPaths:
 def start(paths: RunPaths, spec: Spec, tasks: int, threads: int = 1) -> Spec:
     resolved = resolve(paths, spec, tasks, threads)
     freeze(paths, resolved)
+    append_event(paths.events, "started", job_id=None, restart=0, world_size=tasks)
     return resolved
 
 
@@ -64,4 +68,23 @@ def test_more_processes_than_shards_are_refused(paths: RunPaths, shards: int | N
 def test_a_damaged_frozen_spec_is_named(paths: RunPaths) -> None:
     paths.spec.write_text("train: [")
     with pytest.raises(SpecError, match=r"spec\.yaml: not readable"):
+        read_frozen(paths)
+
+
+def test_a_submission_that_was_killed_half_way_fixes_nothing(paths: RunPaths) -> None:
+    freeze(paths, tiny_spec())
+    assert resolve(paths, tiny_spec(train={"seed": 1}), 1, 1).train.seed == 1
+
+
+def test_checkpoints_alone_show_that_a_run_has_begun(paths: RunPaths) -> None:
+    freeze(paths, tiny_spec())
+    (paths.checkpoints / "step_00000001.pt").touch()
+    with pytest.raises(SpecError, match=r"train\.seed: 0 -> 1"):
+        resolve(paths, tiny_spec(train={"seed": 1}), 1, 1)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_something_else_in_the_place_of_the_frozen_spec_is_named(paths: RunPaths, make: Callable[[Path], None]) -> None:
+    make(paths.spec)
+    with pytest.raises(SpecError, match=r"spec\.yaml: is no regular file"):
         read_frozen(paths)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cifar_hpc.errors import RunBusyError
-from cifar_hpc.runlock import RunLock, describe, holder, read_owner
+from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.runlock import RunLock, describe, holder, holder_pid, read_owner
 
 HOLD = """
 import sys
@@ -123,3 +127,76 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeyp
     monkeypatch.setattr("cifar_hpc.runlock.fcntl.flock", flock)
     RunLock(tmp_path / "run.lock").acquire({"job_id": "1"})
     assert holder(tmp_path / "run.lock") is None
+
+
+def planted_link(path: Path) -> None:
+    (path.parent / "victim").write_text("precious")
+    path.symlink_to(path.parent / "victim")
+
+
+def planted_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("plant", "what"),
+    [
+        (planted_link, "link"),
+        (os.mkfifo, "FIFO"),
+        (os.mkdir, "directory"),
+        (planted_socket, "No such device"),
+    ],
+)
+def test_only_a_regular_file_is_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], None], what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    path = Path("run.lock")
+    plant(path)
+    before = path.lstat().st_mode
+    for use in (lambda: RunLock(path).acquire({"pid": 1}), lambda: holder(path)):
+        with pytest.raises(SpecError, match=rf"^run\.lock: .*({what}|link).*HINT: find out who put it there"):
+            use()
+    assert read_owner(path) == {}
+    assert path.lstat().st_mode == before
+    if path.is_symlink():
+        assert path.read_text() == "precious"
+
+
+def test_not_everybody_may_write_a_lock(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        lock = RunLock(tmp_path / "run.lock")
+        lock.acquire({})
+    finally:
+        os.umask(before)
+    lock.release()
+    assert lock.path.stat().st_mode & stat.S_IWOTH == 0
+
+
+def test_a_signal_goes_to_the_process_that_has_the_lock_and_to_no_other(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run.lock")
+    here = socket.gethostname()
+    lock.acquire({"pid": os.getpid(), "host": here})
+    assert holder_pid(lock.path) == os.getpid()
+    # kill(-1) is every process of the user, kill(0) the caller's group; the last one is ours but has no lock.
+    for pid in (-1, 0, 1, True, "7", None, 1.5, 2**40, os.getppid()):
+        lock.path.write_text(json.dumps({"pid": pid, "host": here}))
+        assert holder_pid(lock.path) is None
+    lock.path.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
+    assert holder_pid(lock.path) is None
+    lock.path.write_text(json.dumps({"pid": os.getpid(), "host": here}))
+    lock.release()
+    assert holder_pid(lock.path) is None
+
+
+def test_a_full_disk_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(descriptor: int, content: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cifar_hpc.runlock.os.pwrite", pwrite)
+    lock = RunLock(tmp_path / "run.lock")
+    lock.acquire({})
+    assert holder(lock.path) == {}
+    lock.release()

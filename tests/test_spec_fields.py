@@ -8,7 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.spec_fields import build, option
+from cifar_hpc.printable import shown
+from cifar_hpc.spec_fields import MAX_TEXT, build, option
+from cifar_hpc.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ def test_good_values(values: dict[str, Any], expected: Inner) -> None:
         ("limit", 0, "an integer >= 1, or null"),
         ("flag", 1, "true or false"),
         ("flag", "yes", "true or false"),
+        ("words", "a\nb", "text on one line, without '\\n' or other control characters"),
+        ("words", "\x1b[2J", "text on one line, without '\\x1b' or other control characters"),
+        ("words", "a\0", "text on one line, without '\\x00' or other control characters"),
+        ("words", "\ud800", "text on one line, without '\\ud800' or other control characters"),
+        ("words", "a\u2028b", "text on one line, without '\\u2028' or other control characters"),
+        ("words", "x" * (MAX_TEXT + 1), f"text of at most {MAX_TEXT} characters"),
         ("words", True, "text"),
         ("words", None, "text"),
         ("more", ["gres"], "a mapping of names to values"),
@@ -88,7 +96,7 @@ def test_good_values(values: dict[str, Any], expected: Inner) -> None:
 def test_bad_values_name_key_value_and_what_is_allowed(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(SpecError) as caught:
         inner(**{key: value})
-    assert str(caught.value).startswith(f"inner.{key}: {value!r} is not allowed; allowed: {allowed}.")
+    assert str(caught.value).startswith(f"inner.{key}: {shown(value)} is not allowed; allowed: {allowed}.")
 
 
 def test_unknown_keys_list_the_known_ones_and_the_nearest() -> None:
@@ -118,3 +126,34 @@ def test_an_empty_section_is_all_defaults() -> None:
 
 def test_mutable_defaults_are_not_shared() -> None:
     assert Inner().more is not Inner().more
+
+
+@pytest.mark.parametrize("text", ["1.10", "1e3", "+5", "010", "0.50", "-0", ".5", "1_000", "2024-01-01", "1:30"])
+def test_text_keys_keep_what_is_written(text: str) -> None:
+    assert inner(**parse_yaml(f"words: {text}", "x")).words == text
+    assert inner(**parse_yaml(f"more: {{gres-flags: {text}}}", "x")).more == {"gres-flags": text}
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "true", "False"])
+def test_a_word_that_yaml_takes_for_a_switch_is_refused_with_the_cure(text: str) -> None:
+    with pytest.raises(SpecError, match=r"inner\.words: (True|False) .* allowed: text\. HINT: put it in quotes\."):
+        inner(**parse_yaml(f"words: {text}", "x"))
+
+
+def test_options_without_a_value() -> None:
+    assert inner(**parse_yaml("more: {hold: yes, exclusive: no}", "x")).more == {"hold": "true", "exclusive": "false"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"hold": None}, r"inner\.more\.hold: None is not allowed; allowed: text"),
+        ({"hold": {"a": 1}}, r"inner\.more\.hold: \{'a': 1\} is not allowed; allowed: text"),
+        ({"hold": "a\rb"}, r"inner\.more\.hold: 'a\\rb' is not allowed"),
+        ({1: "a"}, r"inner\.more: the key 1 is not allowed"),
+        ({"a\nb": "c"}, r"inner\.more: the key 'a\\nb' is not allowed"),
+    ],
+)
+def test_bad_options(more: dict[Any, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        inner(more=more)

@@ -44,7 +44,8 @@ SCRIPT = """\
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output '{logs}/%j_%t_log.out' --cpus-per-task=8 {python} -u -m submitit.core._submit '{logs}'
+srun --unbuffered --output '{logs}/%j_%t_log.out' --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 \
+sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh {python} -u -m submitit.core._submit '{logs}'
 """
 
 
@@ -111,6 +112,16 @@ def test_no_gpu_is_requested_for_the_cpu_but_the_tasks_stay(root: Path, capsys: 
         ("{}\n", "--name a/b", ["--name: 'a/b'"]),
         ("{}\n", "--profile nowhere", ["--profile: 'nowhere'", "default"]),
         ("{}\n", "--sbatch =x", ["--sbatch =x", "KEY=VALUE"]),
+        ("{}\n", "--sbatch out=x", ["resources.sbatch.out", "short for output", "logs/<run>/slurm"]),
+        ("{}\n", "--sbatch job_name=x", ["resources.sbatch: the option 'job_name'", "did you mean 'job-name'"]),
+        ("{}\n", "--sbatch a.b=x", ["resources.sbatch: the option 'a.b'"]),
+        ("{}\n", "--dependency afterok:1?afterok:2", ["resources.dependency: 'afterok:1?afterok:2'", "singleton"]),
+        ("{}\n", "--profile ../clusters/default", ["--profile: '../clusters/default' is not in"]),
+        ("{}\n", "--nodes ²", ["resources.nodes: '²'"]),
+        ("{}\n", "--time " + "9" * 400, ["resources.time: '999", "D-HH:MM:SS"]),
+        ("resources: {sbatch: {hold: }}\n", "", ["resources.sbatch.hold: None", "allowed: text"]),
+        ("resources: {comment: yes}\n", "", ["resources.comment: True", "HINT: put it in quotes"]),
+        ('resources: {comment: "a\\nb"}\n', "", ["resources.comment: 'a\\nb'", "on one line, without '\\n'"]),
         ("{}\n", "--set train.shards=2 --nodes 3", ["3 processes", "train.shards: 2"]),
         ("- a\n", "", ["job.yaml", "a mapping"]),
         ("a: [\n", "", ["job.yaml", "not readable as YAML", "line"]),
@@ -184,6 +195,7 @@ def test_another_spec_under_a_used_name_is_refused(root: Path, capsys: pytest.Ca
     spec = root / "logs" / "run" / "spec.yaml"
     spec.parent.mkdir(parents=True)
     spec.write_text("optimizer:\n  lr: 0.1\ntrain:\n  epochs: 9\n  shards: 1\n")
+    (spec.parent / "events.jsonl").write_text('{"event": "submitted"}\n')
     assert submit.main("--name run --set train.epochs=12 --dry-run".split()) == 2
     error = capsys.readouterr().err
     assert "optimizer.lr: 0.1 -> 0.05" in error and "train.epochs: 9" not in error

@@ -1,0 +1,30 @@
+"""Text of unknown origin: what may go into a file of one value a line, and what may be shown on a terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# C0, DEL and C1 controls (terminals obey them), line and paragraph separators, overrides of the writing direction
+# (they make a line look like another one), and lone surrogates (which no file in UTF-8 can hold).
+_CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_ANY = re.compile(f"[\t\n{_CONTROL}]")
+_BUT_TAB_AND_NEWLINE = re.compile(f"[{_CONTROL}]")
+SHOWN_CHARACTERS = 200
+
+
+def control_character(text: str) -> str | None:
+    """The first character of `text` that a value of one line cannot have, or None."""
+    found = _ANY.search(text)
+    return found.group() if found else None
+
+
+def printable(text: str) -> str:
+    r"""`text` with control characters but tab and newline spelt out, such as \x1b: safe to print anywhere."""
+    return _BUT_TAB_AND_NEWLINE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def shown(value: Any) -> str:
+    """repr of a value in an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"

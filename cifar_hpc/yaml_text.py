@@ -1,0 +1,142 @@
+"""YAML from files and flags to plain values: safe_load without its traps, and with limits on what a file may cost."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_hpc.errors import SpecError, nearest
+
+MAX_CHARACTERS = 1_000_000
+MAX_VALUES = 10_000  # with each alias counted as what it stands for: a spec has about a hundred
+
+
+class WrittenInt(int):
+    """An integer that remembers how it was written, for the keys that are text (`comment: +5`)."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """A number that remembers how it was written, for the keys that are text (`comment: 1.10`, `gres-flags: 1e3`)."""
+
+    text: str
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load without these traps of YAML 1.1: 24:00:00 and 010 are text (not base 60 and 8), and so are 2024-01-01
+    and =; 1e-4 is a number; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # the base class refuses the one and merges the other
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_written_int(self, node: yaml.ScalarNode) -> WrittenInt:
+        number = WrittenInt(self.construct_yaml_int(node))
+        number.text = self.construct_scalar(node)
+        return number
+
+    def construct_written_float(self, node: yaml.ScalarNode) -> WrittenFloat:
+        number = WrittenFloat(self.construct_yaml_float(node))
+        number.text = self.construct_scalar(node)
+        return number
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NOT_AS_IN_YAML_1_1 = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _NOT_AS_IN_YAML_1_1]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor(_INT, _Loader.construct_written_int)
+_Loader.add_constructor(_FLOAT, _Loader.construct_written_float)
+
+
+class Dumper(yaml.SafeDumper):
+    """safe_dump that also quotes text which `parse_yaml`, though not YAML 1.1, would read as a number, such as 1e4."""
+
+
+for _class in (_Loader, Dumper):
+    _class.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$", re.I),
+        list("-+.0123456789"),
+    )
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The plain values of a YAML text; numbers are of the `Written` kinds.
+
+    Raises:
+        SpecError: names the file, line and column.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise SpecError(f"{name}: is too long; allowed: {MAX_CHARACTERS:,} characters.")
+    loader = None
+    try:
+        loader = _Loader(text)  # looks for characters that YAML does not allow
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise SpecError(f"{name}: not readable as YAML: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise SpecError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values `node` stands for when every alias is written out.
+
+    A few lines of aliases of aliases can stand for more values than any memory holds. Python shares them while they
+    are only read, but merging, showing and writing them would not.
+
+    Raises:
+        MarkedYAMLError: for too many, and for an alias of what it is in.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in known:
+        known[node] = 0
+        children = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1 + sum(_expanded(child, known) for child in children)
+    if known[node] == 0:
+        raise yaml.MarkedYAMLError(problem="a value cannot hold itself", problem_mark=node.start_mark)
+    if known[node] > MAX_VALUES:
+        problem = f"it stands for more than {MAX_VALUES:,} values, with its aliases written out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return known[node]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file (UTF-8); an empty file is an empty mapping.
+
+    Raises:
+        SpecError: names the file; where it is missing, the nearest name beside it.
+    """
+    try:
+        with path.open("rb") as file:  # not read_text: /dev/zero has no end
+            text = file.read(4 * MAX_CHARACTERS + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise SpecError(f"{path}: cannot be read: {reason}." + nearest(path.name, siblings)) from None
+    values = parse_yaml(text, str(path))
+    if values is not None and not isinstance(values, dict):
+        raise SpecError(f"{path}: holds {type(values).__name__}; allowed: a mapping of sections such as train:")
+    return values or {}
