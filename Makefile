@@ -1,12 +1,13 @@
 # make demo         a run from end to end on this machine, with a preemption on the way
 # make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
 # make lint         ruff and mypy
+# make bench        the measurements in benchmarks/: tables, JSON, and the charts in docs/
 # make cluster-up   a real one-machine Slurm to play with; make cluster-down stops it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint cluster-up cluster-down slurm-packages clean
+.PHONY: demo test lint bench cluster-up cluster-down slurm-packages clean
 
 demo: .venv/.run
 	$(BIN)/python -m cifar_hpc.demo
@@ -18,6 +19,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/.run
+	$(BIN)/python benchmarks/goodput.py
+	$(BIN)/python benchmarks/reduction.py
 
 cluster-up: slurm-packages
 	slurm/minicluster/minicluster up

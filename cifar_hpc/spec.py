@@ -5,49 +5,46 @@ Defaults are the report's recipe. `batch_size` and `dropout`, which the report l
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.augment_config import IMAGE_SIZE, AugmentConfig
 from cifar_hpc.errors import SpecError
+from cifar_hpc.printable import shown
+from cifar_hpc.sbatch_options import check_dependency, check_option_names
 from cifar_hpc.slurm_time import parse_time
 from cifar_hpc.spec_fields import option
 
-# Options of sbatch that would undo what resuming and requeueing rest on, and what to use in their place.
-RESERVED_SBATCH = {
-    "array": "one submission for each run",
-    "chdir": "the code snapshot, where jobs run,",
-    "dependency": "--dependency",
-    "error": "logs/<run>/slurm",
-    "job-name": "--name",
-    "no-requeue": "--no-requeue",
-    "nodes": "--nodes",
-    "ntasks": "--nodes and resources.tasks_per_node",
-    "ntasks-per-node": "resources.tasks_per_node",
-    "open-mode": "logs/<run>/slurm",
-    "output": "logs/<run>/slurm",
-    "requeue": "resources.requeue",
-    "signal": "resources.warning_seconds",
-    "time": "--time",
-}
+# The largest numbers that PyTorch takes where it computes with 32 bits.
+FLOAT32, INT32 = 1e38, 2**31 - 1
+# Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
+# than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
+LEAST_WIDTH = 4
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
     dropout: float = option(0.2, "dropout rate after each layer", low=0, high=0.95)
-    stem_width: int = option(32, "channels of the stem convolution", low=1)
-    blocks: tuple[int, ...] = option((3, 3, 3), "bottleneck blocks in each layer", low=1)
-    widths: tuple[int, ...] = option((64, 128, 256), "bottleneck width of each layer (output is 4 x width)", low=1)
-    width_multiplier: float = option(1.0, "scales stem_width and widths; small ones make toy models", above=0)
+    stem_width: int = option(32, "channels of the stem convolution", low=1, high=100_000)
+    blocks: tuple[int, ...] = option((3, 3, 3), "bottleneck blocks in each layer", low=1, high=1000)
+    widths: tuple[int, ...] = option(
+        (64, 128, 256), "bottleneck width of each layer (output is 4 x width)", low=1, high=100_000
+    )
+    width_multiplier: float = option(1.0, "scales stem_width and widths; small ones make toy models", above=0, high=100)
+
+    def scaled(self, width: int) -> int:
+        """Channels of a convolution whose spec says `width`."""
+        return max(1, round(width * self.width_multiplier))
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
     name: Literal["sgd"] = option("sgd", "the inner optimizer")
-    lr: float = option(0.05, "initial learning rate", above=0)
+    lr: float = option(0.05, "initial learning rate", above=0, high=FLOAT32)
     momentum: float = option(0.9, "SGD momentum", low=0, high=1)
-    weight_decay: float = option(1e-4, "L2 penalty on every parameter", low=0)
+    weight_decay: float = option(1e-4, "L2 penalty on every parameter", low=0, high=FLOAT32)
     nesterov: bool = option(False, "Nesterov momentum")
 
 
@@ -72,14 +69,16 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    epochs: int = option(400, "passes over the training images", low=1)
-    batch_size: int = option(128, "images in a GLOBAL batch, over all shards", low=1)
+    epochs: int = option(400, "passes over the training images", low=1, high=1_000_000)
+    batch_size: int = option(128, "images in a GLOBAL batch, over all shards", low=1, high=INT32)
     label_smoothing: float = option(0.1, "label smoothing of the training loss", low=0, high=1)
     amp: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "autocast type; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 on a CPU"
     )
-    shards: int | None = option(None, "logical shards; null is the number of tasks at the first start", low=1)
-    seed: int = option(0, "all randomness is a function of it", low=0, high=2**31 - 1)
+    shards: int | None = option(
+        None, "logical shards; null is the number of tasks at the first start", low=1, high=INT32
+    )
+    seed: int = option(0, "all randomness is a function of it", low=0, high=INT32)
     deterministic: bool = option(True, "deterministic kernels only (the same bits need them)")
     compile: bool = option(False, "compile the model with torch.compile")
     device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
@@ -88,33 +87,48 @@ class TrainSpec:
         "threads of a process, part of the bits on a CPU; null is cpus_per_task, or without it 1 under Slurm and "
         "a share of this machine elsewhere",
         low=1,
+        high=4096,
     )
     log_seconds: float = option(30.0, "seconds between two progress lines in train.log", above=0, high=60)
+    watchdog_minutes: float = option(
+        15.0,
+        "minutes without any progress of any process after which the run counts as hung, and is started again",
+        above=0,
+        high=100_000,
+    )
 
 
 @dataclass(frozen=True)
 class DataSpec:
     source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
     root: str = option("data", "folder of the images (relative to the project's root); synthetic ignores it")
-    train_size: int | None = option(None, "training images to use (a fixed random choice); null is all", low=1)
-    test_size: int | None = option(None, "test images to use; null is all", low=1)
+    train_size: int | None = option(
+        None, "training images to use (a fixed random choice); null is all", low=1, high=INT32
+    )
+    test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
 
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    every_minutes: float | None = option(
-        None, "minutes between two checkpoints within an epoch; 5 if every_steps is null too", above=0
+    every: Literal["auto"] | None = option(
+        None,
+        "auto: checkpoints within an epoch as far apart as loses least (interval.py), from measured costs and losses; "
+        "null is auto, too, unless every_minutes or every_steps is given",
     )
+    every_minutes: float | None = option(None, "minutes between two checkpoints within an epoch", above=0, high=100_000)
     every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
     every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1)
     keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1)
 
     @property
+    def automatic(self) -> bool:
+        """Whether the interval within an epoch is chosen during the run."""
+        return self.every_minutes is None and self.every_steps is None
+
+    @property
     def interval_seconds(self) -> float | None:
-        """Seconds between two checkpoints within an epoch, or None where steps decide."""
-        if self.every_steps is not None:
-            return None
-        return 60 * (5.0 if self.every_minutes is None else self.every_minutes)
+        """Seconds between two checkpoints within an epoch, or None where they are not given in time."""
+        return None if self.every_minutes is None else 60 * self.every_minutes
 
 
 @dataclass(frozen=True)
@@ -129,9 +143,9 @@ class ResourcesSpec:
     qos: str | None = option(None, "Slurm quality of service")
     time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, ...)")
     nodes: str = option("1", "N, or MIN-MAX for Slurm to choose")
-    gpus_per_node: int = option(1, "GPUs on each node", low=0)
-    tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1)
-    cpus_per_task: int | None = option(None, "CPU cores of each process", low=1)
+    gpus_per_node: int = option(1, "GPUs on each node", low=0, high=4096)
+    tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1, high=4096)
+    cpus_per_task: int | None = option(None, "CPU cores of each process", low=1, high=4096)
     mem: str | None = option(None, "memory of a node, such as 32G")
     constraint: str | None = option(None, "node features, as sbatch's --constraint")
     exclude: str | None = option(None, "nodes to avoid")
@@ -143,7 +157,7 @@ class ResourcesSpec:
     warning_seconds: int = option(
         120, "seconds before the time limit at which Slurm sends SIGUSR2; a quarter of a short limit at most", low=10
     )
-    sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names")
+    sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names; true: without a value")
 
     @property
     def max_nodes(self) -> int:
@@ -154,6 +168,12 @@ class ResourcesSpec:
     def ntasks_per_node(self) -> int:
         """Processes on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def fewest_tasks(self) -> int | None:
+        """Processes on the smallest number of nodes that Slurm may give; None where it may give but one number."""
+        fewest, separator, _ = self.nodes.partition("-")
+        return int(fewest) * self.ntasks_per_node if separator else None
 
 
 @dataclass(frozen=True)
@@ -183,26 +203,31 @@ def check(spec: Spec) -> Spec:
             f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
             f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
         )
+    _check_layers(model)
     if train.shards is not None and train.shards > train.batch_size:
         raise SpecError(
             f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "
             f"({train.batch_size}), since each shard needs an image of each batch."
         )
-    if checkpoint.every_minutes is not None and checkpoint.every_steps is not None:
+    paces = {
+        f"checkpoint.{key}": value
+        for key in ("every", "every_minutes", "every_steps")
+        if (value := getattr(checkpoint, key)) is not None
+    }
+    if len(paces) > 1:
+        given = " and ".join(
+            f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}" for key, value in paces.items()
+        )
         raise SpecError(
-            f"checkpoint.every_minutes: {checkpoint.every_minutes:g} and checkpoint.every_steps: "
-            f"{checkpoint.every_steps} are both given; allowed: one of them."
+            f"{given} are given together; allowed: one of them. HINT: --set {next(iter(paces))}=null takes one away."
         )
     if train.compile and train.deterministic:
         raise SpecError(
             "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
             "of restarts and the number of processes; such a run resumes exactly, but not to the same bits."
         )
-    for name in spec.resources.sbatch:
-        if name in RESERVED_SBATCH:
-            raise SpecError(
-                f"resources.sbatch.{name}: is set by cifar_hpc itself. HINT: use {RESERVED_SBATCH[name]} instead."
-            )
+    check_option_names(spec.resources.sbatch)
+    check_dependency(spec.resources.dependency)
     if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
         raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
     _check_device(train.device)
@@ -211,15 +236,28 @@ def check(spec: Spec) -> Spec:
     return spec
 
 
+def _check_layers(model: ModelSpec) -> None:
+    most = IMAGE_SIZE.bit_length() - 1
+    if len(model.widths) > most:
+        # BatchNorm has no variance over a single pixel of a single image, which a shard's last batch may be.
+        raise SpecError(
+            f"model.widths: {len(model.widths)} layers are not allowed; allowed: at most {most}, since each layer "
+            f"after the first halves images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and one pixel is too few."
+        )
+    narrow = [w for w in model.widths[:-1] if model.scaled(w) < LEAST_WIDTH]
+    if narrow:
+        raise SpecError(
+            f"model.widths: {narrow[0]} with model.width_multiplier: {model.width_multiplier:g} makes a layer of width "
+            f"{model.scaled(narrow[0])}; allowed: at least {LEAST_WIDTH} in every layer but the last."
+        )
+
+
 def _check_device(device: str) -> None:
-    kind, _, index = device.partition(":")
-    if device in ("auto", "cuda", "cpu") or (kind == "cuda" and index.isdigit()):
-        return
-    raise SpecError(f"train.device: {device!r} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device) is None:
+        raise SpecError(f"train.device: {shown(device)} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
 
 
 def _check_nodes(nodes: str) -> None:
-    parts = nodes.split("-")
-    if len(parts) <= 2 and all(p.isdigit() and int(p) >= 1 for p in parts) and int(parts[0]) <= int(parts[-1]):
-        return
-    raise SpecError(f"resources.nodes: {nodes!r} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")
+    numbers = [int(n) for n in nodes.split("-")] if re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", nodes) else [0]
+    if not 1 <= numbers[0] <= numbers[-1]:
+        raise SpecError(f"resources.nodes: {shown(nodes)} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")

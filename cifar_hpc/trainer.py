@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from cifar_hpc import checkpoint
 from cifar_hpc.agreement import Agreement, Wish
+from cifar_hpc.checkpoint_index import BEST
 from cifar_hpc.context import Context
 from cifar_hpc.engine import NO_BAD_STEP, Engine
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.evaluation import Result, evaluate
+from cifar_hpc.interval import Pace, losses, seconds_alive
 from cifar_hpc.randomness import permutation
-from cifar_hpc.runlog import append_line, restore_metrics, utc_now
+from cifar_hpc.runlog import metrics_text, read_jsonl, restore_metrics, utc_now, write_metrics
 from cifar_hpc.schedule import learning_rate
 from cifar_hpc.spec_io import to_plain
 from cifar_hpc.store import CheckpointStore
@@ -36,6 +37,10 @@ class Position:
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "test_accuracy": -1.0})
 
 
+# What of it stands in a checkpoint as it is.
+STORED = ("epoch", "step_in_epoch", "step", "epoch_seconds", "best")
+
+
 class Trainer:
     """Trains from a position to the last epoch, or until told to stop."""
 
@@ -50,25 +55,19 @@ class Trainer:
         self.engine, self.context, self.spec = engine, context, engine.spec
         self.agreement = agreement
         self.store = store  # on rank 0 only
+        self.pace: Pace | None = None  # on rank 0 only, and only for checkpoint.every: auto
         self.environment = environment
         self.position = Position()
         self.stored = True  # whether the position at which training stopped is on disk
         self._saved: tuple[int, int] | None = None
-        self._suspect = False
+        self._suspect = self._slow = False
         self._clock = self._last_line = self._last_save = time.monotonic()
         self._last_line_images = 0
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.engine.load(state)
-        self.position = Position(
-            state["epoch"],
-            state["step_in_epoch"],
-            state["step"],
-            state["epoch_seconds"],
-            checkpoint.history(state),
-            dict(state["best"]),
-        )
+        self.position = Position(**{key: state[key] for key in STORED}, history=checkpoint.history(state))
         self._saved = (state["step"], state["epoch"])
 
     def train(self) -> bool:
@@ -80,30 +79,43 @@ class Trainer:
         """
         self._clock = self._last_line = self._last_save = time.monotonic()
         self._last_line_images = self._images_done()
+        if self.store is not None and self.spec.checkpoint.automatic:
+            past = losses(read_jsonl(self.context.paths.events))
+            self.pace = Pace(past, seconds_alive(), self.context.log.line, self._clock)
         while self.position.epoch < self.spec.train.epochs:
             if not (self._train_epoch() and self._end_epoch()):
                 self._save(queue=True)
                 self.stored = self._settle() is None  # if it is not, the older checkpoint has to do
                 return False
         error = self._settle()
+        if self.store is not None:
+            self._check_stored(error)
+        return True
+
+    def _check_stored(self, error: str | None) -> None:
+        what = "the last checkpoint"
+        if error is None and self.store is not None and self.store.best_error is not None:
+            what, error = BEST, self.store.best_error
+        try:
+            write_metrics(self.context.paths.metrics, self.position.history)
+        except OSError as problem:
+            what, error = (what, error) if error is not None else ("metrics.jsonl", str(problem))
         if error is not None:
             raise RunFailedError(
-                f"the last checkpoint could not be written: {error}. HINT: make room and submit again; the run goes on "
-                "from the newest one that is there."
+                f"{what} could not be written: {error}. HINT: make room and submit again; the run goes on from the "
+                "newest checkpoint that is there."
             )
-        if self.store is not None:
-            restore_metrics(self.context.paths.metrics, self.position.history)  # a full disk may have cost a row
-        return True
 
     def _train_epoch(self) -> bool:
         position, engine, batch = self.position, self.engine, self.spec.train.batch_size
         order = permutation(self.spec.train.seed, position.epoch, len(engine.data.train_images)).to(engine.device)
         while position.step_in_epoch < engine.steps_per_epoch:
-            first = position.step_in_epoch * batch
+            began, first = time.monotonic(), position.step_in_epoch * batch
             engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
             position.step += 1
             position.step_in_epoch += 1
-            answer = self.agreement.after_step(self._wish())
+            self.context.heart.beat(f"step {position.step}", position.step)
+            answer = self.agreement.after_step(self._wish(began))
             if answer is Wish.STOP:
                 return False
             every = self.spec.checkpoint.every_steps
@@ -112,18 +124,21 @@ class Trainer:
             self._progress_line()
         return True
 
-    def _wish(self) -> Wish:
+    def _wish(self, began: float) -> Wish:
+        """What this rank asks for after a step that began at `began`. Rank 0 alone knows when a checkpoint is due."""
+        now = time.monotonic()
+        interval = self.spec.checkpoint.interval_seconds
+        if self.pace is not None and self.store is not None:
+            self.pace.step(now - began, self.store.busy, now)
+            interval = self.pace.interval(now)
         if self.context.stop.requested:
             return Wish.STOP
-        interval, store = self.spec.checkpoint.interval_seconds, self.store
-        due = (
-            store is not None
-            and interval is not None
-            and not store.busy
-            and time.monotonic() - self._last_save >= interval
-        )
+        due = self.store is not None and interval is not None and now - self._last_save >= interval
+        if due and self.store is not None and self.store.busy:
+            self._say_slow()
+            due = False
         if due:
-            self._last_save = time.monotonic()  # once is enough, also where the wish is heeded a step later
+            self._last_save = now  # once is enough, also where the wish is heeded a step later
         return Wish.SAVE if due or self._suspect else Wish.GO_ON
 
     def _end_epoch(self) -> bool:
@@ -145,7 +160,7 @@ class Trainer:
         if best:
             position.best = {"epoch": position.epoch, "test_accuracy": result.accuracy}
         if self.store is not None:
-            append_line(self.context.paths.metrics, json.dumps(row))
+            restore_metrics(self.context.paths.metrics, position.history)
             self.context.emit(
                 "evaluated",
                 epoch=position.epoch,
@@ -185,42 +200,51 @@ class Trainer:
         """Snapshot now and write in the background. Collective.
 
         Args:
-            queue: wait for a write still under way; otherwise skip this one.
+            queue: write it after what is being written; otherwise, while something is, skip this one.
         """
         sums = self.engine.gathered_sums()
         self._tick()
         self._last_save = time.monotonic()
         position, store = self.position, self.store
         here = (position.step, position.epoch)
-        if store is None or (store.busy and not queue):
+        if store is None:
             return
-        if store.wait() is not None:
-            self._saved = None  # what could not be written is not saved, and may be tried again
-        if self._saved != here:
+        if store.busy and not queue:
+            self._say_slow()
+        elif self._saved != here or not store.holds(position.step):  # a folder may be removed under a run
+            began = time.monotonic()
             store.save(
                 checkpoint.to_host(
                     {
                         "format": checkpoint.FORMAT,
                         "spec": to_plain(self.spec),
-                        "step": position.step,
-                        "epoch": position.epoch,
-                        "step_in_epoch": position.step_in_epoch,
+                        **{key: getattr(position, key) for key in STORED},
                         **self.engine.state(),
                         "slow_buffers": slow_buffers,
                         "sums": sums,
-                        "epoch_seconds": position.epoch_seconds,
-                        "history": "".join(json.dumps(row) + "\n" for row in position.history),
-                        "best": position.best,
+                        "history": metrics_text(position.history),
                         "environment": self.environment,
                     }
                 ),
                 best,
             )
             self._saved = here
+            if self.pace is not None:
+                now = time.monotonic()
+                self.pace.saved(now - began, now)
+
+    def _say_slow(self) -> None:
+        if not self._slow:
+            self.context.log.line(
+                "WARNING a checkpoint takes longer to write than the time to the next one: those that would come "
+                "meanwhile are left out, and training goes on (said once)"
+            )
+        self._slow = True
 
     def _settle(self) -> str | None:
         """Wait, on every rank, until the last checkpoint is on disk; rank 0 gets the reason if it is not."""
-        error = self.store.wait() if self.store is not None else None
+        heart = self.context.heart
+        error = self.store.wait(lambda: heart.beat("writing a checkpoint")) if self.store is not None else None
         self.agreement.now(Wish.GO_ON)
         return error
 
@@ -263,6 +287,7 @@ class Trainer:
         self._last_line, self._last_line_images = time.monotonic(), self._images_done()
 
     def _between(self, text: str) -> bool:
+        self.context.heart.beat(text)
         answer = self.agreement.now(Wish.STOP if self.context.stop.requested else Wish.GO_ON)
         if time.monotonic() - self._last_line >= self.spec.train.log_seconds:
             self.context.log.line(text)

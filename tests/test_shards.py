@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Ranks, tiny_engine, tiny_spec
+from helpers import CPU, Ranks, tiny_engine, tiny_spec
 from torch import Tensor
 
+from benchmarks import reduction
 from cifar_hpc.checkpoint import digest
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.shards import ShardLayout, sum_in_shard_order
@@ -93,3 +94,20 @@ def test_training_has_the_same_bits_for_every_number_of_ranks(ranks: Ranks, sect
     alone = ranks.run(1, trained, sections, group=False)[0]
     for world in (2, 3, 4):
         assert ranks.run(world, trained, sections) == [alone] * world, f"{world} ranks"
+
+
+def benchmarked(rank: int, world: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return [part(rank, world, CPU, 2) for part in (reduction.communication, reduction.training)]
+
+
+def test_the_benchmark_of_the_reduction_measures_both(ranks: Ranks) -> None:
+    """It also compares the two sums over the full model's buckets."""
+    communication, step = ranks.run(2, benchmarked)[0]
+    assert communication["parameters"] == sum(communication["buckets"]) == 4_903_082
+    assert len(communication["buckets"]) > 1
+    for part in (communication, step):
+        assert part["repetitions"] == 2
+        assert all(len(part[key]) == 3 and min(part[key]) > 0 for key in ("fixed_order_ms", "all_reduce_ms", "ratio"))
+    table = reduction.table([{"ranks": 2, "communication": communication, "training_step": step}])
+    assert "training_step" in table

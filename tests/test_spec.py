@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny_spec
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.spec import CheckpointSpec, ResourcesSpec, Spec, check
+from cifar_hpc.spec import ResourcesSpec, Spec, check
 
 
 def test_defaults_are_the_recipe() -> None:
@@ -31,6 +31,24 @@ def test_every_key_is_documented() -> None:
         ({"train": {"epochs": 0}}, r"train\.epochs: 0 "),
         ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr: nan .* number > 0"),
         ({"model": {"blocks": [1, 1], "widths": [8, 8, 8]}}, r"model\.blocks: \[1, 1\].*model\.widths \[8, 8, 8\]"),
+        (
+            {"model": {"blocks": [1] * 6, "widths": [8] * 6, "width_multiplier": 1}},
+            r"model\.widths: 6 layers .* at most 5",
+        ),
+        ({"model": {"widths": [64, 3, 8], "width_multiplier": 1}}, r"model\.widths: 3 .* width 3; allowed: at least 4"),
+        ({"model": {"widths": [64, 64, 8], "width_multiplier": 0.01}}, r"multiplier: 0\.01 makes a layer of width 1;"),
+        ({"train": {"epochs": 10**9}}, r"train\.epochs: 1000000000 .* >= 1 and <= 1000000"),
+        ({"optimizer": {"lr": 1e39}}, r"optimizer\.lr: 1e\+39 .* > 0 and <= 1e\+38"),
+        ({"optimizer": {"weight_decay": 1e300}}, r"optimizer\.weight_decay"),
+        ({"train": {"watchdog_minutes": 1e308}}, r"train\.watchdog_minutes"),
+        ({"model": {"width_multiplier": 1e300}}, r"model\.width_multiplier"),
+        ({"train": {"cpu_threads": 10**9}}, r"train\.cpu_threads"),
+        ({"train": {"device": "cuda:²"}}, r"train\.device"),
+        ({"resources": {"nodes": "²"}}, r"resources\.nodes"),
+        ({"resources": {"nodes": "1" * 5000}}, r"resources\.nodes: '111.*5,002 characters"),
+        ({"resources": {"tasks_per_node": 10**9}}, r"resources\.tasks_per_node"),
+        ({"resources": {"dependency": "afterok:1?afterok:2"}}, r"resources\.dependency: .* singleton"),
+        ({"resources": {"sbatch": {"depend": "afterok:1"}}}, r"resources\.sbatch\.depend: .* short for dependency"),
         ({"train": {"shards": 33}}, r"train\.shards: 33 .* train\.batch_size \(32\)"),
         ({"checkpoint": {"every_minutes": 1, "every_steps": 2}}, r"every_minutes: 1 and checkpoint\.every_steps: 2"),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, r"optimizer\.nesterov"),
@@ -57,11 +75,6 @@ def test_devices(device: str) -> None:
     assert tiny_spec(train={"device": device}).train.device == device
 
 
-@pytest.mark.parametrize(("minutes", "steps", "seconds"), [(None, None, 300), (2.5, None, 150), (None, 7, None)])
-def test_checkpoint_interval(minutes: float | None, steps: int | None, seconds: float | None) -> None:
-    assert CheckpointSpec(every_minutes=minutes, every_steps=steps).interval_seconds == seconds
-
-
 @pytest.mark.parametrize(
     ("resources", "nodes", "tasks"),
     [
@@ -73,3 +86,8 @@ def test_checkpoint_interval(minutes: float | None, steps: int | None, seconds: 
 )
 def test_resources(resources: ResourcesSpec, nodes: int, tasks: int) -> None:
     assert (resources.max_nodes, resources.ntasks_per_node) == (nodes, tasks)
+
+
+@pytest.mark.parametrize(("nodes", "fewest"), [("2", None), ("1-4", 8), ("2-4", 16), ("3-3", 24)])
+def test_fewest_tasks_of_a_range_of_nodes(nodes: str, fewest: int | None) -> None:
+    assert ResourcesSpec(nodes=nodes, gpus_per_node=8).fewest_tasks == fewest
