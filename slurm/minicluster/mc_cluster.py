@@ -48,6 +48,11 @@ class Cluster:
         self.daemons = {name: (pid, start) for name, (pid, start) in marker["daemons"].items()}
         return bool(marker["ready"])
 
+    @property
+    def name(self) -> str:
+        """What jobs carry as SLURM_CLUSTER_NAME."""
+        return self.layout.cluster_name
+
     def client(self, *command: str, timeout: float = 15.0) -> mc_start.Completed:
         """Run a Slurm client against this cluster."""
         return mc_start.client(self.layout, *command, timeout=timeout)
@@ -102,6 +107,20 @@ class Cluster:
                 self._stop()
                 shutil.rmtree(directory)
         return f"down: {directory} removed"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Own the directory of a cluster that is up.
+
+        Raises:
+            MiniclusterError: where there is none.
+        """
+        if not self.layout.dir.is_dir():
+            raise MiniclusterError(f"nothing is up in {self.layout.dir}")
+        with self._locked():
+            if not self.load():
+                raise MiniclusterError(f"no cluster is up in {self.layout.dir}; `up` starts one")
+            yield
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -62,6 +62,27 @@ def _environment(pid: int) -> set[bytes]:
         return set()
 
 
+def on_node(cluster_name: str, node: str) -> list[Daemon]:
+    """Every live process of a job on this node of the cluster, and the slurmstepds above them."""
+    marks = {os.fsencode(f"SLURM_CLUSTER_NAME={cluster_name}"), os.fsencode(f"SLURMD_NODENAME={node}")}
+    found: set[int] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and marks <= _environment(int(entry.name)):
+            found.add(int(entry.name))
+    for pid in list(found):
+        stat = _stat(pid)
+        if stat and _name(stat[1]) == "slurmstepd":
+            found.add(stat[1])
+    return living(identify(pid) for pid in found)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def belonging(directory: Path, cluster_name: str, daemons: Iterable[Daemon]) -> list[Daemon]:
     """Every live process of the cluster in this directory.
 

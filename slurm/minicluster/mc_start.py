@@ -65,8 +65,7 @@ class Starter:
         self._await("munged", layout.munge_socket.exists)
         if settings.accounting:
             self._start_accounting()
-        self._daemon("slurmctld", "slurmctld", "-D")
-        self._await("slurmctld", lambda: _listens(settings.ports[0]))
+        self._slurm_daemon("slurmctld")
         for name in settings.node_names:
             self._daemon(f"slurmd-{name}", "slurmd", "-D", "-N", name)
         self._await("slurmctld", self._all_idle)
@@ -78,6 +77,13 @@ class Starter:
         if settings.accounting:  # the first records may take seconds, later ones a fraction of one
             self._await("slurmdbd", self._trial_accounted)
         layout.write_marker(settings, self.daemons, ready=True)
+
+    def start_again(self, name: str) -> None:
+        """Start one of Slurm's daemons of a cluster that is up (`daemons` names them all)."""
+        try:
+            self._slurm_daemon(name)
+        finally:
+            self.layout.write_marker(self.settings, self.daemons, ready=True)
 
     def collect(self) -> None:
         """Collect the exit codes of daemons that have ended, so that no zombie of ours is left."""
@@ -114,8 +120,7 @@ class Starter:
 
     def _start_accounting(self) -> None:
         cluster = self.layout.cluster_name
-        self._daemon("slurmdbd", "slurmdbd", "-D")
-        self._await("slurmdbd", lambda: _listens(self.settings.ports[1]))
+        self._slurm_daemon("slurmdbd")
         about = ("Description=cifar_hpc", "Organization=cifar_hpc")
         for words in (
             ("cluster", cluster),
@@ -126,6 +131,14 @@ class Starter:
             if added.returncode != 0:
                 said = (added.stdout + added.stderr).strip()
                 raise self._failure("slurmdbd", f"sacctmgr add {words[0]}: {said}")
+
+    def _slurm_daemon(self, name: str) -> None:
+        """Start slurmctld, slurmdbd or slurmd-<node>, and wait until it listens."""
+        program, _, node = name.partition("-")
+        names = ["slurmctld", "slurmdbd", "mariadbd", *(f"slurmd-{n}" for n in self.settings.node_names)]
+        port = self.settings.ports[names.index(name)]
+        self._daemon(name, program, "-D", *(("-N", node) if node else ()))
+        self._await(name, lambda: _listens(port))
 
     def _daemon_environment(self) -> dict[str, str]:
         ours = {procs.DIR_VARIABLE: str(self.layout.dir), "TMPDIR": f"{self.layout.dir}/tmp"}

@@ -15,9 +15,20 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from lab import PATIENCE, PROJECT, Lab, copy_project
+from runs import Run
 
 TOOL = Path(__file__).resolve().parents[2] / "slurm" / "minicluster" / "minicluster"
 MISSING_PACKAGES = 3  # the tool's exit code
+# 30 steps, of which 10 to 19 are the second epoch; four logical shards, so that one to four processes may train it.
+SHORT = """
+model: {width_multiplier: 0.125, stem_width: 16, blocks: [1, 1, 1], dropout: 0.1}
+train: {epochs: 3, batch_size: 32, device: cpu, cpu_threads: 1, shards: 4, log_seconds: 1}
+data: {source: synthetic, train_size: 300, test_size: 100}
+lookahead: {k: 3, bn_batches: 2}
+checkpoint: {every_steps: 4}
+resources: {gpus_per_node: 0, tasks_per_node: 2, time: 30}
+"""
 
 
 def clean_environment(slurm_conf: str) -> dict[str, str]:
@@ -108,3 +119,69 @@ def minicluster(start_minicluster: Callable[..., Minicluster]) -> Iterator[Minic
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(cluster.dir / "slurm.conf"))
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR_HPC_ROOT of all runs."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, so that whoever edits the original during these minutes disturbs no test."""
+    return copy_project(PROJECT, tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def lab(root: Path, project: Path, minicluster: Minicluster) -> Iterator[Lab]:
+    """The session's cluster, clear of jobs before and after."""
+    yield from _clear_around(Lab(root, project, minicluster))
+
+
+@pytest.fixture(scope="session")
+def short_cluster(start_minicluster: Callable[..., Minicluster]) -> Minicluster:
+    """A cluster with next to no grace, for what happens at its end."""
+    return start_minicluster("--grace", "5", "--no-accounting")
+
+
+@pytest.fixture
+def short_lab(root: Path, project: Path, short_cluster: Minicluster) -> Iterator[Lab]:
+    """The same on the cluster with next to no grace."""
+    yield from _clear_around(Lab(root, project, short_cluster))
+
+
+def _clear_around(lab: Lab) -> Iterator[Lab]:
+    try:
+        lab.clear()
+        yield lab
+    finally:
+        lab.clear()
+
+
+@pytest.fixture(scope="session")
+def short(root: Path) -> str:
+    """The job file of a short run."""
+    path = root / "short.yaml"
+    path.write_text(SHORT)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def reference(root: Path, project: Path, short: str, minicluster: Minicluster) -> Iterator[Callable[[], Run]]:
+    """Begins the short run undisturbed, one plain process without Slurm; calling it waits for the end."""
+    lab = Lab(root, project, minicluster)
+    run = Run(lab, "reference")
+    command = [sys.executable, "-m", "cifar_hpc", "train", short, "--name", run.name]
+    with (root / "reference.out").open("w") as out:
+        process = subprocess.Popen(command, cwd=project, env=lab.env, stdout=out, stderr=out)
+
+    def finished() -> Run:
+        assert process.wait(timeout=PATIENCE) == 0, (root / "reference.out").read_text()
+        return run
+
+    try:
+        yield finished
+    finally:
+        process.kill()
+        process.wait()

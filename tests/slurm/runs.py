@@ -5,96 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import Lab, until
 
-PROJECT = Path(__file__).resolve().parents[2]
-PATIENCE = 300.0  # seconds; a limit for what hangs, never what decides a test
+MOMENTS = Path(__file__).resolve().parent / "moments"
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 NOT_COMPARED = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
 Event = dict[str, Any]
-
-
-def until(what: str, condition: Callable[[], Any], report: Callable[[], str] = str) -> Any:
-    """What `condition` returns as soon as it is true."""
-    end = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"{what}: not within {PATIENCE:g} s\n{report()}")
-        time.sleep(0.05)
-    return value
-
-
-class Lab:
-    """A folder for runs ($CIFAR_HPC_ROOT), a copy of the project to work from, and the cluster that runs run on."""
-
-    def __init__(self, root: Path, project: Path, cluster: Any) -> None:
-        self.root, self.project, self.cluster = root, project, cluster
-        self.env: dict[str, str] = cluster.env | {"CIFAR_HPC_ROOT": str(root)}
-        self.frozen: list[int] = []
-
-    def python(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run Python in the project's folder; its exit status must be `expect`."""
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.project,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == expect, f"{arguments}: status {done.returncode}\n{done.stdout}{done.stderr}"
-        return done
-
-    def command(self, *arguments: str, expect: int = 0) -> str:
-        """python -m cifar_hpc ...; returns what it prints."""
-        return self.python("-m", "cifar_hpc", *arguments, expect=expect).stdout
-
-    def run(self, name: str) -> Run:
-        """The run called `name`, which need not exist yet."""
-        return Run(self, name)
-
-    @contextmanager
-    def urgent(self, *options: str) -> Iterator[str]:
-        """A job that preempts all others on the nodes it wants; gone on exit. Gives its id."""
-        job = self.cluster.sbatch("-p", "urgent", "--exclusive", *options, "--wrap=sleep 600")
-        try:
-            yield job
-        finally:
-            self.cluster.run(["scancel", job])
-            until(f"the urgent job {job} ended", lambda: job not in self.queued())
-
-    def queued(self) -> list[str]:
-        """Ids of the jobs in the queue."""
-        done = self.cluster.run(["squeue", "--noheader", "--format=%i"])
-        assert done.returncode == 0, done.stderr
-        ids: list[str] = done.stdout.split()
-        return ids
-
-    def clear(self) -> None:
-        """End every job, thaw every process, and have every node back in service."""
-        for pid in self.frozen:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        self.frozen.clear()
-        self.cluster.run(["scancel", "--user", str(os.getuid())])
-        until("the queue is empty", lambda: not self.queued())
-        for node in self.cluster.run(
-            ["sinfo", "--noheader", "--Node", "--states=down,drain", "--format=%N"]
-        ).stdout.split():
-            self.cluster.scontrol("update", f"nodename={node}", "state=resume")
-        idle = ["sinfo", "--noheader", "--Node", "--format=%T"]
-        until("all nodes are idle", lambda: set(self.cluster.run(idle).stdout.split()) == {"idle"})
 
 
 class Run:
@@ -103,13 +28,40 @@ class Run:
     def __init__(self, lab: Lab, name: str) -> None:
         self.lab, self.name = lab, name
         self.logs, self.checkpoints = lab.root / "logs" / name, lab.root / "checkpoints" / name
+        self.moments = lab.root / "moments" / name
         self.job_id = ""
 
     # ------------------------------------------------------------ commands
 
-    def submit(self, *arguments: str, expect: int = 0) -> dict[str, Any]:
-        """submit.py --json; returns its answer."""
-        done = self.lab.python("submit.py", *arguments, "--name", self.name, "--json", expect=expect)
+    def submit(
+        self,
+        *arguments: str,
+        moments: Iterable[str] = (),
+        setup: Iterable[str] = (),
+        srun: Iterable[str] = (),
+        expect: int = 0,
+    ) -> dict[str, Any]:
+        """submit.py --json; returns its answer.
+
+        Args:
+            moments: rules of moments/sitecustomize.py.
+            setup, srun: of the site profile.
+        """
+        lines = [*setup]
+        if moments:
+            exported = {
+                "PYTHONPATH": str(MOMENTS),
+                "CIFAR_HPC_MOMENTS": " ".join(moments),
+                "CIFAR_HPC_MOMENTS_SEEN": str(self.moments),
+            }
+            lines += [f"export {key}={shlex.quote(value)}" for key, value in exported.items()]
+        profile: list[str] = []
+        if lines or srun:
+            path = self.lab.root / "profiles" / f"{self.name}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({key: value for key, value in (("setup", lines), ("srun", [*srun])) if value}))
+            profile = ["--profile", str(path)]
+        done = self.lab.python("submit.py", *arguments, *profile, "--name", self.name, "--json", expect=expect)
         answer: dict[str, Any] = json.loads(done.stdout)
         if expect == 0:
             assert answer["run"] == self.name and answer["cluster"] == "slurm"
@@ -122,10 +74,13 @@ class Run:
         return state  # type: ignore[no-any-return]
 
     def inspect(self) -> dict[str, Any]:
-        """What `inspect --json` says about its newest checkpoint."""
-        report: dict[str, Any] = json.loads(self.lab.command("inspect", self.name, "--json"))
-        assert report["verified"] and report["skipped"] == []
-        return report
+        """What `inspect --json` says about its newest checkpoint, found out in this process, which is quicker."""
+        from cifar_hpc.inspection import describe
+        from cifar_hpc.store import newest_good
+
+        found = newest_good(self.checkpoints)
+        assert found is not None and found.bad == [], found
+        return describe(found.path, found.state, [])
 
     def release(self) -> None:
         """Let the requeued job start now instead of in two minutes."""
@@ -143,10 +98,18 @@ class Run:
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [row for row in rows if not kinds or row["event"] in kinds]
 
+    def reasons(self) -> list[str]:
+        """Why it asked for each of its requeues."""
+        return [event["reason"] for event in self.events("requeued")]
+
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl without what may differ between two runs of one spec."""
         rows = [json.loads(line) for line in (self.logs / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in rows]
+
+    def log(self) -> str:
+        """train.log."""
+        return (self.logs / "train.log").read_text()
 
     def report(self) -> str:
         """Everything that helps to see why a test failed."""
@@ -163,19 +126,27 @@ class Run:
             f"{self.name}: {kinds} {count}", lambda: self.events(*kinds)[count - 1 : count], self.report
         )[0]
 
-    def mid_epoch(self) -> bool:
-        """Whether it has saved a checkpoint within an epoch that is not its first."""
-        assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
-        return any(row["epoch"] and row["step_in_epoch"] for row in self.events("checkpoint"))
+    def reached(self, place: str, restart: int = 0, rank: int = 0) -> int:
+        """Wait until a moment is reached; returns the id of the process."""
+        note = self.moments / f"{restart}.{rank}.{place}"
 
-    def freeze(self) -> None:
-        """Stop rank 0 where it is, so that no machine is fast enough to finish before what the test does next.
+        def there() -> bool:
+            assert not self.events("finished"), f"{self.name} finished before anything could happen to it"
+            return note.exists()
+
+        until(f"{self.name}: {note.name}", there, self.report)
+        return int(note.read_text())
+
+    def stopped(self, place: str, restart: int = 0, rank: int = 0) -> int:
+        """Wait until a process has stopped itself at a moment (SIGSTOP); returns its id.
 
         Slurm sends SIGCONT along with each of its signals, which lets the process go on and see them.
         """
-        pid = int(json.loads((self.logs / "run.lock").read_text())["pid"])
-        os.kill(pid, signal.SIGSTOP)
+        pid = self.reached(place, restart, rank)
+        stat = Path(f"/proc/{pid}/stat")
+        until(f"{self.name}: {pid} is stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
         self.lab.frozen.append(pid)
+        return pid
 
     def job(self) -> dict[str, str]:
         """`scontrol show job` of its job."""
@@ -220,12 +191,18 @@ class Run:
 
     # ------------------------------------------------------------ the promise
 
-    def check_kept(self, reference: Run) -> None:
-        """It finished with the weights and the log of `reference`, which nobody disturbed."""
+    def check_kept(self, reference: Run, failures: int = 0) -> None:
+        """It finished with the weights and the log of `reference`, which nobody disturbed.
+
+        Args:
+            failures: how many of its starts failed or hung on the way.
+        """
         self.wait("finished")
         self.wait_gone()
-        assert self.events("finished", "failed") == self.events("finished"), self.report()
-        assert len(self.events("finished")) == 1
+        assert len(self.events("failed", "hang")) == failures, self.report()
+        assert (
+            len(self.events("finished")) == 1 and self.events("finished", "failed", "hang")[-1]["event"] == "finished"
+        )
         mine, other = self.inspect(), reference.inspect()
         assert mine["sums"] == other["sums"], self.report()
         assert all(mine["sums"].values())
@@ -243,27 +220,32 @@ class Run:
         assert names == steps | {"best.pt", "index.json"}, names
         assert set(json.loads((self.checkpoints / "index.json").read_text())["checkpoints"]) == steps
 
+    def check_saved_where_it_stopped(self, count: int = 1) -> int:
+        """The `count`-th signal ended in a checkpoint of the very step it stopped at, in an epoch's middle."""
+        signalled = self.wait("signal", count=count)
+        saved = [e for e in self.events("checkpoint") if seconds(e) <= seconds(signalled)][-1]
+        assert (saved["step"], saved["epoch"]) == (signalled["step"], signalled["epoch"]), self.report()
+        assert saved["step_in_epoch"] > 0
+        assert (self.checkpoints / saved["file"]).exists()
+        return int(signalled["step"])
+
     def check_resumed_at(self, step: int, count: int = 1) -> None:
         """Its `count`-th resumption was at `step`."""
         assert self.wait("resumed", count=count)["step"] == step, self.report()
 
-
-def freeze_mid_epoch(*runs: Run) -> None:
-    """Freeze each run as soon as it has saved a checkpoint within an epoch that is not its first."""
-    moving = set(runs)
-
-    def all_frozen() -> bool:
-        for run in [run for run in moving if run.mid_epoch()]:
-            run.freeze()
-            moving.remove(run)
-        return not moving
-
-    until("a checkpoint within an epoch", all_frozen, lambda: "\n".join(run.report() for run in moving))
+    def check_resumed_from_newest(self, count: int = 1) -> None:
+        """Its `count`-th resumption was from the newest checkpoint, written in an epoch's middle, then on disk."""
+        resumed = self.wait("resumed", count=count)
+        saved = [e for e in self.events("checkpoint") if seconds(e) <= seconds(resumed)][-1]
+        assert resumed["step"] == saved["step"] and resumed["step_in_epoch"] > 0, self.report()
 
 
-def copy_project(source: Path, target: Path) -> Path:
-    """What is needed to submit, copied to `target`."""
-    for name in ("cifar_hpc", "slurm", "jobs"):
-        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(source / "submit.py", target)
-    return target
+def seconds(event: Event) -> float:
+    """When an event was written."""
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def thaw(*pids: int) -> None:
+    """Let stopped processes go on."""
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)

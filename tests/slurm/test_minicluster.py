@@ -158,6 +158,42 @@ def test_two_clusters_live_side_by_side(cluster: Any, minicluster: Any) -> None:
     assert len(names) == 2
 
 
+def test_single_daemons_go_and_come_back_while_jobs_run(cluster: Any) -> None:
+    job = cluster.sbatch("-N2", "--wrap=srun sleep 600")
+    cluster.wait_for(job, JobState="RUNNING")
+    for daemon in ("slurmdbd", "slurmd-node2", "slurmctld"):
+        assert cluster.tool("stop", daemon).stdout == f"{daemon} is down\n"
+        assert cluster.tool("stop", daemon).stdout == f"{daemon} is down already\n"
+        if daemon != "slurmctld":  # sinfo would wait for it
+            assert "DEAD" in (status := cluster.tool("status")).stdout and status.returncode == 1
+        assert cluster.tool("start", daemon).stdout == f"{daemon} is up\n"
+        assert cluster.tool("start", daemon).stdout == f"{daemon} is up already\n"
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    unknown = cluster.tool("stop", "slurmd-node3")
+    assert unknown.returncode == 1 and "there are: " in unknown.stderr and "slurmd-node2" in unknown.stderr
+    cluster.run(["scancel", job])
+    cluster.wait_for(job, JobState="CANCELLED")
+
+
+def test_a_lost_node_takes_its_processes_along(cluster: Any) -> None:
+    jobs = {node: cluster.sbatch("-w", node, "--wrap=srun sleep 600") for node in ("node1", "node2")}
+    steps = {node: f"SLURM_JOB_ID={job}\0" for node, job in jobs.items()}
+    end = time.monotonic() + 30
+    while not all("sleep 600" in str(processes_naming(step)) for step in steps.values()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert cluster.tool("lose", "node1").stdout == "node1 is lost\n"
+    assert not processes_naming(steps["node1"]) and processes_naming(steps["node2"])
+    assert cluster.tool("status").returncode == 1
+    cluster.scontrol("update", "nodename=node1", "state=down", "reason=lost")
+    assert cluster.wait_for(jobs["node1"], JobState="PENDING")["Restarts"] == "1"
+    assert cluster.job(jobs["node2"])["JobState"] == "RUNNING"
+    assert cluster.tool("start", "slurmd-node1").returncode == 0
+    cluster.run(["scancel", *jobs.values()])
+    for job in jobs.values():
+        cluster.wait_for(job, JobState="CANCELLED")
+
+
 def test_half_dead_cluster_is_brought_up_anew(cluster: Any) -> None:
     pid, _ = _marker(cluster)["daemons"]["slurmd-node1"]
     os.kill(pid, 9)

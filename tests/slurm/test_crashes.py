@@ -1,0 +1,97 @@
+"""Tasks that die, stop or fail by themselves: the job is started again, and goes on to the same weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from lab import Lab, together
+from runs import Run, seconds
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_rank_dies_stops_or_fails(lab: Lab, short: str, reference: Callable[[], Run]) -> None:
+    together(
+        partial(_killed, Run(lab, "rank-0-killed"), short, reference, 0),
+        partial(_killed, Run(lab, "rank-1-killed"), short, reference, 1),
+        partial(_stopped_for_good, Run(lab, "rank-1-stopped"), short, reference, 1),
+        partial(_stopped_for_good, Run(lab, "rank-0-stopped"), short, reference, 0),
+        partial(_failing, Run(lab, "rank-1-failing"), short, reference),
+        partial(_all_killed, Run(lab, "all-killed"), short, reference),
+        partial(_step_cancelled, Run(lab, "step-cancelled"), short, reference),
+    )
+
+
+def _goes_on(run: Run, reference: Callable[[], Run]) -> None:
+    assert run.reasons() == ["failure"], run.report()
+    run.release()
+    run.check_resumed_from_newest()
+    run.check_kept(reference(), failures=1)
+    assert run.job()["Restarts"] == "1" and run.state()["requeues"] == {"failure": 1}
+
+
+def _killed(run: Run, short: str, reference: Callable[[], Run], rank: int) -> None:
+    """The survivor ends by itself and has the job requeued."""
+    run.submit(short, "--partition", "gpu", moments=[f"0/{rank}:SIGKILL@step:14"])
+    run.reached("step:14", rank=rank)
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    (failed,) = run.events("failed")
+    assert failed["cause"] == "lost" and failed["rank"] == 1 - rank, run.report()
+    assert re.search(rf"FAILED on rank {1 - rank} .*\n?.*", run.log()) and f"rank {rank}" in run.log()
+    _goes_on(run, reference)
+
+
+def _stopped_for_good(run: Run, short: str, reference: Callable[[], Run], rank: int) -> None:
+    """Nothing moves any more, and no connection breaks: the watchdog of another rank notices."""
+    run.submit(
+        short, "--set", "train.watchdog_minutes=0.2", "--partition", "gpu", moments=[f"0/{rank}:SIGSTOP@step:14"]
+    )
+    run.stopped("step:14", rank=rank)
+    hang = run.wait("hang")
+    assert hang["cause"] == "hang" and hang["rank"] == 1 - rank, run.report()
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    stacks = run.log().partition("---- stacks of rank")[2]
+    assert "trainer.py" in stacks and "in _train_epoch" in stacks, run.report()
+    _goes_on(run, reference)
+
+
+def _failing(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """An exception in one rank: said once, by its own traceback and not by what the others notice of it."""
+    run.submit(short, "--partition", "gpu", moments=["0/1:raise@step:14"])
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    (failed,) = run.events("failed", "hang")
+    assert failed["rank"] == 1 and failed["error"] == "RuntimeError: on purpose, at step:14", run.report()
+    assert run.log().count("RuntimeError: on purpose") == 1 and run.log().count("FAILED on rank") == 1
+    _goes_on(run, reference)
+
+
+def _all_killed(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """Nobody is left to say or to ask for anything: the job fails, and submitting again goes on."""
+    run.submit(short, "--partition", "gpu", moments=["0/*:SIGKILL@step:14"])
+    assert run.wait_gone()["JobState"] == "FAILED"
+    state = run.state()
+    assert state["state"] == "stopped" and "killed" in state["detail"]
+    _submitted_again(run, short, reference)
+
+
+def _step_cancelled(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """scancel JOB.STEP is SIGKILL at once, to every task: nothing can be saved or requeued."""
+    run.submit(short, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
+    run.stopped("step:14")
+    assert run.lab.cluster.run(["scancel", f"{run.job_id}.0"]).returncode == 0
+    assert run.wait_gone()["JobState"] == "FAILED"
+    _submitted_again(run, short, reference)
+
+
+def _submitted_again(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    first = run.job_id
+    assert run.inspect()["step"] == run.events("checkpoint")[-1]["step"]
+    run.submit(short, "--partition", "gpu")
+    assert run.job_id != first
+    run.check_resumed_from_newest()
+    run.check_kept(reference())
+    assert run.events("requeued", "signal", "left") == []
+    assert seconds(run.events("submitted")[1]) < seconds(run.wait("resumed"))

@@ -1,0 +1,150 @@
+"""What people do to jobs: cancel, requeue and hold them, let them run into their time limit, choose odd folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from lab import Lab, together, until
+from runs import Run, thaw
+
+from cifar_hpc import slurm
+
+pytestmark = pytest.mark.slurm
+
+STOP = "0/0:SIGSTOP@step:14"
+ONE = ("--set", "resources.tasks_per_node=1")
+
+
+def test_what_people_do_to_a_running_job(
+    lab: Lab, short: str, reference: Callable[[], Run], root: Path, project: Path
+) -> None:
+    odd = Lab(root / """it's a "root" dir $HOME `id` & 'x'""", project, lab.cluster)
+    odd.root.mkdir()
+    together(
+        partial(_scancel, Run(lab, "scancelled"), short, reference),
+        partial(_scontrol_requeue, Run(lab, "requeued"), short, reference),
+        partial(_scontrol_requeuehold, Run(lab, "requeued-held"), short, reference),
+        partial(_our_requeue, Run(odd, "requeued-by-us"), short, reference),
+        partial(_time_limit, Run(lab, "timeout"), short, reference),
+        partial(_last_time_limit, Run(lab, "last-timeout"), short, reference),
+    )
+
+
+def _begin(run: Run, short: str, *options: str) -> int:
+    run.submit(short, *options, "--partition", "gpu", moments=[STOP])
+    return run.stopped("step:14")
+
+
+def _scancel(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """It is final, with a checkpoint; submitting again goes on."""
+    _begin(run, short)
+    first = run.job_id
+    run.lab.cluster.run(["scancel", first])
+    assert run.wait_gone()["JobState"] == "CANCELLED"
+    assert run.check_saved_where_it_stopped() == 15 == run.inspect()["step"]
+    assert run.state()["state"] == "cancelled"
+    run.submit(short, "--partition", "gpu")
+    assert run.job_id != first
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+    # Nothing has brought the first job back in the meantime.
+    assert run.events("requeued") == []
+    job = run.lab.cluster.job(first)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+
+
+def _scontrol_requeue(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """Slurm has requeued the job when its tasks get to know: they save, and leave it at that."""
+    _begin(run, short)
+    assert run.lab.cluster.scontrol("requeue", run.job_id).returncode == 0
+    assert run.wait("left")["reason"] == "preemption"
+    assert run.check_saved_where_it_stopped() == 15
+    run.release()
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+    assert run.reasons() == [] and run.job()["Restarts"] == "1"
+
+
+def _scontrol_requeuehold(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """The same, and it waits until somebody releases it."""
+    _begin(run, short, *ONE)
+    assert run.lab.cluster.scontrol("requeuehold", run.job_id).returncode == 0
+    run.wait("left")
+    assert run.check_saved_where_it_stopped() == 15
+    assert run.wait_job(JobState="PENDING", Priority="0")["Restarts"] == "1"
+    assert run.state()["state"] == "queued" and "held" in run.state()["detail"].lower(), run.state()
+    assert f"job {run.job_id} may start" in run.lab.command("requeue", run.name)
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+    assert run.reasons() == []
+
+
+def _our_requeue(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """python -m cifar_hpc requeue: by the way of a checkpoint. Every file of this run is in a folder of an odd name."""
+    pid = _begin(run, short, *ONE)
+    assert "saves a checkpoint and requeues itself" in run.lab.command("requeue", run.name)
+    thaw(pid)  # here Slurm sends no SIGCONT along
+    run.wait("requeued")
+    assert run.events("signal")[0]["signal"] == "SIGUSR2"
+    assert run.check_saved_where_it_stopped() == 15
+    run.release()
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+    assert run.job()["Restarts"] == "1"
+    assert {path.name for path in run.lab.root.iterdir()} == {"checkpoints", "logs", "moments", "profiles"}
+
+
+# Slurm looks at time limits every 30 s, so its warning comes with 30 to 60 s left.
+LIMITED = ("--time", "30", "--set", "resources.warning_seconds=30", "resources.tasks_per_node=1")
+
+
+def _time_limit(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """Near it the run saves and requeues itself."""
+    _begin(run, short, *LIMITED)
+    run.lab.cluster.scontrol("update", f"jobid={run.job_id}", "EndTime=now+60")
+    assert run.wait_job(JobState="PENDING", Reason="BeginTime")["Restarts"] == "1"
+    assert run.reasons() == ["timeout"] and run.events("signal")[0]["signal"] == "SIGUSR2"
+    assert run.check_saved_where_it_stopped() == 15
+    run.lab.cluster.scontrol("update", f"jobid={run.job_id}", "TimeLimit=30")  # it had become a minute or two
+    run.release()
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+    assert run.state()["requeues"] == {"timeout": 1}
+
+
+def _last_time_limit(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """The same with timeouts.max used up: it saves and ends, and submitting again goes on."""
+    _begin(run, short, *LIMITED, "timeouts.max=0")
+    run.lab.cluster.scontrol("update", f"jobid={run.job_id}", "EndTime=now+60")
+    run.wait("left")
+    run.wait_gone()
+    assert run.reasons() == [] and run.events("signal")[0]["signal"] == "SIGUSR2"
+    assert run.check_saved_where_it_stopped() == 15
+    assert (state := run.state())["state"] == "stopped" and "timeouts.max" in state["detail"]
+    run.submit(short, *ONE, "--partition", "gpu")
+    run.check_resumed_at(15)
+    run.check_kept(reference())
+
+
+def test_a_job_released_right_after_its_requeue_starts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm gives a job up that starts again on a node within the second in which its last start was killed there."""
+    monkeypatch.setenv("SLURM_CONF", lab.env["SLURM_CONF"])
+    jobs = [lab.cluster.sbatch("-p", "gpu", "-w", "node1", "--wrap=sleep 600") for _ in range(6)]
+    for job in jobs:
+        lab.cluster.wait_for(job, JobState="RUNNING")
+    for job in jobs:
+        slurm.requeue(job)
+        lab.cluster.wait_for(job, JobState="PENDING")
+        slurm.release(job)
+        time.sleep(0.15)  # other jobs, other fractions of a second
+
+    def started() -> bool:
+        fields = [lab.cluster.job(job) for job in jobs]
+        assert not [f for f in fields if f["JobState"] == "FAILED"], fields
+        return all((f["JobState"], f["Restarts"]) == ("RUNNING", "1") for f in fields)
+
+    until("all are running again", started)
