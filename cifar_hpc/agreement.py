@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_hpc.errors import UserError
+from cifar_hpc.errors import RanksLostError, UserError
+from cifar_hpc.preemption import Interrupted
 
 T = TypeVar("T")
 
@@ -39,18 +39,26 @@ class Agreement:
         self._pending: deque[tuple[Tensor, dist.Work]] = deque()
 
     def from_rank_0(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; its exception, too, is raised on every rank."""
+        """What `work` returns on rank 0, on every rank.
+
+        Raises:
+            UserError, Interrupted: on every rank, where `work` raises one.
+            RanksLostError: on the others, where it raises anything else, for which rank 0 has the traceback.
+        """
         if self._group is None:
             return work()
         box: list[Any] = [None, None]
+        original: Exception | None = None
         if dist.get_rank() == 0:
             try:
                 box[0] = work()
-            except UserError as error:
+            except (UserError, Interrupted) as error:
                 box[1] = error
             except Exception as error:  # any other may not be one that can be sent
-                box[1] = RuntimeError(f"{type(error).__name__} on rank 0: {error}\n{traceback.format_exc()}")
+                original, box[1] = error, RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
         dist.broadcast_object_list(box, 0, group=self._group)
+        if original is not None:
+            raise original
         if isinstance(box[1], UserError):
             box[1].everywhere = True
         if box[1] is not None:

@@ -7,8 +7,9 @@ from typing import Any
 from cifar_hpc.distributed import Launch
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import StopFlag
-from cifar_hpc.runlog import TrainLog, append_event
+from cifar_hpc.runlog import TrainLog, append_event, count_starts, read_jsonl
 from cifar_hpc.spec import Spec
+from cifar_hpc.watchdog import Heart
 
 
 class Context:
@@ -18,11 +19,26 @@ class Context:
         self.paths, self.spec, self.launch, self.stop = paths, spec, launch, stop
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
-        self.restart = 0  # how often the run had been started before; known once the events have been read
+        self.heart = Heart()
+        self._speaks = self.first
+        self._restart: int | None = None
+
+    @property
+    def restart(self) -> int:
+        """How often the run had been started before; what events.jsonl says until all ranks know the same."""
+        return count_starts(read_jsonl(self.paths.events)) if self._restart is None else self._restart
+
+    @restart.setter
+    def restart(self, number: int) -> None:
+        self._restart = number
+
+    def speak(self) -> None:
+        """Let this rank write the logs in rank 0's place."""
+        self._speaks = self.log.enabled = True
 
     def emit(self, event: str, **details: Any) -> None:
-        """Append to events.jsonl; silent on every rank but 0."""
-        if self.first:
+        """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""
+        if self._speaks:
             append_event(
                 self.paths.events,
                 event,

@@ -16,11 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cifar_hpc.errors import RunFailedError
+from cifar_hpc.board import Board
+from cifar_hpc.errors import RanksLostError, RunFailedError
 from cifar_hpc.jsonfile import write_atomic
+from cifar_hpc.preemption import Interrupted, StopFlag
 from cifar_hpc.spec import Spec
 
 RENDEZVOUS_SECONDS = 300
+# Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds what is stuck.
+TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
@@ -74,65 +78,105 @@ def resolve_device(spec: Spec, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def connect(launch: Launch, device: torch.device) -> None:
-    """Start the default process group (NCCL or gloo); nothing to do for one process."""
+def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
+    """Find the other processes: the store that all of them share; None for one process.
+
+    Raises:
+        RanksLostError: where rank 0 is not found within RENDEZVOUS_SECONDS.
+        Interrupted: where this process is told to stop meanwhile.
+    """
     if launch.world_size == 1:
-        return
-    timeout = timedelta(minutes=30)
-    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        return None
     if launch.rendezvous is None:
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
+        return store  # type: ignore[no-any-return]
+    if launch.rank == 0:
+        return _publish_store(launch, launch.rendezvous)
+    return _find_store(launch, launch.rendezvous, stop)
+
+
+def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: Board, stop: StopFlag) -> None:
+    """Start the default process group (NCCL or gloo); nothing to do for one process.
+
+    Raises:
+        RanksLostError: where another rank fails, or does not come up within RENDEZVOUS_SECONDS.
+        Interrupted: where this process is told to stop before all have come up.
+    """
+    if store is None:
         return
-    store = _meet(launch, launch.rendezvous, timeout)
-    _wait_for_all(store, launch)
+    _wait_for_all(store, launch, board, stop)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    store.set_timeout(TIMEOUT)
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=bound
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=TIMEOUT,
+        device_id=bound,
     )
     dist.barrier()
-    if launch.rank == 0:
+    if launch.rank == 0 and launch.rendezvous is not None:
         launch.rendezvous.unlink(missing_ok=True)
 
 
-def _wait_for_all(store: dist.TCPStore, launch: Launch) -> None:
-    # NCCL waits for missing ranks without end; a rank that has failed on its way here must not hold the others' GPUs.
+def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFlag) -> None:
+    # Setting up a process group waits for missing ranks without end; one that has failed or was told to stop on its
+    # way here must not hold the others' GPUs.
     store.set(f"here/{launch.rank}", "")
-    try:
-        store.wait([f"here/{rank}" for rank in range(launch.world_size)], timedelta(seconds=RENDEZVOUS_SECONDS))
-    except dist.DistStoreError:
-        raise RunFailedError(
-            f"not all of the {launch.world_size} processes came up within {RENDEZVOUS_SECONDS} s. "
-            "HINT: the log of the one that failed is beside this one."
-        ) from None
+    missing = [f"here/{rank}" for rank in range(launch.world_size)]
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while missing := [key for key in missing if not store.check([key])]:
+        if stop.requested:
+            raise Interrupted
+        if (failure := board.failure()) is not None:
+            raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
+        if time.monotonic() > deadline:
+            raise RanksLostError(
+                f"of the {launch.world_size} processes, ranks {', '.join(key[5:] for key in missing)} did not come up "
+                f"within {RENDEZVOUS_SECONDS} s. HINT: their own logs are beside this one's, in logs/<run>/slurm."
+            )
+        time.sleep(0.05)
 
 
-def _meet(launch: Launch, path: Path, timeout: timedelta) -> dist.TCPStore:
+def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
     # Rank 0 takes any free port and publishes it, so a port can collide neither with another job's nor with the one
     # that an earlier attempt of this job has left in TIME_WAIT.
-    if launch.rank == 0:
-        store = dist.TCPStore("localhost", 0, launch.world_size, True, timeout, wait_for_workers=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        token = uuid.uuid4().hex
-        store.set(token, "")
-        write_atomic(path, json.dumps({"hosts": _addresses(), "port": store.port, "token": token}).encode())
-        return store
+    store = dist.TCPStore("localhost", 0, launch.world_size, True, TIMEOUT, wait_for_workers=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    store.set(token, "")
+    write_atomic(path, json.dumps({"hosts": _addresses(), "port": store.port, "token": token}).encode())
+    return store
+
+
+def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while time.monotonic() < deadline:
+        if stop.requested:
+            raise Interrupted
         list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())
             for host in address["hosts"]:
                 if _reachable(host, address["port"]):
                     store = dist.TCPStore(
-                        host, address["port"], launch.world_size, False, timeout, wait_for_workers=False
+                        host, address["port"], launch.world_size, False, TIMEOUT, wait_for_workers=False
                     )
                     # The file may be left over from an attempt that was killed, and its port be somebody else's now.
                     if store.check([address["token"]]):
                         return store
         time.sleep(0.05)
-    raise RunFailedError(
+    raise RanksLostError(
         f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within "
         f"{RENDEZVOUS_SECONDS} s through {path}. HINT: is the folder shared between the nodes?"
     )
+
+
+def clear_rendezvous(folder: Path) -> None:
+    """Remove what starts that were killed have left in `folder`; only for the holder of the run's lock."""
+    for path in folder.glob("*"):
+        path.unlink(missing_ok=True)
 
 
 def _addresses() -> list[str]:

@@ -11,6 +11,7 @@ class UserError(Exception):
     """Something the user can mend. The message names the key or file, the value, what is allowed, and a hint."""
 
     exit_code = 2
+    again = False  # whether trying again may help
     everywhere = False  # whether every rank of a run raises this same error, so that one of them may speak for all
 
 
@@ -22,6 +23,12 @@ class RunFailedError(UserError):
     """Training cannot go on, for a reason that trying again would not change (such as a NaN loss)."""
 
     exit_code = 1
+
+
+class RanksLostError(RunFailedError):
+    """Some ranks of a run did not come up or are gone."""
+
+    again = True
 
 
 class SchedulerError(UserError):

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import socket
-import traceback
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cifar_hpc import __version__, outcome
 from cifar_hpc.agreement import Agreement, Wish
-from cifar_hpc.checkpoint import digest, history, read
+from cifar_hpc.board import Board
+from cifar_hpc.checkpoint import digest, history
 from cifar_hpc.context import Context
-from cifar_hpc.data import Dataset, Interrupted, load_dataset
-from cifar_hpc.distributed import connect, disconnect, resolve_device
+from cifar_hpc.data import Dataset, load_dataset
+from cifar_hpc.distributed import clear_rendezvous, connect, disconnect, meet, resolve_device
 from cifar_hpc.engine import Engine, configure_torch, describe_environment, resolve_amp
-from cifar_hpc.errors import RunFailedError, UserError
+from cifar_hpc.errors import RunBusyError, RunFailedError, UserError
+from cifar_hpc.failing import LastWords
+from cifar_hpc.preemption import Interrupted
+from cifar_hpc.recovery import Choice, choose
 from cifar_hpc.runlock import RunLock
 from cifar_hpc.runlog import count_starts, read_jsonl, restore_metrics
 from cifar_hpc.shards import ShardLayout
 from cifar_hpc.spec_io import check_resumable, from_plain
-from cifar_hpc.store import CheckpointStore, newest_good
+from cifar_hpc.store import CheckpointStore
 from cifar_hpc.trainer import Position, Trainer
+from cifar_hpc.watchdog import Watchdog
 
 # After a requeue the last attempt of this job may still be dying on its node.
 LOCK_PATIENCE_SECONDS = {"slurm": 300.0, "local": 20.0, None: 3.0}
@@ -37,27 +43,47 @@ class Job:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.lock = RunLock(context.paths.lock)
+        self.last_words = LastWords(context)
+        self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
+        self.finished = False  # otherwise the process has to end at once: its peers may be gone
         self._state: dict[str, Any] | None = None
 
     def run(self) -> int:
         """Train; returns the exit status that this process should end with."""
         context = self.context
+        stored = True
         try:
             finished = self._train()
+            stored = self.trainer is None or self.trainer.stored
         except Interrupted:
             finished = False
         except UserError as error:
-            return outcome.failed(context, error, str(error), self._position(), again=False)
+            return self._failed(error)
         except Exception as error:
-            return outcome.failed(context, error, traceback.format_exc(), self._position(), again=True)
+            if not context.stop.requested:
+                return self._failed(error)
+            # While a job is being ended its ranks may go one by one. That is no failure, and no step was agreed on.
+            print(f"while stopping: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finished, stored = False, self.trainer is None
+        position = self._position()
+        if self.watchdog is not None:
+            self.watchdog.stop()
         if not finished:
-            return outcome.stopped(context, self._position(), self.trainer is None or self.trainer.stored)
-        outcome.finished(context, self._position())
+            return outcome.stopped(context, position, stored)
+        outcome.finished(context, position)
+        self.finished = True
         self.trainer = None  # lets go of the process groups, so that `disconnect` can end their threads
         disconnect()
         self.lock.release()
         return 0
+
+    def _failed(self, error: Exception) -> int:
+        self._position()
+        status = self.last_words.of(error)
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        return status
 
     def _position(self) -> Position | None:
         """Where the run stands, once nothing is being written any more; None before it has been found."""
@@ -67,29 +93,46 @@ class Job:
             self.trainer.store.wait()
         return self.trainer.position
 
+    def _meet(self) -> tuple[dist.Store | None, Board]:
+        """Find the other ranks, and begin to watch them."""
+        context, launch = self.context, self.context.launch
+        store = meet(launch, context.stop)
+        board = self.last_words.board = Board(store, launch.rank, launch.world_size)
+        if launch.rank == 0:
+            board.tell("token", self.last_words.token)
+        elif store is not None:
+            self.last_words.token = board.wait_for("token")
+        limit = 60 * context.spec.train.watchdog_minutes
+        self.watchdog = Watchdog(board, context.heart, limit, self.last_words.from_watchdog).start()
+        return store, board
+
     def _train(self) -> bool:
-        spec, launch = self.context.spec, self.context.launch
+        context = self.context
+        spec, launch = context.spec, context.launch
+        store, board = self._meet()
         device = resolve_device(spec, launch.local_rank)
         configure_torch(spec, device)
-        connect(launch, device)
+        connect(launch, device, store, board, context.stop)
         agreement = Agreement(launch.world_size, lag=1 if device.type == "cuda" else 0)
-        self.context.restart = agreement.from_rank_0(self._open)
+        context.restart = agreement.from_rank_0(self._open)
         layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
         chosen = agreement.from_rank_0(self._choose_checkpoint)
         data = self._load_data(agreement)
         environment = describe_environment(spec, device) | {"data": digest([data.train_images, data.train_labels])}
-        state = self._state or (read(chosen) if chosen is not None else None)
+        state = self._state or (chosen.read() if chosen is not None else None)
         if state is not None:
             self._check_fits(state, environment)
         # A rank that has failed so far is noticed here, where gloo tells of it; NCCL would wait for it.
         agreement.now(Wish.GO_ON)
+        context.heart.beat("setting up the model")
         engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
-        store = self._open_store() if self.context.first else None
-        trainer = self.trainer = Trainer(engine, self.context, agreement, store, environment)
+        writer = self._open_store() if context.first else None
+        trainer = self.trainer = Trainer(engine, context, agreement, writer, environment)
         if state is not None:
             trainer.resume(state)
         self._state = None
-        self._announce(chosen, state, environment)
+        context.heart.beat("the first step", trainer.position.step)
+        self._announce(chosen.path if chosen else None, state, environment)
         agreement.now(Wish.GO_ON)
         return trainer.train()
 
@@ -115,26 +158,32 @@ class Job:
             "scheduler": self.context.launch.scheduler,
         }
         self.context.paths.create()
-        self.lock.acquire(owner, LOCK_PATIENCE_SECONDS[self.context.launch.scheduler])
+        self._take_lock(owner, LOCK_PATIENCE_SECONDS[self.context.launch.scheduler])
+        clear_rendezvous(self.context.paths.slurm / "rendezvous")
         return count_starts(read_jsonl(self.context.paths.events))
 
-    def _choose_checkpoint(self) -> Path | None:
-        found = newest_good(self.context.paths.checkpoints)
-        if found is None:
+    def _take_lock(self, owner: dict[str, Any], patience_seconds: float) -> None:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                return self.lock.acquire(owner, 1.0)
+            except RunBusyError:
+                if time.monotonic() > deadline:
+                    raise
+            if self.context.stop.requested:
+                raise Interrupted
+            self.context.heart.beat("waiting for the run's lock")
+
+    def _choose_checkpoint(self) -> Choice | None:
+        chosen = choose(self.context)
+        if chosen is None:
             return None
-        for path, reason in found.bad:
-            aside = path.with_name(path.name + ".damaged")
-            with contextlib.suppress(FileNotFoundError):
-                path.replace(aside)  # out of the way of retention and of the next start
-            self.context.emit("fallback", file=path.name, moved_to=aside.name, reason=reason)
-            self.context.log.line(
-                f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
-            )
-        self._state = found.state  # so that rank 0 does not read it twice
-        return found.path
+        choice, self._state = chosen  # so that rank 0 does not read it twice
+        return choice
 
     def _load_data(self, agreement: Agreement) -> Dataset:
         def progress(text: str) -> bool:
+            self.context.heart.beat(text or "loading the images")
             if text:
                 self.context.log.line(text)
             return self.context.stop.requested
@@ -167,7 +216,11 @@ class Job:
                 "checkpoints are kept"
             )
 
-        return CheckpointStore(self.context.paths.checkpoints, self.context.spec.checkpoint.keep, on_written, on_failed)
+        def on_note(text: str) -> None:
+            self.context.log.line(f"WARNING {text}")
+
+        directory, keep = self.context.paths.checkpoints, self.context.spec.checkpoint.keep
+        return CheckpointStore(directory, keep, on_written, on_failed, on_note)
 
     def _announce(self, chosen: Path | None, state: dict[str, Any] | None, environment: dict[str, Any]) -> None:
         if not self.context.first:

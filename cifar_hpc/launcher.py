@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from cifar_hpc.sites import Site
 from cifar_hpc.slurm_time import parse_time
 from cifar_hpc.spec import Spec
 from cifar_hpc.worker import Task
+
+# Between a task's first instruction and its handlers, Python would die of a preemption's SIGTERM. See worker.
+IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
+# A site may have srun kill the other tasks when one fails; they have yet to say why and to requeue the job (srun(1)).
+SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
 
 
 def batch_script(paths: RunPaths, spec: Spec, site: Site) -> str:
@@ -58,11 +64,14 @@ def test_only(paths: RunPaths, spec: Spec, site: Site) -> str:
         return slurm.command(["sbatch", "--test-only", script.name], stderr_too=True).strip()
 
 
-def submit_local(paths: RunPaths, spec: Spec, code: Path) -> str:
+def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
     """Start the run on this machine through submitit's local executor; returns its controller's process id.
 
     The controller is started from a session of its own and writes to a file, so that neither Ctrl-C nor a closed
     terminal or pipe reaches it.
+
+    Args:
+        record: told that id in the new session, so that also a start whose submission was killed is recorded.
 
     Raises:
         SpecError: where more than one node was asked for.
@@ -76,7 +85,9 @@ def submit_local(paths: RunPaths, spec: Spec, code: Path) -> str:
         try:
             os.setsid()
             _redirect(paths.slurm / "controller.log")
-            os.write(writer, _start_local(paths, spec, code).encode())
+            job_id = _start_local(paths, spec, code)
+            record(job_id)
+            os.write(writer, job_id.encode())
             status = 0
         finally:
             os._exit(status)
@@ -116,7 +127,9 @@ def _slurm_executor(paths: RunPaths, spec: Spec, site: Site) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    executor = AnywhereSlurmExecutor(folder=paths.slurm, python=site.python)
+    executor = AnywhereSlurmExecutor(
+        folder=paths.slurm, python=IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
+    )
     executor.update_parameters(**slurm_parameters(paths, spec, site))
     return executor
 
@@ -126,19 +139,20 @@ def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
     resources = spec.resources
     gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
     others = [resources.dependency] if resources.dependency else []
+    further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
     plain = {
         "nodes": resources.nodes,
         "time": resources.time,
         "mem": resources.mem,
         "reservation": resources.reservation,
         "requeue" if resources.requeue else "no-requeue": True,
-        **{key: True if value == "true" else value for key, value in resources.sbatch.items()},
+        **further,
     }
-    srun = list(site.srun)
+    srun = [*SRUN_PATIENCE, *site.srun]
     if resources.cpus_per_task is not None:
         # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")
-    return {
+    named = {
         "job_name": paths.name,
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
@@ -153,13 +167,21 @@ def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
         "nodelist": resources.nodelist,
         "comment": resources.comment,
         "dependency": ",".join(["singleton", *others]),
+    }
+    return {
+        "wckey": None,  # submitit would set its own name
+        **{k: _in_script(v) for k, v in named.items() if k.replace("_", "-") not in further},
         "signal_delay_s": _warning_seconds(spec),
         "stderr_to_stdout": True,
-        "wckey": None,
         "setup": list(site.setup) or None,
-        "srun_args": srun or None,
-        "additional_parameters": {k: v for k, v in plain.items() if v is not None},
+        "srun_args": srun,
+        "additional_parameters": {k: _in_script(v) for k, v in plain.items() if v is not None},
     }
+
+
+def _in_script(value: Any) -> Any:
+    """A value for a line of `#SBATCH`, where sbatch, unlike a shell, takes a backslash within quotes as an escape."""
+    return value.replace("\\", "\\\\") if isinstance(value, str) else value
 
 
 def _warning_seconds(spec: Spec) -> int:

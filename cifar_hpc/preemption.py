@@ -18,6 +18,10 @@ ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "RESIZING")
 EARLY_SECONDS = 60
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """What was under way was left because the run is to stop."""
+
+
 class StopFlag:
     """Set by a signal, read between steps. The handlers do nothing else: whatever else they did could happen in the
     middle of anything."""
@@ -41,12 +45,27 @@ class StopFlag:
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         return self
 
+    def raise_flag(self) -> None:
+        """As if SIGTERM had come: for one that came before `install`."""
+        self.signal = self.signal or signal.SIGTERM
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The first one tells why; later ones, such as SIGTERM after our own requeue, do not change that.
         if self.signal is None:
             self.signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def told_before(fields: Mapping[str, str]) -> bool:
+    """Whether Slurm has told this start of a job to end already, by what `scontrol show job` says."""
+    return fields.get("JobState") not in ALIVE or _preempted(fields)
+
+
+def _preempted(fields: Mapping[str, str]) -> bool:
+    """Whether this start of the job is being preempted: a PreemptTime before StartTime is an earlier start's."""
+    preempted, started = parse_instant(fields.get("PreemptTime")), parse_instant(fields.get("StartTime"))
+    return preempted is not None and (started is None or preempted >= started)
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ def decide(
     if state not in ALIVE:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
         return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
-    preempted = parse_instant(fields.get("PreemptTime")) is not None
+    preempted = _preempted(fields)
     end = parse_instant(fields.get("EndTime"))
     near_end = end is not None and (end - now).total_seconds() <= warning_seconds + EARLY_SECONDS
     timeout = not preempted and near_end and received is not signal.SIGTERM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from cifar_hpc.slurm import QueuedJob
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
 HUNG_INTERVALS, HUNG_SECONDS = 10, 300
-ENDED = ("finished", "failed", "cancelled", "stopped", "not started")
+ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,35 @@ class RunState:
 
 
 def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
-    """The state of one run.
+    """The state of one run; `unreadable` where its files are damaged or not of this project.
 
     Args:
         jobs: as `slurm.queue` returns them.
     """
+    try:
+        return _checked(_read_state(paths, jobs))
+    except (
+        UserError,
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        detail = f"its files make no sense ({type(error).__name__}: {error})"
+        return RunState(paths.name, "unreadable", detail, 0, 0, None, None, None, None, 0)
+
+
+def _checked(state: RunState) -> RunState:
+    numbers = (state.test_accuracy, state.best_accuracy, state.images_per_second, state.world_size)
+    if all(isinstance(n, (int, float, types.NoneType)) for n in numbers) and isinstance(state.job_id or "", str):
+        return state
+    raise ValueError("text where a number should be, or a number where text should be")
+
+
+def _read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
     events, rows = read_jsonl(paths.events), read_jsonl(paths.metrics)
     try:
         spec = read_frozen(paths)
@@ -106,7 +131,7 @@ def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None)
         return "running", f"on {owner.get('host', '?')}"
     if local_controller(paths) is not None:
         return "running", "starting on this machine"
-    known = [e for e in events if e.get("event") in ("finished", "failed", "left", "cancelled", *_SUBMIT_AGAIN)]
+    known = [e for e in events if e.get("event") in ("finished", "failed", "hang", "left", "cancelled", *_SUBMIT_AGAIN)]
     if not known:
         return "not started", "never submitted"
     # A cancelled job still writes what it does about it; that is no news, unless it started again or finished.
@@ -120,7 +145,7 @@ def _afterwards(event: dict[str, Any]) -> tuple[str, str]:
     name = event["event"]
     if name == "finished":
         return "finished", f"{event.get('test_accuracy', float('nan')):.2f}%"
-    if name == "failed":
+    if name in ("failed", "hang"):
         return "failed", str(event.get("error", ""))
     if name == "cancelled":
         return "cancelled", f"by {event.get('by', '?')}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,14 @@ from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError
 
+# After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
+SLURM_DELAY_SECONDS = 121
+# A node refuses a start of a job in the very second in which it ended the job's last one ("Job credential revoked"),
+# and Slurm then gives the job up for good: FAILED (measured with Slurm 22.05). One more for clocks that differ.
+RELEASE_SECONDS = 2
+# Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
+_IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
+
 
 def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
     """Run one of Slurm's commands and return what it prints.
@@ -20,12 +29,13 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
     Raises:
         SchedulerError: with the command's own words, where it is missing, refuses, or does not answer.
     """
-    try:
-        result = subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-    except FileNotFoundError:
+    if shutil.which(arguments[0]) is None:
         raise SchedulerError(
             f"{arguments[0]} is not on PATH. HINT: is this a node of the cluster, is Slurm's module loaded?"
-        ) from None
+        )
+    shielded = ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments]
+    try:
+        result = subprocess.run(shielded, capture_output=True, text=True, timeout=timeout_seconds, check=False)
     except subprocess.TimeoutExpired:
         raise SchedulerError(f"{' '.join(arguments)} did not answer within {timeout_seconds:g} s.") from None
     if result.returncode != 0:
@@ -64,17 +74,49 @@ def job_fields(job_id: str) -> dict[str, str]:
         SchedulerError: where scontrol is missing or does not know the job.
     """
     line = command(["scontrol", "show", "job", "-o", job_id]).splitlines()[0]
-    return dict(re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line))
+    fields: dict[str, str] = {}
+    for key, value in re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line):
+        fields.setdefault(key, value)  # the first counts: a comment or a path may hold words such as JobState=FAILED
+    return fields
 
 
-def requeue(job_id: str) -> None:
-    """Put a running job back into the queue."""
+def requeue(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None) -> None:
+    """Put a running job back into the queue.
+
+    Args:
+        delay_seconds: for how long it is to wait there, if longer than Slurm's own two minutes.
+        fewest_tasks: see `allow_fewer_nodes`.
+    """
     command(["scontrol", "requeue", job_id])
+    allow_fewer_nodes(job_id, fewest_tasks)
+    if delay_seconds > SLURM_DELAY_SECONDS:
+        # Accepted while the job is COMPLETING, and kept when that ends (measured with Slurm 22.05).
+        with contextlib.suppress(SchedulerError):
+            command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{delay_seconds}"])
+
+
+def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
+    """Let a requeued job that asked for a range of nodes start on the fewest of them again.
+
+    Slurm keeps the number of tasks of the largest start so far, and would wait for as many nodes (measured with Slurm
+    22.05). Accepted while the job is COMPLETING, too; with more nodes Slurm raises the number by itself.
+
+    Args:
+        fewest_tasks: what the fewest nodes hold; None where the number of nodes is fixed.
+    """
+    if fewest_tasks is not None:
+        with contextlib.suppress(SchedulerError):  # a job that is not in the queue
+            command(["scontrol", "update", f"jobid={job_id}", f"NumTasks={fewest_tasks}"])
+
+
+def end_step(job_id: str) -> None:
+    """Kill every task of the step that this process belongs to, itself too; the job then ends as FAILED."""
+    command(["scancel", "--signal=KILL", f"{job_id}.{os.environ.get('SLURM_STEP_ID', '0')}"])
 
 
 def release(job_id: str) -> None:
-    """Let a requeued job start at once instead of after Slurm's two minutes (Reason=BeginTime)."""
-    command(["scontrol", "update", f"jobid={job_id}", "StartTime=now"])
+    """Let a requeued job start RELEASE_SECONDS from now instead of after Slurm's two minutes (Reason=BeginTime)."""
+    command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{RELEASE_SECONDS}"])
 
 
 def cancel(job_id: str) -> None:
@@ -112,7 +154,8 @@ def queue(root: Path) -> dict[str, QueuedJob]:
     if shutil.which("squeue") is None:
         return {}
     try:
-        text = command(["squeue", "--noheader", "--user", getpass.getuser(), "--format=%i|%j|%T|%r|%S|%N|%Z"])
+        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1).
+        text = command(["squeue", "--noheader", "--user", str(os.getuid()), "--format=%i|%j|%T|%r|%S|%N|%Z"])
     except SchedulerError as error:
         if _unconfigured(error):
             return {}

@@ -41,8 +41,9 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
     launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
-    status = Job(Context(paths, spec, launch, stop)).run()
-    if status != 0:
+    attempt = Job(Context(paths, spec, launch, stop))
+    status = attempt.run()
+    if not attempt.finished:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # at once: process groups whose peers are gone can take minutes to end

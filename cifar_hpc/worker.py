@@ -1,19 +1,23 @@
 """The bridge: what submitit unpickles and calls in every task of a job.
 
-Importing this module is cheap on purpose. Signals are taken over before anything slow, such as importing torch, so
-that a job that is preempted while it is starting up does not miss it.
+Importing this module is cheap on purpose. Signals are taken over before anything slow, such as importing torch. Until
+then the batch script ignores them (launcher.IGNORE_SIGNALS), since Python would die of them and its job with it: what
+came in that moment is found out by asking Slurm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_hpc.errors import UserError
-from cifar_hpc.paths import RunPaths
-from cifar_hpc.preemption import StopFlag
+from cifar_hpc import slurm
+from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.paths import RunPaths, keep_others_out
+from cifar_hpc.preemption import StopFlag, told_before
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Task:
     def __call__(self) -> str:
         """Run one task. Returns only after the last epoch; otherwise the process ends with the run's exit status."""
         stop = StopFlag().install()
+        keep_others_out()
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id and os.environ.get("SLURM_PROCID") == "0":
+            threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
         import submitit
 
         from cifar_hpc.context import Context
@@ -50,9 +58,16 @@ class Task:
             job_id=environment.job_id,
             rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{attempt}.json",
         )
-        status = Job(Context(paths, spec, launch, stop)).run()
-        if status != 0 or stop.requested:
+        job = Job(Context(paths, spec, launch, stop))
+        status = job.run()
+        if not job.finished:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)  # at once: tearing down process groups can take longer than a grace time
         return f"run {self.name} finished"
+
+
+def _ask_slurm(job_id: str, stop: StopFlag) -> None:
+    with contextlib.suppress(SchedulerError):
+        if told_before(slurm.job_fields(job_id)):
+            stop.raise_flag()

@@ -3,6 +3,7 @@
 INTERRUPT=SIGNAL@step:N       before step N (counted from 0)
 INTERRUPT=SIGNAL@evaluate:E   before the evaluation of epoch E (counted from 0)
 INTERRUPT=SIGNAL@step:N/RANK  the same, on that rank only
+INTERRUPT=RAISE@step:N/RANK   an exception there instead of a signal; OOM@...: a failed allocation
 INITIAL_SCALE=X               GradScaler begins at X
 """
 
@@ -23,9 +24,18 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.engine import Engine
 
 
+def fault(name: str) -> None:
+    """A signal to this process, or an exception."""
+    if name == "RAISE":
+        raise ValueError("a fault in the middle of a step")
+    if name == "OOM":
+        torch.empty(2**50)
+    os.kill(os.getpid(), getattr(signal, name))
+
+
 def interrupt(rule: str) -> None:
     """Arrange for what `rule` says."""
-    match = re.fullmatch(r"(SIG\w+)@(step|evaluate):(\d+)(?:/(\d+))?", rule)
+    match = re.fullmatch(r"(SIG\w+|RAISE|OOM)@(step|evaluate):(\d+)(?:/(\d+))?", rule)
     assert match, rule
     name, place, number, rank = match.groups()
     if rank is not None and rank != os.environ.get("RANK", "0"):
@@ -36,7 +46,7 @@ def interrupt(rule: str) -> None:
 
         def wrapper(*args: Any) -> Any:
             if args[count] == int(number):
-                os.kill(os.getpid(), getattr(signal, name))
+                fault(name)
             return original(*args)
 
         setattr(owner, attribute, wrapper)

@@ -6,6 +6,8 @@ import pytest
 from helpers import Ranks
 
 from cifar_hpc.agreement import Agreement, Wish
+from cifar_hpc.errors import SpecError
+from cifar_hpc.preemption import Interrupted
 
 
 def answers(rank: int, world: int, lag: int, who: int, when: int, wish: int, steps: int) -> list[int]:
@@ -55,3 +57,23 @@ def test_a_single_process_heeds_itself_at_once(lag: int) -> None:
     agreement = Agreement(1, lag)
     assert [agreement.after_step(w) for w in Wish] == list(Wish)
     assert agreement.now(Wish.STOP) is Wish.STOP
+
+
+def told_by_rank_0(rank: int, world: int, error: type[Exception]) -> str:
+    def work() -> None:
+        raise error("no such luck")
+
+    try:
+        Agreement(world, 0).from_rank_0(work)
+    except Exception as raised:
+        return f"{type(raised).__name__} {raised} {getattr(raised, 'everywhere', False)}"
+    return "nothing"
+
+
+def test_what_rank_0_could_not_do_ends_every_rank(ranks: Ranks) -> None:
+    assert ranks.run(2, told_by_rank_0, SpecError) == ["SpecError no such luck True"] * 2
+    assert ranks.run(2, told_by_rank_0, Interrupted) == ["Interrupted no such luck False"] * 2
+    assert ranks.run(2, told_by_rank_0, ValueError) == [
+        "ValueError no such luck False",  # with the traceback, which only rank 0 has
+        "RanksLostError rank 0 failed: ValueError: no such luck True",
+    ]

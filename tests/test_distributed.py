@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, Ranks, tiny_spec
 
+from cifar_hpc.board import Board
 from cifar_hpc.context import Context
 from cifar_hpc.distributed import Launch, connect, disconnect, resolve_device
+from cifar_hpc.distributed import meet as meet_others
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.job import Job
 from cifar_hpc.paths import RunPaths
@@ -28,7 +30,8 @@ def gloo_threads() -> int:
 
 def meet(rank: int, world: int, file: str) -> list[int]:
     launch = Launch(rank, world, rank, None, None, Path(file))
-    connect(launch, CPU)
+    store = meet_others(launch, StopFlag())
+    connect(launch, CPU, store, Board(store, rank, world), StopFlag())
     found = [torch.zeros(1) for _ in range(world)]
     dist.all_gather(found, torch.tensor([float(rank)]))
     disconnect()
@@ -66,7 +69,8 @@ def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks:
 
 
 def test_one_process_needs_no_group() -> None:
-    connect(Launch(), CPU)
+    assert meet_others(Launch(), StopFlag()) is None
+    connect(Launch(), CPU, None, Board(None, 0, 1), StopFlag())
     assert not dist.is_initialized()
     disconnect()
 

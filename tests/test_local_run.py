@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -124,3 +125,37 @@ def test_a_failing_run_says_why_once_and_follow_returns_1(project: Project) -> N
     assert "NaN or infinite at step" in result.stdout and "Traceback" not in result.stdout
     assert project.state()["state"] == "failed"
     assert [e["event"] for e in project.events()].count("failed") == 1
+
+
+def tasks(project: Project, job_id: str) -> dict[int, int]:
+    """Process ids of a local job's tasks, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = dict(w.split("=", 1) for w in (entry / "environ").read_text().split("\0") if "=" in w)
+            words = (entry / "cmdline").read_text().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if "submitit.core._submit" in words and environment.get("SUBMITIT_LOCAL_JOB_ID") == job_id:
+            found[int(environment["SUBMITIT_LOCAL_GLOBALID"])] = int(entry.name)
+    return found
+
+
+def test_a_stopped_rank_and_a_killed_rank_0_are_noticed_and_the_run_starts_again(project: Project) -> None:
+    job_id = json.loads(project.submit("train.epochs=40", "train.watchdog_minutes=0.4", "--json").stdout)["job_id"]
+    project.wait_for("checkpoint")
+    os.kill(tasks(project, job_id)[1], signal.SIGSTOP)
+    project.wait_for("resumed")
+    hang = next(e for e in project.events() if e["event"] == "hang")
+    assert "stopped or without a network: rank 1" in (project.logs / "train.log").read_text()
+
+    project.wait("progress", lambda: project.events()[-1].get("step", 0) > hang["step"] + 5)
+    os.kill(tasks(project, job_id)[0], signal.SIGKILL)
+    project.wait_for("resumed", 2)
+    assert [e["reason"] for e in project.events() if e["event"] == "requeued"] == ["failure", "failure"]
+    lost = next(e for e in project.events() if e["event"] == "failed")
+    assert (lost["cause"], lost["rank"]) == ("lost", 1)
+    assert lost["error"].startswith("no word from rank 0")
+
+    assert project.cifar("cancel", "run").returncode == 0
+    project.wait("the end of the job", lambda: project.state()["state"] == "cancelled")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cifar_hpc.preemption import STOP_SIGNALS, Decision, StopFlag, decide
+from cifar_hpc.preemption import STOP_SIGNALS, Decision, StopFlag, decide, told_before
 
 NOW = datetime(2026, 1, 2, 12, 0, 0)
 LATER, SOON = "2026-01-02T16:00:00", "2026-01-02T12:02:30"
@@ -38,6 +38,8 @@ TABLE = [
      "preemption"),
     ("preempted after earlier restarts", signal.SIGTERM, PREEMPTED | {"Restarts": "4"}, {"own_restarts": 4}, "requeue",
      "preemption"),
+    ("near the time limit after an earlier start was preempted", signal.SIGUSR2,
+     PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, {}, "requeue", "timeout"),
     ("preempted, no grace: Slurm has requeued", signal.SIGTERM, COMPLETING | {"Restarts": "1"}, {}, "leave",
      "preemption"),
     ("the same at the fifth time", signal.SIGTERM, COMPLETING | {"Restarts": "5"}, {"own_restarts": 4}, "leave",
@@ -87,6 +89,22 @@ def test_only_a_running_job_is_ever_requeued(state: str, received: signal.Signal
     assert decided(received, PREEMPTED | {"JobState": state}).action == "leave"
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (RUNNING, False),
+        (RUNNING | {"JobState": "SIGNALING"}, False),
+        (PREEMPTED, True),
+        (PREEMPTED | {"StartTime": "2026-01-02T11:00:00"}, True),
+        (PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, False),  # an earlier start was preempted, not this one
+        (COMPLETING, True),
+        (RUNNING | {"JobState": "PENDING"}, True),
+    ],
+)
+def test_told_before_any_handler_was_there(fields: dict[str, str], told: bool) -> None:
+    assert told_before(fields) is told
+
+
 @pytest.fixture
 def flag() -> Any:
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
@@ -108,3 +126,12 @@ def test_a_signal_sets_the_flag_and_the_first_one_tells_why(flag: StopFlag, numb
 def test_sigcont_is_ignored(flag: StopFlag) -> None:
     os.kill(os.getpid(), signal.SIGCONT)
     assert not flag.requested
+
+
+def test_a_flag_raised_by_hand_counts_as_sigterm_unless_a_signal_came_first(flag: StopFlag) -> None:
+    other = StopFlag()
+    other.raise_flag()
+    assert other.requested and other.signal is signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGUSR2)
+    flag.raise_flag()
+    assert flag.signal is signal.SIGUSR2

@@ -7,103 +7,21 @@ lets a process send itself a signal at a precise step, so that no outcome depend
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import yaml
-from helpers import TINY, leftovers
+from helpers import leftovers
+from processes import Runs
 
 from cifar_hpc import checkpoint
 from cifar_hpc.__main__ import main
 from cifar_hpc.runlog import read_jsonl
-from cifar_hpc.spec_io import merge
 from cifar_hpc.store import newest_good
 
-TESTS = Path(__file__).parent
-SCRIPT = TESTS / "interrupted.py"
-STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # by the signal that a rank got
-# 264 images are 8 whole batches and one of 8 images: 9 steps an epoch, 18 in all; Lookahead syncs every 5.
-JOB = merge(TINY, {"checkpoint": {"every_steps": 4}})
 VOLATILE = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
 STATE = ("step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler", "sums")
-LIMIT_SECONDS = 150  # only bounds how long a hang lasts
-
-
-@dataclass
-class Runs:
-    """A project root with runs in it, and the processes that are started there."""
-
-    root: Path
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def start(self, name: str, world: int, *overrides: str, interrupt: str = "", torchrun: bool = False) -> list[int]:
-        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own)."""
-        self.root.mkdir(exist_ok=True)
-        job = self.root / "tiny.yaml"
-        job.write_text(yaml.safe_dump(JOB))
-        arguments = ["train", str(job), "--name", name, *(word for o in overrides for word in ("--set", o))]
-        common = os.environ | {
-            "CIFAR_HPC_ROOT": str(self.root), "PYTHONPATH": str(TESTS.parent), "INTERRUPT": interrupt,
-            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        if torchrun:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            commands = [([*launcher, str(SCRIPT), *arguments], common)]
-        else:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                port = server.getsockname()[1]
-            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            commands = [
-                ([sys.executable, str(SCRIPT), *arguments], common | place | {"RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(world)
-            ]
-        started = []
-        for rank, (command, environment) in enumerate(commands):
-            with (self.root / f"{name}.{rank}.out").open("a") as out:
-                started.append(
-                    subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
-                )
-        self.processes += started
-        return [process.wait(LIMIT_SECONDS) for process in started]
-
-    def output(self, name: str) -> str:
-        return "\n".join(p.read_text() for p in sorted(self.root.glob(f"{name}.*.out")))
-
-    def finish(self, name: str, world: int, *overrides: str, **how: Any) -> None:
-        """Train to the end."""
-        assert set(self.start(name, world, *overrides, **how)) == {0}, self.output(name)
-
-    def stop(self, name: str, world: int, *overrides: str, interrupt: str, torchrun: bool = False) -> None:
-        """Train until all ranks have stopped together, with a checkpoint."""
-        statuses = self.start(name, world, *overrides, interrupt=interrupt, torchrun=torchrun)
-        assert set(statuses) <= ({1} if torchrun else STOPPED), self.output(name)
-
-    def kill(self, name: str, world: int, *overrides: str, interrupt: str) -> None:
-        """Train until every process kills itself, as a lost node does."""
-        statuses = self.start(name, world, *overrides, interrupt=interrupt)
-        assert set(statuses) == {-signal.SIGKILL}, self.output(name)
-
-    def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
-        return [e for e in read_jsonl(self.root / "logs" / name / "events.jsonl") if e["event"] in kinds]
-
-    def resumed(self, name: str) -> tuple[int, int, int]:
-        """Where the latest start of the run began: step, epochs completed, step in the epoch."""
-        last = self.events(name, "resumed")[-1]
-        return last["step"], last["epoch"], last["step_in_epoch"]
-
-    def copy(self, old: str, new: str) -> None:
-        """A second run with the files of the first."""
-        for kind in ("logs", "checkpoints"):
-            shutil.copytree(self.root / kind / old, self.root / kind / new)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import stat
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +39,20 @@ def test_job_fields(fake: Path) -> None:
     assert fields["EndTime"] == "2026-01-01T10:00:00" and fields["Command"] == "/x y/z.sh"
 
 
+def test_fields_in_a_comment_are_none_of_the_job(fake: Path) -> None:
+    (fake / "shown").write_text("JobId=5 JobState=RUNNING Restarts=2 Comment=x JobState=FAILED Restarts=9 WorkDir=/a b")
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    fields = slurm.job_fields("5")
+    assert (fields["JobState"], fields["Restarts"], fields["WorkDir"]) == ("RUNNING", "2", "/a b")
+
+
+def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    program(fake, "squeue", f"echo \"$@\" > '{fake}/asked'")
+    assert slurm.queue(fake) == {}
+    assert f"--user {os.getuid()} " in (fake / "asked").read_text()
+
+
 def test_queue(fake: Path) -> None:
     lines = [
         f"7|a-1|PENDING|Priority|N/A||{fake}/logs/a-1/code/1f",
@@ -63,6 +79,46 @@ def test_refusals_carry_the_words(fake: Path) -> None:
     program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
     with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
         slurm.requeue("9")
+
+
+def asked(fake: Path) -> list[str]:
+    """What the fake scontrol was asked."""
+    return (fake / "asked").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("delay", "fewest", "expected"),
+    [
+        (0, None, ["requeue 9"]),
+        (121, None, ["requeue 9"]),  # Slurm's own
+        (240, None, ["requeue 9", "update jobid=9 StartTime=now+240"]),
+        (0, 2, ["requeue 9", "update jobid=9 NumTasks=2"]),
+    ],
+)
+def test_requeue(fake: Path, delay: int, fewest: int | None, expected: list[str]) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
+    slurm.requeue("9", delay, fewest)
+    assert asked(fake) == expected
+
+
+def test_requeue_counts_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
+    program(fake, "scontrol", f'echo "$@" >> \'{fake}/asked\'; [ "$1" = requeue ]')
+    slurm.requeue("9", 240, 2)
+    assert len(asked(fake)) == 3
+
+
+def test_release_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
+    slurm.release("9")
+    (line,) = asked(fake)
+    match = re.fullmatch(r"update jobid=9 StartTime=now\+(\d+)", line)
+    assert match and 2 <= int(match[1]) <= 5
+
+
+def test_commands_outlive_the_signal_that_their_own_request_brings(fake: Path) -> None:
+    program(fake, "scontrol", f"kill -TERM $$; kill -USR1 $$; kill -USR2 $$; echo \"$@\" >> '{fake}/asked'")
+    slurm.requeue("9")
+    assert asked(fake) == ["requeue 9"]
 
 
 def test_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,285 @@
+"""How a start of a run fails: one rank says why, once, and asks for another try where that may help."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cifar_hpc import slurm
+from cifar_hpc.board import Board, NoAnswerError, Report, bounded
+from cifar_hpc.board import describe as describe_ranks
+from cifar_hpc.context import Context
+from cifar_hpc.errors import RunBusyError, SchedulerError, UserError
+from cifar_hpc.outcome import LOCAL_REQUEUE_STATUS
+from cifar_hpc.preemption import ALIVE
+from cifar_hpc.runlock import read_owner
+from cifar_hpc.runlog import append_line, count_requeues, read_jsonl, since_submission
+from cifar_hpc.watchdog import stacks
+
+T = TypeVar("T")
+# How long the other ranks leave it to rank 0 to speak for the run.
+RANK_0_SECONDS = 10.0
+# How long the speaker waits to see which ranks are there no more.
+LAST_WORDS_SECONDS = 3.0
+# The time before another try: Slurm's own after a requeue, doubled with each failure, but no longer than an hour.
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 120, 3600
+# Without a scheduler's queue the machine is ours, and only what passes by itself needs waiting for.
+LOCAL_DELAY_SECONDS = 2
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Whether a failed run is started again, after how many seconds, and the words for the log."""
+
+    again: bool
+    delay_seconds: int
+    explanation: str
+
+
+def decide_retry(events: Sequence[Mapping[str, Any]], report: Report, limit: int, may_requeue: bool) -> Retry:
+    """Another try, only where it may help and only while the run gets further from one failure to the next.
+
+    Args:
+        events: of this run since it was last submitted, without this failure.
+        limit: failures.max.
+        may_requeue: resources.requeue, and a scheduler that can.
+    """
+    used = count_requeues(events).get("failure", 0)
+    earlier = [int(e.get("step") or 0) for e in events if e.get("event") in ("failed", "hang")]
+    if not report.again:
+        return Retry(False, 0, "not requeued: the same would happen again")
+    if not may_requeue:
+        return Retry(False, 0, "not requeued; submit the same again to go on from the newest checkpoint")
+    if earlier and report.step <= earlier[-1]:
+        return Retry(
+            False,
+            0,
+            f"not requeued: the run failed at step {earlier[-1]} before and got no further this time "
+            f"(step {report.step}). HINT: mend the cause and submit again",
+        )
+    if used >= limit:
+        return Retry(False, 0, f"not requeued: failures.max ({limit}) is used up; submit again to go on")
+    delay = min(FIRST_DELAY_SECONDS << used, LONGEST_DELAY_SECONDS)
+    return Retry(True, delay, f"requeueing after failure {used + 1} of at most {limit}")
+
+
+def report_of(error: BaseException, context: Context) -> Report:
+    """The report of an exception on this rank."""
+    rank, host = context.launch.rank, socket.gethostname()
+    words = str(error)
+    summary = f"{type(error).__name__}: {words}".splitlines()[0][:500]
+    cause, text, again, status = "error", "".join(traceback.format_exception(error)), True, 1
+    if isinstance(error, UserError):
+        text, again, status = words, error.again, error.exit_code
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in words for w in _OUT_OF_MEMORY):
+        cause, text = "out_of_memory", f"{_memory_words(context)}\n{text}"
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in _LOST)):
+        cause, text = "lost", f"lost contact with another rank ({summary})"  # where this rank was says nothing
+    return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, again, status)
+
+
+def _memory_words(context: Context) -> str:
+    where, other = "the node's memory", "ask for more with --mem"
+    if torch.cuda.is_initialized():
+        free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+        where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
+        other = "see with nvidia-smi whether another process uses the GPU"
+    return (
+        f"{where}. HINT: lower train.batch_size, or spread the train.shards ({context.spec.train.shards}) over more "
+        f"processes, or {other}."
+    )
+
+
+class LastWords:
+    """What a start that fails says and asks for: once a run, whichever rank and thread comes to it first."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.board = Board(None, context.launch.rank, context.launch.world_size)
+        # The name of this start, the same on all ranks once they have met; unmet, a rank speaks for itself alone.
+        self.token = f"{os.getpid()}-{time.time_ns()}"
+        self._deaf = False  # whether the store, and so rank 0, has stopped answering
+        self._busy = threading.Lock()
+
+    def from_watchdog(self, report: Report) -> None:
+        """End this process with `report`, unless its main thread is already at it."""
+        if self._busy.acquire(blocking=False):
+            os._exit(self._say(report))
+
+    def of(self, error: Exception) -> int:
+        """Say why this rank ends; returns the exit status."""
+        print(f"error: {_stderr_words(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, UserError) and error.everywhere and not self.context.first:
+            return error.exit_code
+        if not self._busy.acquire(blocking=False):
+            threading.Event().wait()  # the watchdog is at it, and ends the process
+        if isinstance(error, RunBusyError):
+            return self._busy_elsewhere(error)
+        return self._say(report_of(error, self.context))
+
+    def _say(self, mine: Report) -> int:
+        context = self.context
+        if mine.cause == "hang":
+            self._dump_stacks()
+        first = self._ask(lambda: self.board.publish(mine), mine)
+        self._ask(lambda: self.board.tell(f"over/{context.launch.rank}", ""), None)
+        # Where rank 0 is gone somebody else has to speak.
+        if not self._may_speak(0.0 if context.first or self._deaf else RANK_0_SECONDS):
+            return mine.status
+        context.speak()
+        return self._speak(first, self._missing(first))
+
+    def _ask(self, question: Callable[[], T], default: T) -> T:
+        """The store's answer, or `default` from the first time on that it does not answer."""
+        if not self._deaf:
+            try:
+                return bounded(question)
+            except NoAnswerError:
+                self._deaf = True
+        return default
+
+    def _missing(self, report: Report) -> str:
+        """Who the ranks are that ended without a word, where that is why this start fails."""
+        silent = [r for r in range(self.context.launch.world_size) if r != self.context.launch.rank]
+        end = time.monotonic() + LAST_WORDS_SECONDS  # the others' own words, and their stacks, come first
+        while silent and report.cause in ("lost", "hang") and not self._deaf and time.monotonic() < end:
+            silent = [r for r in silent if self._ask(lambda r=r: self.board.ask(f"over/{r}"), None) is None]  # type: ignore[misc]
+            time.sleep(0.1)
+        if report.cause != "lost" or not silent:
+            return ""
+        shown: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
+        gone = describe_ranks(shown, [0] if self._deaf else silent)
+        return f"no word from {gone}: killed (out of memory? see --mem), or its node was lost"
+
+    def _busy_elsewhere(self, error: RunBusyError) -> int:
+        """Another process holds the run, whose logs are its own: come back later, where there is a queue to wait in.
+
+        A lost node can hold its lock on a network file system for long after Slurm has requeued the job.
+        """
+        context = self.context
+        events = since_submission(read_jsonl(context.paths.events))
+        used = count_requeues(events).get("failure", 0)
+        can = context.launch.scheduler == "slurm" and context.spec.resources.requeue
+        if can and used < context.spec.failures.max:
+            context.emit("requeued", reason="failure", explanation=str(error))
+            with suppress(SchedulerError):
+                fewest = context.spec.resources.fewest_tasks
+                slurm.requeue(context.launch.job_id or "", FIRST_DELAY_SECONDS << (used + 1), fewest)
+        return error.exit_code
+
+    def _dump_stacks(self) -> None:
+        lines = stacks().rstrip()
+        where = f"rank {self.context.launch.rank} ({socket.gethostname()}, pid {os.getpid()})"
+        append_line(self.context.paths.train_log, f"---- stacks of {where}\n{lines}\n---- end of stacks of {where}")
+
+    def _may_speak(self, patience_seconds: float) -> bool:
+        """Whether this rank is the one; decided by who creates a file, since the store dies with rank 0."""
+        folder = self.context.paths.slurm / "rendezvous"
+        claim = folder / f"{self.token}.spoken"
+        end = time.monotonic() + patience_seconds
+        while not claim.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        except OSError:
+            return self.context.first  # a folder that is gone or full
+        return True
+
+    def _speak(self, report: Report, missing: str) -> int:
+        context = self.context
+        retry = self._retry(report)
+        reason = f"{report.text}\n{missing}" if missing else report.text
+        head = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}.get(report.cause, "FAILED")
+        context.emit(
+            "hang" if report.cause == "hang" else "failed",
+            step=report.step,
+            error=missing or report.summary,
+            cause=report.cause,
+            rank=report.rank,
+            rank_host=report.host,
+        )
+        # The reason stands last in the log, where a `tail` shows it.
+        context.log.line(retry.explanation)
+        append_line(
+            context.paths.train_log,
+            f"{datetime.now():%Y-%m-%d %H:%M:%S} {head} on rank {report.rank} ({report.host}): {reason}",
+        )
+        return self._act(report, retry)
+
+    def _retry(self, report: Report) -> Retry:
+        context = self.context
+        events = since_submission(read_jsonl(context.paths.events))
+        can = context.launch.scheduler is not None and context.spec.resources.requeue
+        retry = decide_retry(events, report, context.spec.failures.max, can)
+        if retry.again and context.launch.scheduler == "slurm":
+            try:
+                state = slurm.job_fields(context.launch.job_id or "").get("JobState")
+                if state not in ALIVE:
+                    return Retry(False, 0, f"not requeued: JobState={state}")
+            except SchedulerError as refusal:
+                return Retry(False, 0, f"WARNING not requeued: {refusal}")
+        return retry
+
+    def _act(self, report: Report, retry: Retry) -> int:
+        context = self.context
+        job = context.launch.job_id or ""
+        if context.launch.scheduler == "local":
+            _kill(self._others_here())
+            if retry.again:
+                context.emit("requeued", reason="failure")
+                time.sleep(retry.delay_seconds / FIRST_DELAY_SECONDS * LOCAL_DELAY_SECONDS)
+                return LOCAL_REQUEUE_STATUS
+        elif context.launch.scheduler == "slurm":
+            try:
+                if retry.again:
+                    context.emit("requeued", reason="failure", delay_seconds=retry.delay_seconds)
+                    slurm.requeue(job, retry.delay_seconds, context.spec.resources.fewest_tasks)
+                    return 0
+                if report.cause == "hang":
+                    slurm.end_step(job)  # a rank that is stuck would hold the nodes until the time limit
+            except SchedulerError as refusal:
+                context.log.line(f"WARNING {refusal}")
+        return report.status
+
+    def _others_here(self) -> list[int]:
+        """Process ids of the other ranks on this machine, as far as they are known."""
+        owner = read_owner(self.context.paths.lock)
+        if self._deaf:
+            return [owner["pid"]] if owner.get("host") == socket.gethostname() and not self.context.first else []
+        shown: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
+        mine = shown.get(self.board.rank, {})
+        place = (mine.get("host"), mine.get("space"))
+        return [s["pid"] for r, s in shown.items() if r != self.board.rank and (s.get("host"), s.get("space")) == place]
+
+
+def _kill(pids: Sequence[int]) -> None:
+    """End processes that may be stuck, after those that are not had time to end by themselves."""
+    end = time.monotonic() + RANK_0_SECONDS
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stderr_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()

@@ -1,0 +1,116 @@
+"""Runs as their users start them: one process a rank, each importing everything anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helpers import TINY
+
+from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.spec_io import merge
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS / "interrupted.py"
+STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # by the signal that a rank got
+# 264 images are 8 whole batches and one of 8 images: 9 steps an epoch, 18 in all; Lookahead syncs every 5.
+JOB = merge(TINY, {"checkpoint": {"every_steps": 4}})
+LIMIT_SECONDS = 150  # only bounds how long a hang lasts
+
+
+@dataclass
+class Runs:
+    """A project root with runs in it, and the processes that are started there."""
+
+    root: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, name: str, world: int, *overrides: str, interrupt: str = "", torchrun: bool = False) -> list[int]:
+        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own)."""
+        self.root.mkdir(exist_ok=True)
+        job = self.root / "tiny.yaml"
+        job.write_text(yaml.safe_dump(JOB))
+        arguments = ["train", str(job), "--name", name, *(word for o in overrides for word in ("--set", o))]
+        common = os.environ | {
+            "CIFAR_HPC_ROOT": str(self.root), "PYTHONPATH": str(TESTS.parent), "INTERRUPT": interrupt,
+            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+            commands = [([*launcher, str(SCRIPT), *arguments], common)]
+        else:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            commands = [
+                ([sys.executable, str(SCRIPT), *arguments], common | place | {"RANK": str(r), "LOCAL_RANK": str(r)})
+                for r in range(world)
+            ]
+        started = []
+        for rank, (command, environment) in enumerate(commands):
+            with (self.root / f"{name}.{rank}.out").open("a") as out:
+                started.append(
+                    subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+                )
+        self.processes += started
+        return self.wait(started)
+
+    def wait(self, started: list[subprocess.Popen[str]]) -> list[int]:
+        """Their exit statuses; a process that stopped itself is killed once all others have ended."""
+        end = time.monotonic() + LIMIT_SECONDS
+        while any(process.poll() is None and not stopped(process.pid) for process in started):
+            assert time.monotonic() < end, "some processes do not end"
+            time.sleep(0.05)
+        for process in started:
+            process.kill()
+        return [process.wait() for process in started]
+
+    def output(self, name: str) -> str:
+        return "\n".join(p.read_text() for p in sorted(self.root.glob(f"{name}.*.out")))
+
+    def finish(self, name: str, world: int, *overrides: str, **how: Any) -> None:
+        """Train to the end."""
+        assert set(self.start(name, world, *overrides, **how)) == {0}, self.output(name)
+
+    def stop(self, name: str, world: int, *overrides: str, interrupt: str, torchrun: bool = False) -> None:
+        """Train until all ranks have stopped together, with a checkpoint."""
+        statuses = self.start(name, world, *overrides, interrupt=interrupt, torchrun=torchrun)
+        assert set(statuses) <= ({1} if torchrun else STOPPED), self.output(name)
+
+    def kill(self, name: str, world: int, *overrides: str, interrupt: str) -> None:
+        """Train until every process kills itself, as a lost node does."""
+        statuses = self.start(name, world, *overrides, interrupt=interrupt)
+        assert set(statuses) == {-signal.SIGKILL}, self.output(name)
+
+    def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
+        return [e for e in read_jsonl(self.root / "logs" / name / "events.jsonl") if e["event"] in kinds]
+
+    def resumed(self, name: str) -> tuple[int, int, int]:
+        """Where the latest start of the run began: step, epochs completed, step in the epoch."""
+        last = self.events(name, "resumed")[-1]
+        return last["step"], last["epoch"], last["step_in_epoch"]
+
+    def copy(self, old: str, new: str) -> None:
+        """A second run with the files of the first."""
+        for kind in ("logs", "checkpoints"):
+            shutil.copytree(self.root / kind / old, self.root / kind / new)
+
+    def log(self, name: str) -> str:
+        return (self.root / "logs" / name / "train.log").read_text()
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process has got SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
