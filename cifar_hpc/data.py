@@ -141,7 +141,9 @@ def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
     for paths in files.values():
         for path in paths:
             status = path.stat()
-            digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
     name = f"decoded-{digest.hexdigest()[:16]}.pt"
     beside = folder / ".cifar_hpc"
     if (beside / name).exists() or os.access(folder, os.W_OK):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -106,6 +108,15 @@ def _serve(rank: int, pipe: Connection) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         pipe.send((problem, result))
+
+
+def end_processes(root: Path) -> None:
+    """Kill every process that was started with CIFAR_HPC_ROOT=`root`: what a failed test has left running."""
+    mine = f"CIFAR_HPC_ROOT={root}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mine in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def leftovers(folder: Path) -> list[Path]:

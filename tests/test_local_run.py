@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import end_processes
 
 PROJECT = Path(__file__).resolve().parents[1]
 JOB = str(PROJECT / "jobs" / "improved_resnet.yaml")
@@ -69,8 +70,9 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+def project(tmp_path: Path) -> Iterator[Project]:
+    yield Project(tmp_path)
+    end_processes(tmp_path)
 
 
 def test_requeue_cancel_and_resubmission_end_in_the_same_sums(project: Project) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_hpc import steer
 from cifar_hpc.errors import RunBusyError, SpecError
 from cifar_hpc.runlock import RunLock, describe, holder, holder_pid, read_owner
 
@@ -200,3 +201,19 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     lock.acquire({})
     assert holder(lock.path) == {}
     lock.release()
+
+
+@pytest.mark.parametrize("command", [steer.cancel, steer.requeue])
+def test_a_planted_lock_brings_no_other_process_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[str], int]
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    monkeypatch.setattr("cifar_hpc.slurm.shutil.which", lambda name: None)
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as victim:
+        lock = RunLock(tmp_path / "logs" / "run" / "run.lock")
+        lock.acquire({"pid": victim.pid, "host": socket.gethostname()})
+        with pytest.raises(SpecError, match="no process here"):
+            command("run")
+        lock.release()
+        assert victim.poll() is None
+        victim.kill()

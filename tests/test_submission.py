@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import end_processes
 
 from cifar_hpc.errors import RunBusyError
 from cifar_hpc.paths import RunPaths
@@ -95,8 +96,11 @@ class Local:
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Local]:
     project = Local(RunPaths(tmp_path, "run"))
-    yield project
-    project.end()
+    try:
+        yield project
+        project.end()
+    finally:
+        end_processes(tmp_path)
 
 
 def test_of_several_local_submissions_one_starts_and_nothing_is_open_to_everybody(local: Local) -> None:

@@ -79,7 +79,8 @@ def _all_killed(run: Run, short: str, reference: Callable[[], Run]) -> None:
 
 def _step_cancelled(run: Run, short: str, reference: Callable[[], Run]) -> None:
     """scancel JOB.STEP is SIGKILL at once, to every task: nothing can be saved or requeued."""
-    run.submit(short, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
+    one = ("--set", "resources.tasks_per_node=1")
+    run.submit(short, *one, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
     run.stopped("step:14")
     assert run.lab.cluster.run(["scancel", f"{run.job_id}.0"]).returncode == 0
     assert run.wait_gone()["JobState"] == "FAILED"

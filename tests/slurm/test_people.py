@@ -59,7 +59,7 @@ def _scancel(run: Run, short: str, reference: Callable[[], Run]) -> None:
 
 def _scontrol_requeue(run: Run, short: str, reference: Callable[[], Run]) -> None:
     """Slurm has requeued the job when its tasks get to know: they save, and leave it at that."""
-    _begin(run, short)
+    _begin(run, short, *ONE)
     assert run.lab.cluster.scontrol("requeue", run.job_id).returncode == 0
     assert run.wait("left")["reason"] == "preemption"
     assert run.check_saved_where_it_stopped() == 15

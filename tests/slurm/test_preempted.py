@@ -21,7 +21,7 @@ def test_partitions_with_grace_without_grace_and_those_that_cancel(
 ) -> None:
     grace, cancelable, nograce = runs = [Run(lab, name) for name in ("gpu", "cancelable", "nograce")]
     for run in runs:
-        run.submit(short, "--partition", run.name, moments=[STOP])
+        run.submit(short, *(() if run is grace else ONE), "--partition", run.name, moments=[STOP])
     for run in runs:
         run.stopped("step:14")
     with lab.urgent("-N2", "--exclusive"):
