@@ -90,16 +90,14 @@ class Board:
         return Report(**json.loads(text)) if text else None
 
     def publish(self, report: Report) -> Report:
-        """Make `report` the first failure, unless there is one already; returns the first.
+        """Make `report` the first failure, unless there is one already; returns the first."""
+        return Report(**json.loads(self.settle(_FAILURE, json.dumps(asdict(report)))))
 
-        Raises:
-            NoAnswerError: where the store is gone.
-        """
-        store = self._store
-        if store is None:
-            return report
-        answer = bounded(lambda: store.compare_set(_FAILURE, "", json.dumps(asdict(report))))
-        return Report(**json.loads(answer))
+    def settle(self, key: str, value: str) -> str:
+        """Give a key its value for good, unless another rank already has; returns what it is."""
+        if self._store is None:
+            return value
+        return str(self._store.compare_set(key, "", value), "utf-8")
 
 
 def bounded(question: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heart()
-        self._speaks = self.first
+        self.speaks = self.first  # whether this rank writes the run's logs and talks to Slurm
         self._restart: int | None = None
 
     @property
@@ -34,11 +34,11 @@ class Context:
 
     def speak(self) -> None:
         """Let this rank write the logs in rank 0's place."""
-        self._speaks = self.log.enabled = True
+        self.speaks = self.log.enabled = True
 
     def emit(self, event: str, **details: Any) -> None:
         """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""
-        if self._speaks:
+        if self.speaks:
             append_event(
                 self.paths.events,
                 event,

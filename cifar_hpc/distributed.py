@@ -23,8 +23,12 @@ from cifar_hpc.preemption import Interrupted, StopFlag
 from cifar_hpc.spec import Spec
 
 RENDEZVOUS_SECONDS = 300
+# A rank that is told to stop before it has found rank 0 looks for it for this much longer.
+STOP_ALONE_SECONDS = 5
 # Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds what is stuck.
 TIMEOUT = timedelta(minutes=60)
+
+_BEGIN, _STOP = "begin", "stop"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
     if launch.world_size == 1:
         return None
     if launch.rendezvous is None:
+        if launch.rank != 0:
+            _wait_for_rank_0(stop)  # the store's own constructor would wait without heeding `stop`
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
         return store  # type: ignore[no-any-return]
     if launch.rank == 0:
@@ -127,7 +133,10 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
     missing = [f"here/{rank}" for rank in range(launch.world_size)]
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while missing := [key for key in missing if not store.check([key])]:
-        if stop.requested:
+        # Whoever comes first decides for all: a rank that left by itself would be missed in the middle of the set-up.
+        if stop.requested and board.settle(_BEGIN, _STOP) == _STOP:
+            raise Interrupted
+        if board.ask(_BEGIN) == _STOP:
             raise Interrupted
         if (failure := board.failure()) is not None:
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
@@ -136,6 +145,19 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
                 f"of the {launch.world_size} processes, ranks {', '.join(key[5:] for key in missing)} did not come up "
                 f"within {RENDEZVOUS_SECONDS} s. HINT: their own logs are beside this one's, in logs/<run>/slurm."
             )
+        time.sleep(0.05)
+    if board.settle(_BEGIN, _STOP if stop.requested else "go") == _STOP:
+        raise Interrupted
+
+
+def _wait_for_rank_0(stop: StopFlag) -> None:
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while not _reachable(*address):
+        if stop.requested:
+            raise Interrupted
+        if time.monotonic() > deadline:
+            raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
         time.sleep(0.05)
 
 
@@ -152,9 +174,13 @@ def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
 
 def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    told = 0.0
     while time.monotonic() < deadline:
         if stop.requested:
-            raise Interrupted
+            # Better told together with the others; but rank 0 may have gone already.
+            told = told or time.monotonic()
+            if time.monotonic() - told > STOP_ALONE_SECONDS:
+                raise Interrupted
         list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())

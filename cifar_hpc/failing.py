@@ -9,9 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +23,12 @@ from cifar_hpc.board import Board, NoAnswerError, Report, bounded
 from cifar_hpc.board import describe as describe_ranks
 from cifar_hpc.context import Context
 from cifar_hpc.errors import RunBusyError, SchedulerError, UserError
-from cifar_hpc.outcome import LOCAL_REQUEUE_STATUS
+from cifar_hpc.outcome import LOCAL_REQUEUE_STATUS, stopped
 from cifar_hpc.preemption import ALIVE
+from cifar_hpc.retry import FIRST_DELAY_SECONDS, Retry, decide_retry
 from cifar_hpc.runlock import read_owner
 from cifar_hpc.runlog import append_line, count_requeues, read_jsonl, since_submission
+from cifar_hpc.trainer import Position
 from cifar_hpc.watchdog import stacks
 
 T = TypeVar("T")
@@ -35,48 +36,10 @@ T = TypeVar("T")
 RANK_0_SECONDS = 10.0
 # How long the speaker waits to see which ranks are there no more.
 LAST_WORDS_SECONDS = 3.0
-# The time before another try: Slurm's own after a requeue, doubled with each failure, but no longer than an hour.
-FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 120, 3600
 # Without a scheduler's queue the machine is ours, and only what passes by itself needs waiting for.
 LOCAL_DELAY_SECONDS = 2
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Whether a failed run is started again, after how many seconds, and the words for the log."""
-
-    again: bool
-    delay_seconds: int
-    explanation: str
-
-
-def decide_retry(events: Sequence[Mapping[str, Any]], report: Report, limit: int, may_requeue: bool) -> Retry:
-    """Another try, only where it may help and only while the run gets further from one failure to the next.
-
-    Args:
-        events: of this run since it was last submitted, without this failure.
-        limit: failures.max.
-        may_requeue: resources.requeue, and a scheduler that can.
-    """
-    used = count_requeues(events).get("failure", 0)
-    earlier = [int(e.get("step") or 0) for e in events if e.get("event") in ("failed", "hang")]
-    if not report.again:
-        return Retry(False, 0, "not requeued: the same would happen again")
-    if not may_requeue:
-        return Retry(False, 0, "not requeued; submit the same again to go on from the newest checkpoint")
-    if earlier and report.step <= earlier[-1]:
-        return Retry(
-            False,
-            0,
-            f"not requeued: the run failed at step {earlier[-1]} before and got no further this time "
-            f"(step {report.step}). HINT: mend the cause and submit again",
-        )
-    if used >= limit:
-        return Retry(False, 0, f"not requeued: failures.max ({limit}) is used up; submit again to go on")
-    delay = min(FIRST_DELAY_SECONDS << used, LONGEST_DELAY_SECONDS)
-    return Retry(True, delay, f"requeueing after failure {used + 1} of at most {limit}")
 
 
 def report_of(error: BaseException, context: Context) -> Report:
@@ -109,8 +72,8 @@ def _memory_words(context: Context) -> str:
 class LastWords:
     """What a start that fails says and asks for: once a run, whichever rank and thread comes to it first."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, context: Context, position: Callable[[], Position | None] = lambda: None) -> None:
+        self.context, self.position = context, position
         self.board = Board(None, context.launch.rank, context.launch.world_size)
         # The name of this start, the same on all ranks once they have met; unmet, a rank speaks for itself alone.
         self.token = f"{os.getpid()}-{time.time_ns()}"
@@ -124,7 +87,9 @@ class LastWords:
 
     def of(self, error: Exception) -> int:
         """Say why this rank ends; returns the exit status."""
-        print(f"error: {_stderr_words(error)}", file=sys.stderr, flush=True)
+        brief = isinstance(error, UserError) or self.context.stop.requested
+        words = str(error) if brief else "".join(traceback.format_exception(error)).rstrip()
+        print(f"error: {words}", file=sys.stderr, flush=True)
         if isinstance(error, UserError) and error.everywhere and not self.context.first:
             return error.exit_code
         if not self._busy.acquire(blocking=False):
@@ -141,7 +106,7 @@ class LastWords:
         self._ask(lambda: self.board.tell(f"over/{context.launch.rank}", ""), None)
         # Where rank 0 is gone somebody else has to speak.
         if not self._may_speak(0.0 if context.first or self._deaf else RANK_0_SECONDS):
-            return mine.status
+            return mine.status if context.stop.signal is None else 128 + context.stop.signal
         context.speak()
         return self._speak(first, self._missing(first))
 
@@ -206,6 +171,14 @@ class LastWords:
 
     def _speak(self, report: Report, missing: str) -> int:
         context = self.context
+        if self._is_finished():
+            return report.status  # by a rank that did not live to see it
+        if report.cause == "lost" and context.stop.requested:
+            # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
+            return stopped(context, self.position(), stored=False)
+        if report.cause == "lost" and (state := self._ending()) is not None:
+            context.log.line(f"JobState={state}: the job is being ended, and another rank was faster")
+            return report.status
         retry = self._retry(report)
         reason = f"{report.text}\n{missing}" if missing else report.text
         head = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}.get(report.cause, "FAILED")
@@ -224,6 +197,19 @@ class LastWords:
             f"{datetime.now():%Y-%m-%d %H:%M:%S} {head} on rank {report.rank} ({report.host}): {reason}",
         )
         return self._act(report, retry)
+
+    def _is_finished(self) -> bool:
+        kinds = [e.get("event") for e in read_jsonl(self.context.paths.events)]
+        return [k for k in kinds if k in ("started", "resumed", "finished")][-1:] == ["finished"]
+
+    def _ending(self) -> str | None:
+        """The JobState of a job that is being ended: that its ranks go one by one is no failure then."""
+        if self.context.launch.scheduler != "slurm":
+            return None
+        with suppress(SchedulerError):
+            state = slurm.job_fields(self.context.launch.job_id or "").get("JobState", "")
+            return None if state in ALIVE else state
+        return None
 
     def _retry(self, report: Report) -> Retry:
         context = self.context
@@ -279,7 +265,3 @@ def _kill(pids: Sequence[int]) -> None:
     for pid in left:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _stderr_words(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()

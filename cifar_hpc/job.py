@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cifar_hpc.context import Context
 from cifar_hpc.data import Dataset, load_dataset
 from cifar_hpc.distributed import clear_rendezvous, connect, disconnect, meet, resolve_device
 from cifar_hpc.engine import Engine, configure_torch, describe_environment, resolve_amp
-from cifar_hpc.errors import RunBusyError, RunFailedError, UserError
+from cifar_hpc.errors import RunBusyError, RunFailedError
 from cifar_hpc.failing import LastWords
 from cifar_hpc.preemption import Interrupted
 from cifar_hpc.recovery import Choice, choose
@@ -43,7 +42,7 @@ class Job:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.lock = RunLock(context.paths.lock)
-        self.last_words = LastWords(context)
+        self.last_words = LastWords(context, lambda: self.trainer.position if self.trainer else None)
         self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
         self.finished = False  # otherwise the process has to end at once: its peers may be gone
@@ -58,14 +57,8 @@ class Job:
             stored = self.trainer is None or self.trainer.stored
         except Interrupted:
             finished = False
-        except UserError as error:
-            return self._failed(error)
         except Exception as error:
-            if not context.stop.requested:
-                return self._failed(error)
-            # While a job is being ended its ranks may go one by one. That is no failure, and no step was agreed on.
-            print(f"while stopping: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            finished, stored = False, self.trainer is None
+            return self._failed(error)
         position = self._position()
         if self.watchdog is not None:
             self.watchdog.stop()
@@ -112,7 +105,9 @@ class Job:
         store, board = self._meet()
         device = resolve_device(spec, launch.local_rank)
         configure_torch(spec, device)
+        context.heart.beat("meeting the other ranks")
         connect(launch, device, store, board, context.stop)
+        context.heart.beat("looking for a checkpoint")
         agreement = Agreement(launch.world_size, lag=1 if device.type == "cuda" else 0)
         context.restart = agreement.from_rank_0(self._open)
         layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)

@@ -46,7 +46,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
     context.log.line(f"STOPPED by {name}: {at}")
     if context.launch.scheduler == "slurm":
         return _leave_slurm(context)
-    if context.launch.scheduler == "local" and not context.first:
+    if context.launch.scheduler == "local" and not context.speaks:
         return 0  # what rank 0 answers decides for all
     if context.launch.scheduler == "local" and name != "SIGTERM":
         if _requeues(context, "preemption") < LOCAL_REQUEUES:
@@ -60,12 +60,12 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
 
 
 def _leave_slurm(context: Context) -> int:
-    if not context.first:
+    if not context.speaks:
         return 0  # any other status could make srun kill rank 0 before it has requeued
     deadline = time.monotonic() + HOLD_SECONDS
     held = ""
     while True:
-        decision = _decide(context)
+        decision = _decide(context, held)
         if decision.action == "requeue":
             # Before the call: right after it Slurm kills this process.
             context.emit("requeued", reason=decision.reason)
@@ -91,15 +91,13 @@ def _leave_slurm(context: Context) -> int:
         time.sleep(ASK_AGAIN_SECONDS)
 
 
-def _decide(context: Context) -> Decision:
+def _decide(context: Context, held: str) -> Decision:
     fields: dict[str, str] | None = None
-    for attempt in range(3):
-        try:
-            fields = slurm.job_fields(context.launch.job_id or "")
-            break
-        except SchedulerError as error:
+    try:
+        fields = slurm.job_fields(context.launch.job_id or "")
+    except SchedulerError as error:
+        if not held:
             context.log.line(f"WARNING {error}")
-            time.sleep(attempt)
     return decide(
         context.stop.signal,
         fields,

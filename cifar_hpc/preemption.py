@@ -45,6 +45,11 @@ class StopFlag:
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         return self
 
+    def ignore(self) -> None:
+        """Ignore these signals from here on: an interpreter that ends puts their default back, and would die of one."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def raise_flag(self) -> None:
         """As if SIGTERM had come: for one that came before `install`."""
         self.signal = self.signal or signal.SIGTERM

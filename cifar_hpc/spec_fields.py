@@ -108,7 +108,7 @@ def _to_type(value: Any, hint: Any) -> Any:
             return value
         raise ValueError
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
+        if not isinstance(value, (list, tuple)) or (not value and arguments[0] is not str):
             raise TypeError
         if arguments[-1] is Ellipsis:
             return tuple(_to_type(v, arguments[0]) for v in value)

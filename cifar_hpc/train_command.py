@@ -47,4 +47,5 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # at once: process groups whose peers are gone can take minutes to end
+    stop.ignore()
     return 0

@@ -64,6 +64,7 @@ class Task:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)  # at once: tearing down process groups can take longer than a grace time
+        stop.ignore()
         return f"run {self.name} finished"
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers import Ranks
 
+from cifar_hpc.preemption import STOP_SIGNALS
+
 
 @pytest.fixture(autouse=True)
-def torch_switches() -> Iterator[None]:
-    """Global switches of PyTorch are back in place after each test."""
+def global_switches() -> Iterator[None]:
+    """Switches of PyTorch and handlers of signals are back in place after each test."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT, signal.SIGINT)}
     yield
+    for number, handler in handlers.items():  # of a run that was played in this very process
+        signal.signal(number, handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
 

@@ -150,6 +150,7 @@ def test_files_that_do_not_fit_are_seen(good: Chapter, changes: dict[str, Any], 
         (128 + signal.SIGUSR1, [signal.SIGTERM], "ended with 138"),
         (-signal.SIGABRT, [signal.SIGTERM], "which nobody sent"),
         (-signal.SIGKILL, [], "which nobody sent"),
+        (-signal.SIGTERM, [signal.SIGTERM], "should have handled"),
     ],
 )
 def test_statuses_that_do_not_fit_are_seen(

@@ -18,9 +18,10 @@ from cifar_hpc.board import Report
 from cifar_hpc.context import Context
 from cifar_hpc.distributed import Launch
 from cifar_hpc.errors import RanksLostError, RunBusyError, RunFailedError, SpecError
-from cifar_hpc.failing import decide_retry, report_of
+from cifar_hpc.failing import report_of
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import StopFlag
+from cifar_hpc.retry import decide_retry
 from cifar_hpc.runlog import read_jsonl
 from cifar_hpc.store import newest_good
 

@@ -160,7 +160,7 @@ def test_a_rank_0_that_was_stopped(watch: Callable[..., Watched], server: Any, m
     verdict = watched.verdict()
     assert verdict.cause == "hang" and "rank 0 does not answer" in verdict.text
     with pytest.raises(NoAnswerError):
-        place.publish(verdict)
+        bounded(lambda: place.publish(verdict))
 
 
 def test_bounded_gives_the_answer() -> None:

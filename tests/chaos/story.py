@@ -188,8 +188,9 @@ def _check_statuses(chapter: Chapter) -> list[str]:
         told = {128 + number for number in (*rank.sent, SIGTERM) if number in STOP_SIGNALS}
         assert rank.status is not None
         if rank.killed:
-            if rank.status != -SIGKILL and chapter.rows and not chapter.killed:
-                problems.append(f"rank {rank.number} had no handler for signal {-rank.status}")
+            # Before Python has taken the signals over they end it; every rank has, once a start is announced.
+            if rank.status != -SIGKILL and chapter.kinds(*ANNOUNCEMENTS):
+                problems.append(f"rank {rank.number} was ended by signal {-rank.status}, which it should have handled")
         elif rank.status == 0:
             if not chapter.finished and not chapter.killed:
                 problems.append(f"rank {rank.number} ended with 0, and the run has not finished")

@@ -1,0 +1,49 @@
+"""Whether a run that failed is started again, as a pure function of what events.jsonl tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar_hpc.board import Report
+from cifar_hpc.runlog import count_requeues
+
+# The time before another try: Slurm's own after a requeue, doubled with each failure, but no longer than an hour.
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 120, 3600
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Whether a failed run is started again, after how many seconds, and the words for the log."""
+
+    again: bool
+    delay_seconds: int
+    explanation: str
+
+
+def decide_retry(events: Sequence[Mapping[str, Any]], report: Report, limit: int, may_requeue: bool) -> Retry:
+    """Another try, only where it may help and only while the run gets further from one failure to the next.
+
+    Args:
+        events: of this run since it was last submitted, without this failure.
+        limit: failures.max.
+        may_requeue: resources.requeue, and a scheduler that can.
+    """
+    used = count_requeues(events).get("failure", 0)
+    earlier = [int(e.get("step") or 0) for e in events if e.get("event") in ("failed", "hang")]
+    if not report.again:
+        return Retry(False, 0, "not requeued: the same would happen again")
+    if not may_requeue:
+        return Retry(False, 0, "not requeued; submit the same again to go on from the newest checkpoint")
+    if earlier and report.step <= earlier[-1]:
+        return Retry(
+            False,
+            0,
+            f"not requeued: the run failed at step {earlier[-1]} before and got no further this time "
+            f"(step {report.step}). HINT: mend the cause and submit again",
+        )
+    if used >= limit:
+        return Retry(False, 0, f"not requeued: failures.max ({limit}) is used up; submit again to go on")
+    delay = min(FIRST_DELAY_SECONDS << used, LONGEST_DELAY_SECONDS)
+    return Retry(True, delay, f"requeueing after failure {used + 1} of at most {limit}")
