@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from cifar_hpc.preemption import Interrupted, StopFlag
 from cifar_hpc.spec import Spec
 
 RENDEZVOUS_SECONDS = 300
-# A rank that is told to stop before it has found rank 0 looks for it for this much longer.
-STOP_ALONE_SECONDS = 5
+# Ranks that are told to stop before all have met wait for the others this much longer, so as to leave together.
+STOP_ALONE_SECONDS = 30
 # Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds what is stuck.
 TIMEOUT = timedelta(minutes=60)
 
@@ -134,10 +135,8 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while missing := [key for key in missing if not store.check([key])]:
         # Whoever comes first decides for all: a rank that left by itself would be missed in the middle of the set-up.
-        if stop.requested and board.settle(_BEGIN, _STOP) == _STOP:
-            raise Interrupted
-        if board.ask(_BEGIN) == _STOP:
-            raise Interrupted
+        if (stop.requested and board.settle(_BEGIN, _STOP) == _STOP) or board.ask(_BEGIN) == _STOP:
+            _leave_together(store, launch)
         if (failure := board.failure()) is not None:
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
         if time.monotonic() > deadline:
@@ -147,16 +146,44 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
             )
         time.sleep(0.05)
     if board.settle(_BEGIN, _STOP if stop.requested else "go") == _STOP:
-        raise Interrupted
+        _leave_together(store, launch)
+
+
+def _leave_together(store: dist.Store, launch: Launch) -> NoReturn:
+    store.set(f"heard/{launch.rank}", "")
+    # The store goes with rank 0. Under Slurm, whose grace time is short, the requeue ends the others anyway.
+    deadline = time.monotonic() + (STOP_ALONE_SECONDS if launch.rank == 0 and launch.scheduler != "slurm" else 0)
+    heard = [f"heard/{rank}" for rank in range(launch.world_size)]
+    while not store.check(heard) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    raise Interrupted
+
+
+class _Patience:
+    """For how long a rank looks for rank 0, which may have been told to stop, too, and be gone already."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self.stop, self.end, self.told = stop, time.monotonic() + RENDEZVOUS_SECONDS, 0.0
+
+    def is_over(self) -> bool:
+        """Whether rank 0 should have been found by now.
+
+        Raises:
+            Interrupted: this rank was told to stop STOP_ALONE_SECONDS ago.
+        """
+        now = time.monotonic()
+        if self.stop.requested:
+            self.told = self.told or now
+            if now - self.told > STOP_ALONE_SECONDS:
+                raise Interrupted
+        return now > self.end
 
 
 def _wait_for_rank_0(stop: StopFlag) -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    patience = _Patience(stop)
     while not _reachable(*address):
-        if stop.requested:
-            raise Interrupted
-        if time.monotonic() > deadline:
+        if patience.is_over():
             raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
         time.sleep(0.05)
 
@@ -173,14 +200,8 @@ def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
 
 
 def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
-    deadline = time.monotonic() + RENDEZVOUS_SECONDS
-    told = 0.0
-    while time.monotonic() < deadline:
-        if stop.requested:
-            # Better told together with the others; but rank 0 may have gone already.
-            told = told or time.monotonic()
-            if time.monotonic() - told > STOP_ALONE_SECONDS:
-                raise Interrupted
+    patience = _Patience(stop)
+    while not patience.is_over():
         list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())

@@ -22,12 +22,12 @@ from cifar_hpc import slurm
 from cifar_hpc.board import Board, NoAnswerError, Report, bounded
 from cifar_hpc.board import describe as describe_ranks
 from cifar_hpc.context import Context
-from cifar_hpc.errors import RunBusyError, SchedulerError, UserError
+from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
 from cifar_hpc.outcome import LOCAL_REQUEUE_STATUS, stopped
 from cifar_hpc.preemption import ALIVE
 from cifar_hpc.retry import FIRST_DELAY_SECONDS, Retry, decide_retry
 from cifar_hpc.runlock import read_owner
-from cifar_hpc.runlog import append_line, count_requeues, read_jsonl, since_submission
+from cifar_hpc.runlog import append_line, count_requeues, read_jsonl, since_submission, utc_now
 from cifar_hpc.trainer import Position
 from cifar_hpc.watchdog import stacks
 
@@ -50,6 +50,7 @@ def report_of(error: BaseException, context: Context) -> Report:
     cause, text, again, status = "error", "".join(traceback.format_exception(error)), True, 1
     if isinstance(error, UserError):
         text, again, status = words, error.again, error.exit_code
+        cause = "lost" if isinstance(error, RanksLostError) else "error"
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in words for w in _OUT_OF_MEMORY):
         cause, text = "out_of_memory", f"{_memory_words(context)}\n{text}"
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in _LOST)):
@@ -60,9 +61,10 @@ def report_of(error: BaseException, context: Context) -> Report:
 def _memory_words(context: Context) -> str:
     where, other = "the node's memory", "ask for more with --mem"
     if torch.cuda.is_initialized():
-        free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
-        where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
-        other = "see with nvidia-smi whether another process uses the GPU"
+        where, other = "the GPU's memory", "see with nvidia-smi whether another process uses the GPU"
+        with suppress(RuntimeError):  # CUDA may answer nothing any more
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+            where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
     return (
         f"{where}. HINT: lower train.batch_size, or spread the train.shards ({context.spec.train.shards}) over more "
         f"processes, or {other}."
@@ -75,8 +77,10 @@ class LastWords:
     def __init__(self, context: Context, position: Callable[[], Position | None] = lambda: None) -> None:
         self.context, self.position = context, position
         self.board = Board(None, context.launch.rank, context.launch.world_size)
-        # The name of this start, the same on all ranks once they have met; unmet, a rank speaks for itself alone.
+        # The name of this start, the same on all ranks once they have met.
         self.token = f"{os.getpid()}-{time.time_ns()}"
+        self._began = utc_now()
+        self.met = False  # whether `board` leads to the others
         self._deaf = False  # whether the store, and so rank 0, has stopped answering
         self._busy = threading.Lock()
 
@@ -87,7 +91,8 @@ class LastWords:
 
     def of(self, error: Exception) -> int:
         """Say why this rank ends; returns the exit status."""
-        brief = isinstance(error, UserError) or self.context.stop.requested
+        report = report_of(error, self.context)
+        brief = isinstance(error, UserError) or self.context.stop.requested or report.cause == "lost"
         words = str(error) if brief else "".join(traceback.format_exception(error)).rstrip()
         print(f"error: {words}", file=sys.stderr, flush=True)
         if isinstance(error, UserError) and error.everywhere and not self.context.first:
@@ -96,10 +101,12 @@ class LastWords:
             threading.Event().wait()  # the watchdog is at it, and ends the process
         if isinstance(error, RunBusyError):
             return self._busy_elsewhere(error)
-        return self._say(report_of(error, self.context))
+        return self._say(report)
 
     def _say(self, mine: Report) -> int:
         context = self.context
+        if self.context.launch.world_size > 1 and (status := self._over(mine)) is not None:
+            return status
         if mine.cause == "hang":
             self._dump_stacks()
         first = self._ask(lambda: self.board.publish(mine), mine)
@@ -171,8 +178,6 @@ class LastWords:
 
     def _speak(self, report: Report, missing: str) -> int:
         context = self.context
-        if self._is_finished():
-            return report.status  # by a rank that did not live to see it
         if report.cause == "lost" and context.stop.requested:
             # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
             return stopped(context, self.position(), stored=False)
@@ -198,9 +203,15 @@ class LastWords:
         )
         return self._act(report, retry)
 
-    def _is_finished(self) -> bool:
-        kinds = [e.get("event") for e in read_jsonl(self.context.paths.events)]
-        return [k for k in kinds if k in ("started", "resumed", "finished")][-1:] == ["finished"]
+    def _over(self, mine: Report) -> int | None:
+        """The exit status where others have already said how this start ends, as events.jsonl tells."""
+        events = read_jsonl(self.context.paths.events)
+        if [e["event"] for e in events if e.get("event") in ("started", "resumed", "finished")][-1:] == ["finished"]:
+            return mine.status
+        since = {e.get("event") for e in events if str(e.get("time")) >= self._began}
+        if mine.cause == "lost" and "signal" in since:
+            return 128 + signal.SIGTERM  # they were told to stop, and have gone
+        return mine.status if not self.met and since & {"failed", "hang"} else None
 
     def _ending(self) -> str | None:
         """The JobState of a job that is being ended: that its ranks go one by one is no failure then."""

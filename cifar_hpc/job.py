@@ -95,6 +95,7 @@ class Job:
             board.tell("token", self.last_words.token)
         elif store is not None:
             self.last_words.token = board.wait_for("token")
+        self.last_words.met = True
         limit = 60 * context.spec.train.watchdog_minutes
         self.watchdog = Watchdog(board, context.heart, limit, self.last_words.from_watchdog).start()
         return store, board

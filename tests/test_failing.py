@@ -76,7 +76,7 @@ def context(tmp_path: Path) -> Context:
         (ValueError("x"), "error", True, 1),
         (RunFailedError("the loss was NaN"), "error", False, 1),
         (SpecError("data.root: ..."), "error", False, 2),
-        (RanksLostError("ranks 3 did not come up"), "error", True, 1),
+        (RanksLostError("ranks 3 did not come up"), "lost", True, 1),
         (RunBusyError("busy"), "error", False, 4),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", True, 1),
         (MemoryError(), "out_of_memory", True, 1),
