@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, Ranks, tiny_spec
 
-from cifar_hpc.board import Board
+from cifar_hpc.board import Board, Report
 from cifar_hpc.context import Context
 from cifar_hpc.distributed import Launch, connect, disconnect, resolve_device
 from cifar_hpc.distributed import meet as meet_others
-from cifar_hpc.errors import RunFailedError
+from cifar_hpc.errors import RanksLostError, RunFailedError
 from cifar_hpc.job import Job
 from cifar_hpc.paths import RunPaths
-from cifar_hpc.preemption import StopFlag
+from cifar_hpc.preemption import Interrupted, StopFlag
 from cifar_hpc.runlog import read_jsonl
 
 
@@ -45,6 +45,52 @@ def test_ranks_meet_through_a_file_that_is_gone_afterwards(ranks: Ranks, tmp_pat
     file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 1, "token": "old"}))
     assert ranks.run(3, meet, str(file), group=False) == [[0, 1, 2]] * 3
     assert list(file.parent.iterdir()) == []
+
+
+def told_to_stop(rank: int, world: int, file: str, who: list[int]) -> str:
+    launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
+    if rank in who:
+        stop.raise_flag()
+    try:
+        store = meet_others(launch, stop)
+        connect(launch, CPU, store, Board(store, rank, world), stop)
+    except Interrupted:
+        return "left"
+    disconnect()
+    return "met"
+
+
+@pytest.mark.parametrize("who", [[0], [2], [0, 1, 2]])
+def test_ranks_that_are_told_to_stop_before_all_have_met_leave_together(
+    ranks: Ranks, tmp_path: Path, who: list[int]
+) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    outcomes = ranks.run(3, told_to_stop, str(file), who, group=False)
+    assert len(set(outcomes)) == 1, outcomes
+    if len(who) == 3:
+        assert outcomes == ["left"] * 3
+
+
+def fails_before_it_meets(rank: int, world: int, file: str) -> str:
+    launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
+    store = meet_others(launch, stop)
+    board = Board(store, rank, world)
+    if rank == 1:
+        board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, again=False))
+        return "failed"
+    try:
+        connect(launch, CPU, store, board, stop)
+    except RanksLostError as error:
+        return str(error)
+    return "met"
+
+
+def test_a_rank_that_fails_on_its_way_does_not_keep_the_others_waiting(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    heard = "rank 1 (node9) failed: no usable GPU"
+    assert ranks.run(3, fails_before_it_meets, str(file), group=False) == [heard, "failed", heard]
 
 
 def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tuple[int, int]:
