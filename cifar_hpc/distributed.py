@@ -154,7 +154,7 @@ def _leave_together(store: dist.Store, launch: Launch) -> NoReturn:
     # The store goes with rank 0. Under Slurm, whose grace time is short, the requeue ends the others anyway.
     deadline = time.monotonic() + (STOP_ALONE_SECONDS if launch.rank == 0 and launch.scheduler != "slurm" else 0)
     heard = [f"heard/{rank}" for rank in range(launch.world_size)]
-    while not store.check(heard) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and not store.check(heard):  # in this order: to the others it may be gone already
         time.sleep(0.05)
     raise Interrupted
 

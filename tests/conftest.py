@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import Ranks
+from processes import Runs
 
 from cifar_hpc.preemption import STOP_SIGNALS
 
@@ -30,3 +31,13 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """A root for runs of real processes, none of which outlives the module's tests."""
+    made = Runs(tmp_path_factory.mktemp("root"))
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()

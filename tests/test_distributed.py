@@ -82,6 +82,9 @@ def fails_before_it_meets(rank: int, world: int, file: str) -> str:
     try:
         connect(launch, CPU, store, board, stop)
     except RanksLostError as error:
+        board.tell(f"heard/{rank}", "")
+        if rank == 0:
+            board.wait_for("heard/2")  # the store goes with rank 0, whose last words wait for the others'
         return str(error)
     return "met"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +92,6 @@ def test_what_an_error_means(context: Context, error: Exception, cause: str, aga
 
 
 # ------------------------------------------------------------------------------------------------- real processes
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    made = Runs(tmp_path_factory.mktemp("root"))
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
 
 
 def last_start(runs: Runs) -> tuple[dict[str, Any], str]:

@@ -7,7 +7,6 @@ lets a process send itself a signal at a precise step, so that no outcome depend
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +21,6 @@ from cifar_hpc.store import newest_good
 
 VOLATILE = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
 STATE = ("step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler", "sums")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    made = Runs(tmp_path_factory.mktemp("root"))
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
 
 
 @dataclass(frozen=True)
