@@ -1,7 +1,7 @@
 # make demo         a run from end to end on this machine, with a preemption on the way
 # make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
 # make lint         ruff and mypy
-# make bench        the measurements in benchmarks/: tables, JSON, and the charts in docs/
+# make bench        everything beside what one would run instead: a table, JSON, a chart in docs/; QUICK=1 for a glance
 # make cluster-up   a real one-machine Slurm to play with; make cluster-down stops it
 
 PYTHON ?= python3
@@ -20,9 +20,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.run
-	$(BIN)/python benchmarks/goodput.py
-	$(BIN)/python benchmarks/reduction.py
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks.suite $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.chart)
 
 cluster-up: slurm-packages
 	slurm/minicluster/minicluster up
@@ -42,6 +42,10 @@ slurm-packages:
 
 .venv/.dev: requirements-dev.txt .venv/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+.venv/.bench: requirements-bench.txt .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-bench.txt
 	touch $@
 
 .venv/bin/python:

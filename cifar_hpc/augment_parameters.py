@@ -56,8 +56,7 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
     Raises:
         ValueError: if draws has another shape or type.
     """
-    if draws.dim() != 2 or draws.shape[1] != DRAWS or draws.dtype != torch.float32:
-        raise ValueError(f"draws must be float32 [B, {DRAWS}], got {draws.dtype} {list(draws.shape)}")
+    check_draws(draws)
     # floor(u * n) stays below n: u is at most 1 - 2**-24, and n * u does not round up to n in float32.
     crop = (draws[:, _CROP] * (2 * config.crop_padding + 1)).to(torch.int64)
     jitter = draws[:, _JITTER]
@@ -77,6 +76,27 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
         erase_height=height,
         erase_width=width,
     )
+
+
+def check_draws(draws: Tensor) -> None:
+    """Refuse draws of another shape or type.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    if draws.dim() != 2 or draws.shape[1] != DRAWS or draws.dtype != torch.float32:
+        raise ValueError(f"draws must be float32 [B, {DRAWS}], got {draws.dtype} {list(draws.shape)}")
+
+
+def blends_before_hue(draws: Tensor, config: AugmentConfig) -> Tensor:
+    """How many of brightness, contrast and saturation each sample has before hue, int64 [B]; 0 without hue.
+
+    For a CPU: a GPU would wait for a copy from the host.
+    """
+    sizes = (config.brightness, config.contrast, config.saturation)
+    on = torch.tensor([size > 0 and config.hue > 0 for size in sizes], device=draws.device)
+    order = draws[:, _ORDER]
+    return ((order[:, :3] <= order[:, 3:]) & on).sum(dim=1)  # <=: sample_parameters sorts stably
 
 
 def _between(draw: Tensor, low: float, high: float) -> Tensor:

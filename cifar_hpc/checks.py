@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cifar_hpc import runlock, slurm
 from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
@@ -60,16 +62,24 @@ def check_free(paths: RunPaths, on_slurm: bool) -> None:
     Raises:
         RunBusyError: names the job that is queued for the run or trains it.
     """
+    check_free_beside(paths, slurm.queue(paths.root) if on_slurm else {})
+
+
+def check_free_beside(paths: RunPaths, jobs: Mapping[str, slurm.QueuedJob]) -> None:
+    """`check_free`, where the queue is known.
+
+    Args:
+        jobs: as `slurm.queue` returns them.
+    """
     owner = runlock.holder(paths.lock)
     if owner is not None:
         raise RunBusyError(f"run {paths.name} is being trained by {runlock.describe(owner)}.")
-    if on_slurm:
-        job = slurm.queue(paths.root).get(paths.name)
-        if job is not None:
-            raise RunBusyError(
-                f"run {paths.name} is already in the queue as job {job.job_id} ({job.state}). "
-                f"HINT: python -m cifar_hpc cancel {paths.name}"
-            )
+    job = jobs.get(paths.name)
+    if job is not None:
+        raise RunBusyError(
+            f"run {paths.name} is already in the queue as job {job.job_id} ({job.state}). "
+            f"HINT: python -m cifar_hpc cancel {paths.name}"
+        )
     controller = local_controller(paths)
     if controller is not None:
         raise RunBusyError(f"run {paths.name} is already running on this machine as job {controller}.")
@@ -78,10 +88,15 @@ def check_free(paths: RunPaths, on_slurm: bool) -> None:
 def local_controller(paths: RunPaths) -> int | None:
     """The process id of submitit's local controller, if this run's last one is alive on this machine."""
     submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
-    if not submitted or submitted[-1].get("scheduler") != "local":
+    return controller_of(paths, submitted[-1]) if submitted else None
+
+
+def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
+    """`local_controller`, from the run's last `submitted` event."""
+    if submitted.get("scheduler") != "local":
         return None
     try:
-        pid = int(submitted[-1]["job_id"])
+        pid = int(submitted["job_id"])
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (
         KeyError,

@@ -9,14 +9,18 @@ from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import StopFlag
 from cifar_hpc.runlog import TrainLog, append_event, count_starts, read_jsonl
 from cifar_hpc.spec import Spec
+from cifar_hpc.startup import FIRST_STEP, Stopwatch
 from cifar_hpc.watchdog import Heart
 
 
 class Context:
     """One start of one run, as seen by one rank."""
 
-    def __init__(self, paths: RunPaths, spec: Spec, launch: Launch, stop: StopFlag) -> None:
+    def __init__(
+        self, paths: RunPaths, spec: Spec, launch: Launch, stop: StopFlag, startup: Stopwatch | None = None
+    ) -> None:
         self.paths, self.spec, self.launch, self.stop = paths, spec, launch, stop
+        self.startup = startup or Stopwatch()
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heart()
@@ -35,6 +39,13 @@ class Context:
     def speak(self) -> None:
         """Let this rank write the logs in rank 0's place."""
         self.speaks = self.log.enabled = True
+
+    def say_first_step(self, step: int) -> None:
+        """The start is over. Its first step takes longer than others: it loads kernels, and compiles if asked to."""
+        self.startup.lap(FIRST_STEP)
+        self.emit("first_step", step=step, startup=self.startup.plain())
+        own = self.startup.seconds[FIRST_STEP]
+        self.log.line(f"first step done after {self.startup.total:.1f} s, {own:.1f} s of them its own")
 
     def emit(self, event: str, **details: Any) -> None:
         """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cifar_hpc import tensorfile
+from cifar_hpc.cifar10 import read_cifar10
 from cifar_hpc.errors import SpecError
 from cifar_hpc.image_folder import list_folder
 from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers, replacing
@@ -58,7 +59,7 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
 
         return Dataset(*make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE))
     folder = root / spec.root
-    whole = _read_cifar10(folder) if spec.source == "cifar10" else _read_folder(folder, root, progress)
+    whole = Dataset(*read_cifar10(folder)) if spec.source == "cifar10" else _read_folder(folder, root, progress)
     return Dataset(
         *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
         *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
@@ -72,51 +73,6 @@ def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple
         raise SpecError(f"{key}: {size} is more than the {len(images)} images there are.")
     rows = permutation(0, 0, len(images))[:size].sort().values
     return images[rows], labels[rows]
-
-
-def check_cifar10(folder: Path, download: bool) -> None:
-    """Verify torchvision's copy of CIFAR-10 in `folder`, downloading it first where that is allowed.
-
-    Raises:
-        SpecError: names the file that is missing, truncated or wrong.
-    """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    base = folder / CIFAR10.base_folder
-    files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    if download and not all((base / name).exists() for name, _ in files):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            CIFAR10(str(folder), download=True)
-        except Exception as error:  # urllib, tarfile and torchvision each raise their own
-            raise SpecError(
-                f"data.root: {folder} holds no CIFAR-10 and the download failed: {' '.join(str(error).split())}. "
-                f"HINT: put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) there yourself, or use --set data.source=folder "
-                "or data.source=synthetic."
-            ) from None
-    for name, md5 in files:
-        if not (base / name).exists():
-            raise SpecError(
-                f"data.root: {base / name} is missing. HINT: submit from a machine with internet, or put "
-                f"{CIFAR10.filename} into {folder} and unpack it."
-            )
-        if not check_integrity(str(base / name), md5):
-            raise SpecError(
-                f"data.root: {base / name} is truncated or not the original (its md5 should be {md5}). "
-                "HINT: delete it and submit again."
-            )
-
-
-def _read_cifar10(folder: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
-
-    check_cifar10(folder, download=False)
-    parts: list[Tensor] = []
-    for train in (True, False):
-        source = CIFAR10(str(folder), train=train, download=False)
-        parts += [torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)]
-    return Dataset(*parts)
 
 
 def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
@@ -141,9 +97,8 @@ def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
     for paths in files.values():
         for path in paths:
             status = path.stat()
-            digest.update(
-                f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
-            )
+            name = "/".join(path.parts[-3:])  # split, class, file; `relative_to` would take as long as all the rest
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     name = f"decoded-{digest.hexdigest()[:16]}.pt"
     beside = folder / ".cifar_hpc"
     if (beside / name).exists() or os.access(folder, os.W_OK):

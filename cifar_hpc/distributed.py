@@ -111,6 +111,10 @@ def connect(launch: Launch, device: torch.device, store: dist.Store | None, boar
     """
     if store is None:
         return
+    # DDP needs it. Imported later, modules would take the default group for that of their functions' default arguments,
+    # and so keep it, with its threads, beyond `disconnect`.
+    import torch._dynamo  # noqa: F401
+
     _wait_for_all(store, launch, board, stop)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     store.set_timeout(TIMEOUT)

@@ -18,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_hpc.augment import DRAWS, augment
 from cifar_hpc.data import Dataset
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.host_memory import keep_freed_memory
 from cifar_hpc.lookahead import Lookahead
 from cifar_hpc.model import batch_norms, build_model
 from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.schedule import learning_rate
+from cifar_hpc.sgd import SGD
 from cifar_hpc.shards import ShardLayout, ShardReducer
 from cifar_hpc.spec import Spec
 
@@ -43,13 +45,18 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
     """Global switches of PyTorch that decide about the bits."""
     if spec.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        if spec.train.compile:
+            torch.use_deterministic_algorithms(True)
+        else:  # the same for all but torch.compile, which the other call imports: most of a second
+            torch.set_deterministic_debug_mode("error")
         # Every buffer is written before it is read, so filling them first would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     torch.set_num_threads(spec.train.cpu_threads or 1)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def describe_environment(spec: Spec, device: torch.device) -> dict[str, Any]:
@@ -103,7 +110,7 @@ class Engine:
             self.reducer = ShardReducer(self.ddp, layout)
 
         chosen = spec.optimizer
-        inner = torch.optim.SGD(
+        inner = SGD(
             self.model.parameters(),
             lr=chosen.lr,
             momentum=chosen.momentum,
@@ -133,7 +140,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         mine = self.layout.mine
         for shard in mine:
             kept = self.reducer is not None and shard != mine[-1]
@@ -170,7 +178,8 @@ class Engine:
     def augmented(self, indices: Tensor, key: int) -> Tensor:
         """Augmented, normalised training images [B, 3, 32, 32], channels_last."""
         draws = uniform(key, indices, DRAWS)
-        return augment(self.data.train_images[indices], draws, self.spec.augment, memory_format=torch.channels_last)
+        images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
+        return augment(images, draws, self.spec.augment, memory_format=torch.channels_last)
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy with label smoothing, in float32."""

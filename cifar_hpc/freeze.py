@@ -38,7 +38,12 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
     old = read_frozen(paths) if _begun(paths) else None
     if old is not None:
         check_resumable(old, spec, paths.name)
-    fixed = old.train if old is not None else spec.train
+    return complete(spec, old or spec, tasks, cpu_threads)
+
+
+def complete(spec: Spec, first: Spec, tasks: int, cpu_threads: int) -> Spec:
+    """`resolve`, for a run whose first start was under `first`."""
+    fixed = first.train
     train = dataclasses.replace(
         spec.train,
         shards=spec.train.shards or fixed.shards or tasks,

@@ -102,22 +102,28 @@ class Job:
 
     def _train(self) -> bool:
         context = self.context
-        spec, launch = context.spec, context.launch
+        spec, launch, lap = context.spec, context.launch, context.startup.lap
+        lap("import")
         store, board = self._meet()
         device = resolve_device(spec, launch.local_rank)
         configure_torch(spec, device)
         context.heart.beat("meeting the other ranks")
         connect(launch, device, store, board, context.stop)
+        lap("group")
         context.heart.beat("looking for a checkpoint")
         agreement = Agreement(launch.world_size, lag=1 if device.type == "cuda" else 0)
         context.restart = agreement.from_rank_0(self._open)
+        lap("lock")
         layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
         chosen = agreement.from_rank_0(self._choose_checkpoint)
+        lap("checkpoint")
         data = self._load_data(agreement)
         environment = describe_environment(spec, device) | {"data": digest([data.train_images, data.train_labels])}
+        lap("data")
         state = self._state or (chosen.read() if chosen is not None else None)
         if state is not None:
             self._check_fits(state, environment)
+        lap("checkpoint")
         # A rank that has failed so far is noticed here, where gloo tells of it; NCCL would wait for it.
         agreement.now(Wish.GO_ON)
         context.heart.beat("setting up the model")
@@ -127,6 +133,7 @@ class Job:
         if state is not None:
             trainer.resume(state)
         self._state = None
+        lap("model")
         context.heart.beat("the first step", trainer.position.step)
         self._announce(chosen.path if chosen else None, state, environment)
         agreement.now(Wish.GO_ON)
@@ -262,4 +269,6 @@ class Job:
             environment=environment,
             environment_changed=changed,
             shards=self.context.spec.train.shards,
+            startup=self.context.startup.plain(),
         )
+        self.context.log.line(f"ready after {self.context.startup}")

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +16,19 @@ from typing import Any
 
 from cifar_hpc import slurm
 from cifar_hpc.errors import SchedulerError, SpecError
-from cifar_hpc.paths import RunPaths
+from cifar_hpc.paths import RunPaths, SweepPaths
 from cifar_hpc.sites import Site
 from cifar_hpc.slurm_time import parse_time
 from cifar_hpc.spec import Spec
-from cifar_hpc.worker import Task
+from cifar_hpc.worker import ArrayTask, Task
 
 # Between a task's first instruction and its handlers, Python would die of a preemption's SIGTERM. See worker.
 IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
 # A site may have srun kill the other tasks when one fails; they have yet to say why and to requeue the job (srun(1)).
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
+
+ARRAY_PICKLE = "task.pkl"  # what all tasks of an array call
+ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
 
 
 def batch_script(paths: RunPaths, spec: Spec, site: Site) -> str:
@@ -40,28 +44,51 @@ def submit_slurm(paths: RunPaths, spec: Spec, site: Site, code: Path) -> str:
     Raises:
         SchedulerError: with sbatch's own words.
     """
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
     executor = _slurm_executor(paths, spec, site)
-    with contextlib.chdir(code), _tidy_on_failure(paths.slurm):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
-                job_id: str = executor.submit(Task(str(paths.root), paths.name)).job_id
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SchedulerError(f"sbatch refused the job: {_words(error)}") from None
+    with contextlib.chdir(code), _tidy_on_failure(paths.slurm), _refusals():
+        job_id: str = executor.submit(Task(str(paths.root), paths.name)).job_id
     return job_id
 
 
-def test_only(paths: RunPaths, spec: Spec, site: Site) -> str:
-    """What `sbatch --test-only` says about the job: when and where it would start.
+def array_script(paths: SweepPaths, spec: Spec, site: Site, points: int, parallel: int | None) -> str:
+    """The very text that `submit_array` hands to sbatch."""
+    executor = _array_executor(paths, spec, site, points, parallel)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, uuid.uuid4().hex)
+    return text
+
+
+def submit_array(paths: SweepPaths, spec: Spec, site: Site, code: Path, points: int, parallel: int | None) -> str:
+    """Submit a sweep's points as one job array from inside the code snapshot; returns the array's job id.
+
+    submitit's map_array writes a pickle for each task, under names that it knows only after sbatch. Here all tasks
+    share one, which is there before: a job whose submission was killed finds all it needs.
+
+    Args:
+        spec: of any of the points, for the resources that they share.
+        parallel: how many points may run at the same time; None is no limit.
 
     Raises:
         SchedulerError: with sbatch's own words.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
-        script.write(batch_script(paths, spec, site))
-        script.flush()
-        return slurm.command(["sbatch", "--test-only", script.name], stderr_too=True).strip()
+    from submitit.core.utils import DelayedSubmission
+
+    executor = _array_executor(paths, spec, site, points, parallel)
+    DelayedSubmission(ArrayTask(str(paths.root), str(paths.points))).dump(paths.slurm / ARRAY_PICKLE)
+    with contextlib.chdir(code), _refusals(ARRAY_HINT):
+        job_id: str = executor._submit_command(executor._submitit_command_str).job_id
+    return job_id
+
+
+def test_only(script: str) -> str:
+    """What `sbatch --test-only` says about a batch script: when and where its job would start.
+
+    Raises:
+        SchedulerError: with sbatch's own words.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        return slurm.command(["sbatch", "--test-only", file.name], stderr_too=True).strip()
 
 
 def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
@@ -76,8 +103,7 @@ def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str]
     Raises:
         SpecError: where more than one node was asked for.
     """
-    if spec.resources.max_nodes > 1:
-        raise SpecError(f"resources.nodes: {spec.resources.nodes} needs Slurm; allowed with --cluster local: 1.")
+    check_one_node(spec)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -89,6 +115,8 @@ def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str]
             record(job_id)
             os.write(writer, job_id.encode())
             status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode(errors="backslashreplace"))  # controller.log
         finally:
             os._exit(status)
     os.close(writer)
@@ -98,6 +126,16 @@ def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str]
     if not job_id:
         raise SchedulerError(f"submitit's local executor did not start; see {paths.slurm / 'controller.log'}.")
     return job_id
+
+
+def check_one_node(spec: Spec) -> None:
+    """Refuse a local run on several nodes.
+
+    Raises:
+        SpecError: names the key.
+    """
+    if spec.resources.max_nodes > 1:
+        raise SpecError(f"resources.nodes: {spec.resources.nodes} needs Slurm; allowed with --cluster local: 1.")
 
 
 def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
@@ -118,6 +156,26 @@ def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
 
 
 def _slurm_executor(paths: RunPaths, spec: Spec, site: Site) -> Any:
+    return _executor(paths, site, slurm_parameters(paths, spec, site) | _dependency("singleton", spec))
+
+
+def _array_executor(paths: SweepPaths, spec: Spec, site: Site, points: int, parallel: int | None) -> Any:
+    """A singleton would be of the array, not of the runs: these are held apart by their locks and by `checks`."""
+    pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
+    further = {
+        "array_parallelism": parallel or points,
+        "setup": [*site.setup, f"ln -sf {ARRAY_PICKLE} {pickle}"],  # where submitit looks for it
+    }
+    executor = _executor(paths, site, slurm_parameters(paths, spec, site) | _dependency("", spec) | further)
+    executor.parameters["map_count"] = points
+    return executor
+
+
+def _dependency(own: str, spec: Spec) -> dict[str, Any]:
+    return {"dependency": _in_script(",".join(filter(None, (own, spec.resources.dependency))) or None)}
+
+
+def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, Any]) -> Any:
     import submitit
 
     class AnywhereSlurmExecutor(submitit.SlurmExecutor):
@@ -130,15 +188,14 @@ def _slurm_executor(paths: RunPaths, spec: Spec, site: Site) -> Any:
     executor = AnywhereSlurmExecutor(
         folder=paths.slurm, python=IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
     )
-    executor.update_parameters(**slurm_parameters(paths, spec, site))
+    executor.update_parameters(**parameters)
     return executor
 
 
-def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
-    """The spec's resources as submitit's parameters. What submitit has no word for goes through as it is."""
+def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
+    """The spec's resources, but for dependencies, as submitit's parameters; what it has no word for goes as it is."""
     resources = spec.resources
     gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
-    others = [resources.dependency] if resources.dependency else []
     further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
     plain = {
         "nodes": resources.nodes,
@@ -153,7 +210,7 @@ def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
         # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")
     named = {
-        "job_name": paths.name,
+        "job_name": paths.job_name,
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
         "ntasks_per_node": resources.ntasks_per_node,
@@ -166,7 +223,6 @@ def slurm_parameters(paths: RunPaths, spec: Spec, site: Site) -> dict[str, Any]:
         "exclude": resources.exclude,
         "nodelist": resources.nodelist,
         "comment": resources.comment,
-        "dependency": ",".join(["singleton", *others]),
     }
     return {
         "wckey": None,  # submitit would set its own name
@@ -187,6 +243,20 @@ def _in_script(value: Any) -> Any:
 def _warning_seconds(spec: Spec) -> int:
     """resources.warning_seconds, or less under a time limit so short that the warning would come at the start."""
     return min(spec.resources.warning_seconds, max(10, parse_time(spec.resources.time) // 4))
+
+
+@contextlib.contextmanager
+def _refusals(array_hint: str = "") -> Iterator[None]:
+    """What sbatch has refused, in its own words."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+            yield
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = _words(error)
+        hint = array_hint if "job array" in words else ""
+        raise SchedulerError(f"sbatch refused the job: {words}{hint}") from None
 
 
 @contextlib.contextmanager

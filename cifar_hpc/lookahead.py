@@ -87,11 +87,11 @@ class Lookahead(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; its slow weights start as its parameters are now."""
         if any(param_group is g for g in self.inner.param_groups):
-            return super().add_param_group(param_group)  # the base class taking over the inner groups
+            self.param_groups.append(param_group)  # the base class taking over the inner groups
+            return
         self.inner.add_param_group(param_group)
         self._share_inner()
         self._slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         """{"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates so far, "k", "alpha"}."""

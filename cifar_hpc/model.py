@@ -32,7 +32,8 @@ class KeyedDropout(nn.Module):
     """Dropout whose masks are a function of a key, and not of the global random state.
 
     All dropout layers of a model draw from one generator in the order in which they run; `ImprovedResNet.set_key`
-    seeds it before each forward pass.
+    seeds it before each forward pass. An element is dropped where its 16 random bits, as a number, are below
+    `rate` * 2**16: four elements share a draw, since drawing one by one took a sixth of a training step on a CPU.
     """
 
     def __init__(self, rate: float) -> None:
@@ -45,8 +46,13 @@ class KeyedDropout(nn.Module):
             return input
         if self.generator is None:
             raise RuntimeError("set_key must be called before a forward pass in training mode")
-        keep = 1.0 - self.rate
-        return input * torch.empty_like(input).bernoulli_(keep, generator=self.generator).div_(keep)
+        count, dropped = input.numel(), round(self.rate * 2**16)
+        draws = torch.empty(-(-count // 4), dtype=torch.int64, device=input.device)
+        draws.random_(-(2**63), None, generator=self.generator)
+        # In the input's order in memory, so that no pass over it jumps about.
+        numbers = draws.view(torch.int16)[:count].as_strided(input.shape, input.stride())
+        mask = (numbers >= dropped - 2**15).to(input.dtype)
+        return input * mask.mul_(2**16 / (2**16 - dropped))
 
 
 class Bottleneck(nn.Module):
@@ -69,7 +75,7 @@ class Bottleneck(nn.Module):
         x = self.activation(self.bn1(self.conv1(input)))
         x = self.activation(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        return self.activation(x + self.shortcut(input))  # type: ignore[no-any-return]
+        return self.activation(x.add_(self.shortcut(input)))  # type: ignore[no-any-return]
 
 
 class ImprovedResNet(nn.Module):
@@ -89,6 +95,9 @@ class ImprovedResNet(nn.Module):
             layers.append(KeyedDropout(spec.dropout))
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(channels, CLASSES)
+        # Found once: walking through all modules takes a tenth of a millisecond, and would be done at each step.
+        self._norms = batch_norms(self)
+        self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layers(self.stem(images))
@@ -96,17 +105,16 @@ class ImprovedResNet(nn.Module):
 
     def set_key(self, key: int) -> None:
         """Make the next forward pass's dropout masks a function of `key`."""
-        layers = [m for m in self.modules() if isinstance(m, KeyedDropout)]
-        if layers[0].generator is None:
+        generator = self._dropouts[0].generator
+        if generator is None:
             generator = torch.Generator(device=self.head.weight.device)
-            for layer in layers:
+            for layer in self._dropouts:
                 layer.generator = generator
-        assert layers[0].generator is not None
-        layers[0].generator.manual_seed(key)
+        generator.manual_seed(key)
 
     def set_update_statistics(self, update: bool) -> None:
         """Whether the next forward passes in training mode move BatchNorm's running statistics."""
-        for module in batch_norms(self):
+        for module in self._norms:
             module.update_statistics = update
 
 

@@ -37,13 +37,16 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
     """Told to stop; `stored` says whether the position is on disk. Returns the exit status."""
     received = context.stop.signal
     name = received.name if received else "another rank's signal"
-    context.emit("signal", signal=name, **({"step": position.step, "epoch": position.epoch} if position else {}))
+    seconds = round(context.stop.seconds, 3) if context.stop.seconds is not None else None
+    here = {"step": position.step, "epoch": position.epoch} if position else {}
+    context.emit("signal", signal=name, seconds=seconds, **here)
     at = "nothing had been computed yet"
     if position is not None:
         at = f"step {position.step} " + (
             "is on disk" if stored else "is NOT on disk; the checkpoint before it has to do"
         )
-    context.log.line(f"STOPPED by {name}: {at}")
+    after = f", {seconds:.1f} s after the signal" if seconds is not None else ""
+    context.log.line(f"STOPPED by {name}: {at}{after}")
     if context.launch.scheduler == "slurm":
         return _leave_slurm(context)
     if context.launch.scheduler == "local" and not context.speaks:

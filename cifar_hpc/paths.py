@@ -34,9 +34,12 @@ def keep_others_out() -> None:
     os.umask(os.umask(0o077) | 0o002)
 
 
+SWEEPS = "sweeps"  # the folder of logs/ that is of no run
+
+
 def is_run_name(name: str) -> bool:
     """Whether `name` can be a directory, a Slurm job name and a word in a shell alike."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name != SWEEPS
 
 
 @dataclass(frozen=True)
@@ -82,24 +85,75 @@ class RunPaths:
     def slurm(self) -> Path:
         return self.logs / "slurm"
 
+    @property
+    def job_name(self) -> str:
+        return self.name
+
     def create(self) -> None:
         """Make the directories.
 
         Raises:
             SpecError: names the directory that cannot be made or written.
         """
-        for directory in (self.logs, self.checkpoints, self.slurm):
-            try:
-                directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            except OSError as error:
-                raise SpecError(
-                    f"{directory}: cannot be made: {error.strerror}. "
-                    "HINT: set CIFAR_HPC_ROOT to a folder you can write."
-                ) from None
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise SpecError(
-                    f"{directory}: is not writable by you. HINT: set CIFAR_HPC_ROOT to a folder you can write."
-                )
+        _make(self.logs, self.checkpoints, self.slurm)
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """The files of one submission of a sweep. Those of its points are those of any run."""
+
+    root: Path
+    name: str
+    number: int = 1  # of the submission
+
+    @property
+    def sweep(self) -> Path:
+        return self.root / "logs" / SWEEPS / self.name
+
+    @property
+    def logs(self) -> Path:
+        return self.sweep / str(self.number)
+
+    @property
+    def points(self) -> Path:
+        return self.logs / "points.json"
+
+    @property
+    def code(self) -> Path:
+        return self.logs / "code"
+
+    @property
+    def slurm(self) -> Path:
+        return self.logs / "slurm"
+
+    @property
+    def job_name(self) -> str:
+        return f"{self.name}:sweep"  # which is no run's, so that no run's singleton waits for it
+
+    def create(self) -> None:
+        """Make the directories; as `RunPaths.create`."""
+        _make(self.logs, self.slurm)
+
+
+def points_file(root: Path, directory: str) -> Path | None:
+    """points.json of the submission of a sweep whose jobs work in `directory`; None for any other directory."""
+    above = root / "logs" / SWEEPS
+    if not Path(directory).is_relative_to(above):
+        return None
+    sweep, number, *_ = (*Path(directory).relative_to(above).parts, "", "")
+    return SweepPaths(root, sweep, int(number)).points if re.fullmatch(r"[0-9]{1,9}", number) else None
+
+
+def _make(*directories: Path) -> None:
+    for directory in directories:
+        try:
+            directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(
+                f"{directory}: cannot be made: {error.strerror}. HINT: set CIFAR_HPC_ROOT to a folder you can write."
+            ) from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise SpecError(f"{directory}: is not writable by you. HINT: set CIFAR_HPC_ROOT to a folder you can write.")
 
 
 def all_runs(root: Path) -> list[RunPaths]:

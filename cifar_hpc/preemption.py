@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,11 +29,17 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._told: float | None = None
 
     @property
     def requested(self) -> bool:
         """Whether this process has been told to stop."""
         return self.signal is not None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long ago this process was told to stop; None if it was not."""
+        return None if self._told is None else time.monotonic() - self._told
 
     def install(self, interactive: bool = False) -> StopFlag:
         """Take over SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along.
@@ -52,12 +59,13 @@ class StopFlag:
 
     def raise_flag(self) -> None:
         """As if SIGTERM had come: for one that came before `install`."""
-        self.signal = self.signal or signal.SIGTERM
+        if self.signal is None:
+            self.signal, self._told = signal.SIGTERM, time.monotonic()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The first one tells why; later ones, such as SIGTERM after our own requeue, do not change that.
         if self.signal is None:
-            self.signal = signal.Signals(number)
+            self.signal, self._told = signal.Signals(number), time.monotonic()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_hpc.data import check_cifar10
+from cifar_hpc.cifar10 import check_cifar10, fetch_cifar10
 from cifar_hpc.errors import UserError
 
 
 def main(folder: str) -> int:
     """Exit status 0 where CIFAR-10 stands in `folder`, whole."""
     try:
-        check_cifar10(Path(folder), download=True)
+        fetch_cifar10(Path(folder))
+        check_cifar10(Path(folder))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
+import os
+import re
 import time
 import types
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cifar_hpc import runlock
-from cifar_hpc.checks import local_controller
+from cifar_hpc.checks import controller_of
 from cifar_hpc.errors import UserError
 from cifar_hpc.freeze import read_frozen
+from cifar_hpc.jsonfile import open_regular
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import ALIVE
-from cifar_hpc.runlog import count_requeues, count_starts, read_jsonl
+from cifar_hpc.run_facts import Facts, read_facts
 from cifar_hpc.slurm import QueuedJob
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
 HUNG_INTERVALS, HUNG_SECONDS = 10, 300
+# epochs and log_seconds of a spec as `freeze` writes it.
+_PACE = re.compile(
+    rb"# The frozen spec of run [^\n]*\n(?:[^\n]*\n)*?train:\n"
+    rb"(?:  [^\n]*\n)*?  epochs: ([0-9]+)\n(?:  [^\n]*\n)*?  log_seconds: ([0-9]+\.[0-9]+)\n"
+)
+PACE_BYTES = 64 * 1024
 ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
 
 
@@ -49,17 +58,20 @@ class RunState:
 
     def plain(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self)
+        return dict(vars(self))
 
 
-def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
+def read_state(
+    paths: RunPaths, jobs: Mapping[str, QueuedJob], facts_of: Callable[[RunPaths], Facts] = read_facts
+) -> RunState:
     """The state of one run; `unreadable` where its files are damaged or not of this project.
 
     Args:
         jobs: as `slurm.queue` returns them.
+        facts_of: where the facts of the logs come from.
     """
     try:
-        return _checked(_read_state(paths, jobs))
+        return _checked(_state_of(paths, jobs.get(paths.name), facts_of(paths)))
     except (
         UserError,
         OSError,
@@ -81,44 +93,66 @@ def _checked(state: RunState) -> RunState:
     raise ValueError("text where a number should be, or a number where text should be")
 
 
-def _read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> RunState:
-    events, rows = read_jsonl(paths.events), read_jsonl(paths.metrics)
-    try:
-        spec = read_frozen(paths)
-    except UserError:
-        spec = None
-    epochs = spec.train.epochs if spec else 0
-    log_age = time.time() - paths.train_log.stat().st_mtime if paths.train_log.exists() else None
-    job = jobs.get(paths.name)
-    state, detail = _state(paths, events, job)
-    if state == "running" and spec is not None and log_age is not None:
-        limit = max(HUNG_SECONDS, HUNG_INTERVALS * spec.train.log_seconds)
+def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts) -> RunState:
+    epochs, log_seconds = _pace(paths) or (0, None)
+    log_age = _age(paths.train_log)
+    state, detail = _state(paths, facts, job)
+    if state == "running" and log_seconds is not None and log_age is not None:
+        limit = max(HUNG_SECONDS, HUNG_INTERVALS * log_seconds)
         if log_age > limit:
             state, detail = "hung", f"no log line for {log_age / 60:.0f} min"
-    last = rows[-1] if rows else {}
-    epoch = int(last.get("epoch", 0))
-    seconds = [float(r["epoch_seconds"]) for r in rows[-5:] if "epoch_seconds" in r]
+    epoch = int(facts.last_row.get("epoch", 0))
+    seconds = [float(s) for s in facts.epoch_seconds]
     eta = (epochs - epoch) * sum(seconds) / len(seconds) if seconds and state not in ENDED else None
-    starts = [e for e in events if e.get("event") in ("started", "resumed")]
     return RunState(
         run=paths.name,
         state=state,
         detail=detail,
         epoch=epoch,
         epochs=epochs,
-        test_accuracy=last.get("test_accuracy"),
-        best_accuracy=max((r["test_accuracy"] for r in rows if "test_accuracy" in r), default=None),
-        images_per_second=last.get("images_per_second"),
+        test_accuracy=facts.last_row.get("test_accuracy"),
+        best_accuracy=facts.best_accuracy,
+        images_per_second=facts.last_row.get("images_per_second"),
         eta_seconds=eta,
-        restarts=max(0, count_starts(events) - 1),
-        requeues=count_requeues(events),
-        world_size=starts[-1].get("world_size") if starts else None,
-        job_id=job.job_id if job else next((e["job_id"] for e in reversed(events) if e.get("job_id")), None),
+        restarts=max(0, facts.starts - 1),
+        requeues=facts.requeues,
+        world_size=facts.world_size,
+        job_id=job.job_id if job else facts.job_id,
         log_age_seconds=log_age,
     )
 
 
-def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None) -> tuple[str, str]:
+def _pace(paths: RunPaths) -> tuple[int, float] | None:
+    """train.epochs and train.log_seconds; None where there is no readable spec.
+
+    The spec was checked as a whole when it was frozen: for these two its YAML need not be parsed again, which would
+    take a hundred times as long.
+    """
+    try:
+        with os.fdopen(open_regular(paths.spec), "rb") as file:
+            found = _PACE.match(file.read(PACE_BYTES))
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]), float(found[2])
+    try:
+        spec = read_frozen(paths)
+    except UserError:
+        return None
+    return (spec.train.epochs, spec.train.log_seconds) if spec else None
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since a file was last written; None where there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        if path.exists():  # which raises, too, where it cannot be told
+            raise
+        return None
+
+
+def _state(paths: RunPaths, facts: Facts, job: QueuedJob | None) -> tuple[str, str]:
     if job is not None:
         if job.state == "PENDING":
             start = f", start {job.start}" if job.start not in ("", "N/A") else ""
@@ -129,18 +163,12 @@ def _state(paths: RunPaths, events: list[dict[str, Any]], job: QueuedJob | None)
     owner = runlock.holder(paths.lock)
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
-    if local_controller(paths) is not None:
+    if controller_of(paths, facts.submitted) is not None:
         return "running", "starting on this machine"
-    known = [e for e in events if e.get("event") in ("finished", "failed", "hang", "left", "cancelled", *_SUBMIT_AGAIN)]
-    if not known:
-        return "not started", "never submitted"
-    # A cancelled job still writes what it does about it; that is no news, unless it started again or finished.
-    since_start = list(itertools.takewhile(lambda e: e["event"] not in ("submitted", "resumed"), reversed(known)))
-    cancelled = [e for e in since_start if e["event"] == "cancelled"]
-    return _afterwards(cancelled[0] if cancelled and known[-1]["event"] != "finished" else known[-1])
+    return _afterwards(facts.last_word) if facts.last_word else ("not started", "never submitted")
 
 
-def _afterwards(event: dict[str, Any]) -> tuple[str, str]:
+def _afterwards(event: Mapping[str, Any]) -> tuple[str, str]:
     """How things stand once the job is gone, from the last event that says something about it."""
     name = event["event"]
     if name == "finished":

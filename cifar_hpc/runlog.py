@@ -123,15 +123,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def parse_jsonl(content: bytes) -> list[dict[str, Any]]:
     """The rows in `content`, as `read_jsonl`."""
-    rows = []
-    for line in content.decode(errors="replace").split("\n"):
-        try:
-            row = json.loads(line.strip("\0 \r"))
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return [row for line in content.split(b"\n") if (row := parse_row(line)) is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in one line, or None where it is no row."""
+    try:
+        row = json.loads(line.decode(errors="replace").strip("\0 \r"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def since_submission(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from cifar_hpc.printable import shown
 
 # Options that would undo what submitting, resuming and requeueing rest on, and what to use in their place.
 RESERVED = {
-    "array": "one submission for each run",
+    "array": "a job file with a section sweep",
     "chdir": "the code snapshot, where jobs run,",
     "cpus-per-task": "--cpus-per-task",
     "dependency": "--dependency",

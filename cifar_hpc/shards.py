@@ -1,6 +1,7 @@
 """Logical shards: a global batch in a fixed number of parts, whose gradients are added in one fixed order."""
 
 # No postponed annotations here: DDP reads those of the hook and wants the classes themselves.
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,54 +37,91 @@ class ShardLayout:
         """The shards of this rank."""
         return self.of_rank(self.rank)
 
+    def chunk(self, rank: int, size: int) -> slice:
+        """The part that `rank` adds up of rows of `size` elements."""
+        return slice(rank * size // self.world_size, (rank + 1) * size // self.world_size)
+
     def bounds(self, shard: int, size: int) -> slice:
         """The rows of `shard` in a global batch of `size` images."""
         return slice(shard * size // self.shards, (shard + 1) * size // self.shards)
 
 
-def sum_in_shard_order(local: Tensor, layout: ShardLayout) -> Tensor:
-    """Add rows in shard order over all ranks.
+class ShardSum:
+    """A sum of rows in shard order over all ranks, while it is under way.
 
-    All-to-all of chunks, a sum in fixed order, all-gather: with one shard a rank, the traffic of a ring all-reduce.
+    Each rank adds up one chunk of all shards' rows and sends the sum to the others: with one shard a rank, the traffic
+    of a ring all-reduce. Messages of several sums may be under way at once, as long as all ranks begin and `add` them
+    in one order. The rows travel from where they lie and the sum takes the place of the last: nothing is copied.
 
     Args:
-        local: [this rank's shards, n], one row a shard.
-
-    Returns:
-        [n], the same bits on every rank, for every number of ranks.
+        rows: [n] each, this rank's shards; contiguous. All of them are overwritten.
+        received: at least `room(n, layout)` elements for what the others send.
     """
-    mine, n = local.shape
-    world = layout.world_size
-    chunk = -(-n // world)
-    padded = local.new_zeros(mine, world * chunk)
-    padded[:, :n] = local
-    send = padded.view(mine, world, chunk).transpose(0, 1).contiguous()
-    received = local.new_empty(layout.shards, chunk)
-    dist.all_to_all_single(
-        received.view(-1),
-        send.view(-1),
-        output_split_sizes=[len(layout.of_rank(r)) * chunk for r in range(world)],
-        input_split_sizes=[mine * chunk] * world,
-    )
-    total = received[0]
-    for row in received[1:]:
-        total.add_(row)
-    gathered = local.new_empty(world * chunk)
-    dist.all_gather_into_tensor(gathered, total)
-    return gathered[:n]
+
+    def __init__(self, rows: Sequence[Tensor], layout: ShardLayout, received: Tensor) -> None:
+        self.layout, self._total = layout, rows[-1]
+        self._chunks = [layout.chunk(r, len(rows[0])) for r in range(layout.world_size)]
+        self._others = [r for r in range(layout.world_size) if r != layout.rank]
+        mine = self._chunks[layout.rank]
+        self._parts = {shard: row[mine] for shard, row in zip(layout.mine, rows, strict=True)}
+        length = mine.stop - mine.start
+        arriving: list[tuple[Tensor, int]] = []
+        for rank in self._others:
+            for shard in layout.of_rank(rank):
+                start = len(arriving) * length
+                self._parts[shard] = received[start : start + length]
+                arriving.append((self._parts[shard], rank))
+        self._works = _exchange(arriving, [(row[self._chunks[r]], r) for r in self._others for row in rows])
+
+    @staticmethod
+    def room(size: int, layout: ShardLayout) -> int:
+        """Elements that a rank receives for a sum of rows of `size` elements."""
+        chunk = layout.chunk(layout.rank, size)
+        return (layout.shards - len(layout.mine)) * int(chunk.stop - chunk.start)
+
+    def add(self) -> None:
+        """Add up this rank's chunk, once the others' rows have come, and send it to them."""
+        self._wait()
+        total, target = self._parts[0], self._total[self._chunks[self.layout.rank]]
+        last = self.layout.shards - 1
+        for shard in range(1, last + 1):
+            total = torch.add(total, self._parts[shard], out=target if shard == last else total)
+        self._works = _exchange(
+            [(self._total[self._chunks[r]], r) for r in self._others], [(target, r) for r in self._others]
+        )
+
+    def result(self) -> Tensor:
+        """[n], the same bits on every rank, for every number of ranks; on CUDA once the current stream is there."""
+        self._wait()
+        return self._total
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+
+def _exchange(receive: Sequence[tuple[Tensor, int]], send: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
+    """Begin to receive and to send (tensor, rank) pairs. Between two ranks, messages are matched in their order."""
+    messages = [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in receive if len(tensor)]
+    messages += [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in send if len(tensor)]
+    return dist.batch_isend_irecv(messages) if messages else []
 
 
 class ShardReducer:
     """A DDP communication hook that joins a rank's kept shard gradients with the last one's.
 
     For each step: `keep` after each shard but the last of this rank, run under DDP's `no_sync`; then the last
-    shard's backward pass calls the hook.
+    shard's backward pass calls the hook for one bucket after the other. A bucket's rows travel while the backward pass
+    computes the next bucket; they are added when that is there.
     """
 
     def __init__(self, model: DistributedDataParallel, layout: ShardLayout) -> None:
         self.layout = layout
         self._parameters = list(model.parameters())
         self._kept: list[dict[Tensor, Tensor]] = []
+        self._under_way: list[tuple[ShardSum, torch.futures.Future[Tensor]]] = []
+        self._buffers: dict[int, Tensor] = {}  # by bucket; memory that is new in each step costs page faults
         device = self._parameters[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
@@ -104,29 +142,39 @@ class ShardReducer:
 
     def _hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if self._stream is None:
-            future: torch.futures.Future[Tensor] = torch.futures.Future()
-            future.set_result(sum_in_shard_order(self._rows(bucket), self.layout))
-            return future
+            return self._reduce(bucket, torch.futures.Future())
         # On CUDA the sum runs on a stream of its own, beside the rest of the backward pass.
-        future = torch.futures.Future(devices=[self._device])
-        rows = self._rows(bucket)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            rows.record_stream(self._stream)
-            future.set_result(sum_in_shard_order(rows, self.layout))
+            return self._reduce(bucket, torch.futures.Future(devices=[self._device]))
+
+    def _reduce(self, bucket: dist.GradBucket, future: torch.futures.Future[Tensor]) -> torch.futures.Future[Tensor]:
+        rows, received = self._rows(bucket)
+        self._under_way.append((ShardSum(rows, self.layout, received), future))
+        if len(self._under_way) > 1:
+            self._under_way[-2][0].add()
+        if bucket.is_last():
+            self._under_way[-1][0].add()
+            for one, its_future in self._under_way:
+                its_future.set_result(one.result())
+            self._under_way.clear()
         return future
 
-    def _rows(self, bucket: dist.GradBucket) -> Tensor:
-        """[this rank's shards, bucket size], each row laid out in memory like the bucket.
+    def _rows(self, bucket: dist.GradBucket) -> tuple[list[Tensor], Tensor]:
+        """This rank's shards, each row laid out in memory like the bucket, which is the last; and room to receive.
 
         DDP lays a gradient out with its parameter's strides (channels_last ones, too), but `bucket.gradients()` shows
         the same memory with contiguous strides: only the offsets of those views are to be trusted.
         """
-        buffer = bucket.buffer()
-        rows = buffer.new_empty(len(self._kept) + 1, buffer.numel())
-        rows[-1] = buffer
-        for row, kept in zip(rows, self._kept, strict=False):
+        last = bucket.buffer()
+        size, kept = last.numel(), len(self._kept)
+        needed = kept * size + ShardSum.room(size, self.layout)
+        buffer = self._buffers.get(bucket.index())
+        if buffer is None or buffer.numel() < needed:
+            buffer = self._buffers[bucket.index()] = last.new_empty(needed)
+        rows = list(buffer[: kept * size].view(kept, size))
+        for row, gradients in zip(rows, self._kept, strict=True):
             for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                start = row.storage_offset() + view.storage_offset() - buffer.storage_offset()
-                row.as_strided(parameter.shape, parameter.stride(), start).copy_(kept[parameter])
-        return rows
+                start = row.storage_offset() + view.storage_offset() - last.storage_offset()
+                row.as_strided(parameter.shape, parameter.stride(), start).copy_(gradients[parameter])
+        return [*rows, last], buffer[kept * size :]

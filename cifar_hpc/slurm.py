@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import SchedulerError, SpecError
+from cifar_hpc.paths import points_file
+from cifar_hpc.points import read_points
 
 # After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
 SLURM_DELAY_SECONDS = 121
@@ -136,8 +139,8 @@ def parse_instant(text: str | None) -> datetime | None:
 class QueuedJob:
     """One line of squeue."""
 
-    job_id: str
-    name: str
+    job_id: str  # 123, or 123_4 for a task of an array
+    name: str  # the run's
     state: str
     reason: str
     start: str  # expected or actual, as squeue prints it
@@ -154,15 +157,35 @@ def queue(root: Path) -> dict[str, QueuedJob]:
     if shutil.which("squeue") is None:
         return {}
     try:
-        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1).
-        text = command(["squeue", "--noheader", "--user", str(os.getuid()), "--format=%i|%j|%T|%r|%S|%N|%Z"])
+        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1). With --array each
+        # waiting task of an array has a line of its own, too.
+        text = command(["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format=%i|%j|%T|%r|%S|%N|%Z"])
     except SchedulerError as error:
         if _unconfigured(error):
             return {}
         raise
     lines = text.splitlines()
-    jobs = [QueuedJob(*line.split("|", 6)) for line in lines if line.count("|") >= 6]
-    return {job.name: job for job in jobs if Path(job.directory).is_relative_to(root / "logs" / job.name)}
+    points: dict[str, list[str]] = {}
+    jobs: dict[str, QueuedJob] = {}
+    for job in (QueuedJob(*line.split("|", 6)) for line in lines if line.count("|") >= 6):
+        if job.directory not in points:
+            points[job.directory] = _points(root, job.directory)
+        index = job.job_id.partition("_")[2]
+        if index.isdigit() and int(index) < len(points[job.directory]):
+            job = dataclasses.replace(job, name=points[job.directory][int(index)])
+        elif not Path(job.directory).is_relative_to(root / "logs" / job.name):
+            continue
+        jobs[job.name] = job
+    return jobs
+
+
+def _points(root: Path, directory: str) -> list[str]:
+    """The runs of the job array that works in `directory`, by index; none where it is no sweep's."""
+    file = points_file(root, directory)
+    try:
+        return read_points(file) if file is not None else []
+    except SpecError:  # removed, while its jobs are still there
+        return []
 
 
 def _unconfigured(error: SchedulerError) -> bool:

@@ -9,17 +9,18 @@ import stat
 from pathlib import Path
 
 from cifar_hpc.jsonfile import sync_directory, temporary_name
-from cifar_hpc.paths import RunPaths
+from cifar_hpc.paths import RunPaths, SweepPaths
 
 # Nobody edits a snapshot; its folders stay writable to their owner, so that it can be removed.
 FILE_MODE, DIRECTORY_MODE = 0o444, 0o755
 
 
-def take_snapshot(paths: RunPaths) -> Path:
+def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
     """Copy the package to logs/<run>/code/<digest>/cifar_hpc and return the folder above it, from which jobs run.
 
-    A snapshot that is already there is used again only if it is what it would be now, to the byte. The caller sees to
-    it that nobody else takes one of the same run meanwhile, and that no job of the run is there.
+    All points of a sweep run from one copy, that of the sweep's submission. A snapshot that is already there is used
+    again only if it is what it would be now, to the byte. The caller sees to it that nobody else takes one of the same
+    run meanwhile, and that no job of the run is there.
     """
     package = Path(__file__).resolve().parent
     # Read once: what is copied is what the digest is of, even while somebody edits the project.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.paths import is_run_name
+from cifar_hpc.paths import SWEEPS, is_run_name
 from cifar_hpc.printable import shown
 from cifar_hpc.spec import Spec, check
 from cifar_hpc.spec_fields import build
@@ -44,17 +45,41 @@ def load_spec(
     Raises:
         SpecError: names the file, the flag or the dotted key.
     """
+    values = load_values(path, overrides, base, flags)
+    if values.pop("sweep", None) is not None:
+        raise SpecError(
+            f"sweep: {path} describes many runs, and this command trains one. HINT: submit them with submit.py, or "
+            "take the job file alone with --set sweep=null."
+        )
+    return from_plain(values)
+
+
+def load_values(
+    path: Path,
+    overrides: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The same as plain values that nothing has been asked of yet; a section `sweep` may be among them.
+
+    Raises:
+        SpecError: names the file or the flag.
+    """
     values = merge(dict(base or {}), read_mapping(path))
     for override in overrides:
         key, separator, text = override.partition("=")
-        *sections, last = key.strip().split(".")
-        if not separator or not last or len(sections) > MAX_DEPTH:
+        if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
             raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
-        leaf: dict[str, Any] = {last: parse_yaml(text, f"--set {key}")}
-        for section in reversed(sections):
-            leaf = {section: leaf}
-        values = merge(values, leaf)
-    return check(build(Spec, merge(values, flags or {})))
+        values = merge(values, nested(key.strip(), parse_yaml(text, f"--set {key}")))
+    return merge(values, flags or {})
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{'a': {'b': value}} for the dotted key a.b."""
+    for section in reversed(key.split(".")):
+        value = {section: value}
+    result: dict[str, Any] = value
+    return result
 
 
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +105,14 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
 def to_yaml(spec: Spec, header: str) -> str:
     """YAML of every key, under comment lines."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.dump(to_plain(spec), Dumper=Dumper, sort_keys=False)
+    sections = (_section_yaml(name, json.dumps(values)) for name, values in to_plain(spec).items())
+    return comment + "".join(sections)
+
+
+@functools.lru_cache(maxsize=1000)  # the points of a sweep differ in few sections, and yaml takes its time
+def _section_yaml(name: str, values: str) -> str:
+    text: str = yaml.dump({name: json.loads(values)}, Dumper=Dumper, sort_keys=False)
+    return text
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -142,5 +174,6 @@ def check_run_name(name: str) -> str:
         return name
     raise SpecError(
         f"--name: {shown(name)} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
-        "beginning with a letter or a digit. HINT: without --name it is made from the job file's name."
+        f"beginning with a letter or a digit, but not {SWEEPS}. "
+        "HINT: without --name it is made from the job file's name."
     )

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 from cifar_hpc import slurm
+from cifar_hpc.facts_cache import FactsCache
 from cifar_hpc.paths import all_runs, find_run, project_root
 from cifar_hpc.printable import printable
 from cifar_hpc.run_state import RunState, read_state
@@ -32,9 +33,15 @@ def status(runs: list[str], *, watch: bool, as_json: bool) -> int:
 
 def _read(runs: list[str]) -> list[RunState]:
     root = project_root()
-    paths = [find_run(root, name) for name in runs] if runs else all_runs(root)
+    if runs:
+        named = [find_run(root, name) for name in runs]
+        jobs = slurm.queue(root)
+        return [read_state(paths, jobs) for paths in named]
+    cache = FactsCache(root)
     jobs = slurm.queue(root)
-    return [read_state(p, jobs) for p in paths]
+    states = [read_state(paths, jobs, cache.facts) for paths in all_runs(root)]
+    cache.save()
+    return states
 
 
 def _cells(state: RunState) -> tuple[str, ...]:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 from cifar_hpc.preemption import StopFlag
+from cifar_hpc.startup import Stopwatch
 
 
 def train(job: str, overrides: list[str], name: str | None) -> int:
     """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
     stop = StopFlag().install(interactive=True)
+    startup = Stopwatch()
     from cifar_hpc.errors import RunBusyError
     from cifar_hpc.freeze import freeze, resolve
     from cifar_hpc.paths import RunPaths, project_root
@@ -26,14 +28,14 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
 
+    from cifar_hpc.cifar10 import fetch_cifar10
     from cifar_hpc.context import Context
-    from cifar_hpc.data import check_cifar10
     from cifar_hpc.distributed import Launch
     from cifar_hpc.job import Job
 
     if rank == 0:
         if spec.data.source == "cifar10":
-            check_cifar10(paths.root / spec.data.root, download=True)
+            fetch_cifar10(paths.root / spec.data.root)  # reading verifies it
         paths.create()
         owner = holder(paths.lock)
         if owner is not None:
@@ -41,7 +43,7 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
     launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
-    attempt = Job(Context(paths, spec, launch, stop))
+    attempt = Job(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:
         sys.stdout.flush()

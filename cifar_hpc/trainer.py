@@ -115,6 +115,9 @@ class Trainer:
             position.step += 1
             position.step_in_epoch += 1
             self.context.heart.beat(f"step {position.step}", position.step)
+            if not self.context.startup.over:
+                engine.bad_step.item()  # waits for the device, this once
+                self.context.say_first_step(position.step)
             answer = self.agreement.after_step(self._wish(began))
             if answer is Wish.STOP:
                 return False
@@ -272,7 +275,7 @@ class Trainer:
         self.context.log.line(
             f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
             f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
-            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {_duration(left / rate)}"
+            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {timedelta(seconds=round(left / rate))}"
         )
         self._last_line, self._last_line_images = now, done
 
@@ -293,7 +296,3 @@ class Trainer:
             self.context.log.line(text)
             self._last_line = time.monotonic()
         return answer is Wish.STOP
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

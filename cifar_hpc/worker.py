@@ -17,7 +17,9 @@ from pathlib import Path
 from cifar_hpc import slurm
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.paths import RunPaths, keep_others_out
+from cifar_hpc.points import run_at
 from cifar_hpc.preemption import StopFlag, told_before
+from cifar_hpc.startup import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class Task:
 
     def __call__(self) -> str:
         """Run one task. Returns only after the last epoch; otherwise the process ends with the run's exit status."""
-        stop = StopFlag().install()
+        return self.train(StopFlag().install())
+
+    def train(self, stop: StopFlag) -> str:
+        """As `__call__`, with the signals already taken over."""
+        startup = Stopwatch()
         keep_others_out()
-        job_id = os.environ.get("SLURM_JOB_ID")
+        job_id = _job_id()
         if job_id and os.environ.get("SLURM_PROCID") == "0":
             threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
         import submitit
@@ -58,7 +64,7 @@ class Task:
             job_id=environment.job_id,
             rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{attempt}.json",
         )
-        job = Job(Context(paths, spec, launch, stop))
+        job = Job(Context(paths, spec, launch, stop, startup))
         status = job.run()
         if not job.finished:
             sys.stdout.flush()
@@ -66,6 +72,33 @@ class Task:
             os._exit(status)  # at once: tearing down process groups can take longer than a grace time
         stop.ignore()
         return f"run {self.name} finished"
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """Train the run that this task of a sweep's job array stands for, by its index in the file `points`."""
+
+    root: str
+    points: str
+
+    def __call__(self) -> str:
+        """As Task."""
+        stop = StopFlag().install()
+        try:
+            run = run_at(Path(self.points), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        return Task(self.root, run).train(stop)
+
+
+def _job_id() -> str | None:
+    """This job for Slurm's commands.
+
+    SLURM_JOB_ID will not do in an array: the last of its tasks to start has the number of the array itself, by which
+    `scontrol show job` shows all of them.
+    """
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
 
 
 def _ask_slurm(job_id: str, stop: StopFlag) -> None:

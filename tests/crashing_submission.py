@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc import checks, launcher, snapshot, submit
+from cifar_hpc.errors import RunBusyError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.runlog import read_jsonl
@@ -144,7 +145,7 @@ def killed(folder: Path) -> None:
         assert exit_status(site.start(0, die_at(number + 1))) == -signal.SIGKILL, what[number]
         queued = site.queued()
         if queued:
-            assert site.submit(seed=0) == submit.RunBusyError.exit_code, what[number]
+            assert site.submit(seed=0) == RunBusyError.exit_code, what[number]
             site.end_jobs()
         seed = 0 if queued else 1
         assert site.submit(seed) == 0, f"{what[number]}\n{(site.root / 'output').read_text()}"
@@ -162,7 +163,7 @@ def at_once(folder: Path) -> None:
         os.close(writer)  # the end of the pipe is the start of the race
         os.close(reader)
         statuses = sorted(exit_status(pid) for pid in pids)
-        assert statuses == [0] + [submit.RunBusyError.exit_code] * (AT_ONCE - 1), statuses
+        assert statuses == [0] + [RunBusyError.exit_code] * (AT_ONCE - 1), statuses
         assert site.queued() == 1
         site.check(0)
         print(f"at once: {statuses}", flush=True)

@@ -16,6 +16,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing
 
 from cifar_hpc import augment as A
 from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.augment_parameters import blends_before_hue
 from cifar_hpc.errors import SpecError
 from cifar_hpc.randomness import Stream, mix, uniform
 
@@ -201,6 +202,25 @@ def test_results_do_not_depend_on_threads_or_global_randomness() -> None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("off", [(), ("hue",), ("contrast", "saturation"), ("rotation", "brightness")])
+def test_sorting_into_parts_on_a_cpu_changes_no_bit(off: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, **dict.fromkeys(off, 0.0))
+    images, draws = random_images(300), draws_for(300)
+    in_parts = A.augment(images, draws, config, memory_format=torch.channels_last)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    at_once = A.augment(images, draws, config, memory_format=torch.channels_last)
+    assert torch.equal(in_parts, at_once) and in_parts.stride() == at_once.stride()
+    assert torch.equal(torch.cat([A.augment(images[s], draws[s], config) for s in (slice(0), slice(9))]), at_once[:9])
+
+
+def test_parts_are_sorted_by_the_order_of_the_steps() -> None:
+    draws = draws_for(500)
+    draws[:100, 9] = draws[:100, 11]  # a tie of contrast and hue
+    position = A.sample_parameters(draws, CONFIG).order.argsort(dim=1)
+    assert torch.equal(blends_before_hue(draws, CONFIG), position[:, 3])
+    assert not blends_before_hue(draws, dataclasses.replace(CONFIG, hue=0.0)).any()
 
 
 def test_compiles_as_one_graph() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from helpers import leftovers
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from cifar_hpc import data, tensorfile
-from cifar_hpc.data import Dataset, Interrupted, check_cifar10, load_dataset
+from cifar_hpc import cifar10, data, tensorfile
+from cifar_hpc.cifar10 import check_cifar10, fetch_cifar10
+from cifar_hpc.data import Dataset, Interrupted, load_dataset
 from cifar_hpc.errors import SpecError
 from cifar_hpc.jsonfile import replacing
 from cifar_hpc.spec import DataSpec
@@ -279,8 +281,8 @@ def test_synthetic() -> None:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CIFAR-10 of 2 images a file whose md5 sums torchvision takes for the right ones."""
-    base = tmp_path / "data" / CIFAR10.base_folder
+    """A CIFAR-10 of 2 images a file whose md5 sums count as the right ones, for torchvision, too."""
+    base = tmp_path / "data" / cifar10.FOLDER
     base.mkdir(parents=True)
 
     def write(name: str, content: dict[str, Any]) -> list[str]:
@@ -293,11 +295,33 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return {"data": (pixels % 251).astype(np.uint8), "labels": [number, number + 1]}
 
     train = [write(f"data_batch_{n}", batch(n)) for n in range(1, 6)]
-    monkeypatch.setattr(CIFAR10, "train_list", train)
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(7))])
+    test = [write("test_batch", batch(7))]
     name, md5 = write("batches.meta", {"label_names": CLASSES})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    for key, value in {"TRAIN_MD5": dict(train), "TEST_MD5": dict(test), "META_MD5": {name: md5}}.items():
+        monkeypatch.setattr(cifar10, key, value)
+    meta = {"filename": name, "key": "label_names", "md5": md5}
+    for key, value in {"train_list": train, "test_list": test, "meta": meta}.items():
+        monkeypatch.setattr(CIFAR10, key, value)
     return tmp_path
+
+
+def test_cifar10_is_torchvisions() -> None:
+    assert CIFAR10.base_folder == cifar10.FOLDER
+    assert (CIFAR10.filename, CIFAR10.tgz_md5) == (cifar10.ARCHIVE, cifar10.ARCHIVE_MD5)
+    assert dict(CIFAR10.train_list) == cifar10.TRAIN_MD5
+    assert dict(CIFAR10.test_list) == cifar10.TEST_MD5
+    assert {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]} == cifar10.META_MD5
+
+
+def test_cifar10_as_torchvision_reads_it(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [CIFAR10(str(cifar / "data"), train=train) for train in (True, False)]
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # whoever imports it now gets an ImportError
+    loaded = load_dataset(DataSpec(source="cifar10"), cifar)
+    for images, labels, their in zip(
+        (loaded.train_images, loaded.test_images), (loaded.train_labels, loaded.test_labels), theirs, strict=True
+    ):
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), their.data)
+        assert labels.tolist() == their.targets
 
 
 def test_cifar10(cifar: Path) -> None:
@@ -312,7 +336,7 @@ def test_cifar10(cifar: Path) -> None:
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_a_bad_file_of_cifar10_is_named(cifar: Path, name: str, damage: str) -> None:
-    path = cifar / "data" / CIFAR10.base_folder / name
+    path = cifar / "data" / cifar10.FOLDER / name
     if damage == "cut":
         os.truncate(path, 20)
     elif damage == "changed":
@@ -323,6 +347,16 @@ def test_a_bad_file_of_cifar10_is_named(cifar: Path, name: str, damage: str) -> 
     with pytest.raises(SpecError, match=message) as caught:
         load_dataset(DataSpec(source="cifar10"), cifar)
     assert str(path) in str(caught.value)
+    with pytest.raises(SpecError, match=message):
+        check_cifar10(cifar / "data")
+
+
+def test_what_is_no_file_is_not_the_original(cifar: Path) -> None:
+    path = cifar / "data" / cifar10.FOLDER / "test_batch"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SpecError, match="is truncated or not the original"):
+        load_dataset(DataSpec(source="cifar10"), cifar)
 
 
 def test_a_failed_download_says_what_else_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,9 +365,10 @@ def test_a_failed_download_says_what_else_to_do(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(CIFAR10, "__init__", fail)
     with pytest.raises(SpecError, match=r"download failed: .*Errno -3\] Temporary.*HINT: .*data\.source=synthetic"):
-        check_cifar10(tmp_path / "data", download=True)
+        fetch_cifar10(tmp_path / "data")
 
 
 def test_what_is_whole_is_not_downloaded(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "__init__", lambda *_, **__: pytest.fail("downloaded"))
-    check_cifar10(cifar / "data", download=True)
+    fetch_cifar10(cifar / "data")
+    check_cifar10(cifar / "data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from datetime import datetime
 from typing import Any
 
@@ -135,3 +136,15 @@ def test_a_flag_raised_by_hand_counts_as_sigterm_unless_a_signal_came_first(flag
     os.kill(os.getpid(), signal.SIGUSR2)
     flag.raise_flag()
     assert flag.signal is signal.SIGUSR2
+
+
+def test_the_time_of_a_signal_is_that_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = StopFlag()
+    assert flag.seconds is None
+    clock = iter([100.0, 107.5])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    flag.raise_flag()
+    flag.raise_flag()
+    seconds = flag.seconds
+    monkeypatch.undo()
+    assert seconds == 7.5

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import reduction
 from cifar_hpc.checkpoint import digest
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.shards import ShardLayout, sum_in_shard_order
+from cifar_hpc.shards import ShardLayout, ShardSum
 
 SHARDS = 4
 PAIRS = [(shards, world) for shards in range(1, 9) for world in range(1, shards + 1)]
@@ -53,7 +53,12 @@ def rows(size: int) -> Tensor:
 def summed(rank: int, world: int, sizes: list[int]) -> list[list[float]]:
     layout = ShardLayout(SHARDS, world, rank)
     mine = slice(layout.mine.start, layout.mine.stop)
-    return [sum_in_shard_order(rows(size)[mine].clone(), layout).tolist() for size in sizes]
+    sums = [
+        ShardSum(list(rows(size)[mine].clone()), layout, torch.empty(ShardSum.room(size, layout))) for size in sizes
+    ]
+    for one in sums:  # all are under way at once
+        one.add()
+    return [one.result().tolist() for one in sums]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -189,7 +189,7 @@ PLACES: dict[str, Place] = {
     "first-step": Place("first step", _before("cifar_hpc.engine", "Engine.step")),
     "step": Place("step", _before("cifar_hpc.engine", "Engine.step"), unit="step"),
     "backward": Place("step", _before("cifar_hpc.engine", "Engine.loss_sum"), unit="step"),
-    "reduce": Place("step", _before("cifar_hpc.shards", "sum_in_shard_order"), needs="ranks", unit="step"),
+    "reduce": Place("step", _before("cifar_hpc.shards", "ShardSum.add"), needs="ranks", unit="step"),
     "agree": Place("step", _before("cifar_hpc.agreement", "Agreement.after_step"), unit="step"),
     # evaluation
     "evaluate": Place("evaluation", _before("cifar_hpc.trainer", "evaluate"), unit="epoch"),

@@ -13,7 +13,7 @@ from tests.chaos.plan import EPOCHS, STEPS_PER_EPOCH
 from tests.chaos.ranks import Rank
 
 ANNOUNCEMENTS = ("started", "resumed")
-KNOWN = (*ANNOUNCEMENTS, "signal", "left", "checkpoint", "evaluated", "finished", "failed", "mended")
+KNOWN = (*ANNOUNCEMENTS, "first_step", "signal", "left", "checkpoint", "evaluated", "finished", "failed", "mended")
 STOPPED = range(128 + 1, 128 + 65)  # told to stop by a signal: 128 + its number
 Event = dict[str, Any]
 
@@ -103,7 +103,7 @@ def _check_events(chapter: Chapter) -> list[str]:
             problems.append(f"{row.get('event')}: world_size {row.get('world_size')}, started were {chapter.world}")
         if row.get("restart") != chapter.announced:
             problems.append(f"{row.get('event')}: restart {row.get('restart')}, starts before it {chapter.announced}")
-    for kind in ("signal", "left", "finished", "failed"):
+    for kind in ("first_step", "signal", "left", "finished", "failed"):
         if len(chapter.kinds(kind)) > 1:
             problems.append(f"{kind} twice in one start: {chapter.kinds(kind)}")
     if len(chapter.kinds(*ANNOUNCEMENTS)) > 1:

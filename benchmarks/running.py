@@ -1,0 +1,60 @@
+"""A trainer of the full model on the CPU, as a run has it, for parts that measure what happens around its steps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from cifar_hpc.agreement import Agreement
+from cifar_hpc.context import Context
+from cifar_hpc.data import Dataset
+from cifar_hpc.distributed import Launch
+from cifar_hpc.engine import Engine, configure_torch, describe_environment, resolve_amp
+from cifar_hpc.interval import Losses, Pace
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.preemption import StopFlag
+from cifar_hpc.shards import ShardLayout
+from cifar_hpc.spec_io import from_plain
+from cifar_hpc.store import CheckpointStore
+from cifar_hpc.synthetic import make_synthetic
+from cifar_hpc.trainer import Trainer
+
+CORES = 2
+
+
+def full_trainer(folder: Path, batch: int, rank: int = 0, world: int = 1) -> Trainer:
+    """A trainer over a few synthetic images, one shard a rank, which share the cores. Its run stands in `folder`."""
+    spec = from_plain(
+        {
+            "train": {"shards": world, "batch_size": batch, "cpu_threads": CORES // world, "device": "cpu"},
+            "data": {"source": "synthetic"},
+            "resources": {"gpus_per_node": 0},
+        }
+    )
+    device = torch.device("cpu")
+    configure_torch(spec, device)
+    data = Dataset(*make_synthetic(2 * batch, 16))
+    engine = Engine(spec, device, ShardLayout(world, world, rank), data, resolve_amp(spec, device))
+    paths = RunPaths(folder, "run")
+    paths.create()
+    context = Context(paths, spec, Launch(rank, world, rank), StopFlag())
+    store = CheckpointStore(paths.checkpoints, 3, lambda *what: None, _fail) if rank == 0 else None
+    trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, device))
+    if store is not None:
+        trainer.pace = Pace(Losses(), 0.0, context.log.line, time.monotonic())
+    return trainer
+
+
+def train(trainer: Trainer, steps: int) -> None:
+    """So many steps, over the same images again and again."""
+    position, batch = trainer.position, trainer.spec.train.batch_size
+    for _ in range(steps):
+        rows = torch.arange(batch) + position.step % trainer.engine.steps_per_epoch * batch
+        trainer.engine.step(0, position.step_in_epoch, position.step, rows)
+        position.step += 1
+
+
+def _fail(name: str, reason: str) -> None:
+    raise RuntimeError(f"{name} could not be written: {reason}")
