@@ -270,12 +270,12 @@ class Trainer:
         position, engine, done = self.position, self.engine, self._images_done()
         loss, accuracy = engine.loss_so_far(done - position.epoch * engine.images_per_epoch)
         rate = (done - self._last_line_images) / (now - self._last_line)
-        left = self.spec.train.epochs * engine.images_per_epoch - done
+        left = timedelta(seconds=round((self.spec.train.epochs * engine.images_per_epoch - done) / rate))
         lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
         self.context.log.line(
             f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
             f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
-            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {timedelta(seconds=round(left / rate))}"
+            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {left}"
         )
         self._last_line, self._last_line_images = now, done
 
