@@ -28,8 +28,8 @@ LABEL_WIDTH = 68
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """What is drawn: ratios to a peer. Those of "scaling" compare ours with ours."""
-    return [row for row in rows if row.ratio and row.peer and row.part != "scaling"]
+    """What is drawn: ratios to a peer. Those of "scaling" compare ours with ours; a target in seconds is no ratio's."""
+    return [row for row in rows if row.ratio and row.peer and row.part != "scaling" and not row.target[-1:].isalpha()]
 
 
 def look(row: Row) -> dict[str, str]:

@@ -28,6 +28,7 @@ NONE, OURS, TORCH_SAVE, ASYNC_SAVE = "none", "cifar_hpc", "torch.save in the loo
 BATCH = 32
 BLOCK = 10
 MIB = 2**20
+FREED = "0 where it fits into what a step has freed, which malloc keeps (host_memory.py)"
 
 
 class Contest:
@@ -115,7 +116,7 @@ def measure(quick: bool) -> list[Row]:
             Row(PART, "training stands still", "ms", quartiles(ours), peer, quartiles(theirs), ratios(ours, theirs))
         )
         rows.append(_single("written", "MiB", sizes, peer, 1 / MIB))
-        rows.append(_single("peak memory beyond training's", "MiB", extra, peer, 1.0))
+        rows.append(_single("peak memory beyond training's", "MiB", extra, peer, 1.0, FREED))
     ours, theirs = contest.durable[OURS][1:], contest.durable[ASYNC_SAVE][1:]
     note = "beside training; torch.save in the loop syncs nothing"
     rows.append(Row(PART, "until it is durable", "s", quartiles(ours), ASYNC_SAVE, quartiles(theirs), note=note))
@@ -145,9 +146,9 @@ def _lost_row(what: str, lost: dict[str, list[float]], peer: str, target: str, n
     return Row(PART, what, "%", ours, peer, quartiles(lost[peer]), (), target, meets(ours[1], target), note)
 
 
-def _single(what: str, unit: str, values: dict[str, Any], peer: str, scale: float) -> Row:
+def _single(what: str, unit: str, values: dict[str, Any], peer: str, scale: float, note: str = "") -> Row:
     ours, theirs = (quartiles([values[way] * scale]) for way in (OURS, peer))
-    return Row(PART, what, unit, ours, peer, theirs)
+    return Row(PART, what, unit, ours, peer, theirs, note=note)
 
 
 def peak_memory(way: str) -> float:

@@ -199,9 +199,10 @@ def test_the_chart_shows_ratios_to_peers(tmp_path: Path, capsys: pytest.CaptureF
         Row("step", "two", "s", [1] * 3, "others", [4] * 3, [0.2, 0.25, 0.3], "<= 0.2", False),
         Row("startup", "no peer", "s", [1] * 3),
         Row("scaling", "ours with ours", "img/s", [2] * 3, "1 process", [1] * 3, [2] * 3),
+        Row("login", "a target in seconds", "s", [1] * 3, "python", [1] * 3, [1] * 3, "< 1 s", True),
     ]
     assert chart.chosen(rows) == rows[:2]
-    assert [chart.less_is_better(row) for row in rows] == [False, True, True, False]
+    assert [chart.less_is_better(row) for row in rows] == [False, True, True, False, True]
     results, out = tmp_path / "results.json", tmp_path / "speed"
     environment = {**NOBODY, "torch": "2"}
     results.write_text(json.dumps({"environment": environment, "rows": [asdict(row) for row in rows]}))
