@@ -13,7 +13,7 @@ demo: .venv/.run
 	$(BIN)/python -m cifar_hpc.demo
 
 test: .venv/.dev slurm-packages
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m tests.side_by_side
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -129,15 +129,17 @@ class LastWords:
     def _missing(self, report: Report) -> str:
         """Who the ranks are that ended without a word, where that is why this start fails."""
         silent = [r for r in range(self.context.launch.world_size) if r != self.context.launch.rank]
+        before: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
         end = time.monotonic() + LAST_WORDS_SECONDS  # the others' own words, and their stacks, come first
         while silent and report.cause in ("lost", "hang") and not self._deaf and time.monotonic() < end:
             silent = [r for r in silent if self._ask(lambda r=r: self.board.ask(f"over/{r}"), None) is None]  # type: ignore[misc]
             time.sleep(0.1)
-        if report.cause != "lost" or not silent:
-            return ""
         shown: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
-        gone = describe_ranks(shown, [0] if self._deaf else silent)
-        return f"no word from {gone}: killed (out of memory? see --mem), or its node was lost"
+        # One that still shows signs of life has only not heard of it yet.
+        gone = [0] if self._deaf else [rank for rank in silent if shown.get(rank) == before.get(rank)]
+        if report.cause != "lost" or not gone:
+            return ""
+        return f"no word from {describe_ranks(shown, gone)}: killed (out of memory? see --mem), or its node was lost"
 
     def _busy_elsewhere(self, error: RunBusyError) -> int:
         """Another process holds the run, whose logs are its own: come back later, where there is a queue to wait in.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,6 @@ from helpers import Ranks
 from processes import Runs
 
 from cifar_hpc.preemption import STOP_SIGNALS
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the processes that `make test` deals the tests out to, one takes all that share a Slurm, or a module."""
-    for item in items:
-        where = item.path.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group(where.parts[0]))
 
 
 @pytest.fixture(autouse=True)
