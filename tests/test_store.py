@@ -349,9 +349,11 @@ def test_a_failed_write_is_reported_and_the_old_ones_stay(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        reason = writer.put(2)
-    assert reason == f"{type(error).__name__}: {error}"
-    assert writer.failed == [("step_00000002.pt", reason)]
+        writer.save(state(2))
+        settled(writer)
+        reason = f"{type(error).__name__}: {error}"
+        assert writer.failed == [("step_00000002.pt", reason)]
+        assert writer.wait() == reason
     assert writer.written == ["step_00000001.pt"]
     assert leftovers(tmp_path) == []
     assert (tmp_path / "step_00000001.pt").read_bytes() == before
