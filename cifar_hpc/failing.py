@@ -94,7 +94,8 @@ class LastWords:
         report = report_of(error, self.context)
         brief = isinstance(error, UserError) or self.context.stop.requested or report.cause == "lost"
         words = str(error) if brief else "".join(traceback.format_exception(error)).rstrip()
-        print(f"error: {words}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # srun, which reads this, may have gone with its node
+            print(f"error: {words}", file=sys.stderr, flush=True)
         if isinstance(error, UserError) and error.everywhere and not self.context.first:
             return error.exit_code
         if not self._busy.acquire(blocking=False):

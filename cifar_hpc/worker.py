@@ -67,8 +67,9 @@ class Task:
         job = Job(Context(paths, spec, launch, stop, startup))
         status = job.run()
         if not job.finished:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(status)  # at once: tearing down process groups can take longer than a grace time
         stop.ignore()
         return f"run {self.name} finished"
