@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 from torchvision.transforms import v2
 
 from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_part
+from benchmarks.peers.data import TRAIN_TRANSFORM
 from cifar_hpc.augment import CIFAR10_MEAN, CIFAR10_STD, DRAWS, augment
 from cifar_hpc.augment_config import AugmentConfig
 from cifar_hpc.data import Dataset
@@ -83,26 +83,12 @@ def _works(images: Tensor) -> dict[str, Callable[[], Tensor]]:
     samples = torch.arange(len(images))
     key, config = mix(0, Stream.AUGMENT), AugmentConfig()
     pictures = list(images.permute(0, 2, 3, 1).contiguous().numpy())
-    pil, tensors = _pil(), _v2()
+    tensors = _v2()
     return {
         OURS: lambda: augment(images, uniform(key, samples, DRAWS), config, memory_format=torch.channels_last),
-        PIL: lambda: torch.stack([pil(Image.fromarray(picture)) for picture in pictures]),
+        PIL: lambda: torch.stack([TRAIN_TRANSFORM(Image.fromarray(picture)) for picture in pictures]),
         V2: lambda: torch.stack([tensors(image) for image in images]),
     }
-
-
-def _pil() -> Callable[..., Tensor]:
-    return transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomRotation(15),
-            transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
-            transforms.ToTensor(),
-            transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
-            transforms.RandomErasing(p=0.5),
-        ]
-    )
 
 
 def _v2() -> Callable[..., Tensor]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from cifar_hpc.board import Report
 from cifar_hpc.context import Context
 from cifar_hpc.distributed import Launch
 from cifar_hpc.errors import RanksLostError, RunBusyError, RunFailedError, SpecError
-from cifar_hpc.failing import report_of
+from cifar_hpc.failing import LastWords, report_of
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.preemption import StopFlag
 from cifar_hpc.retry import decide_retry
@@ -89,6 +93,26 @@ def test_what_an_error_means(context: Context, error: Exception, cause: str, aga
     found = report_of(error, context)
     assert (found.cause, found.again, found.status, found.rank) == (cause, again, status, 2)
     assert ("HINT: lower train.batch_size" in found.text) == (cause == "out_of_memory")
+
+
+class NobodyReads(io.StringIO):
+    """A pipe without a reader."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_a_standard_error_that_nobody_reads_any_more_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where srun, which passes it on, has gone with its node."""
+    paths = RunPaths(tmp_path, "run")
+    paths.create()
+    monkeypatch.setattr(sys, "stderr", NobodyReads())
+    status = LastWords(Context(paths, tiny_spec(), Launch(), StopFlag())).of(ValueError("a fault"))
+    assert status == 1
+    assert [event["event"] for event in read_jsonl(paths.events)] == ["failed"]
+    assert paths.train_log.read_text().rstrip().endswith("ValueError: a fault")
 
 
 # ------------------------------------------------------------------------------------------------- real processes
