@@ -137,8 +137,13 @@ def frozen(paths: RunPaths, spec: Spec) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if before is None:
-            paths.spec.unlink()
-        else:
-            write_atomic(paths.spec, before)
+        put_back(paths, before)
         raise
+
+
+def put_back(paths: RunPaths, before: bytes | None) -> None:
+    """Make logs/<run>/spec.yaml what it was before it was frozen."""
+    if before is None:
+        paths.spec.unlink(missing_ok=True)
+    else:
+        write_atomic(paths.spec, before)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from cifar_hpc import checks, launcher, local_sweep, slurm, submission
 from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
 from cifar_hpc.freeze import complete, freeze, resolve
-from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers, write_atomic
+from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers
 from cifar_hpc.paths import RunPaths, SweepPaths, project_root
 from cifar_hpc.points import write_points
 from cifar_hpc.sites import Site
@@ -194,15 +194,8 @@ def _all_frozen(runs: Sequence[RunPaths], specs: Sequence[Spec]) -> Iterator[Non
         _each(lambda pair: freeze(*pair), list(zip(runs, specs, strict=True)))
         yield
     except Exception:
-        _each(lambda pair: _put_back(*pair), pairs)
+        _each(lambda pair: submission.put_back(*pair), pairs)
         raise
-
-
-def _put_back(run: RunPaths, before: bytes | None) -> None:
-    if before is None:
-        run.spec.unlink(missing_ok=True)
-    else:
-        write_atomic(run.spec, before)
 
 
 def _record(paths: SweepPaths, run: RunPaths, job_id: str, code: str) -> None:
