@@ -4,67 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
+from cifar_hpc.commands import parser
 from cifar_hpc.errors import UserError, missing_package
 from cifar_hpc.printable import printable
-
-EXAMPLES = """examples:
-  python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
-  torchrun --nproc-per-node 4 -m cifar_hpc train jobs/improved_resnet.yaml
-  python -m cifar_hpc status --watch
-  python -m cifar_hpc tail improved_resnet-1a2b3c4d
-  python -m cifar_hpc inspect improved_resnet-1a2b3c4d --json
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_hpc",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train, watch and inspect runs. To submit one: python submit.py --help",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    train = commands.add_parser("train", help="train here: one process, or each process of torchrun")
-    train.add_argument("job", metavar="JOB.yaml", help="what to train")
-    train.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="overrides",
-        help="override a key of the job",
-    )
-    train.add_argument("--name", metavar="RUN", help="the run's name (default: from what differs from the defaults)")
-
-    status = commands.add_parser("status", help="one line a run: state, epoch, accuracy, speed, restarts")
-    status.add_argument("runs", metavar="RUN", nargs="*", help="only these runs")
-    status.add_argument("--watch", action="store_true", help="redraw every few seconds until Ctrl-C")
-    status.add_argument("--json", action="store_true", help="machine-readable")
-
-    tail = commands.add_parser("tail", help="follow a run's train.log until the run ends")
-    tail.add_argument("run", metavar="RUN")
-    tail.add_argument("--epochs", action="store_true", help="only the rows of finished epochs")
-
-    inspect = commands.add_parser("inspect", help="verify a checkpoint; show what it holds and its sha256 sums")
-    inspect.add_argument("run", metavar="RUN", help="a run, or a checkpoint file")
-    inspect.add_argument("--step", type=int, metavar="S", help="the checkpoint of this step (default: the newest good)")
-    inspect.add_argument("--json", action="store_true", help="machine-readable")
-
-    requeue = commands.add_parser("requeue", help="requeue a running job, or let a requeued one start now")
-    requeue.add_argument("run", metavar="RUN")
-    cancel = commands.add_parser("cancel", help="cancel a run's job; it saves a checkpoint first")
-    cancel.add_argument("run", metavar="RUN")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
-        return _dispatch(arguments)
+        from cifar_hpc.paths import keep_others_out
+
+        keep_others_out()
+        return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -81,29 +35,99 @@ def main(argv: list[str] | None = None) -> int:
         return UserError.exit_code
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.paths import keep_others_out
+def _train(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.train_command import train
 
-    keep_others_out()
-    if arguments.command == "train":
-        from cifar_hpc.train_command import train
+    return train(arguments.job, arguments.overrides, arguments.name)
 
-        return train(arguments.job, arguments.overrides, arguments.name)
-    if arguments.command == "status":
-        from cifar_hpc.status import status
 
-        return status(arguments.runs, watch=arguments.watch, as_json=arguments.json)
-    if arguments.command == "tail":
-        from cifar_hpc.tail import tail
+def _status(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.status import status
 
-        return tail(arguments.run, epochs_only=arguments.epochs)
-    if arguments.command == "inspect":
-        from cifar_hpc.inspection import inspect
+    return status(arguments.runs, watch=arguments.watch, as_json=arguments.json)
 
-        return inspect(arguments.run, arguments.step, as_json=arguments.json)
+
+def _tail(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.tail import tail
+
+    return tail(arguments.run, epochs_only=arguments.epochs)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.inspection import inspect
+
+    return inspect(arguments.run, arguments.step, as_json=arguments.json)
+
+
+def _requeue(arguments: argparse.Namespace) -> int:
     from cifar_hpc import steer
 
-    return steer.requeue(arguments.run) if arguments.command == "requeue" else steer.cancel(arguments.run)
+    return steer.requeue(arguments.run)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from cifar_hpc import steer
+
+    return steer.cancel(arguments.run)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.evaluate_command import evaluate
+
+    return evaluate(arguments.run, arguments.data, arguments.weights, arguments.out, as_json=arguments.json)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.predict_command import predict
+
+    return predict(arguments.run, arguments.input, arguments.out, arguments.weights)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.export_command import export
+
+    return export(arguments.run, arguments.out, arguments.weights)
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.plot import plot
+
+    return plot(arguments.runs, arguments.out, in_terminal=arguments.terminal)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.compare import compare
+
+    return compare(arguments.runs, arguments.sort, arguments.form, each=arguments.each)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.doctor import doctor
+
+    return doctor(arguments)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.completion import completion
+
+    return completion(arguments.shell)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "status": _status,
+    "tail": _tail,
+    "inspect": _inspect,
+    "requeue": _requeue,
+    "cancel": _cancel,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "plot": _plot,
+    "compare": _compare,
+    "doctor": _doctor,
+    "completion": _completion,
+}
 
 
 if __name__ == "__main__":

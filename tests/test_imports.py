@@ -19,8 +19,8 @@ TABLE = {
     for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines()
     if (cells := line.split("|"))[0] == "" and len(cells) == 5
 }
-SHARED, LOGIN, COMPUTE, BRIDGE, ENTRY = (
-    TABLE[side] for side in ("shared", "login node", "compute", "bridge", "entry points")
+SHARED, LOGIN, COMPUTE, BRIDGE, DRAWING, ENTRY = (
+    TABLE[side] for side in ("shared", "login node", "compute", "bridge", "drawing", "entry points")
 )
 
 
@@ -65,7 +65,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_table_names_every_module_once() -> None:
-    named = [*SHARED, *LOGIN, *COMPUTE, *BRIDGE, *(m for m in ENTRY if m != "submit" and m != "py")]
+    named = [*SHARED, *LOGIN, *COMPUTE, *BRIDGE, *DRAWING, *(m for m in ENTRY if m != "submit" and m != "py")]
     assert sorted(named) == MODULES
 
 
@@ -79,15 +79,23 @@ def test_shared_modules_import_earlier_ones_and_yaml(module: str) -> None:
 @pytest.mark.parametrize("module", LOGIN)
 def test_login_modules_never_touch_the_compute_side(module: str) -> None:
     own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *LOGIN, *(["worker"] if module == "launcher" else [])}
+    assert own <= {*SHARED, *LOGIN, *DRAWING, *(["worker"] if module == "launcher" else [])}
     assert foreign <= {"yaml", "rich", *(["submitit"] if module == "launcher" else [])}
 
 
 @pytest.mark.parametrize("module", COMPUTE)
 def test_compute_modules_know_nothing_of_the_login_side(module: str) -> None:
     own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *COMPUTE}
-    assert foreign <= {"torch", "torchvision", "yaml", "numpy"}
+    assert own <= {*SHARED, *COMPUTE, *DRAWING}
+    assert foreign <= {"torch", "torchvision", "yaml", "numpy", "PIL", "safetensors"}
+
+
+@pytest.mark.parametrize("module", DRAWING)
+def test_drawing_modules_know_neither_side_and_load_nothing_heavy(module: str) -> None:
+    own, foreign = imports(PACKAGE / f"{module}.py")
+    assert own <= {*SHARED, *DRAWING}
+    assert foreign <= {"matplotlib", "plotext", "numpy"}
+    assert not loaded_by(f"import cifar_hpc.{module}") & {"matplotlib", "plotext", "numpy", "torch"}
 
 
 @pytest.mark.parametrize("module", [*BRIDGE, "__main__"])
@@ -126,4 +134,4 @@ def test_shared_modules_and_the_help_of_submit_py_load_nothing_heavy() -> None:
 def test_importing_the_whole_compute_side_loads_neither_submitit_nor_rich() -> None:
     loaded = loaded_by("import " + ", ".join(f"cifar_hpc.{m}" for m in COMPUTE))
     assert "torch" in loaded
-    assert not loaded & {"submitit", "rich", "cloudpickle"}
+    assert not loaded & {"submitit", "rich", "cloudpickle", "matplotlib"}
