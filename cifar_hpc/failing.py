@@ -197,6 +197,7 @@ class LastWords:
             cause=report.cause,
             rank=report.rank,
             rank_host=report.host,
+            again=retry.again,
         )
         # The reason stands last in the log, where a `tail` shows it.
         context.log.line(retry.explanation)
@@ -229,7 +230,7 @@ class LastWords:
         context = self.context
         events = since_submission(read_jsonl(context.paths.events))
         can = context.launch.scheduler is not None and context.spec.resources.requeue
-        retry = decide_retry(events, report, context.spec.failures.max, can)
+        retry = decide_retry(events, report.step, context.spec.failures.max, can, report.again)
         if retry.again and context.launch.scheduler == "slurm":
             try:
                 state = slurm.job_fields(context.launch.job_id or "").get("JobState")

@@ -185,10 +185,17 @@ def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, An
         def affinity(cls) -> int:
             return 2
 
-    executor = AnywhereSlurmExecutor(
-        folder=paths.slurm, python=IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
-    )
-    executor.update_parameters(**parameters)
+    python = IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
+    executor = AnywhereSlurmExecutor(folder=paths.slurm, python=python)
+    what = paths.name if isinstance(paths, RunPaths) else str(paths.points)
+    last = f"{python} -m cifar_hpc.last_resort {shlex.quote(str(paths.root))} {shlex.quote(what)}"
+    teardown = [
+        "# Where all tasks were killed at once, somebody else has to ask for another try.",
+        "status=$?",
+        f'[ "$status" -eq 0 ] || {last} "$status"',
+        'exit "$status"',
+    ]
+    executor.update_parameters(**parameters, teardown=teardown)
     return executor
 
 

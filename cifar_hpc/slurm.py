@@ -70,6 +70,16 @@ def answers() -> bool:
     return True
 
 
+def own_job_id() -> str | None:
+    """The job that this process belongs to, for Slurm's commands; None outside one.
+
+    SLURM_JOB_ID will not do in an array: the last of its tasks to start has the number of the array itself, by which
+    `scontrol show job` shows all of them.
+    """
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
+
+
 def job_fields(job_id: str) -> dict[str, str]:
     """The fields of `scontrol show job -o`, such as JobState, PreemptTime, EndTime, Restarts.
 

@@ -134,6 +134,8 @@ def _send(paths: SweepPaths, sweep: Sweep, plan: Plan, site: Site, on_slurm: boo
 def _lock(held: contextlib.ExitStack, root: Path, plan: Plan, on_slurm: bool) -> Plan:
     """Take the lock of each point's submissions; leave out what is being submitted, is queued, or runs."""
     _allow_open_files(len(plan.left) + SPARE_FILES)
+    for point in plan.left[:1]:  # the folders that all share, once: the threads below would race for them
+        RunPaths(root, point.run).create()
     _each(lambda point: RunPaths(root, point.run).create(), plan.left)
     mine, busy = [], {}
     for point in plan.left:

@@ -37,7 +37,7 @@ class Task:
         """As `__call__`, with the signals already taken over."""
         startup = Stopwatch()
         keep_others_out()
-        job_id = _job_id()
+        job_id = slurm.own_job_id()
         if job_id and os.environ.get("SLURM_PROCID") == "0":
             threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
         import submitit
@@ -90,16 +90,6 @@ class ArrayTask:
         except UserError as error:
             sys.exit(f"error: {error}")
         return Task(self.root, run).train(stop)
-
-
-def _job_id() -> str | None:
-    """This job for Slurm's commands.
-
-    SLURM_JOB_ID will not do in an array: the last of its tasks to start has the number of the array itself, by which
-    `scontrol show job` shows all of them.
-    """
-    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
 
 
 def _ask_slurm(job_id: str, stop: StopFlag) -> None:

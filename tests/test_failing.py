@@ -56,16 +56,16 @@ def failed(step: int, event: str = "failed") -> list[dict[str, Any]]:
 def test_another_try_only_after_progress_and_after_a_growing_delay(
     events: list[dict[str, Any]], step: int, again: bool, delay: int, words: str
 ) -> None:
-    retry = decide_retry(events, report(step), 3, may_requeue=True)
+    retry = decide_retry(events, step, 3, may_requeue=True)
     assert (retry.again, retry.delay_seconds) == (again, delay)
     assert words in retry.explanation
 
 
 def test_no_other_try_where_it_would_not_help_or_is_not_allowed() -> None:
-    assert "would happen again" in decide_retry([], report(5, again=False), 3, True).explanation
-    assert "submit the same again" in decide_retry([], report(5), 3, False).explanation
-    assert not decide_retry([], report(5), 0, True).again
-    assert decide_retry([row for n in range(1, 9) for row in failed(n)], report(9), 99, True).delay_seconds == 3600
+    assert "would happen again" in decide_retry([], 5, 3, True, again=False).explanation
+    assert "submit the same again" in decide_retry([], 5, 3, False).explanation
+    assert not decide_retry([], 5, 0, True).again
+    assert decide_retry([row for n in range(1, 9) for row in failed(n)], 9, 99, True).delay_seconds == 3600
 
 
 @pytest.fixture

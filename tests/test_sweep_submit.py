@@ -131,7 +131,7 @@ def test_a_task_trains_the_run_of_its_index_and_asks_slurm_about_itself(
 ) -> None:
     points = project.points()
     trained: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(worker.Task, "train", lambda self, stop: trained.append((self.name, worker._job_id())))
+    monkeypatch.setattr(worker.Task, "train", lambda self, stop: trained.append((self.name, slurm.own_job_id())))
     task = worker.ArrayTask(str(project.root), str(SweepPaths(project.root, "job", 1).points))
     monkeypatch.setenv("SLURM_JOB_ID", "1")  # the last task of an array to start has the array's own number
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "1")
@@ -144,7 +144,7 @@ def test_a_task_trains_the_run_of_its_index_and_asks_slurm_about_itself(
         with pytest.raises(SystemExit, match="has 4 points and none of index"):
             task()
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
-    assert worker._job_id() == "1"
+    assert slurm.own_job_id() == "1"
 
 
 def test_only_what_is_left_is_submitted(project: Project) -> None:

@@ -30,13 +30,22 @@ def stop(cluster: Cluster, name: str, kill: bool) -> str:
 
 
 def lose(cluster: Cluster, node: str) -> str:
-    """SIGKILL a node's slurmd and everything that runs on the node, as if its power had failed."""
+    """End a node's slurmd and everything that runs on the node in one moment, as if its power had failed."""
     name = f"slurmd-{node}"
     with cluster.running():
         daemon = _find(cluster, name)
-        # The slurmd first: it would report what ends.
-        for find in (functools.partial(procs.living, [daemon]), functools.partial(procs.on_node, cluster.name, node)):
-            procs.end(find, patience=-1.0)
+
+        def everything() -> list[procs.Daemon]:
+            return [*procs.on_node(cluster.name, node), *procs.living([daemon])]
+
+        # Killed one by one, what dies last would still tell: srun's shepherd kills the whole step once srun is gone.
+        # So all are stopped first, until nothing new turns up. What stands above the others is killed last: a process
+        # group that is orphaned while it is stopped is woken by SIGHUP and SIGCONT (_exit(2)).
+        stopped: set[procs.Daemon] = set()
+        while new := [process for process in everything() if process not in stopped]:
+            procs.send(new, signal.SIGSTOP)
+            stopped.update(new)
+        procs.end(everything, patience=-1.0)
     return f"{node} is lost"
 
 

@@ -63,17 +63,13 @@ def _environment(pid: int) -> set[bytes]:
 
 
 def on_node(cluster_name: str, node: str) -> list[Daemon]:
-    """Every live process of a job on this node of the cluster, and the slurmstepds above them."""
+    """Every live process of a job on this node of the cluster, children before parents, the slurmstepds last."""
     marks = {os.fsencode(f"SLURM_CLUSTER_NAME={cluster_name}"), os.fsencode(f"SLURMD_NODENAME={node}")}
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and marks <= _environment(int(entry.name)):
-            found.add(int(entry.name))
-    for pid in list(found):
-        stat = _stat(pid)
-        if stat and _name(stat[1]) == "slurmstepd":
-            found.add(stat[1])
-    return living(identify(pid) for pid in found)
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    found = {pid for pid in pids if marks <= _environment(pid)}
+    parents = {stat[1] for pid in found if (stat := _stat(pid)) is not None}
+    above = {pid for pid in parents if _name(pid) == "slurmstepd"}
+    return living(identify(pid) for pid in [*sorted(found - above, reverse=True), *above])
 
 
 def _name(pid: int) -> str:

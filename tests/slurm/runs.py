@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -173,17 +173,22 @@ class Run:
 
     def task_processes(self) -> list[int]:
         """Process ids of its tasks, on whatever node of this machine."""
-        wanted = (f"SLURM_JOB_NAME={self.name}\0".encode(), f"CIFAR_HPC_ROOT={self.lab.root}\0".encode())
+        python = os.fsencode(sys.executable)
+        # srun's own command line has the tasks' in it
+        return self._processes(lambda command: command[0] == python and b"submitit.core._submit" in command)
+
+    def srun_processes(self) -> list[int]:
+        """Process ids of its srun: the first is srun itself, the second its shepherd."""
+        return sorted(self._processes(lambda command: command[0].rpartition(b"/")[2] == b"srun"))
+
+    def _processes(self, wanted: Callable[[list[bytes]], bool]) -> list[int]:
+        marks = (f"SLURM_JOB_NAME={self.name}\0".encode(), f"CIFAR_HPC_ROOT={self.lab.root}\0".encode())
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if not entry.name.isdigit():
-                    continue
-                # srun's own command line has the tasks' in it
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-                if command[0] == os.fsencode(sys.executable) and b"submitit.core._submit" in command:
+                if entry.name.isdigit() and wanted((entry / "cmdline").read_bytes().split(b"\0")):
                     environment = (entry / "environ").read_bytes()
-                    if all(words in environment for words in wanted):
+                    if all(mark in environment for mark in marks):
                         found.append(int(entry.name))
             except OSError:
                 continue  # gone meanwhile

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from functools import partial
 
@@ -26,7 +28,9 @@ def test_a_rank_dies_stops_or_fails(lab: Lab, short: str, reference: Callable[[]
         partial(_killed, Run(lab, "rank-1-killed"), short, reference, 1),
         partial(_failing, Run(lab, "rank-1-failing"), short, reference),
         partial(_all_killed, Run(lab, "all-killed"), short, reference),
+        partial(_all_killed_for_good, Run(lab, "all-killed-for-good"), short, reference),
         partial(_step_cancelled, Run(lab, "step-cancelled"), short, reference),
+        partial(_srun_killed, Run(lab, "srun-killed"), short, reference),
     )
 
 
@@ -70,22 +74,41 @@ def _failing(run: Run, short: str, reference: Callable[[], Run]) -> None:
 
 
 def _all_killed(run: Run, short: str, reference: Callable[[], Run]) -> None:
-    """Nobody is left to say or to ask for anything: the job fails, and submitting again goes on."""
+    """No task is left to say or to ask for anything: the batch script does."""
     run.submit(short, "--partition", "gpu", moments=["0/*:SIGKILL@step:14"])
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    (failed,) = run.events("failed")
+    assert failed["cause"] == "killed" and failed["step"] == run.events("checkpoint")[-1]["step"], run.report()
+    assert run.log().count("FAILED: all processes were killed (exit status 137)") == 1
+    _goes_on(run, reference)
+
+
+def _all_killed_for_good(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """The same where the job may not be requeued: it fails, says so, and submitting again goes on."""
+    run.submit(short, "--partition", "gpu", "--no-requeue", moments=["0/*:SIGKILL@step:14"])
     assert run.wait_gone()["JobState"] == "FAILED"
     state = run.state()
-    assert state["state"] == "stopped" and "killed" in state["detail"]
+    assert state["state"] == "failed" and "all processes were killed" in state["detail"], run.report()
     _submitted_again(run, short, reference)
 
 
 def _step_cancelled(run: Run, short: str, reference: Callable[[], Run]) -> None:
-    """scancel JOB.STEP is SIGKILL at once, to every task: nothing can be saved or requeued."""
+    """scancel JOB.STEP is SIGKILL at once, to every task, as an accident would be; who means the job cancels that."""
     one = ("--set", "resources.tasks_per_node=1")
     run.submit(short, *one, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
     run.stopped("step:14")
     assert run.lab.cluster.run(["scancel", f"{run.job_id}.0"]).returncode == 0
-    assert run.wait_gone()["JobState"] == "FAILED"
-    _submitted_again(run, short, reference)
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    _goes_on(run, reference)
+
+
+def _srun_killed(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """Its shepherd, a process that outlives it, kills every task at once."""
+    run.submit(short, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
+    run.stopped("step:14")
+    os.kill(run.srun_processes()[0], signal.SIGKILL)
+    run.wait_job(JobState="PENDING", Reason="BeginTime")
+    _goes_on(run, reference)
 
 
 def _submitted_again(run: Run, short: str, reference: Callable[[], Run]) -> None:
@@ -94,6 +117,6 @@ def _submitted_again(run: Run, short: str, reference: Callable[[], Run]) -> None
     run.submit(short, "--partition", "gpu")
     assert run.job_id != first
     run.check_resumed_from_newest()
-    run.check_kept(reference())
+    run.check_kept(reference(), failures=1)
     assert run.events("requeued", "signal", "left") == []
     assert seconds(run.events("submitted")[1]) < seconds(run.wait("resumed"))

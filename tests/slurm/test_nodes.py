@@ -63,3 +63,19 @@ def test_a_node_is_lost_and_the_runs_go_on_elsewhere(lab: Lab, short: str, refer
         assert [start["world_size"] for start in starts] == [4, 2, 3]
 
     together(partial(goes_on, training), partial(goes_on, saving), partial(changes_its_size, both))
+
+
+def test_the_node_without_the_batch_script_is_lost(lab: Lab, short: str, reference: Callable[[], Run]) -> None:
+    run = Run(lab, "second-of-two")
+    one = ("--set", "resources.tasks_per_node=1")
+    run.submit(short, *one, "--partition", "gpu", "--nodes", "2", moments=["0/1:SIGSTOP@step:14"])
+    run.stopped("step:14", rank=1)
+    assert run.job()["BatchHost"] == "node1"
+    lab.tool("lose", "node2")
+    assert run.wait("requeued")["reason"] == "failure"
+    run.wait_job(JobState="COMPLETING", Restarts="1")  # until the node is back, or down
+    lab.tool("start", "slurmd-node2")
+    run.release()
+    run.check_resumed_from_newest()
+    run.check_kept(reference(), failures=1)
+    assert run.reasons() == ["failure"]
