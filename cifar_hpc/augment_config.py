@@ -13,7 +13,7 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The six augmentations of the report, with torchvision's meaning; 0 switches one off at no cost.
+    """The report's six augmentations, and one more, with torchvision's meaning; 0 switches one off at no cost.
 
     Raises:
         SpecError: for an impossible value; the message starts with the dotted key.
@@ -33,6 +33,8 @@ class AugmentConfig:
     erasing_ratio: tuple[float, float] = option(
         (0.3, 3.3), "height over width of the erased box, from and to (log-uniform)", above=0
     )
+
+    trivial: bool = option(False, "TrivialAugmentWide, on the image as it is, before all others")
 
     def __post_init__(self) -> None:
         # The spec checks ranges while it reads; this repeats it for a config that is built in Python.

@@ -9,6 +9,7 @@ A checkpoint is one dict of tensors and plain values, written by torch.save and 
     buffers       BatchNorm buffers that go with the fast weights
     slow_buffers  BatchNorm statistics re-estimated for the slow weights, or None in the middle of an epoch
     optimizer     Lookahead's state (slow weights, counter, inner state), or the plain optimizer's
+    average       the averaged weights, in the model's order; only where ema.decay is set
     scaler        GradScaler's state; empty unless fp16
     sums          float64 [shards, 2]: this epoch's summed loss and correct predictions of each shard
     epoch_seconds, history (metrics rows so far, as JSON lines), best, environment
@@ -108,13 +109,14 @@ def _copy(value: Any) -> Any:
 
 
 def sums(state: Mapping[str, Any]) -> dict[str, str | None]:
-    """sha256 of the fast weights, slow weights, momentum and BatchNorm buffers: how anyone checks the promise."""
+    """sha256 of the fast, slow and averaged weights, momentum and BatchNorm buffers: how anyone checks the promise."""
     optimizer = state["optimizer"]
     inner = optimizer.get("inner", optimizer)
     momentum = [entry.get("momentum_buffer") for _, entry in sorted(inner["state"].items())]
     return {
         "fast_weights": digest(state["model"]),
         "slow_weights": digest(optimizer["slow"]) if "slow" in optimizer else None,
+        **({"averaged_weights": digest(state["average"])} if "average" in state else {}),
         "momentum": digest(momentum),
         "bn_buffers": digest(state["buffers"]),
     }

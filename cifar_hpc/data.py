@@ -19,7 +19,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.image_folder import list_folder
 from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers, replacing
 from cifar_hpc.preemption import Interrupted
-from cifar_hpc.randomness import permutation
+from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.spec import DataSpec
 from cifar_hpc.tensorfile import BadFileError
 
@@ -57,13 +57,28 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
     if spec.source == "synthetic":
         from cifar_hpc.synthetic import make_synthetic
 
-        return Dataset(*make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE))
+        made = make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE)
+        return _hold_out(Dataset(*made), spec.holdout)
     folder = root / spec.root
     whole = Dataset(*read_cifar10(folder)) if spec.source == "cifar10" else _read_folder(folder, root, progress)
-    return Dataset(
+    chosen = Dataset(
         *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
         *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
     )
+    return _hold_out(chosen, spec.holdout)
+
+
+def _hold_out(data: Dataset, count: int | None) -> Dataset:
+    """`count` training images in place of the test images; the same ones for every seed of a run."""
+    if count is None:
+        return data
+    if count >= len(data.train_images):
+        raise SpecError(
+            f"data.holdout: {count} is not allowed; allowed: less than the {len(data.train_images)} training images."
+        )
+    order = permutation(mix(Stream.SPLIT), 0, len(data.train_images))
+    kept, held = order[count:].sort().values, order[:count].sort().values
+    return Dataset(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
 
 
 def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:

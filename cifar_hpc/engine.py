@@ -17,15 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_hpc.augment import DRAWS, augment
 from cifar_hpc.data import Dataset
+from cifar_hpc.ema import WeightAverage
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.host_memory import keep_freed_memory
 from cifar_hpc.lookahead import Lookahead
+from cifar_hpc.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss
 from cifar_hpc.model import batch_norms, build_model
 from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.schedule import learning_rate
-from cifar_hpc.sgd import SGD
+from cifar_hpc.sgd import build_sgd
 from cifar_hpc.shards import ShardLayout, ShardReducer
 from cifar_hpc.spec import Spec
+from cifar_hpc.trivial_augment import TRIVIAL_DRAWS, trivial_augment
 
 NO_BAD_STEP = 2**62
 # GradScaler begins at 2**16 and halves at an overflow; only gradients that are NaN at any scale lead down to here.
@@ -109,18 +112,13 @@ class Engine:
             )
             self.reducer = ShardReducer(self.ddp, layout)
 
-        chosen = spec.optimizer
-        inner = SGD(
-            self.model.parameters(),
-            lr=chosen.lr,
-            momentum=chosen.momentum,
-            weight_decay=chosen.weight_decay,
-            nesterov=chosen.nesterov,
-        )
+        inner = build_sgd(self.model, spec.optimizer)
         self.updates = 0
         inner.register_step_post_hook(self._count_update)
         look = spec.lookahead
         self.optimizer = Lookahead(inner, look.k, look.alpha) if look.enabled else inner
+        decay = spec.ema.decay
+        self.average = WeightAverage(list(self.model.parameters()), decay) if decay is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
@@ -152,25 +150,34 @@ class Engine:
                 self.reducer.keep()
         if self.reducer is not None:
             self.reducer.end_step()
+        before = self.updates
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None and self.updates > before:
+            self.average.update(self.updates)
 
     def _shard_gradient(self, epoch: int, step: int, global_step: int, shard: int, rows: Tensor) -> None:
-        seed = self.spec.train.seed
+        seed, smoothing = self.spec.train.seed, self.spec.train.label_smoothing
         indices = rows[self.layout.bounds(shard, len(rows))]
         images = self.augmented(indices, mix(seed, Stream.AUGMENT, epoch, step))
         labels = self.data.train_labels[indices]
+        mixed: Mixed | None = None
+        if self.spec.mixing.on:  # with images of the same shard, so that no rank needs another's
+            draws = uniform(mix(seed, Stream.MIX, epoch, step), indices, MIXING_DRAWS)
+            mixed = mix_batch(images, labels, draws, self.spec.mixing)
+            images = mixed.images
         self.model.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard))
         self.model.set_update_statistics(shard == 0)
         with self.autocast():
             logits = (self.ddp or self.model)(images)
-        loss = self.loss_sum(logits, labels)
+        loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
         self.scaler.scale(loss / len(rows)).backward()
         with torch.no_grad():
             finite = torch.isfinite(loss)
             # An overflow under fp16 is GradScaler's to handle; it must not spoil the epoch's sum.
             self.sums[shard, 0] += torch.where(finite, loss, 0).double()
-            self.sums[shard, 1] += (logits.argmax(1) == labels).sum()
+            right = (logits.argmax(1) == labels).sum() if mixed is None else mixed_correct(logits, mixed)
+            self.sums[shard, 1] += right
             if self.amp != "fp16":
                 bad = torch.where(finite, NO_BAD_STEP, global_step + 1)
                 self.bad_step = torch.minimum(self.bad_step, bad)
@@ -179,6 +186,8 @@ class Engine:
         """Augmented, normalised training images [B, 3, 32, 32], channels_last."""
         draws = uniform(key, indices, DRAWS)
         images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
+        if self.spec.augment.trivial:
+            images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
         return augment(images, draws, self.spec.augment, memory_format=torch.channels_last)
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -238,6 +247,17 @@ class Engine:
         loss, correct = self.sums[mine].sum(0).tolist()
         return (loss / share if math.isfinite(loss) else math.nan), 100 * correct / share
 
+    @property
+    def evaluates_fast_weights(self) -> bool:
+        """Whether evaluation takes the weights as training has them."""
+        return self.average is None and not isinstance(self.optimizer, Lookahead)
+
+    def evaluated_weights(self) -> contextlib.AbstractContextManager[object]:
+        """Within the context the model has the weights to evaluate: their average, else the slow or the only ones."""
+        if self.average is not None:
+            return self.average.averaged_weights()
+        return self.optimizer.slow_weights() if isinstance(self.optimizer, Lookahead) else contextlib.nullcontext()
+
     def buffers(self) -> dict[str, Tensor]:
         """BatchNorm's running statistics, those of shard 0 as rank 0 keeps them."""
         return dict(self.model.named_buffers())
@@ -250,6 +270,7 @@ class Engine:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
+            **({} if self.average is None else {"average": self.average.average}),
         }
 
     @torch.no_grad()
@@ -260,6 +281,8 @@ class Engine:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]

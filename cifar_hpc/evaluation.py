@@ -1,4 +1,4 @@
-"""Evaluation on the slow weights, the same figures for every number of ranks."""
+"""Evaluation on the averaged or slow weights, the same figures for every number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cifar_hpc.augment import normalize
 from cifar_hpc.engine import Engine
-from cifar_hpc.lookahead import Lookahead
 from cifar_hpc.model import batch_norms
 from cifar_hpc.randomness import Stream, mix, permutation
 
@@ -31,22 +30,19 @@ class Result:
 
 
 def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
-    """Evaluate the slow weights (the fast ones without Lookahead) on the test set. Collective.
+    """Evaluate `engine.evaluated_weights` on the test set. Collective.
 
     BatchNorm statistics belong to the weights they were measured under. The running ones follow the fast weights, so
-    under the slow weights they are measured anew over lookahead.bn_batches training batches, augmented as in
+    under averaged or slow weights they are measured anew over lookahead.bn_batches training batches, augmented as in
     training, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back after.
 
     Returns:
         The result, or None where `between` said to stop.
     """
     engine.share_buffers()
-    with torch.no_grad(), _slow_weights(engine), _kept_buffers(engine):
-        if (
-            isinstance(engine.optimizer, Lookahead)
-            and engine.spec.lookahead.bn_batches
-            and not _estimate_statistics(engine, epoch, between)
-        ):
+    with torch.no_grad(), engine.evaluated_weights(), _kept_buffers(engine):
+        foreign = not engine.evaluates_fast_weights and engine.spec.lookahead.bn_batches > 0
+        if foreign and not _estimate_statistics(engine, epoch, between):
             return None
         engine.model.eval()
         sums = _test_sums(engine, between)
@@ -56,11 +52,6 @@ def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
         buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.buffers().items()}
     count = len(engine.data.test_images)
     return Result(loss / count, 100 * correct / count, buffers)
-
-
-def _slow_weights(engine: Engine) -> contextlib.AbstractContextManager[None]:
-    optimizer = engine.optimizer
-    return optimizer.slow_weights() if isinstance(optimizer, Lookahead) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

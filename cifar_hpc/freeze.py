@@ -7,7 +7,8 @@ import dataclasses
 from cifar_hpc.errors import SpecError
 from cifar_hpc.jsonfile import write_atomic
 from cifar_hpc.paths import RunPaths
-from cifar_hpc.spec import Spec, check
+from cifar_hpc.spec import Spec
+from cifar_hpc.spec_check import check
 from cifar_hpc.spec_io import check_resumable, from_plain, to_yaml
 from cifar_hpc.yaml_text import read_mapping
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -67,18 +67,9 @@ class Lookahead(Optimizer):
         torch._foreach_add_(self._slow, torch._foreach_sub(fast, self._slow), alpha=self.alpha)
         torch._foreach_copy_(fast, self._slow)
 
-    @contextmanager
-    def slow_weights(self) -> Iterator[None]:
+    def slow_weights(self) -> AbstractContextManager[None]:
         """Within the context the parameters hold the slow weights; afterwards the fast ones again, bit for bit."""
-        parameters = self._parameters()
-        with torch.no_grad():
-            fast = [p.detach().clone() for p in parameters]
-            torch._foreach_copy_(parameters, self._slow)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, fast)
+        return replaced(self._parameters(), self._slow)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the parameters' gradients."""
@@ -118,3 +109,16 @@ class Lookahead(Optimizer):
             for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
                 slow.copy_(saved)
         self.counter, self.k, self.alpha = state_dict["counter"], state_dict["k"], state_dict["alpha"]
+
+
+@contextmanager
+def replaced(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Within the context `parameters` hold `values`; afterwards their own again, bit for bit."""
+    with torch.no_grad():
+        own = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_(parameters, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     SYNTHETIC = 6
     MIX = 7
     SPLIT = 8
+    TRIVIAL = 9
 
 
 def _signed(value: int) -> int:

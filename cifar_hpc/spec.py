@@ -5,22 +5,15 @@ Defaults are the report's recipe. `batch_size` and `dropout`, which the report l
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cifar_hpc.augment_config import IMAGE_SIZE, AugmentConfig
-from cifar_hpc.errors import SpecError
-from cifar_hpc.printable import shown
-from cifar_hpc.sbatch_options import check_dependency, check_option_names
-from cifar_hpc.slurm_time import parse_time
+from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.mixing_config import MixingConfig
 from cifar_hpc.spec_fields import option
 
 # The largest numbers that PyTorch takes where it computes with 32 bits.
 FLOAT32, INT32 = 1e38, 2**31 - 1
-# Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
-# than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
-LEAST_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class OptimizerSpec:
     momentum: float = option(0.9, "SGD momentum", low=0, high=1)
     weight_decay: float = option(1e-4, "L2 penalty on every parameter", low=0, high=FLOAT32)
     nesterov: bool = option(False, "Nesterov momentum")
+    decay_all: bool = option(True, "weight decay on BatchNorm's parameters and on biases, too; false spares them")
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,19 @@ class LookaheadSpec:
 class ScheduleSpec:
     name: Literal["cosine", "constant"] = option("cosine", "shape of the learning rate")
     per: Literal["epoch", "step"] = option("epoch", "how often the learning rate changes (the report: per epoch)")
+    warmup_epochs: float = option(
+        0.0, "epochs over which the rate rises from zero to optimizer.lr with each update", low=0, high=1_000_000
+    )
+
+
+@dataclass(frozen=True)
+class EmaSpec:
+    decay: float | None = option(
+        None,
+        "evaluate an exponential moving average of the weights, of which an update keeps this share; null is off",
+        above=0,
+        high=0.999999,
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,13 @@ class DataSpec:
         None, "training images to use (a fixed random choice); null is all", low=1, high=INT32
     )
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
+    holdout: int | None = option(
+        None,
+        "training images to keep apart (a fixed random choice) and to evaluate on in place of the test images: for "
+        "tuning",
+        low=1,
+        high=INT32,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,15 @@ class CheckpointSpec:
 @dataclass(frozen=True)
 class RetrySpec:
     max: int = option(3, "how often a run is requeued for this cause", low=0)
+
+
+@dataclass(frozen=True)
+class TrackingSpec:
+    tensorboard: bool = option(False, "TensorBoard event files in the folder tracking of the run's logs")
+    wandb: Literal["offline", "online"] | None = option(
+        None, "a Weights & Biases run in tracking/wandb, to be uploaded later or at once; null is none"
+    )
+    project: str = option("cifar_hpc", "the project of wandb")
 
 
 @dataclass(frozen=True)
@@ -181,83 +204,14 @@ class Spec:
     model: ModelSpec = field(default_factory=ModelSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     lookahead: LookaheadSpec = field(default_factory=LookaheadSpec)
+    ema: EmaSpec = field(default_factory=EmaSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     data: DataSpec = field(default_factory=DataSpec)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     failures: RetrySpec = field(default_factory=RetrySpec)
     timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))
+    tracking: TrackingSpec = field(default_factory=TrackingSpec)
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
-
-
-def check(spec: Spec) -> Spec:
-    """Return `spec` if its values fit together.
-
-    Raises:
-        SpecError: names the dotted keys that contradict each other.
-    """
-    train, model, checkpoint = spec.train, spec.model, spec.checkpoint
-    if len(model.blocks) != len(model.widths):
-        raise SpecError(
-            f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
-            f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
-        )
-    _check_layers(model)
-    if train.shards is not None and train.shards > train.batch_size:
-        raise SpecError(
-            f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "
-            f"({train.batch_size}), since each shard needs an image of each batch."
-        )
-    paces = {
-        f"checkpoint.{key}": value
-        for key in ("every", "every_minutes", "every_steps")
-        if (value := getattr(checkpoint, key)) is not None
-    }
-    if len(paces) > 1:
-        given = " and ".join(
-            f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}" for key, value in paces.items()
-        )
-        raise SpecError(
-            f"{given} are given together; allowed: one of them. HINT: --set {next(iter(paces))}=null takes one away."
-        )
-    if train.compile and train.deterministic:
-        raise SpecError(
-            "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
-            "of restarts and the number of processes; such a run resumes exactly, but not to the same bits."
-        )
-    check_option_names(spec.resources.sbatch)
-    check_dependency(spec.resources.dependency)
-    if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
-        raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
-    _check_device(train.device)
-    parse_time(spec.resources.time, "resources.time")
-    _check_nodes(spec.resources.nodes)
-    return spec
-
-
-def _check_layers(model: ModelSpec) -> None:
-    most = IMAGE_SIZE.bit_length() - 1
-    if len(model.widths) > most:
-        # BatchNorm has no variance over a single pixel of a single image, which a shard's last batch may be.
-        raise SpecError(
-            f"model.widths: {len(model.widths)} layers are not allowed; allowed: at most {most}, since each layer "
-            f"after the first halves images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and one pixel is too few."
-        )
-    narrow = [w for w in model.widths[:-1] if model.scaled(w) < LEAST_WIDTH]
-    if narrow:
-        raise SpecError(
-            f"model.widths: {narrow[0]} with model.width_multiplier: {model.width_multiplier:g} makes a layer of width "
-            f"{model.scaled(narrow[0])}; allowed: at least {LEAST_WIDTH} in every layer but the last."
-        )
-
-
-def _check_device(device: str) -> None:
-    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device) is None:
-        raise SpecError(f"train.device: {shown(device)} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
-
-
-def _check_nodes(nodes: str) -> None:
-    numbers = [int(n) for n in nodes.split("-")] if re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", nodes) else [0]
-    if not 1 <= numbers[0] <= numbers[-1]:
-        raise SpecError(f"resources.nodes: {shown(nodes)} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")

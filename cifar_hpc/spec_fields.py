@@ -64,13 +64,13 @@ def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
         reason = str(error) if isinstance(error, _TextError) else ""
         choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
         raise SpecError(
-            f"{dotted}: {shown(value)} is not allowed; allowed: {_describe(hint, metadata)}{reason}."
+            f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}{reason}."
             + nearest(str(value)[:MAX_TEXT], choices)
             + (" HINT: put it in quotes." if isinstance(value, bool) and _is_text(hint) else "")
         ) from None
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not _in_range(number, metadata):
-            raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {_describe(hint, metadata)}.")
+            raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
     return converted
 
 
@@ -140,16 +140,17 @@ def _in_range(number: float, metadata: Any) -> bool:
     )
 
 
-def _describe(hint: Any, metadata: Any) -> str:
+def describe(hint: Any, metadata: Any) -> str:
+    """In words, what a field of the type `hint` and the bounds in `metadata` may hold."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _describe(next(a for a in arguments if a is not type(None)), metadata) + ", or null"
+        return describe(next(a for a in arguments if a is not type(None)), metadata) + ", or null"
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return "a list, each " + _describe(arguments[0], metadata)
-        return f"a list of {len(arguments)}, each " + _describe(arguments[0], metadata)
+            return "a list, each " + describe(arguments[0], metadata)
+        return f"a list of {len(arguments)}, each " + describe(arguments[0], metadata)
     if origin is dict:
         return "a mapping of names to values"
     name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]

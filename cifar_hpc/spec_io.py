@@ -15,16 +15,18 @@ import yaml
 from cifar_hpc.errors import SpecError
 from cifar_hpc.paths import SWEEPS, is_run_name
 from cifar_hpc.printable import shown
-from cifar_hpc.spec import Spec, check
+from cifar_hpc.spec import Spec
+from cifar_hpc.spec_check import check
 from cifar_hpc.spec_fields import build
 from cifar_hpc.yaml_text import Dumper, parse_yaml, read_mapping
 
-# Where a run runs and how often it saves do not change what it computes: these are left out of a run's name.
+# Where a run runs, how often it saves and who looks on do not change what it computes: left out of a run's name.
 NOT_IN_NAME = (
     "resources",
     "checkpoint",
     "failures",
     "timeouts",
+    "tracking",
     "data.root",
     "train.log_seconds",
     "train.watchdog_minutes",
@@ -134,7 +136,8 @@ def differences(old: Spec, new: Spec) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _covered(key: str, prefixes: Iterable[str]) -> bool:
+def covered(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether `key` is one of `prefixes` or in a section that one of them names."""
     return any(key == p or key.startswith(p + ".") for p in prefixes)
 
 
@@ -144,7 +147,7 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
     Raises:
         SpecError: shows each differing key, old and new.
     """
-    fatal = {k: v for k, v in differences(old, new).items() if not _covered(k, MAY_CHANGE)}
+    fatal = {k: v for k, v in differences(old, new).items() if not covered(k, MAY_CHANGE)}
     # A value that is only resolved at the first start (null) agrees with whatever it became.
     fatal = {k: (a, b) for k, (a, b) in fatal.items() if not (k in ("train.shards", "train.cpu_threads") and b is None)}
     if fatal:
@@ -157,7 +160,7 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
 
 def run_name(job: str, spec: Spec) -> str:
     """`<job>-<8 hex digits>` of what differs from the defaults, so that the same spec finds the same run."""
-    changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not _covered(k, NOT_IN_NAME)}
+    changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not covered(k, NOT_IN_NAME)}
     if spec.data.source == "folder":
         changed["data.root"] = spec.data.root  # here it says which images; elsewhere only where the same ones are
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()

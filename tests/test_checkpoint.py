@@ -25,8 +25,8 @@ from cifar_hpc.spec_io import to_plain
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Any]:
-    """What a run with everything in it saves: Lookahead, momentum, GradScaler, history."""
-    spec = tiny_spec(train={"amp": "fp16"})
+    """What a run with everything in it saves: Lookahead, momentum, GradScaler, averaged weights, history."""
+    spec = tiny_spec(train={"amp": "fp16"}, ema={"decay": 0.9})
     engine = tiny_engine(spec)
     for step in range(4):
         engine.step(0, step, step, torch.arange(32) + 32 * step)
@@ -65,7 +65,7 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def test_round_trip_is_whole_and_needs_no_pickle(path: Path, state: dict[str, Any]) -> None:
     loaded = torch.load(path, weights_only=True)
-    assert set(loaded) == set(checkpoint.REQUIRED)
+    assert set(loaded) == {*checkpoint.REQUIRED, "average"}
     assert digest({k: v for k, v in loaded.items() if k != "digest"}) == digest(state)
     assert read(path)["digest"] == loaded["digest"]
     assert checkpoint.history(loaded) == [{"epoch": 1}, {"epoch": 2}]
@@ -332,13 +332,14 @@ def test_every_type_of_number_has_a_digest(dtype: torch.dtype) -> None:
     assert digest(torch.ones(0, dtype=dtype)) != digest(torch.ones(0, 1, dtype=dtype))
 
 
-def test_sums_name_the_four_parts(state: dict[str, Any]) -> None:
+def test_sums_name_the_five_parts(state: dict[str, Any]) -> None:
     before = sums(state)
-    assert set(before) == {"fast_weights", "slow_weights", "momentum", "bn_buffers"}
-    assert len(set(before.values())) == 4
+    assert set(before) == {"fast_weights", "slow_weights", "averaged_weights", "momentum", "bn_buffers"}
+    assert len(set(before.values())) == 5
     changes: dict[str, Callable[[dict[str, Any]], Tensor]] = {
         "fast_weights": lambda s: s["model"]["head.bias"],
         "slow_weights": lambda s: s["optimizer"]["slow"][3],
+        "averaged_weights": lambda s: s["average"][5],
         "momentum": lambda s: s["optimizer"]["inner"]["state"][2]["momentum_buffer"],
         "bn_buffers": lambda s: s["buffers"]["stem.1.running_var"],
     }

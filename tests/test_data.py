@@ -270,6 +270,27 @@ def test_more_images_than_there_are(root: Path, key: str) -> None:
         load_dataset(DataSpec(source="folder", root="images", **{key: 31}), root)
 
 
+def by_pixels(images: torch.Tensor, labels: torch.Tensor) -> dict[bytes, int]:
+    return {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+
+
+def test_images_that_are_held_out_take_the_place_of_the_test_images() -> None:
+    whole = load_dataset(DataSpec(source="synthetic", train_size=50, test_size=10), Path("/nowhere"))
+    tuned = load_dataset(DataSpec(source="synthetic", train_size=50, holdout=20), Path("/nowhere"))
+    assert (len(tuned.train_images), len(tuned.test_images)) == (30, 20)
+    known = by_pixels(whole.train_images, whole.train_labels)
+    kept = by_pixels(tuned.train_images, tuned.train_labels)
+    held = by_pixels(tuned.test_images, tuned.test_labels)
+    assert kept | held == known
+    assert not kept.keys() & held.keys()
+    assert same(tuned, load_dataset(DataSpec(source="synthetic", train_size=50, holdout=20), Path("/elsewhere")))
+
+
+def test_more_held_out_than_there_are() -> None:
+    with pytest.raises(SpecError, match=r"data.holdout: 50 is not allowed; allowed: less than the 50"):
+        load_dataset(DataSpec(source="synthetic", train_size=50, holdout=50), Path("/nowhere"))
+
+
 def test_synthetic() -> None:
     loaded = load_dataset(DataSpec(source="synthetic", train_size=20, test_size=10), Path("/nowhere"))
     assert loaded.train_images.shape == (20, 3, 32, 32)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Ranks, tiny_spec
+from helpers import PLUS, Ranks, tiny_spec
 from torch import Tensor
 
 from cifar_hpc import checkpoint, engine, evaluation
@@ -198,6 +198,13 @@ def test_bf16_on_changing_numbers_of_ranks(ranks: Ranks, alone: Any, tmp_path: P
     outcome, _ = run(ranks, tmp_path / "root", sections, [4, 3], [Plan(4, 2)])
     assert outcome == alone(sections)
     assert outcome.sums != alone(sections_of(5)).sums
+
+
+def test_the_plus_recipe_on_changing_numbers_of_ranks(ranks: Ranks, alone: Any, tmp_path: Path) -> None:
+    sections = sections_of(5) | PLUS
+    outcome, _ = run(ranks, tmp_path / "root", sections, [4, 3, 1], [Plan(2, 3), Plan(8, 0)])
+    assert outcome == alone(sections)
+    assert outcome.sums["averaged_weights"] not in (None, outcome.sums["fast_weights"])
 
 
 def test_an_overflow_in_a_single_shard_is_skipped_by_all_ranks(ranks: Ranks, alone: Any, tmp_path: Path) -> None:

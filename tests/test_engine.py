@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, tiny_engine, tiny_spec
+from helpers import CPU, PLUS, tiny_engine, tiny_spec
 
 from cifar_hpc.checkpoint import digest, to_host
 from cifar_hpc.data import Dataset
@@ -204,3 +204,27 @@ def test_a_data_set_in_python_works_without_files() -> None:
     engine = Engine(spec, CPU, ShardLayout(1, 1, 0), data, "fp32")
     engine.step(0, 0, 0, torch.arange(8))
     assert math.isfinite(float(engine.sums[0, 0]))
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        {"optimizer": {"nesterov": False, "decay_all": False, "weight_decay": 0.01}},
+        {"optimizer": {"nesterov": True, "decay_all": True, "weight_decay": 0.01}},
+        {"schedule": {"per": "step", "warmup_epochs": 0}},
+        {"augment": PLUS["augment"] | {"trivial": False}},
+        {"mixing": PLUS["mixing"] | {"mixup": 0}},
+        {"mixing": PLUS["mixing"] | {"cutmix": 0}},
+    ],
+    ids=["nesterov", "decay_all", "warmup", "trivial", "mixup", "cutmix"],
+)
+def test_each_part_of_the_plus_recipe_counts(without: dict[str, Any]) -> None:
+    """A key that training did not read would change nothing."""
+
+    def trained(sections: dict[str, Any]) -> str:
+        engine = tiny_engine(tiny_spec(**sections))
+        for step in range(2):
+            engine.step(0, step, step, torch.arange(32) + 32 * step)
+        return digest(dict(engine.model.named_parameters()))
+
+    assert trained(PLUS) == trained(PLUS) != trained(PLUS | without)

@@ -19,8 +19,8 @@ TABLE = {
     for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines()
     if (cells := line.split("|"))[0] == "" and len(cells) == 5
 }
-SHARED, LOGIN, COMPUTE, BRIDGE, DRAWING, ENTRY = (
-    TABLE[side] for side in ("shared", "login node", "compute", "bridge", "drawing", "entry points")
+SHARED, LOGIN, COMPUTE, BRIDGE, TRACKERS, DRAWING, ENTRY = (
+    TABLE[side] for side in ("shared", "login node", "compute", "bridge", "trackers", "drawing", "entry points")
 )
 
 
@@ -65,7 +65,15 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_table_names_every_module_once() -> None:
-    named = [*SHARED, *LOGIN, *COMPUTE, *BRIDGE, *DRAWING, *(m for m in ENTRY if m != "submit" and m != "py")]
+    named = [
+        *SHARED,
+        *LOGIN,
+        *COMPUTE,
+        *BRIDGE,
+        *TRACKERS,
+        *DRAWING,
+        *(m for m in ENTRY if m != "submit" and m != "py"),
+    ]
     assert sorted(named) == MODULES
 
 
@@ -80,7 +88,7 @@ def test_shared_modules_import_earlier_ones_and_yaml(module: str) -> None:
 def test_login_modules_never_touch_the_compute_side(module: str) -> None:
     own, foreign = imports(PACKAGE / f"{module}.py")
     assert own <= {*SHARED, *LOGIN, *DRAWING, *(["worker"] if module == "launcher" else [])}
-    assert foreign <= {"yaml", "rich", *(["submitit"] if module == "launcher" else [])}
+    assert foreign <= {"yaml", "rich", *{"launcher": ["submitit"], "completion": ["shtab"]}.get(module, [])}
 
 
 @pytest.mark.parametrize("module", COMPUTE)
@@ -90,10 +98,18 @@ def test_compute_modules_know_nothing_of_the_login_side(module: str) -> None:
     assert foreign <= {"torch", "torchvision", "yaml", "numpy", "PIL", "safetensors"}
 
 
+@pytest.mark.parametrize("module", TRACKERS)
+def test_what_is_beside_a_run_knows_no_part_of_it_and_loads_a_tracker_only_when_it_runs(module: str) -> None:
+    own, foreign = imports(PACKAGE / f"{module}.py")
+    assert own <= {*SHARED, *TRACKERS}
+    assert foreign <= {"tensorboard", "wandb"}
+    assert not loaded_by(f"import cifar_hpc.{module}") & {"tensorboard", "wandb", "numpy", "torch"}
+
+
 @pytest.mark.parametrize("module", DRAWING)
 def test_drawing_modules_know_neither_side_and_load_nothing_heavy(module: str) -> None:
     own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *DRAWING}
+    assert own <= {*SHARED, *DRAWING, *(["architecture"] if module == "plot_architecture" else [])}
     assert foreign <= {"matplotlib", "plotext", "numpy"}
     assert not loaded_by(f"import cifar_hpc.{module}") & {"matplotlib", "plotext", "numpy", "torch"}
 

@@ -57,3 +57,30 @@ def test_constant() -> None:
 
 def test_it_never_rises_again_beyond_the_end() -> None:
     assert math.isclose(learning_rate(spec(), 500, 500 * STEPS, STEPS), 0.0, abs_tol=1e-12)
+
+
+def test_warm_up_rises_with_each_update_and_then_the_cosine_begins_at_the_top() -> None:
+    short = dataclasses.replace(
+        Spec(),
+        schedule=ScheduleSpec(per="step", warmup_epochs=1.5),
+        train=dataclasses.replace(Spec().train, epochs=4),
+    )
+    ours = [learning_rate(short, update // 50, update, 50) for update in range(201)]
+    assert ours[:75] == pytest.approx([0.05 * (n + 1) / 76 for n in range(75)])
+    assert ours[75:] == pytest.approx(torch_rates(0.05, 125), abs=1e-9, rel=0)
+    assert ours[75] == 0.05 == max(ours)
+
+
+def test_warm_up_of_a_rate_that_moves_by_epochs() -> None:
+    short = dataclasses.replace(
+        Spec(), schedule=ScheduleSpec(warmup_epochs=1), train=dataclasses.replace(Spec().train, epochs=5)
+    )
+    ours = [learning_rate(short, update // 10, update, 10) for update in range(50)]
+    assert ours[:10] == pytest.approx([0.05 * (n + 1) / 11 for n in range(10)])
+    assert ours[10::10] == pytest.approx(torch_rates(0.05, 4)[:4], abs=1e-9, rel=0)
+    assert len(set(ours[10:20])) == 1
+
+
+def test_warm_up_before_a_constant_rate() -> None:
+    short = dataclasses.replace(Spec(), schedule=ScheduleSpec(name="constant", warmup_epochs=1))
+    assert learning_rate(short, 0, 0, 10) < learning_rate(short, 0, 9, 10) < 0.05 == learning_rate(short, 1, 10, 10)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar_hpc.sgd import SGD
+from cifar_hpc.sgd import SGD, build_sgd
+from cifar_hpc.spec import OptimizerSpec
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 
@@ -65,3 +66,27 @@ def test_what_torch_refuses_is_refused() -> None:
         optimizer.add_param_group({"params": parameters[:1]})
     with pytest.raises(ValueError, match="learning rate"):
         SGD(weights(), lr=-1.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_weight_decay_that_spares_norms_and_biases_is_torchs_with_two_groups(nesterov: bool) -> None:
+    ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
+    spec = OptimizerSpec(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, decay_all=False)
+    groups = [{"params": [theirs[0]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
+    reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2)
+    train(build_sgd(ours, spec), list(ours))
+    train(reference, list(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_by_default_everything_decays() -> None:
+    ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
+    train(build_sgd(ours, OptimizerSpec(lr=0.1, weight_decay=1e-2)), list(ours))
+    train(torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=1e-2), list(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_parameters_keep_the_models_order_in_the_optimizers_state() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+    kept = build_sgd(model, OptimizerSpec(decay_all=False)).param_groups[0]["params"]
+    assert all(a is b for a, b in zip(kept, model.parameters(), strict=True))

@@ -9,7 +9,8 @@ import pytest
 from helpers import tiny_spec
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.spec import ResourcesSpec, Spec, check
+from cifar_hpc.spec import ResourcesSpec, Spec
+from cifar_hpc.spec_check import check
 
 
 def test_defaults_are_the_recipe() -> None:
