@@ -8,7 +8,7 @@ from pathlib import Path
 from cifar_hpc.errors import SpecError, nearest
 
 CLASSES = 10
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
 def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -30,10 +30,11 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     labels: list[int] = []
     for label, name in enumerate(classes):
         images = sorted(
-            (e for e in _entries(folder / name) if e.name.lower().endswith(_IMAGES)), key=lambda entry: entry.name
+            (e for e in _entries(folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES)),
+            key=lambda entry: entry.name,
         )
         if not images:
-            raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(_IMAGES)}).")
+            raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
         for image in images:
             if not image.is_file():  # a FIFO would be waited for, a device read for ever
                 raise SpecError(f"data.root: {image.path} is no regular file; allowed: image files, or links to them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a finished run called tiny: 2 epochs of 9 steps, and checkpoints 4, 8, 9, 12, 16, 18. Read only."""
+    made = Runs(tmp_path_factory.mktemp("tiny"))
+    made.finish("tiny", 1, "checkpoint.keep=9")
+    return made.root
 
 
 @pytest.fixture(scope="module")
