@@ -10,6 +10,7 @@ from cifar_hpc.preemption import StopFlag
 from cifar_hpc.runlog import TrainLog, append_event, count_starts, read_jsonl
 from cifar_hpc.spec import Spec
 from cifar_hpc.startup import FIRST_STEP, Stopwatch
+from cifar_hpc.tracking import Tracking
 from cifar_hpc.watchdog import Heart
 
 
@@ -24,6 +25,7 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heart()
+        self.tracking = Tracking(paths, spec.tracking, self._tracking_failed)  # rank 0 alone starts it
         self.speaks = self.first  # whether this rank writes the run's logs and talks to Slurm
         self._restart: int | None = None
 
@@ -46,6 +48,10 @@ class Context:
         self.emit("first_step", step=step, startup=self.startup.plain())
         own = self.startup.seconds[FIRST_STEP]
         self.log.line(f"first step done after {self.startup.total:.1f} s, {own:.1f} s of them its own")
+
+    def _tracking_failed(self, tracker: str, reason: str) -> None:
+        self.log.line(f"WARNING tracking.{tracker}: {reason}; off until the next start, metrics.jsonl has everything")
+        self.emit("tracking_failed", tracker=tracker, error=reason)
 
     def emit(self, event: str, **details: Any) -> None:
         """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""

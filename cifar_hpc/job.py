@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from cifar_hpc.engine import Engine, configure_torch, describe_environment, reso
 from cifar_hpc.errors import RunBusyError, RunFailedError
 from cifar_hpc.failing import LastWords
 from cifar_hpc.preemption import Interrupted
+from cifar_hpc.provenance import describe_machine
 from cifar_hpc.recovery import Choice, choose
 from cifar_hpc.runlock import RunLock
 from cifar_hpc.runlog import count_starts, read_jsonl, restore_metrics
@@ -68,6 +71,7 @@ class Job:
         self.finished = True
         self.trainer = None  # lets go of the process groups, so that `disconnect` can end their threads
         disconnect()
+        context.tracking.finish()
         self.lock.release()
         return 0
 
@@ -269,6 +273,9 @@ class Job:
             environment=environment,
             environment_changed=changed,
             shards=self.context.spec.train.shards,
+            machine=describe_machine(),
+            command=None if launch.scheduler else shlex.join(sys.argv),
             startup=self.context.startup.plain(),
         )
         self.context.log.line(f"ready after {self.context.startup}")
+        self.context.tracking.start()
