@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cifar_hpc.manual import MANUAL
+
 EXAMPLES = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
   torchrun --nproc-per-node 4 -m cifar_hpc train jobs/improved_resnet.yaml
@@ -14,7 +16,7 @@ EXAMPLES = """examples:
   python -m cifar_hpc evaluate improved_resnet-1a2b3c4d
   python -m cifar_hpc doctor --partition gpu --job
 """
-WEIGHTS_HELP = "Lookahead's slow weights (default) or the fast ones"
+WEIGHTS_HELP = "slow: those that the run evaluates, Lookahead's slow or ema's averaged ones (default); or the fast ones"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str, *exampl
     added: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
-        description=text[0].upper() + text[1:] + ".",
+        description=f"{text[0].upper()}{text[1:]}.\n\n{MANUAL[name]}",
         epilog=f"examples:{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,7 +127,7 @@ def _use(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg
         "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --weights fast --json",
     )
     evaluate.add_argument("run", metavar="RUN|FILE", help="a run (its newest good checkpoint), or a checkpoint file")
-    evaluate.add_argument("--data", metavar="DIR", help="where the images lie (default: the run's own data.root)")
+    evaluate.add_argument("--data", metavar="DIR", help="other test images: CIFAR-10 or test/<class>/*")
     evaluate.add_argument("--weights", choices=("slow", "fast"), default="slow", help=WEIGHTS_HELP)
     evaluate.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
     _json(evaluate)
@@ -157,24 +159,24 @@ def _figures(commands: argparse._SubParsersAction) -> None:  # type: ignore[type
     plot = _command(
         commands,
         "plot",
-        "figures of runs: accuracy, loss, learning rate, architecture, as PNG and SVG",
+        "figures of runs: accuracy, loss, learning rate, architecture, timeline",
         "improved_resnet-1a2b3c4d",
         "'dropout-*' --out figures",
         "improved_resnet-1a2b3c4d --terminal",
     )
     plot.add_argument("runs", metavar="RUN", nargs="+", help="names or patterns such as 'dropout-*'")
     plot.add_argument("--out", metavar="DIR", default="figures", help="where the files go (default: figures)")
-    plot.add_argument("--terminal", action="store_true", help="draw in the terminal instead")
+    plot.add_argument("--terminal", action="store_true", help="draw curves in the terminal instead")
 
     compare = _command(
         commands,
         "compare",
         "a table of runs: what differs, accuracy (mean and std over seeds), time, restarts",
         "'dropout-*'",
-        "'dropout-*' 'activation-*' --sort test_accuracy --markdown",
+        "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown",
     )
     compare.add_argument("runs", metavar="PATTERN", nargs="+", help="names or patterns such as 'dropout-*'")
-    compare.add_argument("--sort", metavar="COLUMN", help="a column; a leading - turns the order round")
+    compare.add_argument("--sort", metavar="COLUMN", help="a column, ascending; descending: --sort=-COLUMN")
     compare.add_argument("--each", action="store_true", help="a row for each run, seeds apart")
     form = compare.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_const", const="json", dest="form", help="machine-readable")
@@ -188,21 +190,31 @@ def _site(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-ar
         "doctor",
         "what would go wrong here: Slurm, partition, GPUs, file system, data, torch",
         "",
-        "--profile mycluster --partition gpu --job",
+        "--profile mycluster --account lab --job",
+        "--partition gpu --job --nodes 2 --gpus-per-node 4 --wait 60",
     )
     doctor.add_argument("--profile", metavar="NAME", default="default", help="the site in slurm/clusters")
     doctor.add_argument("--partition", metavar="P", help="the partition that runs would go to")
     doctor.add_argument("--account", metavar="A", help="the account that runs would be charged to")
-    doctor.add_argument("--nodes", type=int, default=1, metavar="N", help="with --job: on so many nodes (default: 1)")
-    doctor.add_argument("--gpus-per-node", metavar="G", help="with --job: so many GPUs a node (default: the site's)")
-    doctor.add_argument("--job", action="store_true", help="look on a compute node as well, in a job of a minute")
+    doctor.add_argument("--nodes", type=int, default=1, metavar="N", help="on so many nodes (default: 1)")
+    doctor.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="with so many GPUs on each (default: the site's, else 1)"
+    )
+    doctor.add_argument("--job", action="store_true", help="look on the compute nodes as well, in a job of a minute")
+    doctor.add_argument(
+        "--wait",
+        type=float,
+        default=10,
+        metavar="MINUTES",
+        help="how long the job may wait for its start (default: 10)",
+    )
     _json(doctor)
 
     completion = _command(
         commands,
         "completion",
         "print what makes a shell complete commands, options and runs",
-        "bash > ~/.local/share/bash-completion/completions/cifar_hpc",
-        "zsh > ~/.zfunc/_cifar_hpc",
+        "bash",
+        "zsh",
     )
     completion.add_argument("shell", choices=("bash", "zsh"))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from cifar_hpc import slurm
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.paths import RunPaths, SweepPaths
 from cifar_hpc.sites import Site
+from cifar_hpc.slurm_parameters import in_script, slurm_parameters, warning_seconds
 from cifar_hpc.slurm_time import parse_time
 from cifar_hpc.spec import Spec
 from cifar_hpc.worker import ArrayTask, Task
 
 # Between a task's first instruction and its handlers, Python would die of a preemption's SIGTERM. See worker.
 IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
-# A site may have srun kill the other tasks when one fails; they have yet to say why and to requeue the job (srun(1)).
-SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
 
 ARRAY_PICKLE = "task.pkl"  # what all tasks of an array call
 ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
@@ -91,6 +90,31 @@ def test_only(script: str) -> str:
         return slurm.command(["sbatch", "--test-only", file.name], stderr_too=True).strip()
 
 
+def module_script(paths: RunPaths, spec: Spec, site: Site, arguments: Sequence[str]) -> str:
+    """A batch script whose tasks run `python -m` with these arguments, started as a run's tasks are."""
+    executor = _bare_executor(paths, site)
+    executor.update_parameters(**slurm_parameters(paths, spec, site))
+    text: str = executor._make_submission_file_text(f"{_python(site)} -u -m {shlex.join(arguments)}", uuid.uuid4().hex)
+    return text
+
+
+def submit_script(script: str, code: Path) -> str:
+    """Submit a batch script from inside `code`; returns the job id.
+
+    Raises:
+        SchedulerError: with sbatch's own words.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, contextlib.chdir(code):
+        file.write(script)
+        file.flush()
+        try:
+            return slurm.command(["sbatch", "--parsable", file.name]).strip().partition(";")[0]
+        except SchedulerError as error:
+            raise SchedulerError(
+                f"sbatch refused the job: {str(error).partition(' was refused: ')[2] or error}"
+            ) from None
+
+
 def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
     """Start the run on this machine through submitit's local executor; returns its controller's process id.
 
@@ -147,7 +171,7 @@ def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
         timeout_min=parse_time(resources.time) / 60,
         tasks_per_node=resources.ntasks_per_node,
         gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus_per_node,
-        signal_delay_s=_warning_seconds(spec),
+        signal_delay_s=warning_seconds(spec),
         stderr_to_stdout=True,
     )
     with contextlib.chdir(code):
@@ -172,23 +196,13 @@ def _array_executor(paths: SweepPaths, spec: Spec, site: Site, points: int, para
 
 
 def _dependency(own: str, spec: Spec) -> dict[str, Any]:
-    return {"dependency": _in_script(",".join(filter(None, (own, spec.resources.dependency))) or None)}
+    return {"dependency": in_script(",".join(filter(None, (own, spec.resources.dependency))) or None)}
 
 
 def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, Any]) -> Any:
-    import submitit
-
-    class AnywhereSlurmExecutor(submitit.SlurmExecutor):
-        """Builds its script also where there is no srun: a dry run works on a laptop."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
-    python = IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
-    executor = AnywhereSlurmExecutor(folder=paths.slurm, python=python)
+    executor = _bare_executor(paths, site)
     what = paths.name if isinstance(paths, RunPaths) else str(paths.points)
-    last = f"{python} -m cifar_hpc.last_resort {shlex.quote(str(paths.root))} {shlex.quote(what)}"
+    last = f"{_python(site)} -m cifar_hpc.last_resort {shlex.quote(str(paths.root))} {shlex.quote(what)}"
     teardown = [
         "# Where all tasks were killed at once, somebody else has to ask for another try.",
         "status=$?",
@@ -199,57 +213,21 @@ def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, An
     return executor
 
 
-def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
-    """The spec's resources, but for dependencies, as submitit's parameters; what it has no word for goes as it is."""
-    resources = spec.resources
-    gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
-    further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
-    plain = {
-        "nodes": resources.nodes,
-        "time": resources.time,
-        "mem": resources.mem,
-        "reservation": resources.reservation,
-        "requeue" if resources.requeue else "no-requeue": True,
-        **further,
-    }
-    srun = [*SRUN_PATIENCE, *site.srun]
-    if resources.cpus_per_task is not None:
-        # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
-    named = {
-        "job_name": paths.job_name,
-        "time": -(-parse_time(resources.time) // 60),
-        "nodes": resources.max_nodes,
-        "ntasks_per_node": resources.ntasks_per_node,
-        "gpus_per_node": gpus or None,
-        "cpus_per_task": resources.cpus_per_task,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-        "exclude": resources.exclude,
-        "nodelist": resources.nodelist,
-        "comment": resources.comment,
-    }
-    return {
-        "wckey": None,  # submitit would set its own name
-        **{k: _in_script(v) for k, v in named.items() if k.replace("_", "-") not in further},
-        "signal_delay_s": _warning_seconds(spec),
-        "stderr_to_stdout": True,
-        "setup": list(site.setup) or None,
-        "srun_args": srun,
-        "additional_parameters": {k: _in_script(v) for k, v in plain.items() if v is not None},
-    }
+def _bare_executor(paths: RunPaths | SweepPaths, site: Site) -> Any:
+    import submitit
+
+    class AnywhereSlurmExecutor(submitit.SlurmExecutor):
+        """Builds its script also where there is no srun: a dry run works on a laptop."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    return AnywhereSlurmExecutor(folder=paths.slurm, python=_python(site))
 
 
-def _in_script(value: Any) -> Any:
-    """A value for a line of `#SBATCH`, where sbatch, unlike a shell, takes a backslash within quotes as an escape."""
-    return value.replace("\\", "\\\\") if isinstance(value, str) else value
-
-
-def _warning_seconds(spec: Spec) -> int:
-    """resources.warning_seconds, or less under a time limit so short that the warning would come at the start."""
-    return min(spec.resources.warning_seconds, max(10, parse_time(spec.resources.time) // 4))
+def _python(site: Site) -> str:
+    return IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,15 @@ class Site:
     setup: tuple[str, ...] = option((), "shell lines before training, such as module load")
     python: str | None = option(None, "command that runs Python on a compute node; null is this very Python")
     srun: tuple[str, ...] = option((), "further options of srun")
+    gpus: str = option(
+        "gpus-per-node={gpus}",
+        "the option of sbatch that asks for a node's GPUs, such as gres=gpu:{gpus} or gpus-per-node=a100:{gpus}",
+    )
+
+    def gpu_option(self, gpus: int) -> tuple[str, str]:
+        """The option of sbatch that asks for so many GPUs on each node, and its value."""
+        name, _, value = self.gpus.partition("=")
+        return name, value.replace("{gpus}", str(gpus))
 
 
 def clusters_directory() -> Path:
@@ -50,6 +59,11 @@ def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
                 f"{path}: setup: {shown(line)} is not allowed; allowed: shell lines. HINT: options of sbatch belong "
                 "into resources.sbatch, as option: value."
             )
+    if re.fullmatch(r"(gpus-per-node|gres)=[^{}]*\{gpus\}[^{}]*", site.gpus) is None:
+        raise SpecError(
+            f"{path}: gpus: {shown(site.gpus)} is not allowed; allowed: gpus-per-node=... or gres=..., with {{gpus}} "
+            "once for the number, such as gres=gpu:a100:{gpus}. HINT: without '--'; put it in quotes."
+        )
     chosen = values.get("resources") or {}
     return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from cifar_hpc import submit
 from cifar_hpc.errors import SpecError
-from cifar_hpc.launcher import IGNORE_SIGNALS, SRUN_PATIENCE
+from cifar_hpc.launcher import IGNORE_SIGNALS
 from cifar_hpc.paths import RunPaths, find_run, is_run_name, project_root
 from cifar_hpc.sites import load_site
+from cifar_hpc.slurm_parameters import SRUN_PATIENCE
 from cifar_hpc.spec_io import check_run_name, load_spec
 from cifar_hpc.yaml_text import MAX_CHARACTERS, read_mapping
 
@@ -91,7 +92,7 @@ def test_bash_runs_nothing_but_srun_with_these_very_words(folder: str, srun: lis
 
 
 def test_the_reader_of_batch_scripts_sees_what_a_shells_quotes_do_to_sbatch() -> None:
-    # What shlex.quote writes for a\b and for x\' is not what sbatch reads: the reason for launcher._in_script.
+    # What shlex.quote writes for a\b and for x\' is not what sbatch reads: the reason for slurm_parameters.in_script.
     assert sbatch_arguments("#SBATCH --comment='a\\b'") == ["--comment=ab"]
     assert sbatch_arguments("#SBATCH --a='x y' --b # c") == ["--a=x y", "--b"]
     assert sbatch_arguments("#!/bin/bash\n\n#SBATCH --a\n# b\ntrue\n#SBATCH --c") == ["--a"]
