@@ -60,7 +60,7 @@ def make_runs(root: Path, count: int) -> Path:
             _write_logs(logs, kind, timelines[number % len(timelines)], random.Random(number).randrange(EPOCHS))
         state = {"running": "RUNNING|None", "requeued": "PENDING|BeginTime", "queued": "PENDING|Priority"}.get(kind)
         if state:
-            queue.append(f"{number}|{name}|{state}|{DAY[:19]}|node{number}|{logs}/code/0")
+            queue.append(f"{number}|{name}|{state}|{DAY[:19]}|node{number}|gpu|(null)|{logs}/code/0")
     return _squeue(root, queue)
 
 

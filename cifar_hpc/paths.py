@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +86,10 @@ class RunPaths:
     @property
     def slurm(self) -> Path:
         return self.logs / "slurm"
+
+    @property
+    def tracking(self) -> Path:
+        return self.logs / "tracking"
 
     @property
     def job_name(self) -> str:
@@ -174,3 +180,25 @@ def find_run(root: Path, name: str) -> RunPaths:
     names = [r.name for r in all_runs(root)]
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none yet"
     raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))
+
+
+def find_runs(root: Path, patterns: Sequence[str]) -> list[RunPaths]:
+    """The runs that any of `patterns` means, each once, by name.
+
+    Args:
+        patterns: names, as `find_run` takes them, or patterns with *, ? and [...] as in fnmatch(3).
+
+    Raises:
+        SpecError: for a pattern that no run matches.
+    """
+    names = {run.name for run in all_runs(root)} if any(map(is_pattern, patterns)) else set()
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = set(fnmatch.filter(names, pattern)) if is_pattern(pattern) else set()
+        found |= matching or {find_run(root, pattern).name}
+    return [RunPaths(root, name) for name in sorted(found)]
+
+
+def is_pattern(text: str) -> bool:
+    """Whether `text` stands for runs by a pattern; no run's name holds such characters."""
+    return any(character in text for character in "*?[")

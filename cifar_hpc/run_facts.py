@@ -14,6 +14,7 @@ from typing import Any
 
 from cifar_hpc.jsonfile import NotRegularError, read_regular
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.restarts import AGAIN, ENDS, STARTS, restarts_of
 from cifar_hpc.runlog import count_requeues, count_starts, parse_jsonl, parse_row
 
 RECENT_EPOCHS = 5  # from which the time to the end is estimated
@@ -22,8 +23,8 @@ TELLING = (
     *("submitted", "started", "resumed", "checkpoint", "requeued", "holding"),
     *("finished", "failed", "hang", "left", "cancelled"),
 )
-_USED_OF_LAST_WORD = ("event", "test_accuracy", "error", "by", "reason", "explanation")
-_ROUTINE = re.compile(rb'\{"time": "[^"\\]*", "event": "(?:checkpoint|evaluated|signal)", ')
+_USED_OF_LAST_WORD = ("event", "test_accuracy", "error", "cause", "by", "reason", "explanation")
+_ROUTINE = re.compile(rb'\{"time": "[^"\\]*", "event": "(checkpoint|evaluated|signal)", ')
 _ACCURACY = re.compile(rb'"test_accuracy": ([0-9]+\.[0-9]+), "lr": ')
 _ACCURACY_IS = b'"test_accuracy": %b, "lr": '
 
@@ -34,13 +35,17 @@ class Facts:
 
     last_word: the event that says how things stand once the job is gone; empty if there has been none.
     submitted: scheduler and job_id of the last submission; empty if there has been none.
-    epoch_seconds: of the last RECENT_EPOCHS rows.
+    causes, lost_seconds, up_seconds: as `Restarts`.
+    epoch_seconds: of those of the last RECENT_EPOCHS rows that were trained by as many ranks as the last one.
     """
 
     last_word: dict[str, Any]
     submitted: dict[str, Any]
     starts: int
     requeues: dict[str, int]
+    causes: dict[str, int]
+    lost_seconds: float
+    up_seconds: float
     world_size: Any
     job_id: Any
     last_row: dict[str, Any]
@@ -58,17 +63,25 @@ def read_facts(paths: RunPaths) -> Facts:
     events = _telling_rows(_read(paths.events))
     content = _read(paths.metrics)
     recent = _last_rows(content, RECENT_EPOCHS)
-    starts = [e for e in events if e.get("event") in ("started", "resumed")]
+    starts = [e for e in events if e.get("event") in STARTS]
+    restarts = restarts_of(events)
     submissions = [e for e in events if e.get("event") == "submitted"]
     return Facts(
         last_word=_part(_last_word(events), _USED_OF_LAST_WORD),
         submitted=_part(submissions[-1], ("scheduler", "job_id")) if submissions else {},
         starts=count_starts(events),
         requeues=count_requeues(events),
+        causes=restarts.causes,
+        lost_seconds=restarts.lost_seconds,
+        up_seconds=restarts.up_seconds,
         world_size=starts[-1].get("world_size") if starts else None,
         job_id=next((e["job_id"] for e in reversed(events) if e.get("job_id")), None),
         last_row=_part(recent[-1], ("epoch", "test_accuracy", "images_per_second")) if recent else {},
-        epoch_seconds=[row["epoch_seconds"] for row in recent if "epoch_seconds" in row],
+        epoch_seconds=[
+            row["epoch_seconds"]
+            for row in recent
+            if "epoch_seconds" in row and row.get("world_size") == recent[-1].get("world_size")
+        ],
         best_accuracy=_best_accuracy(content),
     )
 
@@ -94,7 +107,11 @@ def _lines_backwards(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _telling_rows(content: bytes) -> list[dict[str, Any]]:
-    """The events, but for the routine before the last checkpoint of a job, which tells what that routine would."""
+    """The events, but for the routine before the last checkpoint of a job, which tells what that routine would.
+
+    Of that routine there is the last checkpoint before a start or submission, where nothing says how the start before
+    has ended.
+    """
     before, end = b"", []
     for start, line in _lines_backwards(content):
         row = parse_row(line)
@@ -103,8 +120,26 @@ def _telling_rows(content: bytes) -> list[dict[str, Any]]:
             if row.get("event") == "checkpoint" and row.get("job_id"):
                 before = content[:start]
                 break
-    news = (parse_row(line) for line in before.split(b"\n") if not _ROUTINE.match(line))
-    return [*(row for row in news if row is not None), *reversed(end)]
+    news: list[dict[str, Any]] = []
+    routine: list[bytes] = []  # of a start that has not ended yet
+    ended = False
+    for line in before.split(b"\n"):
+        if _ROUTINE.match(line):
+            routine.append(line)
+        elif (row := parse_row(line)) is not None:
+            if row.get("event") in (*STARTS, *ENDS):
+                if not ended and row["event"] in (*STARTS, AGAIN):
+                    news += _last_checkpoint(routine)
+                ended = row["event"] in ENDS
+                routine.clear()
+            news.append(row)
+    return [*news, *reversed(end)]
+
+
+def _last_checkpoint(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    rows = (parse_row(line) for line in reversed(lines) if b"checkpoint" in line)
+    found = next((row for row in rows if row is not None and row.get("event") == "checkpoint"), None)
+    return [found] if found is not None else []
 
 
 def _last_word(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

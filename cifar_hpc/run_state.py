@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import statistics
 import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc import runlock
+from cifar_hpc import runlock, waiting
 from cifar_hpc.checks import controller_of
 from cifar_hpc.errors import UserError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.jsonfile import open_regular
+from cifar_hpc.log_lines import Progress, last_progress
 from cifar_hpc.paths import RunPaths
-from cifar_hpc.preemption import ALIVE
 from cifar_hpc.run_facts import Facts, read_facts
+from cifar_hpc.run_words import afterwards, in_the_queue
 from cifar_hpc.slurm import QueuedJob
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
 HUNG_INTERVALS, HUNG_SECONDS = 10, 300
+# In the estimate of the time left: an hour without a restart is believed before anything has been seen.
+PRIOR_UP_SECONDS = 3600.0
 # epochs and log_seconds of a spec as `freeze` writes it.
 _PACE = re.compile(
     rb"# The frozen spec of run [^\n]*\n(?:[^\n]*\n)*?train:\n"
     rb"(?:  [^\n]*\n)*?  epochs: ([0-9]+)\n(?:  [^\n]*\n)*?  log_seconds: ([0-9]+\.[0-9]+)\n"
 )
 PACE_BYTES = 64 * 1024
+WAITING = ("queued", "requeued")
+AT_WORK = ("running", "hung", "suspended", "stopping")
 ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run. `state` is queued, requeued, running, hung, stopping, or one of ENDED."""
+    """One run, as `status --json` shows it (`plain`)."""
 
     run: str
     state: str
@@ -50,6 +59,11 @@ class RunState:
     world_size: int | None = None
     job_id: str | None = None
     log_age_seconds: float | None = None
+    reason: str | None = None
+    start_time: str | None = None
+    epoch_progress: float | None = None
+    restart_causes: dict[str, int] = field(default_factory=dict)
+    lost_seconds: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -57,21 +71,47 @@ class RunState:
         return self.state in ENDED
 
     def plain(self) -> dict[str, Any]:
-        """For --json."""
-        return dict(vars(self))
+        """One object of the list that `status --json` prints. Keys are only ever added; all are always there.
+
+        run: str, the run's name.
+        state: queued, requeued (waiting after a requeue for the time from which it may start), running, hung (no line
+            in its log for much longer than train.log_seconds), suspended (by Slurm), stopping (Slurm ends the job),
+            finished, failed, cancelled, stopped (ended otherwise; submitted again, it goes on), not started (never
+            submitted), unreadable (its files make no sense), or unknown (Slurm does not answer).
+        detail: str, why, for people; its wording may change.
+        epoch, epochs: int, finished ones and those of the spec.
+        test_accuracy, best_accuracy: float or null, %, of the last finished epoch and the best one.
+        images_per_second: float or null, training images, at the last line of progress or over the last finished epoch.
+        eta_seconds: float or null, until the run's end (see `_eta`); null where it has ended, hangs, or cannot be told.
+        restarts: int, starts after the first.
+        requeues: {cause: int}, requeues that the run asked for itself: preemption, timeout, failure.
+        world_size: int or null, ranks of the last start.
+        job_id: str or null, of the job in the queue, else of the last one.
+        log_age_seconds: float or null, since the last line of train.log.
+        reason: str or null, Slurm's own code of why the job waits, such as Priority.
+        start_time: str or null, ISO 8601 in UTC: when Slurm expects to start a waiting job; of a requeued one, the time
+            before which it does not start.
+        epoch_progress: float or null, the part of the epoch under way that is done, 0 to 1.
+        restart_causes: {cause: int}, all restarts: preemption, timeout, failure, killed (without a warning), submitted
+            (again, by a person). Unlike `requeues` it has those that Slurm saw to itself.
+        lost_seconds: float, what the restarts have cost, but those after submitting again (`restarts.restarts_of`).
+        """
+        unknown = {key for key, value in vars(self).items() if isinstance(value, float) and not math.isfinite(value)}
+        return {key: None if key in unknown else value for key, value in vars(self).items()}
 
 
 def read_state(
-    paths: RunPaths, jobs: Mapping[str, QueuedJob], facts_of: Callable[[RunPaths], Facts] = read_facts
+    paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, facts_of: Callable[[RunPaths], Facts] = read_facts
 ) -> RunState:
     """The state of one run; `unreadable` where its files are damaged or not of this project.
 
     Args:
-        jobs: as `slurm.queue` returns them.
+        jobs: as `slurm.queue` returns them; None where Slurm does not answer.
         facts_of: where the facts of the logs come from.
     """
     try:
-        return _checked(_state_of(paths, jobs.get(paths.name), facts_of(paths)))
+        job = jobs.get(paths.name) if jobs is not None else None
+        return _checked(_state_of(paths, job, facts_of(paths), jobs is not None))
     except (
         UserError,
         OSError,
@@ -93,17 +133,20 @@ def _checked(state: RunState) -> RunState:
     raise ValueError("text where a number should be, or a number where text should be")
 
 
-def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts) -> RunState:
+def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts, slurm_answers: bool) -> RunState:
     epochs, log_seconds = _pace(paths) or (0, None)
+    now = datetime.now(UTC)
+    state, detail = _state(paths, facts, job, slurm_answers, now)
     log_age = _age(paths.train_log)
-    state, detail = _state(paths, facts, job)
-    if state == "running" and log_seconds is not None and log_age is not None:
-        limit = max(HUNG_SECONDS, HUNG_INTERVALS * log_seconds)
-        if log_age > limit:
-            state, detail = "hung", f"no log line for {log_age / 60:.0f} min"
+    if state == "running" and log_seconds is not None:
+        silent = _silence(paths, job, log_age, now)
+        if silent is not None and silent > max(HUNG_SECONDS, HUNG_INTERVALS * log_seconds):
+            state, detail = "hung", f"no log line for {waiting.rough(silent)}, {detail}"
     epoch = int(facts.last_row.get("epoch", 0))
-    seconds = [float(s) for s in facts.epoch_seconds]
-    eta = (epochs - epoch) * sum(seconds) / len(seconds) if seconds and state not in ENDED else None
+    progress = last_progress(paths.train_log) if state in AT_WORK else None
+    if progress is not None and progress.epoch != epoch + 1:
+        progress = None  # of an epoch that is over, or of a start whose rows were cut off
+    start = waiting.start_of(job) if job is not None and state in WAITING else None
     return RunState(
         run=paths.name,
         state=state,
@@ -112,14 +155,45 @@ def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts) -> RunState:
         epochs=epochs,
         test_accuracy=facts.last_row.get("test_accuracy"),
         best_accuracy=facts.best_accuracy,
-        images_per_second=facts.last_row.get("images_per_second"),
-        eta_seconds=eta,
+        images_per_second=progress.images_per_second if progress else facts.last_row.get("images_per_second"),
+        eta_seconds=None if state in (*ENDED, "hung", UNKNOWN) else _eta(epoch, epochs, facts, progress, start, now),
         restarts=max(0, facts.starts - 1),
         requeues=facts.requeues,
         world_size=facts.world_size,
         job_id=job.job_id if job else facts.job_id,
         log_age_seconds=log_age,
+        reason=waiting.reason_code(job) if job is not None and state in WAITING else None,
+        start_time=start.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if start else None,
+        epoch_progress=min(1.0, progress.step / max(1, progress.steps)) if progress else None,
+        restart_causes=facts.causes,
+        lost_seconds=round(facts.lost_seconds, 3),
     )
+
+
+def _eta(
+    epoch: int, epochs: int, facts: Facts, progress: Progress | None, start: datetime | None, now: datetime
+) -> float | None:
+    """Seconds until the run's end:
+
+        wait + epochs left x seconds an epoch x (1 + lost / (up + PRIOR_UP_SECONDS))
+
+    wait: until the job is expected to start, where it is queued and Slurm has said so.
+    epochs left: with the part of the one under way that is still to be done.
+    seconds an epoch: the median of the last few (`Facts.epoch_seconds`), evaluation included; before the first has been
+        measured, what the log's own line of progress says.
+    lost, up: seconds that restarts have cost so far, and that the run was up (`Facts`): it is taken to be preempted
+        from here as often as up to here, and each time at the same cost.
+    """
+    seconds = [float(s) for s in facts.epoch_seconds]
+    if seconds:
+        left = epochs - (progress.epochs_done if progress else epoch)
+        work = max(0.0, left) * statistics.median(seconds)
+    elif progress is not None:
+        work = progress.eta_seconds
+    else:
+        return None
+    wait = max(0.0, (start - now).total_seconds()) if start is not None else 0.0
+    return wait + work * (1 + facts.lost_seconds / (facts.up_seconds + PRIOR_UP_SECONDS))
 
 
 def _pace(paths: RunPaths) -> tuple[int, float] | None:
@@ -152,41 +226,23 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _state(paths: RunPaths, facts: Facts, job: QueuedJob | None) -> tuple[str, str]:
+def _silence(paths: RunPaths, job: QueuedJob | None, log_age: float | None, now: datetime) -> float | None:
+    """For how long this start has said nothing: the log's last line may be of an earlier one, hours ago."""
+    start = waiting.start_of(job) if job is not None else None
+    begun = (now - start).total_seconds() if start is not None else _age(paths.lock)
+    ages = [age for age in (log_age, begun) if age is not None]
+    return min(ages, default=None)
+
+
+def _state(paths: RunPaths, facts: Facts, job: QueuedJob | None, slurm_answers: bool, now: datetime) -> tuple[str, str]:
     if job is not None:
-        if job.state == "PENDING":
-            start = f", start {job.start}" if job.start not in ("", "N/A") else ""
-            return ("requeued" if job.reason == "BeginTime" else "queued"), f"{job.reason}{start}"
-        if job.state in (*ALIVE, "CONFIGURING"):
-            return "running", f"on {job.nodes}"
-        return "stopping", job.state
+        return in_the_queue(job, facts.last_word, now)
     owner = runlock.holder(paths.lock)
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
     if controller_of(paths, facts.submitted) is not None:
         return "running", "starting on this machine"
-    return _afterwards(facts.last_word) if facts.last_word else ("not started", "never submitted")
-
-
-def _afterwards(event: Mapping[str, Any]) -> tuple[str, str]:
-    """How things stand once the job is gone, from the last event that says something about it."""
-    name = event["event"]
-    if name == "finished":
-        return "finished", f"{event.get('test_accuracy', float('nan')):.2f}%"
-    if name in ("failed", "hang"):
-        return "failed", str(event.get("error", ""))
-    if name == "cancelled":
-        return "cancelled", f"by {event.get('by', '?')}"
-    if name == "left":
-        return ("cancelled" if event.get("reason") == "ended" else "stopped"), str(event.get("explanation", ""))
-    return "stopped", f"{_SUBMIT_AGAIN[name]}; submit again to go on"
-
-
-_SUBMIT_AGAIN = {
-    "submitted": "its job is gone from the queue",
-    "started": "it ended without a word (killed?)",
-    "resumed": "it ended without a word (killed?)",
-    "checkpoint": "it ended without a word (killed?)",
-    "requeued": "its requeued job is gone from the queue",
-    "holding": "Slurm ended the job",
-}
+    final = facts.last_word.get("event") in ("finished", "cancelled")  # others may be followed by a requeue
+    if not slurm_answers and facts.submitted.get("scheduler") == "slurm" and not final:
+        return UNKNOWN, "Slurm does not answer"
+    return afterwards(facts.last_word) if facts.last_word else ("not started", "never submitted")

@@ -153,12 +153,19 @@ class QueuedJob:
     name: str  # the run's
     state: str
     reason: str
-    start: str  # expected or actual, as squeue prints it
+    start: str  # expected or actual, as squeue prints it; of a job that waits for its begin time, that time
     nodes: str
+    partition: str  # or several, with commas
+    dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
     directory: str  # the folder it works in: the run's code snapshot
 
 
-def queue(root: Path) -> dict[str, QueuedJob]:
+_QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
+# Jobs with such a reason do not compete for nodes.
+_NOT_COMPETING = ("BeginTime", "Dependency", "JobHeld")
+
+
+def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
     """This user's jobs of runs under `root`, by the run's name, from one call; empty where there is no Slurm.
 
     Raises:
@@ -169,7 +176,8 @@ def queue(root: Path) -> dict[str, QueuedJob]:
     try:
         # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1). With --array each
         # waiting task of an array has a line of its own, too.
-        text = command(["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format=%i|%j|%T|%r|%S|%N|%Z"])
+        arguments = ["--noheader", "--array", "--user", str(os.getuid()), f"--format={_QUEUE_FORMAT}"]
+        text = command(["squeue", *arguments], timeout_seconds)
     except SchedulerError as error:
         if _unconfigured(error):
             return {}
@@ -177,7 +185,8 @@ def queue(root: Path) -> dict[str, QueuedJob]:
     lines = text.splitlines()
     points: dict[str, list[str]] = {}
     jobs: dict[str, QueuedJob] = {}
-    for job in (QueuedJob(*line.split("|", 6)) for line in lines if line.count("|") >= 6):
+    bars = _QUEUE_FORMAT.count("|")
+    for job in (QueuedJob(*line.split("|", bars)) for line in lines if line.count("|") >= bars):
         if job.directory not in points:
             points[job.directory] = _points(root, job.directory)
         index = job.job_id.partition("_")[2]
@@ -187,6 +196,31 @@ def queue(root: Path) -> dict[str, QueuedJob]:
             continue
         jobs[job.name] = job
     return jobs
+
+
+def jobs_ahead(job: QueuedJob) -> int | None:
+    """How many waiting jobs of its partition, anybody's, go before a waiting one, from one call of squeue.
+
+    Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
+    wait for something else than nodes. Backfilling may let a job overtake others.
+
+    Returns:
+        None where it cannot be told: the job does not wait any more, or the site hides others' jobs from squeue.
+
+    Raises:
+        SchedulerError: where Slurm does not answer.
+    """
+    arguments = ["--noheader", "--array", "--states=PENDING", f"--partition={job.partition}", "--format=%i|%Q|%r"]
+    waiting = [line.split("|", 2) for line in command(["squeue", *arguments]).splitlines() if line.count("|") >= 2]
+    order = {job_id: (-int(priority), _numbers(job_id)) for job_id, priority, _ in waiting if priority.isdigit()}
+    if job.job_id not in order:
+        return None
+    competing = [i for i, _, reason in waiting if i in order and not reason.startswith(_NOT_COMPETING)]
+    return sum(order[other] < order[job.job_id] for other in competing)
+
+
+def _numbers(job_id: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall("[0-9]+", job_id))
 
 
 def _points(root: Path, directory: str) -> list[str]:

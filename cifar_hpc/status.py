@@ -3,115 +3,114 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 import time
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cifar_hpc import slurm
+from cifar_hpc.errors import SchedulerError
 from cifar_hpc.facts_cache import FactsCache
-from cifar_hpc.paths import all_runs, find_run, project_root
+from cifar_hpc.log_colour import paint, wanted
+from cifar_hpc.paths import all_runs, find_runs, project_root
 from cifar_hpc.printable import printable
 from cifar_hpc.run_state import RunState, read_state
+from cifar_hpc.slurm import QueuedJob
+from cifar_hpc.status_table import Line, by_interest, lines, summary
 
-WATCH_SECONDS = 3.0
-COLUMNS = ("RUN", "STATE", "EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RESTARTS", "RANKS", "LOG AGE", "JOB", "DETAIL")
+# The queue is asked less often than files are read: many watchers must not load the controller.
+QUEUE_SECONDS, QUEUE_TIMEOUT_SECONDS = 10.0, 10.0
+SILENT_SECONDS = 30.0  # until the next try where Slurm did not answer, for which squeue itself takes ten
 
 
-def status(runs: list[str], *, watch: bool, as_json: bool) -> int:
-    """Print the state of `runs`, or of all."""
+def status(runs: Sequence[str], *, watch: bool, as_json: bool) -> int:
+    """Print the state of `runs`, names or patterns, or of all.
+
+    Returns:
+        the exit status: 0, or 3 where Slurm does not answer, and only the files tell.
+    """
+    reader = Reader(project_root(), runs)
     if watch and not as_json:
-        return _watch(runs)
-    states = _read(runs)
+        from cifar_hpc.watch import watch as watch_runs
+
+        return watch_runs(reader)
+    states = reader.read()
     if as_json:
         print(json.dumps([s.plain() for s in states], indent=1))
     elif not states:
-        print(f"no runs under {project_root() / 'logs'} yet. HINT: python submit.py --help")
+        print(f"no runs under {reader.root / 'logs'} yet. HINT: python submit.py --help")
+    elif sys.stdout.isatty():
+        show_on_terminal(states)
     else:
-        _print_plain([_cells(s) for s in states])
+        show_plain(states)
+    if reader.trouble:
+        print(f"error: {printable(reader.trouble)}", file=sys.stderr)
+        return SchedulerError.exit_code
     return 0
 
 
-def _read(runs: list[str]) -> list[RunState]:
-    root = project_root()
-    if runs:
-        named = [find_run(root, name) for name in runs]
-        jobs = slurm.queue(root)
-        return [read_state(paths, jobs) for paths in named]
-    cache = FactsCache(root)
-    jobs = slurm.queue(root)
-    states = [read_state(paths, jobs, cache.facts) for paths in all_runs(root)]
-    cache.save()
-    return states
+class Reader:
+    """The states of runs, one look after another.
+
+    trouble: Slurm's words where it does not answer; the jobs are then the last that it told of, if it ever has.
+    asked_at: when it last answered, in seconds since the epoch.
+    """
+
+    def __init__(self, root: Path, runs: Sequence[str]) -> None:
+        self.root, self.runs = root, runs
+        self.trouble = ""
+        self.asked_at: float | None = None
+        self._jobs: Mapping[str, QueuedJob] | None = None
+        self._ask_next = 0.0
+        self._cache: FactsCache | None = None
+
+    def read(self) -> list[RunState]:
+        """The states by the runs' names.
+
+        Raises:
+            SpecError: for a pattern that no run matches.
+        """
+        found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
+        if self._cache is None and not self.runs:
+            self._cache = FactsCache(self.root)
+        self._ask()
+        if self._cache is None:
+            return [read_state(paths, self._jobs) for paths in found]
+        states = [read_state(paths, self._jobs, self._cache.facts) for paths in found]
+        self._cache.save()
+        return states
+
+    def _ask(self) -> None:
+        if time.monotonic() < self._ask_next:
+            return
+        try:
+            self._jobs = slurm.queue(self.root, QUEUE_TIMEOUT_SECONDS)
+            self.trouble, self.asked_at = "", time.time()
+        except SchedulerError as error:
+            self.trouble = str(error)
+        self._ask_next = time.monotonic() + (SILENT_SECONDS if self.trouble else QUEUE_SECONDS)
 
 
-def _cells(state: RunState) -> tuple[str, ...]:
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    causes = ",".join(f"{count} {cause}" for cause, count in sorted(state.requeues.items()))
-    cells = (
-        state.run,
-        state.state,
-        f"{state.epoch}/{state.epochs}",
-        percent(state.test_accuracy),
-        percent(state.best_accuracy),
-        "-" if state.images_per_second is None else f"{state.images_per_second:,.0f}",
-        _duration(state.eta_seconds),
-        f"{state.restarts}" + (f" ({causes})" if causes else ""),
-        str(state.world_size or "-"),
-        _duration(state.log_age_seconds),
-        state.job_id or "-",
-        state.detail,
-    )
-    return tuple(" ".join(printable(cell).split()) for cell in cells)  # one line, whatever the files hold
+def show_plain(states: Sequence[RunState]) -> None:
+    """By name, in full, without colours: for a pipe or a file."""
+    for line in lines(states):
+        print(line.text)
 
 
-def _duration(seconds: float | None) -> str:
-    try:
-        return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
-    except (OverflowError, ValueError):  # more than timedelta can hold; NaN
-        return "?"
+def show_on_terminal(states: Sequence[RunState]) -> None:
+    """What calls for a look comes last, next to the prompt."""
+    coloured, width = wanted(sys.stdout), shutil.get_terminal_size().columns
+    for line in lines(by_interest(states, last=True), width):
+        print(painted(line) if coloured else line.text)
+    print(textwrap.fill(summary(states), width))
 
 
-def _print_plain(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS) - 1)]
-    for row in [COLUMNS, *rows]:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
-
-
-def _watch(runs: list[str]) -> int:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    def table() -> Table:
-        result = Table(*(c for c in COLUMNS if c not in ("JOB", "RANKS")), box=None, padding=(0, 1), expand=False)
-        for state in _read(runs):
-            cells = dict(zip(COLUMNS, _cells(state), strict=True))
-            shown = (Text(v) for k, v in cells.items() if k not in ("JOB", "RANKS"))  # not str, which may hold markup
-            result.add_row(*shown, style=_STYLES.get(state.state))
-        return result
-
-    if not sys.stdout.isatty():
-        while True:  # plain blocks for a pipe or a file
-            _print_plain([_cells(s) for s in _read(runs)])
-            print(flush=True)
-            time.sleep(WATCH_SECONDS)
-    with Live(table(), console=Console(), auto_refresh=False, screen=False) as live:
-        while True:
-            time.sleep(WATCH_SECONDS)
-            live.update(table(), refresh=True)
-
-
-_STYLES = {
-    "running": "green",
-    "failed": "red",
-    "hung": "bold red",
-    "finished": "dim",
-    "queued": "yellow",
-    "requeued": "yellow",
-    "cancelled": "dim",
-    "stopped": "magenta",
-    "unreadable": "red",
-}
+def painted(line: Line) -> str:
+    """A line with the colour of its state; all of it, where nothing of it calls for a look."""
+    if line.style == "dim":
+        return paint(line.text, "dim")
+    if not line.style:
+        return paint(line.text, "bold")
+    return line.before + paint(line.state, line.style) + line.after

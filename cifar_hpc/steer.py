@@ -12,7 +12,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths, find_run, project_root
 from cifar_hpc.printable import printable
-from cifar_hpc.runlog import append_event
+from cifar_hpc.runlog import TrainLog, append_event
 
 
 def requeue(run: str) -> int:
@@ -49,6 +49,7 @@ def cancel(run: str) -> int:
         print(f"run {run} saves a checkpoint and stops; submit again to go on")
     else:
         raise SpecError(f"{run}: has no job in the queue and no process here; there is nothing to cancel.")
+    TrainLog(paths.train_log, enabled=True).line(f"CANCELLED by {getpass.getuser()}; submit again to go on")
     append_event(
         paths.events,
         "cancelled",

@@ -18,7 +18,7 @@ from cifar_hpc.freeze import freeze
 from cifar_hpc.jsonfile import read_regular, remove_leftovers, write_atomic
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.runlock import RunLock
-from cifar_hpc.runlog import append_event, parse_jsonl
+from cifar_hpc.runlog import TrainLog, append_event, parse_jsonl
 from cifar_hpc.sites import Site
 from cifar_hpc.snapshot import take_snapshot
 from cifar_hpc.spec import Spec
@@ -84,7 +84,7 @@ def send(paths: RunPaths, resolved: Callable[[], Spec], site: Site, on_slurm: bo
 
 
 def record(paths: RunPaths, job_id: str, scheduler: str, code: str, **details: Any) -> None:
-    """Write the event `submitted`."""
+    """Write the event `submitted`, and a line for whoever watches train.log while nothing runs yet."""
     append_event(
         paths.events,
         "submitted",
@@ -96,6 +96,8 @@ def record(paths: RunPaths, job_id: str, scheduler: str, code: str, **details: A
         command=shlex.join(sys.argv),
         **details,
     )
+    where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
+    TrainLog(paths.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")
 
 
 def python() -> str:

@@ -36,11 +36,25 @@ RESOURCE_FLAGS = (
     ("--comment", "comment", "S", "comment; some sites read wishes from it, such as preemption=yes;requeue=true"),
 )
 
+DESCRIPTION = """\
+Submit a preemptible, resumable training run to Slurm, or start it on this
+machine. Prints the job id, the run's name and folders, and the commands that
+watch and cancel it.
+
+JOB.yaml says what to train, the site profile where it runs; --set and the
+flags below come last. The run's name is made from what differs from the
+defaults, so the same submission continues the same run, which has one job at a
+time. The code is copied: editing it does not change a queued job.
+"""
+
 EPILOG = """examples:
   python submit.py --partition gpu                          train jobs/improved_resnet.yaml
   python submit.py --partition gpu --nodes 1-2 --gpus-per-node 4 --time 1-00 --follow
   python submit.py jobs/demo.yaml --cluster local           train on this machine
   python submit.py --set train.seed=1 optimizer.lr=0.1 --dry-run
+  python submit.py --partition gpu --test-only              when would it start?
+  python submit.py --profile nyu-torch --account mine       as slurm/clusters/nyu-torch.yaml says
+  python submit.py --partition gpu --sbatch mail-type=END mail-user=me@example.org
   python submit.py jobs/sweeps/dropout.yaml --set sweep.parallel=4      all its runs, as one job array
 Submitting the same again continues the run from its last checkpoint; of a sweep, the runs that have not finished.
 
@@ -53,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The arguments of submit.py."""
     parser = argparse.ArgumentParser(
         prog="submit.py",
-        description="Submit a preemptible, resumable training run to Slurm, or start it on this machine.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -170,13 +184,15 @@ def _submit_run(arguments: argparse.Namespace, job: Path, asked: Spec, site: Sit
             f"HINT: more epochs with --set train.epochs=N --name {name}, or another --name.",
         )
         return 0
+    begin = paths.train_log.stat().st_size if paths.train_log.is_file() else 0
     answer = submission.send(paths, resolved, site, slurm)
     submission.print_answer(answer, arguments.json, "\n".join(f"{key:12} {value}" for key, value in answer.items()))
     if not arguments.follow:
         return 0
     from cifar_hpc.tail import follow
 
-    return follow(paths, hint=f"{answer['tail']}\n{answer['cancel']}")
+    hint = f"{submission.python()} tail {name}\n{answer['status']}\n{answer['cancel']}"
+    return follow(paths, hint, begin)
 
 
 def _resources(arguments: argparse.Namespace) -> dict[str, Any]:

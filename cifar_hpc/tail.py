@@ -1,131 +1,97 @@
-"""python -m cifar_hpc tail, and submit.py --follow: a run's log, from its beginning to the run's end."""
+"""python -m cifar_hpc tail, and submit.py --follow: a run's log, until the run ends."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Protocol
 
-from cifar_hpc import slurm
-from cifar_hpc.errors import SchedulerError
-from cifar_hpc.jsonfile import open_regular
+from cifar_hpc.following import EpochFollower, LogFollower, StateFollower
+from cifar_hpc.log_colour import paint, style_of_line, wanted
+from cifar_hpc.log_lines import kind_of_line
 from cifar_hpc.paths import RunPaths, find_run, project_root
 from cifar_hpc.printable import printable
-from cifar_hpc.run_state import RunState, read_state
-from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.run_state import RunState
 
 POLL_SECONDS = 0.5
-# The queue and the lock are asked less often than the file: thousands of tails must not load the controller.
-STATE_SECONDS = 5.0
+
+
+class View(Protocol):
+    """Where what is new about a run is shown."""
+
+    def line(self, text: str) -> None:
+        """A line of the log."""
+
+    def note(self, text: str) -> None:
+        """What the log does not tell: about the queue, and how the run ended."""
+
+    def state(self, state: RunState, words: str) -> None:
+        """The state, each time it has been looked at."""
+
+
+class Plain:
+    """Lines to standard output, notes to standard error; in colours on a terminal."""
+
+    def __init__(self) -> None:
+        self._colours, self._note_colours = wanted(sys.stdout), wanted(sys.stderr)
+
+    def line(self, text: str) -> None:
+        """As it is, or in the colour of its kind."""
+        print(paint(text, style_of_line(kind_of_line(text))) if self._colours else text, flush=True)
+
+    def note(self, text: str) -> None:
+        """In brackets, as it is no line of the log."""
+        note = f"[{text}]"
+        print(paint(note, style_of_line("note")) if self._note_colours else note, file=sys.stderr, flush=True)
+
+    def state(self, state: RunState, words: str) -> None:
+        """There is no place for it but the notes."""
 
 
 def tail(run: str, *, epochs_only: bool) -> int:
-    """Follow a run; exit status 0 if it finished, 1 if it ended in any other way."""
-    return _follow(find_run(project_root(), run), epochs_only=epochs_only)
+    """Follow a run from its beginning; exit status 0 if it finished, 1 if it ended in any other way."""
+    paths = find_run(project_root(), run)
+    return _until_the_end(paths, EpochFollower(paths.metrics) if epochs_only else LogFollower(paths.train_log), Plain())
 
 
-def follow(paths: RunPaths, hint: str) -> int:
-    """Follow a run that was just submitted; Ctrl-C leaves it running and prints `hint`."""
+def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
+    """Follow a run that was just submitted; Ctrl-C leaves it running and prints `hint`.
+
+    Args:
+        begin: the size that train.log had before: what was in it then is not shown.
+    """
+    log = LogFollower(paths.train_log, begin)
     try:
-        return _follow(paths, epochs_only=False)
+        if not sys.stdout.isatty():
+            return _until_the_end(paths, log, Plain())
+        from cifar_hpc.follow_screen import FollowScreen
+
+        with FollowScreen() as screen:
+            return _until_the_end(paths, log, screen)
     except KeyboardInterrupt:
         print(f"\nthe run goes on without you; to come back or to cancel it:\n{hint}", flush=True)
         return 0
 
 
-class _Follower:
-    """Prints what is added to a file; starts over at its beginning when it was replaced or cut."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: TextIO | None = None
-
-    def poll(self) -> bool:
-        """Print what is new; whether there was anything."""
-        if self._file is None:
-            if not self.path.exists():
-                return False
-            self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
-        text = self._file.read()
-        if text:
-            print(printable(text), end="", flush=True)
-            return True
-        try:
-            status, mine = self.path.stat(), self._file.tell()
-            replaced = status.st_ino != os.fstat(self._file.fileno()).st_ino or status.st_size < mine
-        except OSError:
-            replaced = True
-        if replaced:
-            self.close()
-        return False
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-class _EpochFollower:
-    """Prints a line for each new row of metrics.jsonl; a row that was cut off and computed again is not repeated."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._epoch = 0
-
-    def poll(self) -> bool:
-        """Print what is new; whether there was anything."""
-        found = False
-        for row in read_jsonl(self.path):
-            line = _epoch_line(row)
-            if line is not None and row["epoch"] > self._epoch:
-                print(line, flush=True)
-                self._epoch, found = row["epoch"], True
-        return found
-
-    def close(self) -> None:
-        """Nothing is open between two looks."""
-
-
-def _epoch_line(row: Mapping[str, Any]) -> str | None:
-    """A row of metrics.jsonl for people, or None where it is no such row."""
-    try:
-        return (
-            f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
-            f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
-            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s"
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _follow(paths: RunPaths, *, epochs_only: bool) -> int:
-    with contextlib.closing(_EpochFollower(paths.metrics) if epochs_only else _Follower(paths.train_log)) as follower:
-        return _follow_until_the_end(paths, follower)
-
-
-def _follow_until_the_end(paths: RunPaths, follower: _Follower | _EpochFollower) -> int:
-    asked, said = 0.0, ""
-    while True:
-        # The state is read before the log, so that what was logged up to the end is still printed.
-        state: RunState | None = None
-        if time.monotonic() - asked >= STATE_SECONDS:
-            asked = time.monotonic()
-            with contextlib.suppress(SchedulerError):  # a controller that is busy or restarting says nothing new
-                state = read_state(paths, slurm.queue(paths.root))
-        if follower.poll():
-            continue
-        if state is not None:
-            waiting = f"{state.state}: {state.detail}" if state.state in ("queued", "requeued", "hung") else ""
-            if waiting and waiting != said:
-                print(f"[{printable(waiting)}]", file=sys.stderr, flush=True)
-            said = waiting
-            if state.ended:
+def _until_the_end(paths: RunPaths, log: LogFollower | EpochFollower, view: View) -> int:
+    states = StateFollower(paths)
+    with contextlib.closing(log):
+        while True:
+            # The state is read before the log, so that what was logged up to the end is still shown.
+            state = states.poll()
+            lines = log.poll()
+            for line in lines:
+                view.line(line)
+            if state is not None:
+                view.state(state, states.words())
+                if news := states.news():
+                    view.note(news)
+            if state is not None and state.ended and not lines:
+                for line in log.rest():
+                    view.line(line)
                 if state.state != "finished":
-                    print(f"[{state.state}: {printable(state.detail)}]", file=sys.stderr, flush=True)
+                    view.note(f"{state.state}: {printable(state.detail)}")
                 return 0 if state.state == "finished" else 1
-        time.sleep(POLL_SECONDS)
+            if not lines:
+                time.sleep(POLL_SECONDS)

@@ -23,7 +23,7 @@ from cifar_hpc.runlog import read_jsonl
 SBATCH = """#!/bin/sh
 # One line of squeue a job, as cifar_hpc.slurm.queue asks for it.
 id=$(($(cat "$QUEUE" "$QUEUE.ended" 2>/dev/null | wc -l) + 1))
-echo "$id|run|PENDING|Priority|N/A||$PWD" >> "$QUEUE"
+echo "$id|run|PENDING|Priority|N/A||gpu|(null)|$PWD" >> "$QUEUE"
 echo "Submitted batch job $id"
 """
 SQUEUE = """#!/bin/sh

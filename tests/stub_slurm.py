@@ -11,9 +11,9 @@ id=$(wc -l < "$QUEUE.calls")
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$1")
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
 if [ -n "$last" ]; then
-    for index in $(seq 0 "$last"); do echo "${id}_$index|$name|PENDING|Priority|N/A||$PWD"; done >> "$QUEUE"
+    for index in $(seq 0 "$last"); do echo "${id}_$index|$name|PENDING|Priority|N/A||gpu|(null)|$PWD"; done >> "$QUEUE"
 else
-    echo "$id|$name|PENDING|Priority|N/A||$PWD" >> "$QUEUE"
+    echo "$id|$name|PENDING|Priority|N/A||gpu|(null)|$PWD" >> "$QUEUE"
 fi
 echo "Submitted batch job $id"
 """

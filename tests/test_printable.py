@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_hpc import __main__, tail
+from cifar_hpc import __main__, tail, watch
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.printable import SHOWN_CHARACTERS, control_character, printable, shown
 from cifar_hpc.status import status
@@ -125,10 +125,10 @@ def test_watching_takes_no_text_for_markup(
 ) -> None:
     failed(paths)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("cifar_hpc.status.time.sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(watch.Screen, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(KeyboardInterrupt):
-        status([], watch=True, as_json=False)
+    assert status([], watch=True, as_json=False) == 0
     out = capsys.readouterr().out
     assert "[/red]" in out and "\x07" not in out and "\x1b]0;" not in out
 
@@ -136,7 +136,6 @@ def test_watching_takes_no_text_for_markup(
 def test_tail_prints_no_control_characters(
     paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
     failed(paths)
     paths.train_log.write_bytes(f"one\ttwo {ESCAPE}\n".encode() + b"\xff\n")
     assert tail.tail("run", epochs_only=False) == 1
@@ -159,8 +158,7 @@ def test_tail_ends_where_a_run_is_unreadable(
 def test_tail_of_epochs_leaves_out_what_is_no_row(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     failed(paths)
     write_lines(paths.metrics, ROW, ROW | {"lr": ESCAPE}, {"epoch": 2}, [1], ROW | {"epoch": "3"}, ROW | {"epoch": 4})
-    follower = tail._EpochFollower(paths.metrics)
-    assert follower.poll() and not follower.poll()
+    assert tail.tail("run", epochs_only=True) == 1
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["epoch", "1"], ["epoch", "4"]]
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cifar_hpc import run_facts
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.restarts import restarts_of
 from cifar_hpc.run_facts import TELLING, read_facts
 from cifar_hpc.runlog import append_event, metrics_text, read_jsonl
 
@@ -39,15 +40,23 @@ def facts_of_all_rows(paths: RunPaths) -> dict[str, Any]:
     if cancelled and word["event"] != "finished":
         word = cancelled[0]
     last = rows[-1] if rows else {}
+    restarts = restarts_of(events)
     return {
         "last_word": {k: word[k] for k in run_facts._USED_OF_LAST_WORD if k in word},
         "submitted": {k: submitted[-1][k] for k in ("scheduler", "job_id") if k in submitted[-1]} if submitted else {},
         "starts": len(starts),
         "requeues": {reason: requeues.count(reason) for reason in requeues},
+        "causes": restarts.causes,
+        "lost_seconds": restarts.lost_seconds,
+        "up_seconds": restarts.up_seconds,
         "world_size": starts[-1].get("world_size") if starts else None,
         "job_id": next((e["job_id"] for e in reversed(events) if e.get("job_id")), None),
         "last_row": {k: last[k] for k in ("epoch", "test_accuracy", "images_per_second") if k in last},
-        "epoch_seconds": [r["epoch_seconds"] for r in rows[-5:] if "epoch_seconds" in r],
+        "epoch_seconds": [
+            r["epoch_seconds"]
+            for r in rows[-5:]
+            if "epoch_seconds" in r and r.get("world_size") == last.get("world_size")
+        ],
         "best_accuracy": max((r["test_accuracy"] for r in rows if "test_accuracy" in r), default=None),
     }
 
@@ -63,12 +72,18 @@ def outcome(work: Any) -> Any:
 values = st.one_of(st.none(), st.integers(-5, 5), st.floats(), st.text(max_size=3), st.just([1]))
 accuracies = st.one_of(st.floats(0, 100), st.sampled_from([100.0, 0.0, 1e-7, 95, math.nan]), values)
 event_rows = st.fixed_dictionaries(
-    {"time": st.just("2026-01-01T00:00:00.000Z"), "event": st.sampled_from(KINDS)},
+    {"time": st.integers(0, 59).map("2026-01-01T00:00:{:02d}.000Z".format), "event": st.sampled_from(KINDS)},
     optional={"job_id": st.sampled_from(["7", "8", None, "", 9]), "world_size": values, "reason": values, "by": values},
 )
 metrics_rows = st.fixed_dictionaries(
     {"epoch": st.integers(0, 9)},
-    optional={"test_accuracy": accuracies, "lr": st.just(0.1), "epoch_seconds": values, "images_per_second": values},
+    optional={
+        "world_size": st.sampled_from([1, 1, 2, None]),
+        "test_accuracy": accuracies,
+        "lr": st.just(0.1),
+        "epoch_seconds": values,
+        "images_per_second": values,
+    },
 )
 
 

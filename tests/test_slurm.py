@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -55,16 +56,49 @@ def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_queue(fake: Path) -> None:
     lines = [
-        f"7|a-1|PENDING|Priority|N/A||{fake}/logs/a-1/code/1f",
-        f"8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]|{fake}/logs/b/code/2e",
-        "9|c|RUNNING|None|N/A|n1|/another/clone/logs/c/code/2e",
+        f"7|a-1|PENDING|Priority|N/A||gpu|(null)|{fake}/logs/a-1/code/1f",
+        f"8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]|gpu|(null)|{fake}/logs/b/code/2e",
+        "9|c|RUNNING|None|N/A|n1|gpu|(null)|/another/clone/logs/c/code/2e",
     ]
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
     jobs = slurm.queue(fake)
     assert list(jobs) == ["a-1", "b"]
     first = jobs["a-1"]
     assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
-    assert jobs["b"].nodes == "n[1-2]"
+    assert (jobs["b"].nodes, jobs["b"].partition, jobs["b"].dependency) == ("n[1-2]", "gpu", "(null)")
+
+
+WAITING = slurm.QueuedJob("9", "a", "PENDING", "Priority", "N/A", "", "gpu,long", "(null)", "/a")
+QUEUE = (
+    "12|900|Priority",  # came later, and goes first
+    "8|500|Resources",
+    "9|500|Priority",
+    "10|500|Priority",
+    "7_1|500|JobArrayTaskLimit",
+    "7_2|500|JobArrayTaskLimit",
+    "5|900|Dependency",
+    "6|0|JobHeldUser",
+    "4|900|BeginTime",
+    "3|400|Priority",
+    "no line of ours",
+)
+
+
+def test_jobs_ahead(fake: Path) -> None:
+    lines = "\n".join(f"echo '{line}'" for line in QUEUE)
+    program(fake, "squeue", f"echo \"$@\" >> '{fake}/asked'\n{lines}")
+    assert slurm.jobs_ahead(WAITING) == 4  # 12, 8 and both tasks
+    (call,) = asked(fake)
+    assert "--states=PENDING --partition=gpu,long" in call
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12")) == 0
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="7_2")) == 2
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="11")) is None
+
+
+def test_a_slow_squeue_is_given_up(fake: Path) -> None:
+    program(fake, "squeue", "exec sleep 60")
+    with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
+        slurm.queue(fake, timeout_seconds=0.2)
 
 
 def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
 
 from benchmarks.many_runs import KINDS, make_runs
 from cifar_hpc import facts_cache, run_state, status
+from cifar_hpc.errors import SpecError
 from cifar_hpc.freeze import freeze, read_frozen
-from cifar_hpc.paths import RunPaths
+from cifar_hpc.paths import RunPaths, all_runs
 from cifar_hpc.spec import Spec
 from cifar_hpc.spec_io import from_plain
+from cifar_hpc.status_table import INTEREST
 
 PROJECT = Path(__file__).resolve().parents[1]
 RUNS = 2 * len(KINDS)
@@ -65,6 +69,107 @@ def test_some_runs_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert status.status([one["run"]], watch=False, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)[0]["state"] == one["state"]
     assert (root / "bin" / "asked").read_text() == 2 * "asked\n"
+
+
+def test_patterns(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [row["run"] for row in rows(capsys)]
+    assert status.status([names[0], "improved_*"], watch=False, as_json=True) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == names
+    with pytest.raises(SpecError, match="no such run"):
+        status.status(["x*"], watch=False, as_json=True)
+
+
+NUMBER, COUNTS = (int, float), dict
+SCHEMA: dict[str, tuple[type, ...]] = {
+    "run": (str,),
+    "state": (str,),
+    "detail": (str,),
+    "epoch": (int,),
+    "epochs": (int,),
+    "test_accuracy": (*NUMBER, NoneType),
+    "best_accuracy": (*NUMBER, NoneType),
+    "images_per_second": (*NUMBER, NoneType),
+    "eta_seconds": (*NUMBER, NoneType),
+    "restarts": (int,),
+    "requeues": (COUNTS,),
+    "world_size": (int, NoneType),
+    "job_id": (str, NoneType),
+    "log_age_seconds": (*NUMBER, NoneType),
+    "reason": (str, NoneType),
+    "start_time": (str, NoneType),
+    "epoch_progress": (*NUMBER, NoneType),
+    "restart_causes": (COUNTS,),
+    "lost_seconds": NUMBER,
+}
+
+
+def test_the_schema_of_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = all_runs(root)[0]
+    damaged.metrics.write_text('{"epoch": "x"}\n')
+    assert status.status([], watch=False, as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == RUNS and {row["state"] for row in found} > {"unreadable", "running", "queued", "finished"}
+    for row in found:
+        assert list(row) == list(SCHEMA)
+        for key, kinds in SCHEMA.items():
+            assert isinstance(row[key], kinds) and not isinstance(row[key], bool), (key, row[key])
+        for counts in (row["requeues"], row["restart_causes"]):
+            assert all(isinstance(k, str) and type(v) is int for k, v in counts.items())
+        assert row["state"] in INTEREST
+        assert row["start_time"] is None or re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["start_time"])
+    queued = [row for row in found if row["state"] in ("queued", "requeued")]
+    assert queued and all(row["reason"] for row in queued)
+    documented = str(run_state.RunState.plain.__doc__)
+    assert all(re.search(rf"\b{key}\b", documented) for key in SCHEMA)
+    assert all(re.search(rf"\b{state}\b", documented) for state in INTEREST)
+
+
+def test_a_silent_slurm_leaves_what_files_tell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "bin" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    assert status.status([], watch=False, as_json=True) == 3
+    captured = capsys.readouterr()
+    assert {row["state"] for row in json.loads(captured.out)} == {"finished", "cancelled", "not started", "unknown"}
+    assert "Unable to contact" in captured.err
+
+
+def test_the_last_known_jobs_stay_while_slurm_is_silent(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "QUEUE_SECONDS", 0.0)
+    reader = status.Reader(root, [])
+    before = [run.state for run in reader.read()]
+    assert reader.trouble == "" and reader.asked_at is not None
+    answering = (root / "bin" / "squeue").read_text()
+    (root / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert [run.state for run in reader.read()] == before
+    assert "squeue" in reader.trouble
+    (root / "bin" / "squeue").write_text(answering)
+    reader.read()
+    assert reader.trouble != ""  # it is not asked at once again
+    monkeypatch.setattr(reader, "_ask_next", 0.0)
+    reader.read()
+    assert reader.trouble == ""
+
+
+def test_a_pipe_gets_everything_by_name_and_a_terminal_what_fits_by_interest(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status.status([], watch=False, as_json=False) == 0
+    plain = capsys.readouterr().out
+    names = [line.split()[0] for line in plain.splitlines()[1:]]
+    assert names == sorted(names) and len(names) == RUNS and "\x1b" not in plain and "runs:" not in plain
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert status.status([], watch=False, as_json=False) == 0
+    coloured = capsys.readouterr().out
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert coloured != bare and max(map(len, bare.splitlines())) <= 80
+    assert bare.splitlines()[RUNS].split()[1] == "running"  # next to the prompt
+    assert bare.splitlines()[RUNS + 1].startswith(f"{RUNS} runs: 2 running, 4 failed, ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert status.status([], watch=False, as_json=False) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

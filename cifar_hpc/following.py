@@ -1,0 +1,181 @@
+"""What is new about a run since the last look: lines of its log, rows of its epochs, and its state in the queue."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from cifar_hpc import slurm
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.jsonfile import open_regular
+from cifar_hpc.paths import RunPaths
+from cifar_hpc.printable import printable
+from cifar_hpc.run_state import RunState, read_state
+from cifar_hpc.runlog import read_jsonl
+
+# The queue and the lock are asked less often than the file, and the others' jobs still less often: thousands of
+# followers must not load the controller.
+STATE_SECONDS, AHEAD_SECONDS, TIMEOUT_SECONDS = 5.0, 30.0, 10.0
+# What is said of a waiting run is said again so often where it has changed, such as the expected start.
+SAY_AGAIN_SECONDS = 600.0
+_SAID = ("queued", "requeued", "hung", "suspended", "unknown")  # what the log itself does not tell
+
+
+class LogFollower:
+    """The whole lines that are added to a file; from its beginning again when it was replaced or cut.
+
+    begin: where to begin; a file that is shorter by now is read from its beginning.
+    """
+
+    def __init__(self, path: Path, begin: int = 0) -> None:
+        self.path, self._begin = path, begin
+        self._file: TextIO | None = None
+        self._part = ""  # of a line whose end has not been written yet
+
+    def poll(self) -> list[str]:
+        """The new lines, in printable characters.
+
+        Raises:
+            OSError: it is no regular file, or cannot be read.
+        """
+        if self._file is None and not self._open():
+            return []
+        assert self._file is not None
+        text = self._file.read()
+        if text:
+            *whole, self._part = (self._part + text).split("\n")
+            return [printable(line) for line in whole]
+        if not self._replaced():
+            return []
+        rest = self.rest()
+        self.close()
+        return [*rest, f"[{self.path.name} was replaced or cut; from its beginning:]"]
+
+    def rest(self) -> list[str]:
+        """The last line, where its end was never written."""
+        part, self._part = self._part, ""
+        return [printable(part)] if part else []
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> bool:
+        try:
+            self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return False
+        if os.fstat(self._file.fileno()).st_size >= self._begin:
+            self._file.seek(self._begin)
+        self._begin = 0
+        return True
+
+    def _replaced(self) -> bool:
+        assert self._file is not None
+        mine = os.fstat(self._file.fileno())
+        try:
+            status = self.path.stat()
+        except OSError:  # moved away; what comes in its place is read when it is there
+            return True
+        return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < self._file.tell()
+
+
+class EpochFollower:
+    """A line for each new row of metrics.jsonl; a row that was cut off and computed again is not repeated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._epoch = 0
+
+    def poll(self) -> list[str]:
+        """The new lines."""
+        found = []
+        for row in read_jsonl(self.path):
+            line = _epoch_line(row)
+            if line is not None and row["epoch"] > self._epoch:
+                self._epoch = row["epoch"]
+                found.append(line)
+        return found
+
+    def rest(self) -> list[str]:
+        """Rows are whole."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is open between two looks."""
+
+
+def _epoch_line(row: Mapping[str, Any]) -> str | None:
+    """A row of metrics.jsonl for people, or None where it is no such row."""
+    try:
+        return (
+            f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
+            f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
+            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s"
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class StateFollower:
+    """The state of a run, asked for now and then.
+
+    state: the last known; None before the first look.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.paths = paths
+        self.state: RunState | None = None
+        self._ask_next = self._ahead_next = 0.0
+        self._ahead: int | None = None
+        self._said, self._said_kind, self._said_at = "", ("", ""), 0.0
+
+    def poll(self) -> RunState | None:
+        """The state, where it was time for another look."""
+        if time.monotonic() < self._ask_next:
+            return None
+        try:
+            jobs = slurm.queue(self.paths.root, TIMEOUT_SECONDS)
+        except SchedulerError:  # busy or restarting
+            jobs = None
+        self.state = read_state(self.paths, jobs)
+        self._count_ahead(jobs or {})
+        self._ask_next = time.monotonic() + STATE_SECONDS
+        return self.state
+
+    def words(self) -> str:
+        """`queued: Priority: other jobs go first, 3 jobs ahead of it in gpu`; printable."""
+        if self.state is None:
+            return ""
+        ahead = "" if self._ahead is None else f", {self._ahead} job{'s' * (self._ahead != 1)} ahead of it"
+        return printable(f"{self.state.state}: {self.state.detail}{ahead}")
+
+    def news(self) -> str:
+        """The same, where the log does not tell it and it has not been said yet; else an empty string."""
+        state, words, now = self.state, self.words(), time.monotonic()
+        if state is None or state.state not in _SAID:
+            self._said_kind = ("", "")
+            return ""
+        kind = (state.state, state.reason or state.detail if state.state != "hung" else "")
+        again = words != self._said and now - self._said_at >= SAY_AGAIN_SECONDS
+        if kind == self._said_kind and not again:
+            return ""
+        self._said, self._said_kind, self._said_at = words, kind, now
+        return words
+
+    def _count_ahead(self, jobs: Mapping[str, slurm.QueuedJob]) -> None:
+        job = jobs.get(self.paths.name)
+        if job is None or self.state is None or self.state.reason not in ("Priority", "Resources"):
+            self._ahead = None
+            return
+        if time.monotonic() >= self._ahead_next or self._ahead is None:
+            try:
+                self._ahead = slurm.jobs_ahead(job)
+            except SchedulerError:
+                self._ahead = None
+            self._ahead_next = time.monotonic() + AHEAD_SECONDS

@@ -1,0 +1,139 @@
+"""The pages say what the code does: every key, field, event and file that they name, and none is left out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Runs
+from spec_page import PAGE, page
+
+from cifar_hpc.__main__ import main
+from cifar_hpc.checkpoint_index import _KINDS
+from cifar_hpc.doctor_report import Finding
+from cifar_hpc.run_state import RunState
+from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.sweep import _PARTS
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMATS = (ROOT / "docs" / "formats.md").read_text()
+FOLDERS = ("", "docs", "benchmarks", "checkpoints", "logs", "slurm/minicluster")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+
+
+def test_spec_page_is_the_specs() -> None:
+    assert PAGE.read_text() == page(), "write it anew: python -m tests.spec_page"
+
+
+def section(title: str) -> str:
+    """A part of formats.md, up to the next title."""
+    return FORMATS.split(f"\n## {title}", 1)[1].split("\n## ", 1)[0]
+
+
+def first_cells(text: str) -> set[str]:
+    """The names in backquotes in the first cell of each row of a table."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for cell in rows for name in re.findall(r"`([a-z_0-9]+)`", cell)}
+
+
+def test_each_field_of_metrics_is_described(trained: Path) -> None:
+    rows = read_jsonl(trained / "metrics.jsonl")
+    assert rows
+    assert first_cells(section("logs/&lt;run&gt;/metrics.jsonl")) == set(rows[0])
+
+
+def test_each_event_is_described() -> None:
+    assert first_cells(section("logs/&lt;run&gt;/events.jsonl")) == set(emitted_events())
+
+
+def emitted_events() -> set[str]:
+    """The names of events that the package writes."""
+    names: set[str] = set()
+    for path in (ROOT / "cifar_hpc").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                position = {"emit": 0, "_emit": 0, "append_event": 1}.get(called)
+                names |= set() if position is None else texts(node.args[position])
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "event":
+                names |= texts(node.value)
+    return names
+
+
+def texts(node: ast.expr) -> set[str]:
+    """The text that an expression stands for, or both of a choice."""
+    if isinstance(node, ast.IfExp):
+        return texts(node.body) | texts(node.orelse)
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def test_each_field_of_events_is_described(trained: Path) -> None:
+    text = section("logs/&lt;run&gt;/events.jsonl")
+    for row in read_jsonl(trained / "events.jsonl"):
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{row['event']}`"))
+        if "as `resumed`" in line:
+            line += next(line for line in text.splitlines() if line.startswith("| `resumed`"))
+        common = set(re.findall(r"`([a-z_]+)`", text.split("|", 1)[0]))
+        assert set(row) - common <= set(re.findall(r"`([a-z_]+)`", line)), row
+
+
+def test_each_field_of_status_is_described() -> None:
+    assert first_cells(section("status --json")) == {field.name for field in dataclasses.fields(RunState)}
+
+
+def test_each_field_of_compare_is_described(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, text = json_of(tiny_run, ["compare", "tiny"], capsys)["rows"][0], section("compare --json")
+    assert first_cells(text) == set(row)
+    assert set(row["members"][0]) <= set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_each_field_of_evaluate_is_described(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, text = json_of(tiny_run, ["evaluate", "tiny"], capsys), section("evaluate --json")
+    assert first_cells(text) == set(found)
+    assert {*found["classes"][0], *found["logged"]} <= set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_each_field_of_doctor_is_described() -> None:
+    words = set(re.findall(r"`([a-z_]+)`", section("doctor --json")))
+    assert words == {field.name for field in dataclasses.fields(Finding)}
+
+
+def json_of(root: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_HPC_ROOT", str(root))
+        assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_each_field_of_the_index_is_described() -> None:
+    assert set(_KINDS) <= first_cells(section("checkpoints/&lt;run&gt;/index.json"))
+
+
+def test_each_part_of_a_sweep_is_described() -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    assert {*_PARTS, "parallel"} <= first_cells(text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), target
+
+
+def test_docs_lists_its_pages() -> None:
+    listed = (ROOT / "docs" / "README.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in listed, path.name
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Runs) -> Path:
+    """The logs of a small run that has finished."""
+    runs.finish("run", 1)
+    return runs.root / "logs" / "run"
