@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.spec_fields import option
+from cifar_hpc.spec_fields import check_bounds, option
 
 IMAGE_SIZE = 32
 """Height and width of a CIFAR-10 image, in pixels."""
@@ -37,23 +37,7 @@ class AugmentConfig:
     trivial: bool = option(False, "TrivialAugmentWide, on the image as it is, before all others")
 
     def __post_init__(self) -> None:
-        # The spec checks ranges while it reads; this repeats it for a config that is built in Python.
-        for field in fields(self):
-            value = getattr(self, field.name)
-            low, above, high = (field.metadata.get(k) for k in ("low", "above", "high"))
-            for number in value if isinstance(value, tuple) else (value,):
-                fits = (
-                    (low is None or number >= low)
-                    and (above is None or number > above)
-                    and (high is None or number <= high)
-                    and number - number == 0
-                )
-                if not fits:
-                    bounds = {"low": low, "above": above, "high": high}
-                    raise SpecError(
-                        f"augment.{field.name}: {value!r} is not allowed; allowed: "
-                        f"{ {k: v for k, v in bounds.items() if v is not None} }."
-                    )
+        check_bounds(self, "augment")  # the spec has done so; this is for a config that is built in Python
         for name in ("erasing_scale", "erasing_ratio"):
             first, last = getattr(self, name)
             if first > last:

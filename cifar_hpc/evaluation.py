@@ -34,7 +34,8 @@ def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
 
     BatchNorm statistics belong to the weights they were measured under. The running ones follow the fast weights, so
     under averaged or slow weights they are measured anew over lookahead.bn_batches training batches, augmented as in
-    training, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back after.
+    training but not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come
+    back after.
 
     Returns:
         The result, or None where `between` said to stop.
@@ -91,7 +92,7 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
                 parts = [t for n in norms for t in (n.running_mean, n.running_var) if t is not None]
                 table[batch] = torch.cat(parts)
             if between(
-                f"epoch {epoch + 1}: measuring BatchNorm statistics of the slow weights, "
+                f"epoch {epoch + 1}: measuring BatchNorm statistics of the weights to evaluate, "
                 f"batch {min(first + layout.world_size, batches)}/{batches}"
             ):
                 return False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from cifar_hpc.errors import SpecError
-from cifar_hpc.spec_fields import option
+from cifar_hpc.spec_fields import check_bounds, option
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,7 @@ class MixingConfig:
     probability: float = option(1.0, "probability that a sample is mixed at all; 0 is off", low=0, high=1)
 
     def __post_init__(self) -> None:
-        # The spec checks ranges while it reads; this repeats it for a config that is built in Python.
-        for field in fields(self):
-            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
-            if not low <= value <= high:
-                raise SpecError(
-                    f"mixing.{field.name}: {value!r} is not allowed; allowed: a number >= {low} and <= {high}."
-                )
+        check_bounds(self, "mixing")  # the spec has done so; this is for a config that is built in Python
 
     @property
     def on(self) -> bool:

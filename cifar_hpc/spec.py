@@ -37,7 +37,7 @@ class OptimizerSpec:
     name: Literal["sgd"] = option("sgd", "the inner optimizer")
     lr: float = option(0.05, "initial learning rate", above=0, high=FLOAT32)
     momentum: float = option(0.9, "SGD momentum", low=0, high=1)
-    weight_decay: float = option(1e-4, "L2 penalty on every parameter", low=0, high=FLOAT32)
+    weight_decay: float = option(1e-4, "L2 penalty on the weights", low=0, high=FLOAT32)
     nesterov: bool = option(False, "Nesterov momentum")
     decay_all: bool = option(True, "weight decay on BatchNorm's parameters and on biases, too; false spares them")
 
@@ -49,8 +49,8 @@ class LookaheadSpec:
     alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
     bn_batches: int = option(
         16,
-        "training batches for re-estimating BatchNorm statistics under the slow weights before each "
-        "evaluation; 0 keeps the fast weights' statistics",
+        "training batches for re-estimating BatchNorm statistics under the slow weights, or the averaged ones (ema), "
+        "before each evaluation; 0 keeps the fast weights' statistics",
         low=0,
     )
 
@@ -115,8 +115,8 @@ class DataSpec:
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
     holdout: int | None = option(
         None,
-        "training images to keep apart (a fixed random choice) and to evaluate on in place of the test images: for "
-        "tuning",
+        "of the training images so many are kept apart (a fixed random choice) and evaluated on in place of the test "
+        "images: for tuning",
         low=1,
         high=INT32,
     )

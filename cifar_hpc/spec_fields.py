@@ -74,6 +74,22 @@ def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
     return converted
 
 
+def check_bounds(config: Any, section: str) -> None:
+    """Check the numbers of a dataclass of fields as `option` declares them.
+
+    Raises:
+        SpecError: names the dotted key.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not _in_range(number, field.metadata):
+                hint = typing.get_type_hints(type(config))[field.name]
+                raise SpecError(
+                    f"{section}.{field.name}: {value!r} is not allowed; allowed: {describe(hint, field.metadata)}."
+                )
+
+
 def _name(key: Any, dotted: str) -> str:
     if isinstance(key, str) and control_character(key) is None:
         return key

@@ -13,6 +13,9 @@ from processes import Runs
 
 from cifar_hpc.preemption import STOP_SIGNALS
 
+# A shell without job control lets what it runs in the background ignore SIGINT, and so would every test's children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def global_switches() -> Iterator[None]:

@@ -23,7 +23,7 @@ EPOCH = DATE + "epoch 2/400 DONE  train loss 1.9 acc 31.25%  |  test loss 1.6 ac
         ("== run x  |  started from step 0", "banner"),
         (PROGRESS, "progress"),
         (DATE + "evaluating: 128/128 test images", "phase"),
-        (DATE + "epoch 9: measuring BatchNorm statistics of the slow weights, batch 5/16", "phase"),
+        (DATE + "epoch 9: measuring BatchNorm statistics of the weights to evaluate, batch 5/16", "phase"),
         (EPOCH, "epoch"),
         ("epoch    2  train loss 2.1 acc  30.00%  test loss 2.0 acc  30.00%", "epoch"),
         (DATE + "FINISHED 3 epochs, 48 steps: test accuracy 39.84%", "good"),

@@ -62,6 +62,7 @@ def test_stream_numbers_are_for_ever() -> None:
         "SYNTHETIC": 6,
         "MIX": 7,
         "SPLIT": 8,
+        "TRIVIAL": 9,
     }
 
 
