@@ -206,7 +206,8 @@ def _data(group: Group) -> str:
         return ""
     data = spec.data
     words = [f"{data.source}:{data.root}" if data.source == "folder" else data.source]
-    words += [f"{data.train_size:,} training images"] if data.train_size else []
+    trained = data.train_size and data.train_size - (data.holdout or 0)
+    words += [f"{trained:,} training images"] if trained else []
     words += [f"{data.test_size:,} test images"] if data.test_size else []
     words += [f"evaluated on {data.holdout:,} training images held out"] if data.holdout else []
     return ", ".join(words)

@@ -100,8 +100,8 @@ BASH = r"""
 cifar_hpc() { PYTHONPATH=@project@${PYTHONPATH:+:$PYTHONPATH} @python@ -m cifar_hpc "$@"; }
 
 _cifar_hpc_runs() {
-  local path
-  for path in "${CIFAR_HPC_ROOT:-@project@}"/logs/"$1"*/spec.yaml; do
+  local path root=@project@  # within quotes and braces its own quotes would be taken as they are
+  for path in "${CIFAR_HPC_ROOT:-$root}"/logs/"$1"*/spec.yaml; do
     [[ -e $path ]] && path=${path%/*} && printf '%s\n' "${path##*/}"
   done
 }
@@ -151,7 +151,8 @@ ZSH = r"""
 cifar_hpc() { PYTHONPATH=@project@${PYTHONPATH:+:$PYTHONPATH} @python@ -m cifar_hpc "$@" }
 
 _cifar_hpc_runs() {
-  local root=${CIFAR_HPC_ROOT:-@project@}
+  local root=@project@
+  root=${CIFAR_HPC_ROOT:-$root}
   local -a runs=($root/logs/*/spec.yaml(N:h:t))
   compadd -a runs
 }

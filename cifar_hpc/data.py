@@ -16,7 +16,7 @@ from torch import Tensor
 from cifar_hpc import tensorfile
 from cifar_hpc.cifar10 import read_cifar10
 from cifar_hpc.errors import SpecError
-from cifar_hpc.image_folder import list_folder
+from cifar_hpc.image_folder import IMAGE_FORMATS, list_folder
 from cifar_hpc.jsonfile import DIRECTORY_MODE, remove_leftovers, replacing
 from cifar_hpc.preemption import Interrupted
 from cifar_hpc.randomness import Stream, mix, permutation
@@ -136,14 +136,15 @@ def _read_cache(path: Path) -> Dataset:
 
 
 def _decode(files: list[Path], progress: Progress) -> Tensor:
-    from torchvision.datasets.folder import pil_loader
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     images = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
     said = time.monotonic()
     for number, path in enumerate(files):
         try:
-            image = pil_loader(str(path))
+            with Image.open(path, formats=IMAGE_FORMATS) as opened:
+                image = opened.convert("RGB")
         except Exception as error:  # PIL has many
             raise SpecError(f"data.root: {path} is not a readable image: {error}.") from None
         if image.size != (32, 32):

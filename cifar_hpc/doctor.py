@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cifar_hpc.doctor_report import Finding, Report
 from cifar_hpc.doctor_slurm import Cluster
 from cifar_hpc.doctor_submit import doctors_job
 from cifar_hpc.doctor_verdict import judge_job
-from cifar_hpc.errors import SchedulerError, SpecError
+from cifar_hpc.errors import SchedulerError, SpecError, UserError
 from cifar_hpc.paths import project_root
 from cifar_hpc.sites import Site
 from cifar_hpc.spec import Spec
@@ -27,15 +28,32 @@ def doctor(arguments: argparse.Namespace) -> int:
     pins = checks.required()
     finding, site, spec = checks.check_site(arguments.profile, _flags(arguments))
     report.add(checks.check_python(), finding)
-    cluster = _look_at_slurm(report, spec)
-    report.add(*check_folder(root, alone=cluster is None))
-    here = _look_at_torch(report, spec, root, pins)
+    cluster, here = None, None
+    with _told(report, "slurm"):
+        cluster = _look_at_slurm(report, spec)
+    with _told(report, "file system"):
+        report.add(*check_folder(root, alone=cluster is None))
+    with _told(report, "torch"):
+        here = _look_at_torch(report, spec, root, pins)
     if arguments.job:
         if cluster is None:
             report.add(Finding("job", "warning", "--job needs a Slurm that answers", "try again on a login node"))
         else:
-            _look_at_nodes(report, root, spec, site, pins, here, 60 * arguments.wait)
+            with _told(report, "job"):
+                _look_at_nodes(report, root, spec, site, pins, here, 60 * arguments.wait)
     return report.close()
+
+
+@contextlib.contextmanager
+def _told(report: Report, check: str) -> Iterator[None]:
+    """What a check fails at is a finding, and the others go on."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader, such as head, has gone
+        raise
+    except (UserError, OSError) as error:
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        report.add(Finding(check, "problem", f"it could not be looked at: {words}", "mend that, and try again"))
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +75,10 @@ def _look_at_slurm(report: Report, spec: Spec) -> Cluster | None:
     report.add(doctor_slurm.check_partition(cluster, resources))
     partition = cluster.partition(resources.partition)
     if partition is not None:
-        report.add(doctor_slurm.check_nodes(partition, resources), doctor_slurm.check_preemption(cluster, partition))
+        report.add(
+            doctor_slurm.check_nodes(partition, resources),
+            doctor_slurm.check_preemption(cluster, partition, resources),
+        )
     report.add(doctor_slurm.check_requeue(cluster, resources), doctor_slurm.check_account(cluster, resources))
     return cluster
 

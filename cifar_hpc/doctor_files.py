@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cifar_hpc.doctor_report import Finding
 from cifar_hpc.jsonfile import read_regular, write_atomic
+from cifar_hpc.runlock import try_lock
 
 # Lie on one machine's own disk or memory; a login node may of course export them to the others.
 LOCAL_TYPES = {"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "squashfs"}
@@ -132,10 +133,10 @@ def _room(folder: Path) -> Finding:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive flock(2) on a new file."""
+    """Hold an exclusive flock(2) on a new file, where its file system has locks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o664)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(descriptor)
         yield
     finally:
         os.close(descriptor)

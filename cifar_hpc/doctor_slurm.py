@@ -129,9 +129,17 @@ def _joined(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(count, gpus) for gpus, count in sorted(totals.items(), reverse=True)]
 
 
-def check_preemption(cluster: Cluster, partition: Partition) -> Finding:
+def check_preemption(cluster: Cluster, partition: Partition, resources: ResourcesSpec) -> Finding:
     """What happens to a job here that others may preempt."""
     kind = cluster.config.get("PreemptType", "").rpartition("/")[2]
+    if kind == "qos":
+        query = ["sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,Preempt,PreemptMode,GraceTime"]
+        try:
+            text = slurm.command(query)
+        except SchedulerError as error:
+            return Finding("preemption", "warning", str(error), "a QOS decides here whether and how a job is preempted")
+        rows = [line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3]
+        return judge_qos(rows, resources.qos, cluster)
     mode = partition.get("PreemptMode", "OFF").upper()
     if kind in ("", "none", "(null)") or mode == "OFF":
         return Finding("preemption", "ok", "jobs of this partition are not preempted")
@@ -141,18 +149,47 @@ def check_preemption(cluster: Cluster, partition: Partition) -> Finding:
         if not above:
             return Finding("preemption", "ok", "no partition over the same nodes has a higher PriorityTier")
         by = f" by jobs of {', '.join(above)}"
-    elif kind == "qos":
-        by = " by jobs of a QOS that may (sacctmgr show qos format=name,preempt)"
-    grace, kill = partition.get("GraceTime", "0"), cluster.config.get("KillWait", "?")
-    if "SUSPEND" in mode or "GANG" in mode:
-        advice = "a suspended run stands still and goes on later; its log is silent meanwhile, and status calls it hung"
+    return _preempted(by, mode, _number(partition.get("GraceTime")), cluster)
+
+
+def judge_qos(rows: Sequence[Sequence[str]], qos: str | None, cluster: Cluster) -> Finding:
+    """As `check_preemption`, where a QOS decides: the partition's mode and grace time count for nothing then.
+
+    Args:
+        rows: (name, the QOS whose jobs its own may preempt, mode, grace time) as sacctmgr prints them.
+        qos: the one that is asked for.
+    """
+    usual = cluster.config.get("PreemptMode", "OFF").upper()
+    if qos is None:
+        words = f"the job's QOS decides by whom and how jobs are preempted (here PreemptMode={usual}); none is named"
+        return Finding("preemption", "ok", words, "sacctmgr show qos format=name,preempt,preemptmode,gracetime")
+    own, grace = next(((row[2].upper(), row[3]) for row in rows if row[0] == qos), ("", ""))
+    # OFF and CLUSTER stand for the mode of the whole cluster: sacctmgr(1).
+    mode = usual if own in ("", "OFF", "CLUSTER") else own
+    by = sorted(name for name, preempts, *_ in rows if qos in preempts.split(",") or (name == qos and "WITHIN" in mode))
+    if not by:
+        return Finding("preemption", "ok", f"no QOS may preempt {qos}")
+    return _preempted(f" by jobs of the QOS {', '.join(by)}", mode, _seconds(grace), cluster)
+
+
+def _seconds(text: str) -> int:
+    try:
+        return parse_time(text)
+    except SpecError:
+        return 0
+
+
+def _preempted(by: str, mode: str, grace: int, cluster: Cluster) -> Finding:
+    if "SUSPEND" in mode or mode == "GANG":
+        advice = "a suspended run stands still and goes on later; its log is silent meanwhile"
         return Finding("preemption", "warning", f"suspended{by} (PreemptMode={mode})", advice)
-    warned = f"SIGTERM, {grace} s of grace" if grace != "0" else f"no grace: SIGTERM, SIGKILL {kill} later"
+    kill = cluster.config.get("KillWait", "?")
+    warned = f"SIGTERM, {grace} s of grace" if grace else f"no grace: SIGTERM, SIGKILL {kill} later"
     words = f"preempted{by} (PreemptMode={mode}): {warned}"
-    if mode == "CANCEL" and grace == "0":
+    if "CANCEL" in mode and not grace:
         advice = "a preempted job is gone, and a run has no time to requeue itself: submit it again to go on"
         return Finding("preemption", "warning", words, advice)
-    return Finding("preemption", "ok", f"{words}; a run saves and requeues itself" if grace != "0" else words)
+    return Finding("preemption", "ok", f"{words}; a run saves and requeues itself" if grace else words)
 
 
 def stronger(partitions: Mapping[str, Partition], partition: Partition) -> list[str]:

@@ -38,12 +38,14 @@ def judge_job(
             _python(whole, here),
             compare_packages("job packages", _worst_packages(whole, needed), needed, "on the nodes"),
             _torch(whole),
-            _gpus(whole, spec),
-            _data(whole, spec, here),
-            _all_reduce(tasks),
-            _requeue(whole, spec),
-            _signals(tasks),
         ]
+        able = [task for task in whole if "error" not in task["torch"]]
+        findings += [_gpus(able, spec)] if able else []
+        findings += [_data(whole, spec, here)]
+        together = len(able) == len(whole)  # a task without torch neither meets the others nor waits for them
+        findings += [_all_reduce(tasks)] if together else []
+        findings += [_requeue(whole, spec)]
+        findings += [_signals(tasks)] if together else []
     return findings
 
 
@@ -212,12 +214,15 @@ def _requeue(tasks: Sequence[Task], spec: Spec) -> Finding:
 
 
 def _signals(tasks: Sequence[Task]) -> Finding:
-    heard = [t.get("signal") for t in tasks]
-    if all(heard):
-        return Finding("job signals", "ok", "a signal of scancel reached every task")
-    if heard[0] is None:
+    tried = [t for t in tasks if "signal" in t]
+    if not any(t["rank"] == 0 for t in tried):  # which sends it
+        return Finding("job signals", "warning", "not tried: the job did not come so far", "mend what stopped it first")
+    if tried[0]["signal"] is None:
         return Finding("job signals", "warning", "not tried: scancel is not usable in the job")
-    deaf = [t for t in tasks if not t.get("signal")]
+    deaf = [t for t in tried if not t["signal"]]
+    if not deaf:
+        reached = "every task" if len(tried) == len(tasks) else "every task that came so far"
+        return Finding("job signals", "ok", f"a signal of scancel reached {reached}")
     advice = (
         "a run would not hear a preemption, and lose what it did since its last checkpoint: what stands between srun "
         "and Python (a container, a wrapper in python:) must pass signals on; begin wrappers' last line with exec"

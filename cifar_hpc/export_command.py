@@ -22,6 +22,7 @@ from cifar_hpc.model_card import WRITTEN_BY, model_card
 from cifar_hpc.output_path import output_file
 from cifar_hpc.paths import project_root
 from cifar_hpc.printable import printable
+from cifar_hpc.spec import DataSpec
 from cifar_hpc.spec_io import NOT_IN_NAME
 from cifar_hpc.trained_model import TrainedModel, load_trained, noted
 
@@ -42,13 +43,16 @@ def export(run: str, out: str, weights: str) -> int:
     card = metadata(trained, tensors, class_names(trained.spec.data, root))
     content = to_safetensors(tensors, card)
     sha256 = hashlib.sha256(content).hexdigest()
-    write_atomic(path, content)
     rows = [row for row in checkpoint.history(trained.state) if isinstance(row, dict)]
-    write_atomic(card_path, model_card(path.name, sha256, card, rows).encode())
+    text = model_card(path.name, sha256, card, rows).encode()
+    card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
+    write_atomic(path, content)
+    write_atomic(card_path, text)
 
     facts = trained.facts(root)
     del facts["computed"]
-    facts["accuracy"] = f"{float(card['test_accuracy']):.2f}%" if "test_accuracy" in card else "not measured"
+    measured = "test_accuracy" in card
+    facts["accuracy"] = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured"
     facts["parameters"] = f"{int(card['parameters']):,}"
     facts["sha256"] = sha256
     lines = [f"{key:11} {value}" for key, value in facts.items()]
@@ -68,7 +72,6 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
     for key in ("test_accuracy", "test_loss"):
         if trained.logged is not None and isinstance(trained.logged.get(key), (int, float)):
             measured[key] = repr(trained.logged[key])
-    held = ", held out of the training images" if spec.data.holdout is not None else ""
     return {
         "format": "pt",
         **({"run": trained.run} if trained.run else {}),
@@ -79,10 +82,7 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
         "weights": trained.weights,
         **measured,
         "label_smoothing": f"{spec.train.label_smoothing:g}",
-        "data": {"cifar10": "CIFAR-10's test images", "folder": f"{Path(spec.data.root).name}/test"}.get(
-            spec.data.source, "synthetic images"
-        )
-        + held,
+        "data": _measured_on(spec.data),
         "parameters": str(sum(p.numel() for p in trained.model.parameters())),
         "classes": json.dumps(classes),
         "mean": json.dumps(CIFAR10_MEAN),
@@ -96,6 +96,16 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
         "checkpoint_digest": state["digest"],
         "weights_sha256": str(checkpoint.sums(state)[f"{trained.weights}_weights"]),
     }
+
+
+def _measured_on(data: DataSpec) -> str:
+    """The images of the run's own evaluation, in words."""
+    test = data.holdout is None
+    kind, size = ("test", data.test_size) if test else ("training", data.train_size)
+    folder = f"{Path(data.root).name}/{'test' if test else 'train'}"
+    images = {"cifar10": f"CIFAR-10's {kind} images", "folder": folder}.get(data.source, f"the synthetic {kind} images")
+    words = images if size is None else f"{size:,} of {images}"
+    return words if test else f"{data.holdout:,} of {words}, held out; not the test images"
 
 
 def _what_decides(spec: Mapping[str, Any]) -> dict[str, Any]:

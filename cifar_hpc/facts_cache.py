@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc import run_facts, runlog
+from cifar_hpc import restarts, run_facts, runlog
 from cifar_hpc.jsonfile import open_regular, remove_leftovers, write_atomic
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.run_facts import Facts, read_facts
@@ -112,7 +112,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _digest(content: bytes) -> bytes:
     """Of the content, and of the code that makes it."""
     sums = hashlib.sha256()
-    for module in (runlog, run_facts):
+    for module in (runlog, restarts, run_facts):
         sums.update(Path(str(module.__file__)).read_bytes())
     sums.update(content)
     return sums.hexdigest().encode()

@@ -21,6 +21,8 @@ from cifar_hpc.runlog import read_jsonl
 STATE_SECONDS, AHEAD_SECONDS, TIMEOUT_SECONDS = 5.0, 30.0, 10.0
 # What is said of a waiting run is said again so often where it has changed, such as the expected start.
 SAY_AGAIN_SECONDS = 600.0
+# So many looks in a row at a run whose files cannot be read are its end: a file server may be away for a moment.
+UNREADABLE_LOOKS = 6
 _SAID = ("queued", "requeued", "hung", "suspended", "unknown")  # what the log itself does not tell
 
 
@@ -45,6 +47,7 @@ class LogFollower:
             return []
         assert self._file is not None
         text = self._file.read()
+        self._begin = self._file.tell()
         if text:
             *whole, self._part = (self._part + text).split("\n")
             return [printable(line) for line in whole]
@@ -52,6 +55,7 @@ class LogFollower:
             return []
         rest = self.rest()
         self.close()
+        self._begin = 0
         return [*rest, f"[{self.path.name} was replaced or cut; from its beginning:]"]
 
     def rest(self) -> list[str]:
@@ -60,7 +64,7 @@ class LogFollower:
         return [printable(part)] if part else []
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; the next look opens it anew, and goes on where the last one ended."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -70,9 +74,9 @@ class LogFollower:
             self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return False
-        if os.fstat(self._file.fileno()).st_size >= self._begin:
-            self._file.seek(self._begin)
-        self._begin = 0
+        if os.fstat(self._file.fileno()).st_size < self._begin:
+            self._begin = 0
+        self._file.seek(self._begin)
         return True
 
     def _replaced(self) -> bool:
@@ -80,7 +84,7 @@ class LogFollower:
         mine = os.fstat(self._file.fileno())
         try:
             status = self.path.stat()
-        except OSError:  # moved away; what comes in its place is read when it is there
+        except FileNotFoundError:  # moved away; what comes in its place is read when it is there
             return True
         return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < self._file.tell()
 
@@ -131,22 +135,37 @@ class StateFollower:
     def __init__(self, paths: RunPaths) -> None:
         self.paths = paths
         self.state: RunState | None = None
-        self._ask_next = self._ahead_next = 0.0
+        self._jobs: Mapping[str, slurm.QueuedJob] | None = None
+        self._asked_at: float | None = None
+        self._look_next = self._ask_next = self._ahead_next = 0.0
         self._ahead: int | None = None
+        self._unreadable = 0
         self._said, self._said_kind, self._said_at = "", ("", ""), 0.0
 
     def poll(self) -> RunState | None:
         """The state, where it was time for another look."""
-        if time.monotonic() < self._ask_next:
+        if time.monotonic() < self._look_next:
             return None
-        try:
-            jobs = slurm.queue(self.paths.root, TIMEOUT_SECONDS)
-        except SchedulerError:  # busy or restarting
-            jobs = None
-        self.state = read_state(self.paths, jobs)
-        self._count_ahead(jobs or {})
-        self._ask_next = time.monotonic() + STATE_SECONDS
+        self._ask()
+        self.state = read_state(self.paths, self._jobs, asked_at=self._asked_at)
+        self._unreadable = self._unreadable + 1 if self.state.state == "unreadable" else 0
+        self._count_ahead(self._jobs or {})
+        self._look_next = time.monotonic() + STATE_SECONDS
         return self.state
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will happen any more; files that cannot be read are looked at some times before."""
+        return self.state is not None and self.state.ended and not 0 < self._unreadable < UNREADABLE_LOOKS
+
+    def _ask(self) -> None:
+        if time.monotonic() < self._ask_next:
+            return
+        asked_at = time.time()
+        try:
+            self._jobs, self._asked_at = slurm.queue(self.paths.root, TIMEOUT_SECONDS), asked_at
+        except SchedulerError:  # busy or restarting
+            self._jobs, self._ask_next = None, time.monotonic() + slurm.SILENT_SECONDS
 
     def words(self) -> str:
         """`queued: Priority: other jobs go first, 3 jobs ahead of it in gpu`; printable."""
@@ -173,9 +192,9 @@ class StateFollower:
         if job is None or self.state is None or self.state.reason not in ("Priority", "Resources"):
             self._ahead = None
             return
-        if time.monotonic() >= self._ahead_next or self._ahead is None:
+        if time.monotonic() >= self._ahead_next:
             try:
-                self._ahead = slurm.jobs_ahead(job)
+                self._ahead = slurm.jobs_ahead(job, TIMEOUT_SECONDS)
             except SchedulerError:
                 self._ahead = None
             self._ahead_next = time.monotonic() + AHEAD_SECONDS

@@ -9,6 +9,8 @@ from cifar_hpc.errors import SpecError, nearest
 
 CLASSES = 10
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+# What such a file may hold, by Pillow's names: Pillow goes by the content, and knows formats that start programs (EPS).
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
 
 
 def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:

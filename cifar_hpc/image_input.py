@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_hpc.augment_config import IMAGE_SIZE
 from cifar_hpc.errors import SpecError
-from cifar_hpc.image_folder import IMAGE_SUFFIXES
+from cifar_hpc.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES
 from cifar_hpc.jsonfile import NotRegularError, open_regular
 from cifar_hpc.unpickle import read_pickle
 
@@ -80,7 +80,7 @@ def decode(files: Sequence[Path]) -> Tensor:
     images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     for number, path in enumerate(files):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 size = image.size
                 if size == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
                     images[number] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -112,8 +112,8 @@ def _open_folder(folder: Path) -> ImageInput:
 
 
 def _natural(name: str) -> list[Any]:
-    """A key that puts 2.png before 10.png."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    """A key that puts 2.png before 10.png; the odd ones of the parts are the numbers."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _load_npy(path: Path) -> NDArray[Any]:
@@ -187,7 +187,7 @@ def _ids(path: Path, ids: Any, count: int) -> list[str]:
         number = f"{len(values)} ids" if isinstance(values, (list, tuple)) else "ids that are no list"
         raise SpecError(f"{path}: has {count} images, but {number}.")
     texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-    if not all(isinstance(text, (str, int)) for text in texts):
+    if not all(isinstance(text, str) or (isinstance(text, int) and abs(text) < 2**64) for text in texts):
         raise SpecError(f"{path}: its ids are neither whole numbers nor text.")
     return [str(text) for text in texts]
 

@@ -14,11 +14,14 @@ checkpoints/RUN/. Exit status: 0 finished, 1 failed, 2 bad spec or arguments, 4
 the run is being trained already, 128 + N stopped by signal N.""",
     "status": """\
 States: queued (with Slurm's reason), running, requeued, hung (no log line for
-longer than expected), finished, failed (with the reason), cancelled, stopped
-(ended without a word: submit again), unreadable (damaged files).
+longer than expected), suspended (by Slurm), stopping (Slurm ends the job),
+finished, failed (with the reason), cancelled, stopped (ended without a word:
+submit again), not started (never submitted), unreadable (damaged files),
+unknown (Slurm does not answer).
 
 One call of squeue serves all runs, and none is needed where there is no Slurm.
-In a pipe each run is one plain line, --json is for programs.""",
+In a pipe each run is one plain line, --json is for programs. Exit status: 0, 2
+bad arguments, 3 Slurm does not answer, and only the files tell.""",
     "tail": """\
 Prints what train.log holds and then what comes, until the run ends. A run that
 has not started yet is waited for. Ctrl-C ends the following, not the run.

@@ -43,6 +43,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
     """
     title = card.get("run") or file
     accuracy = f"{float(card['test_accuracy']):.2f}%" if "test_accuracy" in card else "not measured"
+    kind = _evaluation(card)
     classes = ", ".join(_plain(name) for name in json.loads(card["classes"]))
     parts = [
         f"# {_plain(title)}",
@@ -50,8 +51,8 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         f"ImprovedResNet, a bottleneck ResNet for images of 32x32 pixels: {int(card['parameters']):,} parameters, "
         f"{card['weights']} weights after epoch {card['epoch']} of {card['epochs']} (step {card['step']}).\n",
         "| | |\n|---|---|",
-        f"| test accuracy | {accuracy} |",
-        f"| test loss | {_loss(card)} |",
+        f"| {kind} accuracy | {accuracy} |",
+        f"| {kind} loss | {_loss(card)} |",
         f"| measured on | {_plain(card['data'])} |",
         f"| classes 0 to 9 | {classes} |",
         f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
@@ -59,7 +60,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         "## Load it",
         "Needs torch, safetensors, pyyaml and the folder `cifar_hpc`, of which nothing is loaded that trains.\n",
         f"```python\n{_LOAD.format(file=json.dumps(file))}```\n",
-        *_curve(rows),
+        *_curve(rows, kind),
         "## Spec",
         f"```yaml\n{_spec(card['spec'])}```\n",
         "## Where it comes from",
@@ -71,6 +72,12 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         f"| versions | cifar_hpc {card['cifar_hpc']}, torch {_plain(card['torch'])}, python {card['python']} |",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _evaluation(card: Mapping[str, str]) -> str:
+    """What the run's figures are called: those of images held out of the training images are no test figures."""
+    data = json.loads(card["spec"]).get("data", {})
+    return "test" if data.get("holdout") is None else "held-out"
 
 
 def _loss(card: Mapping[str, str]) -> str:
@@ -90,8 +97,8 @@ def _spec(text: str) -> str:
     return values.replace("```", "'''")
 
 
-def _curve(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Test accuracy over the epochs: a line of bars, and a table of up to ten epochs."""
+def _curve(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    """The accuracy of the run's evaluations over the epochs: a line of bars, and a table of up to ten epochs."""
     keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     good = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in ("epoch", *keys))]
     if not good:
@@ -100,9 +107,9 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     chosen = sorted({round(index * (len(good) - 1) / max(1, number - 1)) for index in range(number)})
     lines = [
         "## Curve",
-        f"Test accuracy from epoch {good[0]['epoch']} to {good[-1]['epoch']}: "
+        f"{kind.capitalize()} accuracy from epoch {good[0]['epoch']} to {good[-1]['epoch']}: "
         f"`{sparkline([row['test_accuracy'] for row in good])}`\n",
-        "| epoch | train loss | train accuracy | test loss | test accuracy |",
+        f"| epoch | train loss | train accuracy | {kind} loss | {kind} accuracy |",
         "|---:|---:|---:|---:|---:|",
     ]
     for row in (good[index] for index in chosen):

@@ -6,13 +6,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_hpc.errors import SpecError, UserError
+from cifar_hpc.errors import UserError
 from cifar_hpc.figure_style import save_figure
 from cifar_hpc.freeze import read_frozen
-from cifar_hpc.jsonfile import DIRECTORY_MODE
+from cifar_hpc.output_path import output_folder
 from cifar_hpc.paths import RunPaths, find_runs, project_root
 from cifar_hpc.plot_architecture import architecture_figure
 from cifar_hpc.plot_curves import accuracy_figure, learning_rate_figure, loss_figure
@@ -42,7 +41,7 @@ def plot(runs: list[str], out: str, *, in_terminal: bool) -> int:
         runs: names or patterns.
 
     Raises:
-        SpecError: there is no such run, or the folder cannot be made.
+        SpecError: there is no such run, or the folder cannot be made or written to.
         UserError: none of them has finished an epoch.
     """
     found = find_runs(project_root(), runs)
@@ -52,21 +51,12 @@ def plot(runs: list[str], out: str, *, in_terminal: bool) -> int:
     if in_terminal:
         _print(series)
         return 0
-    folder = _made(Path(out))
+    folder = output_folder(out)
     title = _some([run.name for run in found])
     for name, figure in _figures(found, series):
         for path in save_figure(figure, folder, name, title):
             print(printable(str(path)), flush=True)
     return 0
-
-
-def _made(folder: Path) -> Path:
-    """The folder for the figures, made where it is missing."""
-    try:
-        folder.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpecError(f"--out: {folder} cannot be made: {error.strerror}; allowed: a folder.") from None
-    return folder
 
 
 def _say_what_is_missing(runs: Sequence[RunPaths], groups: Sequence[Group], series: Sequence[Series]) -> None:

@@ -47,7 +47,7 @@ def restarts_of(events: Sequence[Mapping[str, Any]]) -> Restarts:
     for event in events:
         name = event.get("event")
         if name in STARTS:
-            when = _instant(event)
+            when = instant_of(event)
             if begun:
                 causes[cause] = causes.get(cause, 0) + 1
                 up += _seconds(start, end)
@@ -56,9 +56,9 @@ def restarts_of(events: Sequence[Mapping[str, Any]]) -> Restarts:
         elif begun and name in ENDS:
             cause, ended = _cause(event, cause), True
             if cause != AGAIN:
-                end = _instant(event)
+                end = instant_of(event)
         elif name == "checkpoint" and not ended:
-            end = _instant(event)
+            end = instant_of(event)
     return Restarts(causes, lost, up + _seconds(start, end))
 
 
@@ -71,10 +71,13 @@ def _cause(event: Mapping[str, Any], before: str) -> str:
         return str(event.get("reason"))
     if name in ("failed", "hang"):
         return "failure"
+    if name == "holding" and before == UNANNOUNCED:
+        return "preemption"  # it was warned, and could not ask Slurm why
     return before
 
 
-def _instant(event: Mapping[str, Any]) -> datetime | None:
+def instant_of(event: Mapping[str, Any]) -> datetime | None:
+    """When an event was written; None where it does not say so."""
     try:
         instant = datetime.fromisoformat(event["time"])
         return instant if instant.tzinfo is not None else None

@@ -23,7 +23,7 @@ TELLING = (
     *("submitted", "started", "resumed", "checkpoint", "requeued", "holding"),
     *("finished", "failed", "hang", "left", "cancelled"),
 )
-_USED_OF_LAST_WORD = ("event", "test_accuracy", "error", "cause", "by", "reason", "explanation")
+_USED_OF_LAST_WORD = ("event", "time", "test_accuracy", "error", "cause", "by", "reason", "explanation")
 _ROUTINE = re.compile(rb'\{"time": "[^"\\]*", "event": "(checkpoint|evaluated|signal)", ')
 _ACCURACY = re.compile(rb'"test_accuracy": ([0-9]+\.[0-9]+), "lr": ')
 _ACCURACY_IS = b'"test_accuracy": %b, "lr": '

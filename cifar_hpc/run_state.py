@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -21,8 +23,9 @@ from cifar_hpc.freeze import read_frozen
 from cifar_hpc.jsonfile import open_regular
 from cifar_hpc.log_lines import Progress, last_progress
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.restarts import instant_of
 from cifar_hpc.run_facts import Facts, read_facts
-from cifar_hpc.run_words import afterwards, in_the_queue
+from cifar_hpc.run_words import afterwards, in_the_queue, told_its_end
 from cifar_hpc.slurm import QueuedJob
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
@@ -39,6 +42,9 @@ WAITING = ("queued", "requeued")
 AT_WORK = ("running", "hung", "suspended", "stopping")
 ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
 UNKNOWN = "unknown"
+CLOCKS_DIFFER = 2.0  # seconds, between the machine that looks and one that writes events
+# What reading files that are damaged, or not of this project, may lead to.
+_DAMAGE = (UserError, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class RunState:
         state: queued, requeued (waiting after a requeue for the time from which it may start), running, hung (no line
             in its log for much longer than train.log_seconds), suspended (by Slurm), stopping (Slurm ends the job),
             finished, failed, cancelled, stopped (ended otherwise; submitted again, it goes on), not started (never
-            submitted), unreadable (its files make no sense), or unknown (Slurm does not answer).
+            submitted), unreadable (its files make no sense or cannot be read, and it has no job), or unknown (Slurm
+            does not answer, or has not been asked since the run was submitted).
         detail: str, why, for people; its wording may change.
         epoch, epochs: int, finished ones and those of the spec.
         test_accuracy, best_accuracy: float or null, %, of the last finished epoch and the best one.
@@ -101,44 +108,52 @@ class RunState:
 
 
 def read_state(
-    paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, facts_of: Callable[[RunPaths], Facts] = read_facts
+    paths: RunPaths,
+    jobs: Mapping[str, QueuedJob] | None,
+    facts_of: Callable[[RunPaths], Facts] = read_facts,
+    asked_at: float | None = None,
 ) -> RunState:
-    """The state of one run; `unreadable` where its files are damaged or not of this project.
+    """The state of one run; where its files are damaged or not of this project, what its job or lock tells.
 
     Args:
         jobs: as `slurm.queue` returns them; None where Slurm does not answer.
         facts_of: where the facts of the logs come from.
+        asked_at: when Slurm was asked for `jobs`, in seconds since the epoch: of a run that was heard of since then
+            they cannot tell that it has no job.
     """
+    job = jobs.get(paths.name) if jobs is not None else None
+    now = datetime.now(UTC)
     try:
-        job = jobs.get(paths.name) if jobs is not None else None
-        return _checked(_state_of(paths, job, facts_of(paths), jobs is not None))
-    except (
-        UserError,
-        OSError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        detail = f"its files make no sense ({type(error).__name__}: {error})"
-        return RunState(paths.name, "unreadable", detail, 0, 0, None, None, None, None, 0)
+        facts = facts_of(paths)
+        state, detail = _busy(paths, job, facts.last_word, facts.submitted, now) or _without_a_job(
+            facts, jobs is not None, asked_at
+        )
+        return _checked(_state_of(paths, job, facts, state, detail, now))
+    except OSError as error:
+        trouble = f"its files cannot be read now ({error.strerror or error})"
+    except _DAMAGE as error:
+        trouble = f"its files make no sense ({type(error).__name__}: {error})"
+    state, detail = "unreadable", trouble
+    with contextlib.suppress(*_DAMAGE):
+        if (busy := _busy(paths, job, {}, {}, now)) is not None:
+            state, detail = busy[0], f"{busy[1]}; {trouble}"
+    return RunState(paths.name, state, detail, 0, 0, None, None, None, None, 0, job_id=job.job_id if job else None)
 
 
 def _checked(state: RunState) -> RunState:
-    numbers = (state.test_accuracy, state.best_accuracy, state.images_per_second, state.world_size)
+    figures = (state.test_accuracy, state.best_accuracy, state.images_per_second)
+    numbers = (*figures, state.world_size)
     if all(isinstance(n, (int, float, types.NoneType)) for n in numbers) and isinstance(state.job_id or "", str):
-        return state
+        test, best, speed = (None if figure is None else float(figure) for figure in figures)
+        return dataclasses.replace(state, test_accuracy=test, best_accuracy=best, images_per_second=speed)
     raise ValueError("text where a number should be, or a number where text should be")
 
 
-def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts, slurm_answers: bool) -> RunState:
+def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts, state: str, detail: str, now: datetime) -> RunState:
     epochs, log_seconds = _pace(paths) or (0, None)
-    now = datetime.now(UTC)
-    state, detail = _state(paths, facts, job, slurm_answers, now)
     log_age = _age(paths.train_log)
-    if state == "running" and log_seconds is not None:
+    booting = job is not None and job.state == "CONFIGURING"  # which takes a node in a cloud many minutes
+    if state == "running" and log_seconds is not None and not booting:
         silent = _silence(paths, job, log_age, now)
         if silent is not None and silent > max(HUNG_SECONDS, HUNG_INTERVALS * log_seconds):
             state, detail = "hung", f"no log line for {waiting.rough(silent)}, {detail}"
@@ -234,15 +249,27 @@ def _silence(paths: RunPaths, job: QueuedJob | None, log_age: float | None, now:
     return min(ages, default=None)
 
 
-def _state(paths: RunPaths, facts: Facts, job: QueuedJob | None, slurm_answers: bool, now: datetime) -> tuple[str, str]:
+def _busy(
+    paths: RunPaths, job: QueuedJob | None, last_word: Mapping[str, Any], submitted: Mapping[str, Any], now: datetime
+) -> tuple[str, str] | None:
+    """(state, detail) of a run that has a job or processes; None for any other."""
     if job is not None:
-        return in_the_queue(job, facts.last_word, now)
+        return in_the_queue(job, last_word, now)
     owner = runlock.holder(paths.lock)
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
-    if controller_of(paths, facts.submitted) is not None:
-        return "running", "starting on this machine"
-    final = facts.last_word.get("event") in ("finished", "cancelled")  # others may be followed by a requeue
-    if not slurm_answers and facts.submitted.get("scheduler") == "slurm" and not final:
-        return UNKNOWN, "Slurm does not answer"
-    return afterwards(facts.last_word) if facts.last_word else ("not started", "never submitted")
+    return ("running", "starting on this machine") if controller_of(paths, submitted) is not None else None
+
+
+def _without_a_job(facts: Facts, slurm_answers: bool, asked_at: float | None) -> tuple[str, str]:
+    word = facts.last_word
+    if not word:
+        return "not started", "never submitted"
+    if facts.submitted.get("scheduler") == "slurm" and word["event"] not in ("finished", "cancelled"):
+        if not slurm_answers:
+            return UNKNOWN, "Slurm does not answer"
+        heard_at = instant_of(word)
+        news = asked_at is not None and heard_at is not None and heard_at.timestamp() > asked_at - CLOCKS_DIFFER
+        if news and not told_its_end(word):
+            return UNKNOWN, f"{'submitted' if word['event'] == 'submitted' else 'heard of'} since Slurm last answered"
+    return afterwards(word)

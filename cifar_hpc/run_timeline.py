@@ -116,7 +116,6 @@ class _Reader:
         self.doing, self.since = NOTHING, 0.0
         self.heard = 0.0  # the last moment at which it was surely doing so
         self.safe: dict[float, float] = {0.0: 0.0}  # step -> when it was on disk
-        self.stopped_at: float | None = None  # the step of an orderly stop; None after any other end
         self.steps_per_epoch = _steps_per_epoch(events)
 
     def read(self) -> Timeline:
@@ -176,7 +175,7 @@ class _Reader:
             self._begin(again, self.heard)
         elif self.doing == NOTHING and self.timeline.spans:  # requeued by Slurm
             self._begin(again, self.since)
-        if event.step is not None and (self.stopped_at is None or event.step < self.stopped_at):
+        if event.step is not None:
             self._lost_since(max(at for step, at in self.safe.items() if step <= event.step))
         startup = event.row.get("startup")
         seconds = _number(startup.get("total"), 1e6) if isinstance(startup, dict) else None
@@ -184,7 +183,6 @@ class _Reader:
         self._begin(STARTING, begin)
         if event.name == "resumed" or self.timeline.progress:
             self._mark("restart", begin)
-        self.stopped_at = None
         self.timeline.progress.append([])
 
     def _go_on(self, event: _Event, number: int) -> None:
@@ -204,8 +202,8 @@ class _Reader:
         kind = {"signal": "stopped", "hang": "hung"}.get(event.name, event.name)
         if event.name == "signal":
             kind = self._why(number)
-        if event.name in ("signal", "finished"):
-            self.stopped_at = event.step
+        if event.name in ("signal", "finished") and event.step is not None:
+            self.safe[event.step] = event.at  # an orderly end, which comes after its checkpoint
         self._mark(kind, event.at)
         self._begin(NOTHING, event.at)
 

@@ -19,7 +19,7 @@ def in_the_queue(job: QueuedJob, last_word: Mapping[str, Any], now: datetime) ->
         last_word: as `Facts` has it.
         now: with a zone.
     """
-    if job.state == "PENDING":
+    if job.waits:
         start = waiting.start_of(job)
         begin = f"not before {waiting.clock(start, now)}" if start is not None else "waits for its begin time"
         if job.reason == "BeginTime" and last_word.get("event") == "submitted":
@@ -60,6 +60,11 @@ def afterwards(event: Mapping[str, Any]) -> tuple[str, str]:
     if name == "left":
         return "stopped", str(event.get("explanation", ""))
     return "stopped", f"{_SUBMIT_AGAIN[name]}; submit again to go on"
+
+
+def told_its_end(event: Mapping[str, Any]) -> bool:
+    """Whether the run itself has said that it ended, so that this need not be taken from its job being gone."""
+    return event["event"] not in _SUBMIT_AGAIN
 
 
 def _failure(event: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + patience_seconds
-        while not _try_lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunBusyError(
@@ -68,7 +68,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        return None if _try_lock(descriptor, fcntl.LOCK_SH) else read_owner(path)
+        return None if try_lock(descriptor, fcntl.LOCK_SH) else read_owner(path)
     finally:
         os.close(descriptor)
 
@@ -129,8 +129,12 @@ def _open(path: Path, flags: int) -> int:
         ) from None
 
 
-def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    # A look takes the lock shared, so that two who look at once do not take each other for the holder.
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Take the lock; false where somebody else has it. On a file system without locks it counts as taken.
+
+    Args:
+        kind: LOCK_SH for a look, so that two who look at once do not take each other for the holder.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,8 +22,13 @@ SLURM_DELAY_SECONDS = 121
 # A node refuses a start of a job in the very second in which it ended the job's last one ("Job credential revoked"),
 # and Slurm then gives the job up for good: FAILED (measured with Slurm 22.05). One more for clocks that differ.
 RELEASE_SECONDS = 2
+# Until the next question where Slurm did not answer, for which squeue itself takes ten.
+SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
+# Options of Slurm's commands by environment variable: they choose which jobs are shown or cancelled, and how; those
+# that end in _ALL only show more.
+_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)")
 
 
 def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
@@ -38,13 +43,25 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
         )
     shielded = ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments]
     try:
-        result = subprocess.run(shielded, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+        result = subprocess.run(
+            shielded,
+            capture_output=True,
+            text=True,
+            errors="replace",  # a job of this user may work in a folder of any name
+            env=_environment() if arguments[0] != "sbatch" else None,  # sbatch hands it to the job
+            timeout=timeout_seconds,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise SchedulerError(f"{' '.join(arguments)} did not answer within {timeout_seconds:g} s.") from None
     if result.returncode != 0:
         words = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
         raise SchedulerError(f"{' '.join(arguments)} was refused: {words}")
     return result.stdout + (result.stderr if stderr_too else "")
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not _OPTIONS.match(k)} | {"SLURM_TIME_FORMAT": "standard"}
 
 
 def answers() -> bool:
@@ -145,6 +162,9 @@ def parse_instant(text: str | None) -> datetime | None:
         return None
 
 
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """One line of squeue."""
@@ -158,6 +178,16 @@ class QueuedJob:
     partition: str  # or several, with commas
     dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
     directory: str  # the folder it works in: the run's code snapshot
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is pending; squeue names some pending jobs by what holds them."""
+        return self.state in ("PENDING", "REQUEUE_FED", *_HELD)
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits until it is released."""
+        return self.state in _HELD or "held" in self.reason.lower()
 
 
 _QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
@@ -198,7 +228,7 @@ def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
     return jobs
 
 
-def jobs_ahead(job: QueuedJob) -> int | None:
+def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
     """How many waiting jobs of its partition, anybody's, go before a waiting one, from one call of squeue.
 
     Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
@@ -211,12 +241,15 @@ def jobs_ahead(job: QueuedJob) -> int | None:
         SchedulerError: where Slurm does not answer.
     """
     arguments = ["--noheader", "--array", "--states=PENDING", f"--partition={job.partition}", "--format=%i|%Q|%r"]
-    waiting = [line.split("|", 2) for line in command(["squeue", *arguments]).splitlines() if line.count("|") >= 2]
+    text = command(["squeue", *arguments], timeout_seconds)
+    waiting = [line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
     order = {job_id: (-int(priority), _numbers(job_id)) for job_id, priority, _ in waiting if priority.isdigit()}
     if job.job_id not in order:
         return None
     competing = [i for i, _, reason in waiting if i in order and not reason.startswith(_NOT_COMPETING)]
-    return sum(order[other] < order[job.job_id] for other in competing)
+    ahead = sum(order[other] < order[job.job_id] for other in competing)
+    # The reason says that some go first; where none is shown, only the user's own are.
+    return None if ahead == 0 and job.reason == "Priority" else ahead
 
 
 def _numbers(job_id: str) -> tuple[int, ...]:

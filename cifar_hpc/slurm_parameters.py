@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from cifar_hpc.paths import RunPaths, SweepPaths
@@ -11,6 +12,8 @@ from cifar_hpc.spec import Spec
 
 # A site may have srun kill the other tasks when one fails; they have yet to say why and to requeue the job (srun(1)).
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
+# Parts of GPUs, asked for in place of whole ones (https://slurm.schedmd.com/gres.html).
+INSTEAD_OF_GPUS = {"mps", "shard"}
 
 
 def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
@@ -19,6 +22,9 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
     gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
     further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
     gpu_option = dict([site.gpu_option(gpus)]) if gpus else {}
+    given = further.get("gres")
+    if isinstance(given, str) and "gres" in gpu_option:
+        further["gres"] = _joined_gres(gpu_option["gres"], given)
     plain = {
         **gpu_option,
         "nodes": resources.nodes,
@@ -55,6 +61,19 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         "srun_args": srun,
         "additional_parameters": {k: in_script(v) for k, v in plain.items() if v is not None},
     }
+
+
+def _joined_gres(site: str, given: str) -> str:
+    """Both lists of sbatch's --gres as one; what is given takes the place of what the site calls by the same name."""
+    names = {_gres_name(item) for item in given.split(",")}
+    if names & INSTEAD_OF_GPUS:
+        names.add("gpu")
+    kept = [] if "none" in names else [item for item in site.split(",") if _gres_name(item) not in names]
+    return ",".join([*kept, given])
+
+
+def _gres_name(item: str) -> str:
+    return re.split("[:=]", item.strip().removeprefix("gres/").removeprefix("gres:"))[0]
 
 
 def in_script(value: Any) -> Any:

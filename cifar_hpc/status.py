@@ -22,7 +22,6 @@ from cifar_hpc.status_table import Line, by_interest, lines, summary
 
 # The queue is asked less often than files are read: many watchers must not load the controller.
 QUEUE_SECONDS, QUEUE_TIMEOUT_SECONDS = 10.0, 10.0
-SILENT_SECONDS = 30.0  # until the next try where Slurm did not answer, for which squeue itself takes ten
 
 
 def status(runs: Sequence[str], *, watch: bool, as_json: bool) -> int:
@@ -55,7 +54,7 @@ class Reader:
     """The states of runs, one look after another.
 
     trouble: Slurm's words where it does not answer; the jobs are then the last that it told of, if it ever has.
-    asked_at: when it last answered, in seconds since the epoch.
+    asked_at: when it was asked what it last answered, in seconds since the epoch.
     """
 
     def __init__(self, root: Path, runs: Sequence[str]) -> None:
@@ -64,7 +63,7 @@ class Reader:
         self.asked_at: float | None = None
         self._jobs: Mapping[str, QueuedJob] | None = None
         self._ask_next = 0.0
-        self._cache: FactsCache | None = None
+        self._cache = FactsCache(root)
 
     def read(self) -> list[RunState]:
         """The states by the runs' names.
@@ -73,24 +72,22 @@ class Reader:
             SpecError: for a pattern that no run matches.
         """
         found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
-        if self._cache is None and not self.runs:
-            self._cache = FactsCache(self.root)
         self._ask()
-        if self._cache is None:
-            return [read_state(paths, self._jobs) for paths in found]
-        states = [read_state(paths, self._jobs, self._cache.facts) for paths in found]
-        self._cache.save()
+        states = [read_state(paths, self._jobs, self._cache.facts, self.asked_at) for paths in found]
+        if not self.runs:
+            self._cache.save()  # which keeps no others than those that were read
         return states
 
     def _ask(self) -> None:
         if time.monotonic() < self._ask_next:
             return
+        asked_at = time.time()
         try:
             self._jobs = slurm.queue(self.root, QUEUE_TIMEOUT_SECONDS)
-            self.trouble, self.asked_at = "", time.time()
+            self.trouble, self.asked_at = "", asked_at
         except SchedulerError as error:
             self.trouble = str(error)
-        self._ask_next = time.monotonic() + (SILENT_SECONDS if self.trouble else QUEUE_SECONDS)
+        self._ask_next = time.monotonic() + (slurm.SILENT_SECONDS if self.trouble else QUEUE_SECONDS)
 
 
 def show_plain(states: Sequence[RunState]) -> None:

@@ -79,8 +79,9 @@ def lines(states: Sequence[RunState], width: int | None = None) -> list[Line]:
     columns = list(COLUMNS)
     if width is not None:
         _fit(rows, columns, width)
+        room = width - _used(rows, columns)
         for row, state in zip(rows, states, strict=True):
-            row["DETAIL"] = _detail(row, state, columns, width - _used(rows, columns))
+            row["DETAIL"] = _detail(row, state, columns, room)
     widths = [max([len(column), *(len(row[column]) for row in rows)]) for column in columns]
     head = _line(columns, columns, widths, width, "")
     return [head, *(_line([row[c] for c in columns], columns, widths, width, STYLES[row["STATE"]]) for row in rows)]

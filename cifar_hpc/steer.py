@@ -8,7 +8,7 @@ import signal
 
 from cifar_hpc import runlock, slurm
 from cifar_hpc.checks import local_controller
-from cifar_hpc.errors import SpecError
+from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.paths import RunPaths, find_run, project_root
 from cifar_hpc.printable import printable
@@ -19,13 +19,13 @@ def requeue(run: str) -> int:
     """Requeue a running job by the way of a checkpoint; let a requeued one start now instead of in two minutes."""
     paths = find_run(project_root(), run)
     job = slurm.queue(paths.root).get(run)
-    if job is not None and job.state == "PENDING":
-        if "held" in job.reason.lower():  # JobHeldUser, or launch_failed_requeued_held after a node's trouble
-            slurm.command(["scontrol", "release", job.job_id])
-        spec = read_frozen(paths)
-        if spec is not None:
-            slurm.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
-        slurm.release(job.job_id)
+    if job is not None and job.waits:
+        try:
+            _start_soon(paths, job)
+        except SchedulerError:
+            now = slurm.queue(paths.root).get(run)
+            if now is None or now.waits:
+                raise  # else Slurm has started it meanwhile, and refuses to change it
         print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})")
     elif job is not None:
         # The signal of a preemption: the run saves first and then requeues itself.
@@ -36,6 +36,15 @@ def requeue(run: str) -> int:
     else:
         print(f"run {run} saves a checkpoint and starts again")
     return 0
+
+
+def _start_soon(paths: RunPaths, job: slurm.QueuedJob) -> None:
+    spec = read_frozen(paths)
+    if spec is not None:
+        slurm.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
+    slurm.release(job.job_id)
+    if job.held:  # JobHeldUser, or launch_failed_requeued_held after a node's trouble; last, since now it may start
+        slurm.command(["scontrol", "release", job.job_id])
 
 
 def cancel(run: str) -> int:

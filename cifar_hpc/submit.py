@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         return _say(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         return _say(missing_package(error), SpecError.exit_code)
+    except BrokenPipeError:
+        return 141  # the reader, such as head, has gone
     except OSError as error:
         return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), SpecError.exit_code)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import time
 from typing import Protocol
 
 from cifar_hpc.following import EpochFollower, LogFollower, StateFollower
+from cifar_hpc.jsonfile import NotRegularError
 from cifar_hpc.log_colour import paint, style_of_line, wanted
 from cifar_hpc.log_lines import kind_of_line
 from cifar_hpc.paths import RunPaths, find_run, project_root
@@ -15,6 +16,7 @@ from cifar_hpc.printable import printable
 from cifar_hpc.run_state import RunState
 
 POLL_SECONDS = 0.5
+UNREADABLE_POLLS = 60  # a log that cannot be read for so many looks in a row is no longer waited for
 
 
 class View(Protocol):
@@ -75,19 +77,27 @@ def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
 
 
 def _until_the_end(paths: RunPaths, log: LogFollower | EpochFollower, view: View) -> int:
-    states = StateFollower(paths)
+    states, failures = StateFollower(paths), 0
     with contextlib.closing(log):
         while True:
             # The state is read before the log, so that what was logged up to the end is still shown.
             state = states.poll()
-            lines = log.poll()
+            try:
+                lines, failures = log.poll(), 0
+            except (NotRegularError, PermissionError):
+                raise
+            except OSError:  # a file server that is away for a moment, a handle that has become stale
+                lines, failures = [], failures + 1
+                if failures >= UNREADABLE_POLLS:
+                    raise
+                log.close()
             for line in lines:
                 view.line(line)
             if state is not None:
                 view.state(state, states.words())
                 if news := states.news():
                     view.note(news)
-            if state is not None and state.ended and not lines:
+            if state is not None and states.ended and not lines and not failures:
                 for line in log.rest():
                     view.line(line)
                 if state.state != "finished":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cifar_hpc.jsonfile import DIRECTORY_MODE, read_regular
+from cifar_hpc.jsonfile import DIRECTORY_MODE, open_regular, read_regular
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.printable import printable
 from cifar_hpc.spec import TrackingSpec
@@ -49,7 +49,7 @@ class Tracking:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         self.paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         command = [sys.executable, "-m", f"{_PACKAGE.name}.trackers", name, str(self.paths.root), self.paths.name]
-        with self._output(name).open("wb") as output:
+        with os.fdopen(open_regular(self._output(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as output:
             process = subprocess.Popen(
                 command,
                 cwd=_PACKAGE.parent,  # of the run's own copy of the code

@@ -222,6 +222,8 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         right = all(isinstance(state[key], int) for key in ("step", "epoch", "step_in_epoch"))
         right = right and all(isinstance(row, dict) for row in rows)
         right = right and environment["amp"] in ("fp32", "bf16", "fp16") and {"cuda", "device"} <= environment.keys()
+    except SpecError as error:
+        raise RunFailedError(f"{path}: its spec: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         right = False
     if not right:

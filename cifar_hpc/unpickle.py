@@ -81,7 +81,7 @@ def read_pickle(path: Path, content: bytes) -> dict[str, Any]:
         ) from None
 
 
-def _text(key: Any) -> str:
+def _text(key: str | bytes | int) -> str:  # of other objects the text may be without end
     return key.decode("latin-1") if isinstance(key, bytes) else str(key)
 
 
@@ -188,8 +188,10 @@ class _Machine:
         self.name(names.replace(" ", "."))
 
     def stack_global(self, _: Any) -> None:
-        name = self.stack.pop()
-        self.name(f"{self.stack.pop()}.{name}")
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise _RefusedError("it names something otherwise than by text")
+        self.name(f"{module}.{name}")
 
     def name(self, text: str) -> None:
         # numpy 2 renamed the module; both spellings are about.
@@ -231,6 +233,8 @@ def _frombuffer(content: Any, kind: Any, shape: Any, order: Any) -> _Array:
 
 
 def _dtype(name: Any, *_: Any) -> _Dtype:
+    if not isinstance(name, (str, bytes)):
+        raise _RefusedError("an array in it is of a type without a name")
     text = _text(name)
     if re.fullmatch(r"[<>|=]?[uif][1248]|[|]?b1", text) is None:
         raise _RefusedError(f"an array in it is of type {shown(text)}")
@@ -244,7 +248,9 @@ def _scalar(kind: Any, content: Any) -> int | float | bool:
 
 def _encode(text: Any, encoding: Any) -> bytes:
     """How Python 3 writes bytes in protocol 2."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+    if not isinstance(text, str) or not isinstance(encoding, str):
+        raise _RefusedError("it encodes what is no text")
+    if encoding not in ("latin1", "latin-1"):
         raise _RefusedError(f"it encodes text as {shown(encoding)}")
     return text.encode("latin-1")
 

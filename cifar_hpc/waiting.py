@@ -85,7 +85,7 @@ def _dependency(text: str) -> str:
 
 def start_of(job: QueuedJob) -> datetime | None:
     """When Slurm expects to start the job, in local time with its zone; None where it has not said or holds the job."""
-    instant = parse_instant(job.start) if "held" not in job.reason.lower() else None
+    instant = parse_instant(job.start) if not job.held else None
     return None if instant is None else instant.astimezone()
 
 

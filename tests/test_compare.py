@@ -162,6 +162,11 @@ def test_csv_is_for_spreadsheets(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(key is None or value is None for row in (first, second, third) for key, value in row.items())
 
 
+def test_images_held_out_are_no_training_images(make: Make) -> None:
+    (row,) = read_rows(group_runs([make("run", [50.0], data__test_size=None, data__holdout=64)]), {})
+    assert row.data == "synthetic, 200 training images, evaluated on 64 training images held out"
+
+
 @pytest.mark.usefixtures("sweep")
 def test_markdown_says_how_each_row_was_made(capsys: pytest.CaptureFixture[str]) -> None:
     head, rule, first, *_ = shown(capsys, "run-*", "--markdown", "--sort=-restarts").splitlines()

@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def offered(bash_script: Path, root: Path, line: str) -> list[str]:
+def offered(bash_script: Path, root: Path | None, line: str) -> list[str]:
     """What bash offers at the end of a line, as its programmable completion is called on Tab."""
     words = shlex.split(line) + ([""] if line.endswith(" ") else [])
     asked = f"""
@@ -49,7 +49,7 @@ def offered(bash_script: Path, root: Path, line: str) -> list[str]:
     done = subprocess.run(
         ["bash", "--norc", "-c", asked],
         cwd=PROJECT,
-        env={"PATH": os.environ["PATH"], "CIFAR_HPC_ROOT": str(root)},
+        env={"PATH": os.environ["PATH"], **({} if root is None else {"CIFAR_HPC_ROOT": str(root)})},
         capture_output=True,
         text=True,
         timeout=60,
@@ -87,6 +87,14 @@ def offered(bash_script: Path, root: Path, line: str) -> list[str]:
 )
 def test_bash_offers(bash_script: Path, root: Path, line: str, expected: list[str]) -> None:
     assert offered(bash_script, root, line) == expected
+
+
+def test_runs_of_a_project_whose_path_needs_quotes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = root.rename(tmp_path / "it's my $root")
+    monkeypatch.setattr(completion, "PROJECT", project)
+    path = tmp_path / "script.bash"
+    path.write_text(script("bash"))
+    assert offered(path, None, "cifar_hpc status dropout") == ["dropout-0a", "dropout-1b"]
 
 
 def test_another_completion_of_python_is_kept(bash_script: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from helpers import leftovers
 from PIL import Image
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import pil_loader
 
 from cifar_hpc import cifar10, data, tensorfile
 from cifar_hpc.cifar10 import check_cifar10, fetch_cifar10
@@ -119,6 +120,26 @@ def test_what_is_wrong_in_a_folder_is_named(root: Path, spoil: Any, message: str
         load_dataset(FOLDER, root)
     assert str(caught.value).startswith("data.root: ")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP", "PPM", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_pixels_are_those_of_torchvisions_loader(root: Path, kind: str, mode: str) -> None:
+    path = root / "images" / "train" / "class0" / "0.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, kind)
+    expected = torch.from_numpy(np.array(pil_loader(str(path)))).permute(2, 0, 1)
+    assert torch.equal(load_dataset(FOLDER, root).train_images[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF"])
+def test_an_image_of_another_format_than_the_suffixes_is_not_opened(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("a program was started"))
+    Image.new("RGB", (32, 32)).save(root / "images" / "train" / "class0" / "0.png", kind)
+    with pytest.raises(SpecError, match=r"class0/0\.png is not a readable image: cannot identify"):
+        load_dataset(FOLDER, root)
 
 
 def test_the_second_start_reads_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from spec_page import PAGE, page
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.checkpoint_index import _KINDS
+from cifar_hpc.commands import parser
 from cifar_hpc.doctor_report import Finding
 from cifar_hpc.run_state import RunState
 from cifar_hpc.runlog import read_jsonl
@@ -112,6 +114,16 @@ def json_of(root: Path, words: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 def test_each_field_of_the_index_is_described() -> None:
     assert set(_KINDS) <= first_cells(section("checkpoints/&lt;run&gt;/index.json"))
+
+
+def test_each_command_that_a_page_shows_is_one() -> None:
+    begin = "python -m cifar_hpc "
+    lines = [line for path in PAGES for line in path.read_text().splitlines() if line.startswith(begin)]
+    assert len(lines) > 20
+    for line in lines:
+        text = re.sub(r"[][]|<(?=run>)|(?<=<run)>", "", line.removeprefix(begin))  # marks of what may be left out
+        words = shlex.split(text, comments=True)
+        parser().parse_args(words[: words.index(">")] if ">" in words else words)
 
 
 def test_each_part_of_a_sweep_is_described() -> None:

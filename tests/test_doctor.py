@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cifar_hpc import doctor_checks, doctor_files, doctor_slurm, doctor_submit, slurm
+from cifar_hpc import doctor, doctor_checks, doctor_files, doctor_slurm, doctor_submit, slurm
 from cifar_hpc.__main__ import main
 from cifar_hpc.doctor_files import check_folder, hold_lock, is_locked, mount_of
 from cifar_hpc.doctor_report import Finding, Report, as_text
 from cifar_hpc.doctor_slurm import Cluster
 from cifar_hpc.doctor_submit import JobOutcome, doctors_job
 from cifar_hpc.doctor_verdict import judge_job
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.sites import Site
 from cifar_hpc.spec import ResourcesSpec, Spec, TrainSpec
 
@@ -132,16 +134,50 @@ def test_a_partition_whose_nodes_are_all_out(cluster: Cluster) -> None:
         ("preempt/partition_prio", {"PreemptMode": "OFF"}, "ok", "not preempted"),
         ("preempt/partition_prio", {"PriorityTier": "10"}, "ok", "no partition over the same nodes"),
         ("preempt/partition_prio", {"Nodes": "a[1-2]"}, "ok", "no partition over the same nodes"),
-        ("preempt/qos", {}, "ok", "by jobs of a QOS that may"),
         ("preempt/none", {}, "ok", "not preempted"),
     ],
 )
 def test_preemption(cluster: Cluster, kind: str, changes: dict[str, str], status: str, words: str) -> None:
     partition = {**cluster.partitions["gpu"], **changes}
     finding = doctor_slurm.check_preemption(
-        Cluster("", {**cluster.config, "PreemptType": kind}, cluster.partitions), partition
+        Cluster("", {**cluster.config, "PreemptType": kind}, cluster.partitions), partition, asked()
     )
     assert finding.status == status and words in finding.found, finding
+
+
+@pytest.mark.parametrize(
+    ("qos", "mode", "status", "words"),
+    [
+        (None, "REQUEUE", "ok", "the job's QOS decides by whom and how jobs are preempted (here PreemptMode=REQUEUE)"),
+        ("low", "REQUEUE", "ok", "by jobs of the QOS high, normal (PreemptMode=REQUEUE): SIGTERM, 120 s of grace"),
+        ("low", "GANG,SUSPEND", "warning", "suspended by jobs of the QOS high, normal (PreemptMode=GANG,SUSPEND)"),
+        ("normal", "REQUEUE", "warning", "by jobs of the QOS high (PreemptMode=CANCEL): no grace: SIGTERM, SIGKILL 5"),
+        ("team", "SUSPEND", "ok", "by jobs of the QOS team (PreemptMode=REQUEUE,WITHIN): SIGTERM, 10 s of grace"),
+        ("high", "REQUEUE", "ok", "no QOS may preempt high"),
+    ],
+)
+def test_preemption_by_qos(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, qos: str | None, mode: str, status: str, words: str
+) -> None:
+    rows = "low||cluster|00:02:00\nnormal|low|cancel|00:00:00\nhigh|low,normal|off|00:00:00\n"
+    monkeypatch.setattr(slurm, "command", lambda _: rows + "team||requeue,within|00:00:10\n")
+    config = {**cluster.config, "PreemptType": "preempt/qos", "PreemptMode": mode}
+    partition = {**cluster.partitions["gpu"], "PreemptMode": "OFF", "GraceTime": "77"}  # which count for nothing
+    finding = doctor_slurm.check_preemption(Cluster("", config, {}), partition, asked(qos=qos))
+    assert finding.status == status and words in finding.found, finding
+
+
+def test_a_qos_that_cannot_be_asked_for_is_a_warning(cluster: Cluster) -> None:
+    config = {**cluster.config, "PreemptType": "preempt/qos"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        finding = doctor_slurm.check_preemption(Cluster("", config, {}), cluster.partitions["gpu"], asked(qos="low"))
+    assert finding.status == "warning" and "sacctmgr is not on PATH" in finding.found
+
+
+def test_a_suspended_run_is_not_said_to_be_called_hung(cluster: Cluster) -> None:
+    partition = {**cluster.partitions["gpu"], "PreemptMode": "GANG,SUSPEND"}
+    assert "hung" not in doctor_slurm.check_preemption(cluster, partition, asked()).advice
 
 
 @pytest.mark.parametrize(
@@ -316,6 +352,42 @@ def test_what_one_task_reports(change: Any, check: str, status: str, words: str)
     assert finding.advice
 
 
+def test_what_a_task_without_torch_cannot_tell_is_not_judged() -> None:
+    def broken(task: dict[str, Any]) -> None:
+        task["torch"] = {"error": "ImportError: libcuda.so.1"}
+        task["signal"] = False  # the other one, which sends it, waited for this one
+        del task["all_reduce"]
+
+    findings = judged(broken)
+    assert {f.check for f in findings.values() if f.status == "problem"} == {"job torch"}
+    assert "job all-reduce" not in findings and "job signals" not in findings
+    assert findings["job gpus"].status == "ok" and "job requeue" in findings
+    task = copy.deepcopy(TASK) | {"torch": {"error": "x"}}
+    outcome = JobOutcome("7", "COMPLETED", "None", "t", 1, [task])
+    assert "job gpus" not in {f.check for f in judge_job(outcome, GPUS, PINS, None)}
+
+
+@pytest.mark.parametrize(
+    ("signals", "status", "words"),
+    [
+        ([None, False], "warning", "scancel is not usable"),
+        (["-", "-"], "warning", "not tried: the job did not come so far"),
+        (["-", False], "warning", "not tried: the job did not come so far"),  # who sends it is rank 0
+        ([True, "-"], "ok", "reached every task that came so far"),
+        ([False, False], "problem", "task 0 on n1 did not hear"),
+    ],
+)
+def test_a_signal_that_was_not_tried_is_not_one_that_was_not_heard(signals: Any, status: str, words: str) -> None:
+    tasks = [copy.deepcopy(TASK), copy.deepcopy(TASK) | {"rank": 1, "node": "n2"}]
+    for task, signal in zip(tasks, signals, strict=True):
+        task["signal"] = signal
+        if signal == "-":
+            del task["signal"]
+    outcome = JobOutcome("7", "COMPLETED", "None", "t", 2, tasks, "")
+    finding = next(f for f in judge_job(outcome, GPUS, PINS, None) if f.check == "job signals")
+    assert finding.status == status and words in finding.found, finding
+
+
 def test_a_container_without_scontrol_and_a_site_without_requeue() -> None:
     def job(**changes: Any) -> Finding:
         outcome = JobOutcome("7", "COMPLETED", "None", "t", 1, [copy.deepcopy(TASK) | changes], "")
@@ -381,6 +453,42 @@ def test_a_lock_is_seen_by_others(tmp_path: Path) -> None:
     with hold_lock(tmp_path / "lock"):
         assert is_locked(tmp_path / "lock")
     assert not is_locked(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with hold_lock(tmp_path / "lock"), pytest.raises(OSError, match=os.strerror(reason)):
+        is_locked(tmp_path / "lock")
+    findings = {f.check: f for f in check_folder(tmp_path, alone=True)}
+    assert findings["locks"].status == "warning" and "flock does not work here" in findings["locks"].found
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/plan.json"), "/x/plan.json: No space left on device"),
+        (SpecError("the code cannot be copied"), "the code cannot be copied"),
+    ],
+)
+def test_what_a_check_fails_at_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    monkeypatch.setattr(doctor, "_look_at_slurm", lambda *_: Cluster(""))
+    monkeypatch.setattr(doctor, "_look_at_torch", lambda *_: None)
+    monkeypatch.setattr(doctor, "check_folder", fail)
+    monkeypatch.setattr(doctor, "doctors_job", fail)
+    assert main(["doctor", "--job", "--json"]) == 1
+    found = {f["check"]: f for f in json.loads(capsys.readouterr().out)}
+    assert list(found) == ["python", "site", "file system", "job"]
+    assert all(found[check]["status"] == "problem" and words in found[check]["found"] for check in list(found)[2:])
 
 
 def test_lines_are_whole_in_a_pipe_and_say_no_word_that_terminals_obey(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,11 +18,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cifar_hpc import checkpoint
+from cifar_hpc import checkpoint, export_command
 from cifar_hpc.__main__ import main
+from cifar_hpc.export_command import metadata
 from cifar_hpc.labelled_images import own_images
 from cifar_hpc.model import build_model
-from cifar_hpc.spec import ModelSpec
+from cifar_hpc.spec import DataSpec, ModelSpec
 from cifar_hpc.synthetic import CLASSES
 from cifar_hpc.trained_model import load_trained
 
@@ -123,6 +125,45 @@ def test_the_same_checkpoint_gives_the_same_bytes(root: Path, tmp_path: Path) ->
     assert again.read_bytes() == content and same == card
     assert hashlib.sha256(content).hexdigest() in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, "CIFAR-10's test images"),
+        ({"test_size": 2000, "train_size": 5000}, "2,000 of CIFAR-10's test images"),
+        ({"holdout": 1000}, "1,000 of CIFAR-10's training images, held out; not the test images"),
+        (
+            {"holdout": 1000, "train_size": 5000},
+            "1,000 of 5,000 of CIFAR-10's training images, held out; not the test images",
+        ),
+        ({"source": "folder", "root": "/x/mine"}, "mine/test"),
+        ({"source": "folder", "root": "/x/mine", "holdout": 9}, "9 of mine/train, held out; not the test images"),
+        ({"source": "synthetic", "test_size": 5}, "5 of the synthetic test images"),
+    ],
+)
+def test_it_says_which_images_its_figures_are_of(root: Path, data: dict[str, Any], words: str) -> None:
+    trained = load_trained(root, "tiny", "slow")
+    trained = dataclasses.replace(trained, spec=dataclasses.replace(trained.spec, data=DataSpec(**data)))
+    assert metadata(trained, {}, CLASSES)["data"] == words
+
+
+def test_an_export_that_is_cut_short_leaves_no_card_of_another_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path, *_ = exported(tmp_path)
+    before = path.read_bytes()
+    real = export_command.write_atomic
+
+    def full(target: Path, content: bytes) -> None:
+        if target.suffix == ".md":
+            raise OSError(28, "No space left on device", str(target))
+        real(target, content)
+
+    monkeypatch.setattr(export_command, "write_atomic", full)
+    assert main(["export", "tiny", "--out", str(path), "--weights", "fast"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_bytes() != before and not path.with_suffix(".md").exists()
 
 
 @pytest.mark.parametrize("name", ['a "b" ```c', "modèle_1"])

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from cifar_hpc import facts_cache
+from cifar_hpc import facts_cache, restarts, run_facts, runlog
 from cifar_hpc.facts_cache import FactsCache
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.run_facts import Facts, read_facts
@@ -139,12 +140,13 @@ def test_a_damaged_cache_is_made_anew(paths: RunPaths, reads: list[str], damage:
     assert reads == ["run", "run"]
 
 
+@pytest.mark.parametrize("module", [runlog, restarts, run_facts])
 def test_a_cache_of_other_code_is_not_used(
-    paths: RunPaths, reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    paths: RunPaths, reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType
 ) -> None:
     look(paths)
-    (tmp_path / "run_facts.py").write_text("# changed")
-    monkeypatch.setattr(facts_cache.run_facts, "__file__", str(tmp_path / "run_facts.py"))
+    (tmp_path / "changed.py").write_text("# changed")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
     look(paths)
     assert reads == ["run", "run"]
 

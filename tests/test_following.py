@@ -98,6 +98,19 @@ def test_a_log_that_is_gone_is_waited_for(log: Path) -> None:
     follower.close()
 
 
+def test_a_log_that_was_let_go_is_read_on(log: Path) -> None:
+    append(log, "one\nhal")
+    follower = LogFollower(log)
+    assert follower.poll() == ["one"]
+    follower.close()
+    append(log, "f\n")
+    assert follower.poll() == ["half"]
+    follower.close()
+    cut(log)
+    assert follower.poll() == ["new"]
+    follower.close()
+
+
 def test_beginning_at_a_place(log: Path) -> None:
     append(log, "of another start\n")
     follower = LogFollower(log, begin=log.stat().st_size)
@@ -132,7 +145,8 @@ class Queue:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.job: QueuedJob | None = None
         self.ahead: int | None = 3
-        self.silent, self.counted = False, 0
+        self.silent_about_others = False
+        self.silent, self.asked, self.counted = False, 0, 0
         monkeypatch.setattr(slurm, "queue", self._queue)
         monkeypatch.setattr(slurm, "jobs_ahead", self._ahead)
         monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
@@ -141,12 +155,15 @@ class Queue:
         self.job = QueuedJob("7", "run", state, reason, start, "n1", "gpu", "(null)", "/logs/run")
 
     def _queue(self, root: Path, timeout_seconds: float) -> dict[str, QueuedJob]:
+        self.asked += 1
         if self.silent:
             raise SchedulerError("no answer")
         return {"run": self.job} if self.job else {}
 
-    def _ahead(self, job: QueuedJob) -> int | None:
+    def _ahead(self, job: QueuedJob, timeout_seconds: float) -> int | None:
         self.counted += 1
+        if self.silent_about_others:
+            raise SchedulerError("no answer")
         return self.ahead
 
 
@@ -203,6 +220,28 @@ def test_others_jobs_are_counted_only_now_and_then(queue: Queue, states: StateFo
     assert queue.counted == 1
     queue.holds("PENDING", "JobHeldUser")
     assert "ahead" not in news(states)
+
+
+def test_what_slurm_did_not_tell_of_others_is_not_asked_at_once_again(queue: Queue, states: StateFollower) -> None:
+    queue.holds("PENDING", "Priority")
+    queue.silent_about_others = True
+    for _ in range(5):
+        assert "ahead" not in news(states)
+    assert queue.counted == 1
+
+
+def test_a_silent_slurm_is_left_in_peace_for_a_while(
+    queue: Queue, states: StateFollower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.holds("RUNNING")
+    queue.silent = True
+    for _ in range(5):
+        assert states.poll() is not None
+    assert queue.asked == 1
+    queue.silent = False
+    monkeypatch.setattr(states, "_ask_next", 0.0)
+    states.poll()
+    assert states.state is not None and states.state.state == "running"
 
 
 def test_a_silent_slurm_is_no_end(queue: Queue, states: StateFollower) -> None:

@@ -71,6 +71,33 @@ def test_other_kinds_of_images_become_rgb(tmp_path: Path, mode: str) -> None:
     assert torch.equal(decode([path])[0], pil_to_tensor(pil_loader(str(path))))
 
 
+def test_digits_that_are_none_of_ascii_are_text(tmp_path: Path) -> None:
+    for name in ("10.png", "9.png", "²1.png", "a².png", "٣.png"):
+        save_png(tmp_path / name, IMAGES[0])
+    assert open_images(tmp_path).ids == ["9", "10", "a²", "²1", "٣"]
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF"])
+def test_only_the_formats_of_the_suffixes_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("a program was started"))
+    path = tmp_path / "a.png"
+    Image.fromarray(IMAGES[0].permute(1, 2, 0).numpy()).save(path, kind)
+    with pytest.raises(SpecError, match=r"a\.png: is not a readable image: cannot identify"):
+        decode([path])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP", "PPM", "PNG"])
+def test_the_suffix_may_be_another_ones(tmp_path: Path, kind: str) -> None:
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms.functional import pil_to_tensor
+
+    path = tmp_path / "a.png"
+    Image.fromarray(IMAGES[0].permute(1, 2, 0).numpy()).save(path, kind)
+    assert torch.equal(decode([path])[0], pil_to_tensor(pil_loader(str(path))))
+
+
 def test_ids_may_be_text(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(pickle.dumps({"data": ARRAY, "ids": [b"a", "\u00e4", *range(10)]}))
@@ -125,6 +152,7 @@ def test_files_that_are_none_of_these(tmp_path: Path) -> None:
         (pickle.dumps({"data": ARRAY, "ids": [1, 2]}), "has 12 images, but 2 ids"),
         (pickle.dumps({"data": ARRAY, "ids": 5}), "ids that are no list"),
         (pickle.dumps({"data": ARRAY, "ids": [[]] * 12}), "neither whole numbers nor text"),
+        (pickle.dumps({"data": ARRAY, "ids": [10**5000] * 12}), "neither whole numbers nor text"),
     ]:
         path.write_bytes(content)
         assert words in refused(path)

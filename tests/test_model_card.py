@@ -63,6 +63,14 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert "| test accuracy | not measured |" in text and "not measured: the run measures other weights" in text
 
 
+def test_figures_of_held_out_images_are_not_called_test_figures() -> None:
+    card = CARD | {"spec": json.dumps({"data": {"holdout": 100}}), "data": "100 of them, held out; not the test images"}
+    text = model_card("m.safetensors", "abc", card, [row(1)])
+    assert "| held-out accuracy | 95.12% |" in text and "| held-out loss | 0.2500" in text
+    assert "Held-out accuracy from epoch 1" in text and "| held-out loss | held-out accuracy |" in text
+    assert "test accuracy" not in text.lower() and "test loss" not in text
+
+
 def test_bars_go_from_the_least_to_the_largest() -> None:
     assert sparkline([1, 2, 8]) == "▁▂█"
     assert sparkline([5, 5]) == "▁▁"

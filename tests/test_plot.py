@@ -147,6 +147,17 @@ def test_a_damaged_spec_costs_the_architecture_only(root: Path, capsys: pytest.C
     assert "\x1b" not in err
 
 
+def test_out_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(root, "a", [10])
+    real = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "figures" and real(path, mode))
+    assert main(["plot", "a"]) == 2
+    assert "--out: the folder figures is not writable by you" in capsys.readouterr().err
+    assert list((root / "figures").iterdir()) == []
+
+
 def test_terminal_without_one_is_plain(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(root, "a", [10, 20])
     assert main(["plot", "a", "--terminal"]) == 0

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_hpc import __main__, tail, watch
+from cifar_hpc import __main__, following, tail, watch
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.printable import SHOWN_CHARACTERS, control_character, printable, shown
 from cifar_hpc.status import status
@@ -148,8 +148,13 @@ def test_tail_prints_no_control_characters(
 
 @pytest.mark.parametrize("damage", [wrong_types, planted_lock])
 def test_tail_ends_where_a_run_is_unreadable(
-    paths: RunPaths, capsys: pytest.CaptureFixture[str], damage: Callable[[RunPaths], None]
+    paths: RunPaths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[RunPaths], None],
 ) -> None:
+    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "POLL_SECONDS", 0.0)
     damage(paths)
     assert tail.tail("run", epochs_only=False) == 1
     assert "[unreadable: its files make no sense" in capsys.readouterr().err

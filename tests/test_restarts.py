@@ -58,6 +58,9 @@ def test_what_passes_before_a_person_submits_again_is_no_loss() -> None:
         ([at(5, "hang")], "failure"),
         ([at(5, "requeued", reason="preemption"), at(6, "submitted")], "submitted"),
         ([at(5, "submitted"), at(6, "left", reason="preemption")], "submitted"),
+        ([at(5, "holding", reason="unknown")], "preemption"),  # without scontrol, as in a container
+        ([at(5, "requeued", reason="timeout"), at(6, "requeue_failed"), at(7, "holding", reason="timeout")], "timeout"),
+        ([at(5, "holding", reason="unknown"), at(6, "requeued", reason="timeout")], "timeout"),
         ([], "killed"),
     ],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 
 from cifar_hpc import run_state
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.run_facts import Facts
 from cifar_hpc.run_state import read_state
 from cifar_hpc.runlock import RunLock
 from cifar_hpc.slurm import QueuedJob
+from cifar_hpc.status_table import lines
 
 
 @pytest.fixture
@@ -56,6 +59,10 @@ IN_A_WEEK = job("PENDING", "Resources", local(timedelta(days=7)))
         (job("SUSPENDED"), "suspended", "by Slurm, on n1"),
         (job("COMPLETING"), "stopping", "COMPLETING: to be requeued"),
         (job("STAGE_OUT"), "stopping", "STAGE_OUT"),
+        (job("REQUEUE_HOLD", "job requeued in held state"), "queued", "job requeued in held state: whoever"),
+        (job("SPECIAL_EXIT", "job requeued in held state"), "queued", "job requeued in held state: whoever"),
+        (job("RESV_DEL_HOLD", "ReservationDeleted", local(timedelta(days=7))), "queued", "ReservationDeleted: its res"),
+        (job("REQUEUE_FED"), "queued", "Slurm has not looked at it yet"),
     ],
 )  # fmt: skip
 def test_the_queue_comes_first(paths: RunPaths, queued: dict[str, QueuedJob], state: str, detail: str) -> None:
@@ -101,6 +108,52 @@ def test_without_a_job_the_last_word_counts(
     assert silent.ended is (silent.state != "unknown")
 
 
+ASKED_AT = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("second", [-60, 0, 60])
+@pytest.mark.parametrize(
+    ("event", "state"),
+    [("submitted", "unknown"), ("requeued", "unknown"), ("checkpoint", "unknown"), ("failed", "failed")],
+)
+def test_what_was_heard_since_slurm_was_asked_is_no_end(paths: RunPaths, second: int, event: str, state: str) -> None:
+    when = (ASKED_AT + timedelta(seconds=second)).isoformat()
+    events(paths, {"event": "submitted", "scheduler": "slurm", "time": when}, {"event": event, "time": when})
+    if event == "submitted":
+        events(paths, {"event": "submitted", "scheduler": "slurm", "time": when})
+    found = read_state(paths, {}, asked_at=ASKED_AT.timestamp())
+    if second < 0 and event != "failed":
+        state = "stopped"
+    assert found.state == state and found.ended is (state != "unknown")
+    if state == "unknown":
+        assert found.detail == f"{'submitted' if event == 'submitted' else 'heard of'} since Slurm last answered"
+    assert read_state(paths, job("PENDING", "Priority"), asked_at=ASKED_AT.timestamp()).state == "queued"
+
+
+def stale(paths: RunPaths) -> Facts:
+    raise OSError(errno.ESTALE, "Stale file handle", str(paths.events))
+
+
+def test_files_that_cannot_be_read_for_a_moment_do_not_end_a_run(paths: RunPaths) -> None:
+    trouble = "its files cannot be read now (Stale file handle)"
+    nothing = read_state(paths, {}, stale)
+    assert (nothing.state, nothing.detail, nothing.ended) == ("unreadable", trouble, True)
+    queued = read_state(paths, job("RUNNING"), stale)
+    assert (queued.state, queued.detail, queued.job_id, queued.ended) == ("running", f"on n1; {trouble}", "7", False)
+    lock = RunLock(paths.lock)
+    lock.acquire({"host": "n2"})
+    held = read_state(paths, {}, stale)
+    assert (held.state, held.detail, held.ended) == ("running", f"on n2; {trouble}", False)
+    lock.release()
+
+
+def test_damaged_files_do_not_end_a_run_that_has_a_job(paths: RunPaths) -> None:
+    paths.metrics.write_text('{"epoch": "x"}\n')
+    assert read_state(paths, {}).state == "unreadable"
+    found = read_state(paths, job("PENDING", "Priority"))
+    assert found.state == "queued" and "; its files make no sense (ValueError: " in found.detail and not found.ended
+
+
 def test_what_is_no_job_of_slurm_is_known_without_it(paths: RunPaths) -> None:
     assert read_state(paths, None).state == "not started"
     events(paths, {"event": "submitted", "scheduler": "local", "job_id": "1"}, {"event": "checkpoint"})
@@ -142,6 +195,10 @@ def test_a_start_is_not_blamed_for_the_silence_before_it(paths: RunPaths) -> Non
 def test_a_job_that_never_said_anything_hangs_as_well(paths: RunPaths) -> None:
     assert read_state(paths, job("RUNNING", start=local(-timedelta(minutes=10)))).state == "hung"
     assert read_state(paths, job("RUNNING")).state == "running"
+
+
+def test_a_job_whose_nodes_are_booting_does_not_hang(paths: RunPaths) -> None:
+    assert read_state(paths, job("CONFIGURING", start=local(-timedelta(minutes=30)))).state == "running"
 
 
 ROWS = [
@@ -204,6 +261,13 @@ def test_restarts_and_the_wait_for_the_start_count_in_the_time_left(paths: RunPa
 def test_the_pace_is_that_of_as_many_ranks(paths: RunPaths) -> None:
     write_rows(paths, [row | {"world_size": size} for row, size in zip(ROWS, (1, 2), strict=True)])
     assert read_state(paths, job("RUNNING")).eta_seconds == 40.0
+
+
+def test_a_number_that_is_none_of_an_accuracy_is_damage(paths: RunPaths) -> None:
+    paths.metrics.write_text(json.dumps(ROWS[0]).replace("80.0", "9" * 400) + "\n")
+    found = read_state(paths, {})
+    assert found.state == "unreadable" and "OverflowError" in found.detail
+    lines([found])
 
 
 def test_a_run_never_submitted(paths: RunPaths) -> None:

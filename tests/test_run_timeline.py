@@ -127,6 +127,27 @@ def test_starting_all_over_loses_everything(run: RunPaths) -> None:
     assert ("restart", 56) in marks(life)
 
 
+def test_a_start_that_was_killed_before_its_first_step_loses_nothing(run: RunPaths) -> None:
+    stopped = [*FIRST, event(20, "checkpoint", step=STEPS, epoch=1), *PREEMPTED]
+    life = timeline(run, *stopped, start(60, step=25)[0], *start(90, step=25))
+    assert not life.seconds("lost") and ("training", 11, 30) in spans(life)
+    life = timeline(run, *stopped, *start(60, step=25), event(66, "failed", step=27), *start(90, step=25))
+    assert [s for s in spans(life) if s[0] == "lost"] == [("lost", 61, 66)]
+
+
+@pytest.mark.parametrize("damage", [{"step": None}, {"step": "x"}])
+def test_a_second_stop_that_tells_no_step_loses_nothing(run: RunPaths, damage: dict[str, Any]) -> None:
+    life = timeline(
+        run,
+        *FIRST,
+        event(20, "checkpoint", step=STEPS, epoch=1),
+        *PREEMPTED,
+        event(31, "signal", signal="SIGTERM", **damage),
+        *start(60, step=25),
+    )
+    assert not life.seconds("lost")
+
+
 def test_what_slurm_requeued_itself_was_waiting(run: RunPaths) -> None:
     told = [event(30, "signal", step=25), event(30, "left", reason="preemption", explanation="requeued by Slurm")]
     life = timeline(run, *FIRST, event(29, "checkpoint", step=25), *told, *start(90, step=25))

@@ -105,6 +105,22 @@ def test_a_command_with_arguments_and_quotes_runs_python(dry_run: Callable[..., 
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("nvme:100", "gpu:gh200:4,nvme:100"),
+        ("gpu:4,nvme:100", "gpu:4,nvme:100"),
+        ("shard:2", "shard:2"),
+        ("none", "none"),
+    ],
+)
+def test_gres_given_by_hand_stands_beside_the_sites_gpus(
+    dry_run: Callable[..., str], given: str, expected: str
+) -> None:
+    flags = ("--account", "project_1", "--gpus-per-node", "4", "--sbatch", f"gres={given}")
+    assert options(dry_run("--profile", "csc-roihu", *flags))["gres"] == expected
+
+
 def test_an_option_given_by_hand_takes_the_place_of_the_sites(dry_run: Callable[..., str]) -> None:
     found = options(dry_run("--profile", "nyu-torch", "--sbatch", "gres=gpu:h200:2", "--gpus-per-node", "2"))
     assert found["gres"] == "gpu:h200:2"

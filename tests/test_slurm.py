@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_hpc import slurm
+from cifar_hpc import slurm, steer
 from cifar_hpc.errors import SchedulerError
 
 SHOWN = (
@@ -90,7 +90,8 @@ def test_jobs_ahead(fake: Path) -> None:
     assert slurm.jobs_ahead(WAITING) == 4  # 12, 8 and both tasks
     (call,) = asked(fake)
     assert "--states=PENDING --partition=gpu,long" in call
-    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12")) == 0
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12", reason="Resources")) == 0
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12")) is None  # those that go first are not shown
     assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="7_2")) == 2
     assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="11")) is None
 
@@ -99,6 +100,48 @@ def test_a_slow_squeue_is_given_up(fake: Path) -> None:
     program(fake, "squeue", "exec sleep 60")
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
         slurm.queue(fake, timeout_seconds=0.2)
+    with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
+        slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
+
+
+def test_the_users_own_settings_of_the_commands_do_not_count(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["SQUEUE_STATES", "SQUEUE_FORMAT2", "SINFO_PARTITION", "SCONTROL_LOCAL", "SCANCEL_NAME"]
+    for name in (*settings, "SLURM_TIME_FORMAT", "SQUEUE_ALL", "SLURM_CONF", "SQUEUER"):
+        monkeypatch.setenv(name, "x")
+    program(fake, "squeue", "env")
+    seen = dict(line.split("=", 1) for line in slurm.command(["squeue"]).splitlines() if "=" in line)
+    assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "standard"
+    assert {seen[name] for name in ("SQUEUE_ALL", "SLURM_CONF", "SQUEUER")} == {"x"}
+    program(fake, "sbatch", "env")
+    assert "SLURM_TIME_FORMAT=x" in slurm.command(["sbatch"]).splitlines()  # a job has the user's own environment
+
+
+def test_a_folder_of_any_name_is_no_hindrance(fake: Path) -> None:
+    ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
+    program(fake, "squeue", f"printf '7|x|RUNNING|None|N/A|n1|gpu|(null)|/d\\351j\\340\\n'; echo '{ours}'")
+    assert list(slurm.queue(fake)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "calls"),
+    [
+        ("RESV_DEL_HOLD", "ReservationDeleted", ["release 7", "update"]),
+        ("SPECIAL_EXIT", "None", ["release 7", "update"]),
+        ("REQUEUE_HOLD", "job_requeued_in_held_state", ["release 7", "update"]),
+        ("REQUEUE_FED", "None", ["update"]),
+        ("PENDING", "BeginTime", ["update"]),
+    ],
+)
+def test_requeue_releases_what_is_held(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, calls: list[str]
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
+    (fake / "logs" / "run").mkdir(parents=True)
+    program(fake, "squeue", f"echo '7|run|{state}|{reason}|N/A||gpu|(null)|{fake}/logs/run/code/1f'")
+    for name in ("scontrol", "scancel"):
+        program(fake, name, f"echo \"$@\" >> '{fake}/asked'")
+    assert steer.requeue("run") == 0
+    assert [line.partition(" jobid")[0] for line in asked(fake)] == calls
 
 
 def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:

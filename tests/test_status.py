@@ -17,7 +17,10 @@ from benchmarks.many_runs import KINDS, make_runs
 from cifar_hpc import facts_cache, run_state, status
 from cifar_hpc.errors import SpecError
 from cifar_hpc.freeze import freeze, read_frozen
+from cifar_hpc.manual import MANUAL
 from cifar_hpc.paths import RunPaths, all_runs
+from cifar_hpc.run_facts import read_facts
+from cifar_hpc.runlog import append_event
 from cifar_hpc.spec import Spec
 from cifar_hpc.spec_io import from_plain
 from cifar_hpc.status_table import INTEREST
@@ -77,6 +80,41 @@ def test_patterns(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == names
     with pytest.raises(SpecError, match="no such run"):
         status.status(["x*"], watch=False, as_json=True)
+
+
+def test_logs_are_read_once_whichever_runs_are_watched(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(facts_cache, "read_facts", lambda paths: reads.append(paths.name) or read_facts(paths))
+    reader = status.Reader(root, ["improved_*"])
+    reader.read()
+    reader.read()
+    assert len(reads) == RUNS
+
+
+def test_some_runs_leave_the_others_in_the_cache(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = rows(capsys)[0]["run"]
+    before = (root / "logs" / ".status-cache").read_bytes()
+    RunPaths(root, name).metrics.write_text("")
+    status.status([name], watch=False, as_json=True)
+    assert (root / "logs" / ".status-cache").read_bytes() == before
+
+
+def test_a_run_that_was_submitted_since_the_queue_was_read_has_not_stopped(root: Path) -> None:
+    reader = status.Reader(root, [])
+    reader.read()
+    fresh = next(paths for paths in all_runs(root) if not paths.events.exists())
+    append_event(fresh.events, "submitted", job_id="99", restart=None, world_size=None, scheduler="slurm")
+    (found,) = (state for state in reader.read() if state.run == fresh.name)
+    assert (found.state, found.detail) == ("unknown", "submitted since Slurm last answered")
+    (root / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    reader._ask_next = 0.0
+    (found,) = (state for state in reader.read() if state.run == fresh.name)
+    assert reader.trouble and found.state == "unknown"
+
+
+def test_the_manual_knows_every_state() -> None:
+    words = " ".join(MANUAL["status"].split())
+    assert all(re.search(rf"\b{state}\b", words) for state in INTEREST) and "3 Slurm does not answer" in words
 
 
 NUMBER, COUNTS = (int, float), dict

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cifar_hpc import status_table
 from cifar_hpc.run_state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 from cifar_hpc.status_table import COLUMNS, INTEREST, STYLES, by_interest, cells, duration, lines, shorten, summary
 
@@ -128,3 +129,14 @@ def test_cells() -> None:
 )  # fmt: skip
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_work_for_a_line_does_not_grow_with_the_number_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_measured(count: int) -> int:
+        calls = []
+        monkeypatch.setattr(status_table, "_used", lambda *arguments: calls.append(1) or used(*arguments))
+        lines(RUNS[:1] * count, 80)
+        return len(calls)
+
+    used = status_table._used
+    assert times_measured(2) == times_measured(50)

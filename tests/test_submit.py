@@ -233,3 +233,14 @@ def test_help_is_served_without_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "exit status" in result.stdout
+
+
+def test_a_reader_that_has_gone_is_no_mistake_of_the_user(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(arguments: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(submit, "_submit", gone)
+    assert submit.main([]) == 141
+    assert capsys.readouterr().err == ""

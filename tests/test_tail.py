@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cifar_hpc import following, slurm, tail
+from cifar_hpc import following, jsonfile, run_state, slurm, tail
 from cifar_hpc.errors import SpecError
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.slurm import QueuedJob
@@ -32,7 +33,7 @@ class World:
         self.then: list[Callable[[], object]] = []
         monkeypatch.setenv("CIFAR_HPC_ROOT", str(root))
         monkeypatch.setattr(slurm, "queue", lambda *_: self.jobs)
-        monkeypatch.setattr(slurm, "jobs_ahead", lambda job: 2)
+        monkeypatch.setattr(slurm, "jobs_ahead", lambda *_: 2)
         monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
         monkeypatch.setattr("cifar_hpc.tail.time.sleep", lambda _: self.then.pop(0)())
         self.event("submitted", scheduler="slurm", job_id="7")
@@ -103,6 +104,52 @@ def test_a_last_line_without_an_end_is_shown(world: World, capsys: pytest.Captur
     world.ends("finished", test_accuracy=90.0)
     assert tail.tail("run", epochs_only=False) == 0
     assert capsys.readouterr().out == "one\nof a full di\n"
+
+
+def stale(*_: Any) -> Any:
+    raise OSError(errno.ESTALE, "Stale file handle", "events.jsonl")
+
+
+def test_a_file_server_that_is_away_for_a_moment_is_no_end(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def goes() -> None:
+        patch.setattr(run_state.Path, "stat", stale)
+        patch.setattr(jsonfile.os, "open", stale)
+
+    world.job("RUNNING")
+    world.log("one")
+    with monkeypatch.context() as patch:
+        world.then = [
+            goes,
+            world.jobs.clear,  # so that the files alone tell
+            lambda: None,
+            lambda: (world.job("RUNNING"), patch.undo()),
+            lambda: world.log("two"),
+            lambda: world.ends("finished", test_accuracy=90.0),
+        ]
+        assert tail.tail("run", epochs_only=False) == 0
+    assert capsys.readouterr().out == "one\ntwo\n" and world.then == []
+
+
+def test_files_that_stay_unreadable_are_an_end(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.jobs = {}
+    world.then = [lambda: None] * following.UNREADABLE_LOOKS
+    monkeypatch.setattr(run_state, "_busy", stale)
+    assert tail.tail("run", epochs_only=False) == 1
+    assert len(world.then) == 1
+    assert capsys.readouterr().err == "[unreadable: its files cannot be read now (Stale file handle)]\n"
+
+
+def test_a_log_that_stays_unreadable_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.job("RUNNING")
+    world.then = [lambda: None] * tail.UNREADABLE_POLLS
+    monkeypatch.setattr(following.LogFollower, "poll", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        tail.tail("run", epochs_only=False)
+    assert len(world.then) == 1
 
 
 def test_a_run_that_is_none(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import sys
@@ -279,6 +280,30 @@ def test_a_process_that_cannot_be_started(watched: Watched, monkeypatch: pytest.
     ((tracker, reason),) = watched.failures
     assert tracker == "wandb"
     assert "No such file" in reason
+
+
+def a_fifo(path: Path, target: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize(("plant", "words"), [(a_fifo, "No such device"), (a_link, "is a symbolic link")])
+def test_what_stands_in_the_place_of_a_trackers_log_is_neither_waited_for_nor_written_to(
+    watched: Watched, tmp_path: Path, plant: Any, words: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    watched.paths.tracking.mkdir()
+    plant(watched.paths.tracking / "tensorboard.log", mine)
+    signal.alarm(LIMIT_SECONDS)  # whoever waits for the FIFO's other end waits for ever
+    watched.start(tensorboard=True)
+    signal.alarm(0)
+    ((tracker, reason),) = watched.failures
+    assert tracker == "tensorboard" and words in reason
+    assert mine.read_text() == "precious"
 
 
 def test_nothing_is_started_unless_it_is_asked_for(watched: Watched) -> None:

@@ -131,6 +131,7 @@ def test_the_runs_precision_is_kept(root: Path, amp: str) -> None:
     ("edit", "words"),
     [
         (lambda state: state.update(spec=0), "is whole, but not what a run writes"),
+        (lambda state: state["spec"]["model"].update(dropout=7), r"its spec: model\.dropout: "),
         (lambda state: state.update(environment=None), "is whole, but not what a run writes"),
         (lambda state: state.update(history="[1]"), "is whole, but not what a run writes"),
         (lambda state: state.update(history="{"), "is whole, but not what a run writes"),

@@ -122,6 +122,24 @@ def test_what_holds_itself_many_times_over_costs_nothing() -> None:
         read_pickle(PATH, b"\x80\x02}" + keyed + b"Ns.")
 
 
+def test_nothing_that_is_no_text_is_written_out() -> None:
+    """What holds itself many times over takes for ever to write, too."""
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    value = pickle.dumps(nested, 2)[2:-1]
+    word = b"X\x01\x00\x00\x00a"
+    for content, words in [
+        (b"cnumpy\ndtype\n" + value + b"\x85R", "a type without a name"),
+        (b"c_codecs\nencode\n" + word + value + b"\x86R", "encodes what is no text"),
+        (b"c_codecs\nencode\n" + value + word + b"\x86R", "encodes what is no text"),
+        (value + word + b"\x93", "names something otherwise than by text"),
+        (word + value + b"\x93", "names something otherwise than by text"),
+    ]:
+        with pytest.raises(SpecError, match=words):
+            read_pickle(PATH, b"\x80\x04" + content + b".")
+
+
 def test_a_damaged_file_is_a_named_error() -> None:
     whole = pickle.dumps(BATCH, 2)
     for length in [0, 1, 2, 20, 200, len(whole) - 1]:
