@@ -125,9 +125,9 @@ def test_a_folder_of_any_name_is_no_hindrance(fake: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "reason", "calls"),
     [
-        ("RESV_DEL_HOLD", "ReservationDeleted", ["release 7", "update"]),
-        ("SPECIAL_EXIT", "None", ["release 7", "update"]),
-        ("REQUEUE_HOLD", "job_requeued_in_held_state", ["release 7", "update"]),
+        ("RESV_DEL_HOLD", "ReservationDeleted", ["update", "release 7"]),
+        ("SPECIAL_EXIT", "None", ["update", "release 7"]),
+        ("REQUEUE_HOLD", "job_requeued_in_held_state", ["update", "release 7"]),
         ("REQUEUE_FED", "None", ["update"]),
         ("PENDING", "BeginTime", ["update"]),
     ],
@@ -142,6 +142,22 @@ def test_requeue_releases_what_is_held(
         program(fake, name, f"echo \"$@\" >> '{fake}/asked'")
     assert steer.requeue("run") == 0
     assert [line.partition(" jobid")[0] for line in asked(fake)] == calls
+
+
+@pytest.mark.parametrize(("then", "fails"), [("RUNNING", False), ("PENDING", True)])
+def test_requeue_of_a_job_that_starts_meanwhile(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, then: str, fails: bool
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
+    (fake / "logs" / "run").mkdir(parents=True)
+    line = f"7|run|$state|Resources|N/A||gpu|(null)|{fake}/logs/run/code/1f"
+    program(fake, "squeue", f'state=PENDING; [ ! -e {fake}/asked ] || state={then}; echo "{line}"')
+    program(fake, "scontrol", f"touch {fake}/asked; echo 'Job is no longer pending execution for job 7' >&2; exit 1")
+    if fails:
+        with pytest.raises(SchedulerError, match="no longer pending"):
+            steer.requeue("run")
+    else:
+        assert steer.requeue("run") == 0
 
 
 def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
