@@ -126,7 +126,7 @@ def _send(paths: SweepPaths, sweep: Sweep, plan: Plan, site: Site, on_slurm: boo
         "cluster": "slurm" if on_slurm else "local",
         "logs": str(paths.logs),
         "runs": str(paths.root / "logs" / f"{paths.name}-*"),
-        "status": f"{submission.python()} status | grep {shlex.quote(f'^{paths.name}-')}",
+        "status": f"{submission.python()} status {shlex.quote(f'{paths.name}-*')}",
         "cancel": f"scancel {job}" if on_slurm else f"kill {job}",
     }
 
