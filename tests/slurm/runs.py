@@ -251,6 +251,7 @@ def seconds(event: Event) -> float:
 
 
 def thaw(*pids: int) -> None:
-    """Let stopped processes go on."""
+    """Let stopped processes go on, as moments/sitecustomize.py wants to be told."""
     for pid in pids:
+        os.kill(pid, signal.SIGURG)  # which others ignore
         os.kill(pid, signal.SIGCONT)

@@ -75,6 +75,9 @@ def test_the_node_without_the_batch_script_is_lost(lab: Lab, short: str, referen
     assert run.wait("requeued")["reason"] == "failure"
     run.wait_job(JobState="COMPLETING", Restarts="1")  # until the node is back, or down
     lab.tool("start", "slurmd-node2")
+    # The first start's srun waits for the lost node's task for KillWait and 2 s, and then cancels step 0 of the job,
+    # whichever start that is of by now.
+    until("the first start's srun has gone", lambda: run.srun_processes() == [], run.report)
     run.release()
     run.check_resumed_from_newest()
     run.check_kept(reference(), failures=1)

@@ -67,7 +67,7 @@ def test_running_suspended_hung_requeued_and_a_slurm_that_is_silent(
     run = Run(lab, "state-running")
     paths = RunPaths(lab.root, run.name)
     run.submit(short, *ONE, moments=["0/0:SIGSTOP@step:14", "0/0:SIGSTOP@step:24"])
-    run.stopped("step:14")
+    stopped = run.stopped("step:14")
     state = run.state()
     assert (state["state"], state["epoch"], state["world_size"]) == ("running", 1, 1)
     assert state["detail"].startswith("on node") and state["start_time"] is None
@@ -83,7 +83,8 @@ def test_running_suspended_hung_requeued_and_a_slurm_that_is_silent(
     assert lab.cluster.scontrol("suspend", run.job_id).returncode == 0
     assert run.state()["state"] == "suspended"
     assert lab.cluster.scontrol("resume", run.job_id).returncode == 0
-    pid = run.stopped("step:24")  # Slurm has sent SIGCONT
+    thaw(stopped)
+    pid = run.stopped("step:24")
 
     lab.tool("stop", "slurmctld")
     try:

@@ -12,6 +12,10 @@ PLACE           python       Python starts: no handler is installed yet
                 step:N       step N (counted from 0) is about to begin
                 rename:N     the checkpoint of step N is written and about to get its name
 
+A task that has stopped (SIGSTOP) at a step goes no further when it wakes up before it knows why: a stop signal has been
+handled, or a test has thawed it (SIGURG, then SIGCONT). Slurm sends SIGCONT a little before SIGTERM, in which time
+a tiny model would do another step.
+
 Each moment is noted in $CIFAR_HPC_MOMENTS_SEEN/RESTART.RANK.PLACE, with the process id, just before it happens.
 """
 
@@ -23,6 +27,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -45,6 +50,7 @@ def rules() -> dict[str, str]:
 
 
 RULES = rules()
+WOKEN = threading.Event()  # it is known why this task goes on
 
 
 def reach(place: str) -> None:
@@ -62,6 +68,10 @@ def reach(place: str) -> None:
         raise RuntimeError(f"on purpose, at {place}")
     # To this thread, which then goes no further; another one might take what is sent to the process, and a bit later.
     signal.pthread_kill(threading.get_ident(), getattr(signal, action))
+    if action == "SIGSTOP" and place.startswith("step:"):
+        while not WOKEN.is_set():
+            time.sleep(0.005)  # returns to Python, where handlers of signals run
+        WOKEN.clear()
 
 
 def before(owner: Any, attribute: str, place: Callable[..., str]) -> None:
@@ -86,7 +96,18 @@ def patch_engine(module: ModuleType) -> None:
     before(module.Engine, "step", lambda *arguments: f"step:{arguments[3]}")
 
 
-PATCHES = {"cifar_hpc.job": patch_job, "cifar_hpc.engine": patch_engine}
+def patch_preemption(module: ModuleType) -> None:
+    """Know when a stop signal has been handled."""
+    handle = module.StopFlag._handle
+
+    def handle_and_wake(*arguments: Any) -> None:
+        handle(*arguments)
+        WOKEN.set()
+
+    module.StopFlag._handle = handle_and_wake
+
+
+PATCHES = {"cifar_hpc.job": patch_job, "cifar_hpc.engine": patch_engine, "cifar_hpc.preemption": patch_preemption}
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -124,4 +145,5 @@ if RULES and "submitit.core._submit" in sys.orig_argv:
     before(os, "replace", renamed)
     before(os, "rename", renamed)
     sys.meta_path.insert(0, Finder())
+    signal.signal(signal.SIGURG, lambda *_: WOKEN.set())
     reach("python")
