@@ -11,6 +11,8 @@ from helpers import tiny_spec
 
 from cifar_hpc.freeze import freeze
 from cifar_hpc.paths import RunPaths
+from cifar_hpc.plot_data import Series, read_series
+from cifar_hpc.run_groups import group_runs
 from cifar_hpc.runlog import metrics_text
 
 BEGIN = datetime(2026, 1, 2, 3, 0, tzinfo=UTC)
@@ -48,6 +50,25 @@ def write_metrics(run: RunPaths, accuracies: Sequence[float], restarts: Sequence
         for epoch, accuracy in enumerate(accuracies, 1)
     ]
     run.metrics.write_text(metrics_text(rows))
+
+
+class Maker:
+    """Makes runs with epochs, below one root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(
+        self, name: str, accuracies: Sequence[float], restarts: Sequence[int] = (), **sections: dict[str, Any]
+    ) -> RunPaths:
+        paths = make_run(self.root, name, **sections)
+        write_metrics(paths, accuracies, restarts)
+        return paths
+
+
+def series_of(*runs: RunPaths) -> list[Series]:
+    """What `plot` draws of them."""
+    return read_series(group_runs(runs))
 
 
 def at(seconds: float) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from run_logs import make_run, metrics_row, write_metrics
+from run_logs import Maker, metrics_row, series_of
 
 from cifar_hpc.figure_style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN
-from cifar_hpc.paths import RunPaths
 from cifar_hpc.plot_curves import (
     GREY,
     MOST_STYLES,
@@ -25,25 +22,12 @@ from cifar_hpc.plot_curves import (
     loss_figure,
     merge_equal,
 )
-from cifar_hpc.plot_data import Series, read_series
-from cifar_hpc.run_groups import group_runs
 from cifar_hpc.runlog import metrics_text
-
-Make = Callable[..., RunPaths]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    def run(name: str, accuracies: Sequence[float], restarts: tuple[int, ...] = (), **sections: Any) -> RunPaths:
-        paths = make_run(tmp_path, name, **sections)
-        write_metrics(paths, accuracies, restarts)
-        return paths
-
-    return run
-
-
-def series_of(*runs: RunPaths) -> list[Series]:
-    return read_series(group_runs(runs))
+def make(tmp_path: Path) -> Maker:
+    return Maker(tmp_path)
 
 
 def curves(axis: Axes) -> list[list[tuple[float, float]]]:
@@ -62,7 +46,7 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for one in figure.legends for text in one.get_texts()]
 
 
-def test_a_single_run(make: Make) -> None:
+def test_a_single_run(make: Maker) -> None:
     figure = accuracy_figure(series_of(make("a", [10, 30, 20], restarts=(2,))))
     (axis,) = figure.axes
     assert curves(axis) == [[(1, 11), (2, 31), (3, 21)], [(1, 10), (2, 30), (3, 20)]]
@@ -73,14 +57,14 @@ def test_a_single_run(make: Make) -> None:
     assert figure.get_size_inches()[0] == SINGLE_COLUMN
 
 
-def test_the_loss(make: Make) -> None:
+def test_the_loss(make: Maker) -> None:
     figure = loss_figure(series_of(make("a", [10, 30])))
     (axis,) = figure.axes
     assert curves(axis) == [[(1, 0.89), (2, 0.69)], [(1, 0.9), (2, 0.7)]]
     assert legend(figure) == ["test", "training"]
 
 
-def test_seeds_are_a_line_in_a_band(make: Make) -> None:
+def test_seeds_are_a_line_in_a_band(make: Maker) -> None:
     figure = accuracy_figure(series_of(make("a", [10, 20], train={"seed": 0}), make("b", [14, 30], train={"seed": 1})))
     (axis,) = figure.axes
     assert curves(axis)[1] == [(1, 12), (2, 25)]
@@ -94,7 +78,7 @@ def test_seeds_are_a_line_in_a_band(make: Make) -> None:
     assert figure.legends[0].get_title().get_text().startswith("last test accuracy, mean ± standard deviation")
 
 
-def test_a_seed_that_is_further_goes_on_thinner(make: Make) -> None:
+def test_a_seed_that_is_further_goes_on_thinner(make: Maker) -> None:
     figure = accuracy_figure(
         series_of(make("a", [10, 20, 40], train={"seed": 0}), make("b", [14, 30], train={"seed": 1}))
     )
@@ -102,7 +86,7 @@ def test_a_seed_that_is_further_goes_on_thinner(make: Make) -> None:
     assert "a seed that is further than others" in legend(figure)
 
 
-def test_few_groups_share_a_panel(make: Make) -> None:
+def test_few_groups_share_a_panel(make: Maker) -> None:
     figure = accuracy_figure(series_of(*(make(f"r{rate}", [10, 20], model={"dropout": rate}) for rate in (0.5, 0.1))))
     (axis,) = figure.axes
     by_colour = [(to_hex(line.get_color()), line.is_dashed()) for line in axis.get_lines()]
@@ -115,7 +99,7 @@ def test_few_groups_share_a_panel(make: Make) -> None:
     ]
 
 
-def test_more_groups_have_training_and_test_apart(make: Make) -> None:
+def test_more_groups_have_training_and_test_apart(make: Maker) -> None:
     figure = accuracy_figure(
         series_of(*(make(f"r{n}", [10, 20 + n], restarts=(2,), model={"dropout": n / 10}) for n in range(5)))
     )
@@ -129,7 +113,7 @@ def test_more_groups_have_training_and_test_apart(make: Make) -> None:
     assert legend(figure)[-1] == "restart"
 
 
-def test_of_many_groups_the_best_have_a_style_each_and_the_others_are_grey(make: Make) -> None:
+def test_of_many_groups_the_best_have_a_style_each_and_the_others_are_grey(make: Maker) -> None:
     series = series_of(*(make(f"r{n:02}", [10, 20 + n], restarts=(2,), model={"dropout": n / 100}) for n in range(30)))
     styles = [look for _, look in looks(series)]
     assert styles[: 30 - MOST_STYLES] == [OTHERS] * (30 - MOST_STYLES)
@@ -144,7 +128,7 @@ def test_of_many_groups_the_best_have_a_style_each_and_the_others_are_grey(make:
     assert len(marked(figure.axes[1], "restart")) == MOST_STYLES
 
 
-def test_a_single_epoch_is_a_point(make: Make) -> None:
+def test_a_single_epoch_is_a_point(make: Maker) -> None:
     figure = accuracy_figure(series_of(make("a", [10])))
     (axis,) = figure.axes
     assert curves(axis) == [[(1, 11)], [(1, 10)]]
@@ -152,7 +136,7 @@ def test_a_single_epoch_is_a_point(make: Make) -> None:
     assert [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]] == [1]
 
 
-def test_the_steep_part_of_a_long_run_is_out_of_sight(make: Make) -> None:
+def test_the_steep_part_of_a_long_run_is_out_of_sight(make: Maker) -> None:
     accuracies = [10, 20, *(90 + epoch / 100 for epoch in range(98))]
     bottom, top = accuracy_figure(series_of(make("a", accuracies))).axes[0].get_ylim()
     assert 89 < bottom < 91 < 91.97 < top < 93
@@ -160,14 +144,14 @@ def test_the_steep_part_of_a_long_run_is_out_of_sight(make: Make) -> None:
     assert 0 < low < 0.08 < 0.1 < high < 0.12
 
 
-def test_equal_learning_rates_are_one_line_without_a_legend(make: Make) -> None:
+def test_equal_learning_rates_are_one_line_without_a_legend(make: Maker) -> None:
     series = series_of(*(make(f"r{n}", [10] * (n + 1), model={"dropout": n / 10}) for n in range(3)))
     figure = learning_rate_figure(series)
     assert curves(figure.axes[0]) == [[(1, 0.1), (2, 0.1), (3, 0.1)]]
     assert legend(figure) == []
 
 
-def test_learning_rates_are_labelled_by_what_their_runs_share(make: Make) -> None:
+def test_learning_rates_are_labelled_by_what_their_runs_share(make: Maker) -> None:
     runs = []
     for schedule in ("cosine", "constant"):
         for rate in (0.0, 0.1):
@@ -183,7 +167,7 @@ def test_learning_rates_are_labelled_by_what_their_runs_share(make: Make) -> Non
     assert legend(learning_rate_figure(series_of(*runs))) == ["schedule constant", "schedule cosine"]
 
 
-def test_runs_without_a_shared_value_are_labelled_by_the_first(make: Make) -> None:
+def test_runs_without_a_shared_value_are_labelled_by_the_first(make: Maker) -> None:
     runs = []
     for name, lr in (("a", 0.1), ("b", 0.2)):
         for rate in (0.0, 0.1):
@@ -197,7 +181,7 @@ def test_runs_without_a_shared_value_are_labelled_by_the_first(make: Make) -> No
     ]
 
 
-def test_many_learning_rates_end_in_grey(make: Make) -> None:
+def test_many_learning_rates_end_in_grey(make: Maker) -> None:
     runs = []
     for n in range(20):
         run = make(f"r{n:02}", [], optimizer={"lr": 0.01 * (n + 1)})

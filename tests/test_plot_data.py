@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_logs import make_run, metrics_row, write_metrics
+from run_logs import Maker, make_run, metrics_row, series_of
 
-from cifar_hpc.paths import RunPaths
-from cifar_hpc.plot_data import Score, Series, read_curves, read_series, steep_part_left_out
-from cifar_hpc.run_groups import group_runs
-
-Make = Callable[..., RunPaths]
+from cifar_hpc.plot_data import Score, read_curves, steep_part_left_out
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    def run(name: str, accuracies: list[float], restarts: tuple[int, ...] = (), **sections: Any) -> RunPaths:
-        paths = make_run(tmp_path, name, **sections)
-        write_metrics(paths, accuracies, restarts)
-        return paths
-
-    return run
+def make(tmp_path: Path) -> Maker:
+    return Maker(tmp_path)
 
 
-def series_of(*runs: RunPaths) -> list[Series]:
-    return read_series(group_runs(runs))
-
-
-def test_a_run_is_its_rows(make: Make) -> None:
+def test_a_run_is_its_rows(make: Maker) -> None:
     (one,) = series_of(make("a", [10, 20, 15]))
     line = one.line("test_accuracy")
     assert line.mean == {1: 10, 2: 20, 3: 15}
@@ -40,7 +26,7 @@ def test_a_run_is_its_rows(make: Make) -> None:
     assert one.score() == Score(epoch=3, last=15, last_deviation=None, best=20, best_epoch=2)
 
 
-def test_seeds_are_a_mean_within_the_least_and_the_greatest(make: Make) -> None:
+def test_seeds_are_a_mean_within_the_least_and_the_greatest(make: Maker) -> None:
     (one,) = series_of(make("a", [10, 20], train={"seed": 0}), make("b", [14, 30], train={"seed": 1}))
     line = one.line("test_accuracy")
     assert line.mean == {1: 12, 2: 25}
@@ -51,7 +37,7 @@ def test_seeds_are_a_mean_within_the_least_and_the_greatest(make: Make) -> None:
     assert score.last_deviation == pytest.approx(math.sqrt(50))
 
 
-def test_the_mean_ends_where_the_first_seed_does_and_the_others_go_on_alone(make: Make) -> None:
+def test_the_mean_ends_where_the_first_seed_does_and_the_others_go_on_alone(make: Maker) -> None:
     (one,) = series_of(
         make("a", [10, 20, 40, 50], restarts=(4,), train={"seed": 0}),
         make("b", [14, 30], restarts=(2,), train={"seed": 1}),
@@ -65,22 +51,22 @@ def test_the_mean_ends_where_the_first_seed_does_and_the_others_go_on_alone(make
     assert score.epoch == 2
 
 
-def test_a_seed_without_any_epoch_takes_nothing_from_the_others(make: Make) -> None:
+def test_a_seed_without_any_epoch_takes_nothing_from_the_others(make: Maker) -> None:
     (one,) = series_of(make("a", [10, 20], train={"seed": 0}), make("b", [], train={"seed": 1}))
     assert one.line("test_accuracy").mean == {1: 10, 2: 20}
     assert one.line("test_accuracy").low == {}
     assert len(one.members) == 1
 
 
-def test_groups_without_epochs_are_no_series(make: Make) -> None:
+def test_groups_without_epochs_are_no_series(make: Maker) -> None:
     assert series_of(make("a", [])) == []
 
 
-def test_restarts_are_where_the_number_grows(make: Make) -> None:
+def test_restarts_are_where_the_number_grows(make: Maker) -> None:
     assert read_curves(make("a", [1, 2, 3, 4, 5], restarts=(1, 3, 3))).restarts == (1, 3)
 
 
-def test_labels_say_what_differs(make: Make) -> None:
+def test_labels_say_what_differs(make: Maker) -> None:
     series = series_of(make("a", [1], model={"dropout": 0.5}), make("b", [1], model={"dropout": 0.0}))
     assert [one.label for one in series] == ["dropout 0", "dropout 0.5"]
 
@@ -115,7 +101,7 @@ def test_a_field_that_no_row_has_is_an_empty_line(tmp_path: Path) -> None:
     assert one.score() is None
 
 
-def test_a_run_whose_spec_is_damaged_still_has_its_curves(make: Make) -> None:
+def test_a_run_whose_spec_is_damaged_still_has_its_curves(make: Maker) -> None:
     run = make("a", [10])
     run.spec.write_text("[")
     (one,) = series_of(run)
