@@ -184,10 +184,20 @@ def test_the_place_in_the_batch_does_not_change_an_augmented_image() -> None:
     assert not torch.equal(engine.augmented(rows, 78), whole)
 
 
-def test_amp_is_taken_as_asked_and_auto_is_something_the_cpu_has() -> None:
-    for amp in ("bf16", "fp16", "fp32"):
-        assert resolve_amp(tiny_spec(train={"amp": amp}), CPU) == amp
-    assert resolve_amp(tiny_spec(train={"amp": "auto"}), CPU) in ("bf16", "fp32")
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "fp32"])
+def test_amp_is_taken_as_asked(amp: str) -> None:
+    assert resolve_amp(tiny_spec(train={"amp": amp}), CPU) == amp
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"), [(True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert resolve_amp(tiny_spec(train={"amp": "auto"}), CPU) == expected
 
 
 def test_the_running_loss_of_the_log() -> None:
