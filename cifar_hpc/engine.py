@@ -41,7 +41,6 @@ def resolve_amp(spec: Spec, device: torch.device) -> str:
         return spec.train.amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Other processors have no instructions for it.
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
