@@ -7,7 +7,7 @@ A checkpoint is one dict of tensors and plain values, written by torch.save and 
     step, epoch, step_in_epoch, updates      the position: steps done, epochs completed, steps in this epoch, updates
     model         fast weights, by parameter name
     buffers       BatchNorm buffers that go with the fast weights
-    slow_buffers  BatchNorm statistics re-estimated for the slow weights, or None in the middle of an epoch
+    slow_buffers  BatchNorm statistics that the epoch was evaluated with, or None in the middle of an epoch
     optimizer     Lookahead's state (slow weights, counter, inner state), or the plain optimizer's
     average       the averaged weights, in the model's order; only where ema.decay is set
     scaler        GradScaler's state; empty unless fp16

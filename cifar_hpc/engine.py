@@ -24,6 +24,7 @@ from cifar_hpc.lookahead import Lookahead
 from cifar_hpc.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss
 from cifar_hpc.model import batch_norms, build_model
 from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.resizing import resize, training_size
 from cifar_hpc.schedule import learning_rate
 from cifar_hpc.sgd import build_sgd
 from cifar_hpc.shards import ShardLayout, ShardReducer
@@ -166,6 +167,7 @@ class Engine:
             draws = uniform(mix(seed, Stream.MIX, epoch, step), indices, MIXING_DRAWS)
             mixed = mix_batch(images, labels, draws, self.spec.mixing)
             images = mixed.images
+        images = resize(images, training_size(self.spec, epoch))
         self.model.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard))
         self.model.set_update_statistics(shard == 0)
         with self.autocast():

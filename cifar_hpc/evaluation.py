@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar_hpc.augment import normalize
+from cifar_hpc.augment_config import IMAGE_SIZE
 from cifar_hpc.engine import Engine
 from cifar_hpc.model import batch_norms
 from cifar_hpc.randomness import Stream, mix, permutation
+from cifar_hpc.resizing import training_size
 
 BATCH = 500
 # Called once a round on every rank, with a text for the log; true if all ranks are to stop.
@@ -32,18 +34,19 @@ class Result:
 def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
     """Evaluate `engine.evaluated_weights` on the test set. Collective.
 
-    BatchNorm statistics belong to the weights they were measured under. The running ones follow the fast weights, so
-    under averaged or slow weights they are measured anew over lookahead.bn_batches training batches, augmented as in
-    training but not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come
-    back after.
+    BatchNorm statistics belong to the weights and the size of images they were measured under. The running ones follow
+    the fast weights on training's images, so under averaged or slow weights, or where training's images are smaller
+    (resizing), they are measured anew over lookahead.bn_batches training batches, augmented as in training but whole
+    and not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back
+    after.
 
     Returns:
         The result, or None where `between` said to stop.
     """
     engine.share_buffers()
     with torch.no_grad(), engine.evaluated_weights(), _kept_buffers(engine):
-        foreign = not engine.evaluates_fast_weights and engine.spec.lookahead.bn_batches > 0
-        if foreign and not _estimate_statistics(engine, epoch, between):
+        foreign = not engine.evaluates_fast_weights or training_size(engine.spec, epoch) < IMAGE_SIZE
+        if foreign and engine.spec.lookahead.bn_batches > 0 and not _estimate_statistics(engine, epoch, between):
             return None
         engine.model.eval()
         sums = _test_sums(engine, between)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.augment_config import IMAGE_SIZE, AugmentConfig
 from cifar_hpc.mixing_config import MixingConfig
 from cifar_hpc.spec_fields import option
 
@@ -123,6 +123,24 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
+class ResizingSpec:
+    initial: int | None = option(
+        None,
+        "height and width in pixels of the training images in the first epochs, which grow to 32; null is off",
+        low=4,
+        high=IMAGE_SIZE,
+    )
+    delay: float = option(0.5, "share of the epochs before the images grow", low=0, high=1)
+    finetune: float = option(0.2, "share of the epochs, at the end, on whole images", low=0, high=1)
+    increment: int = option(4, "pixels by which the images grow at a time", low=1, high=IMAGE_SIZE)
+
+    @property
+    def on(self) -> bool:
+        """Whether any epoch trains on smaller images."""
+        return self.initial is not None and self.initial < IMAGE_SIZE
+
+
+@dataclass(frozen=True)
 class CheckpointSpec:
     every: Literal["auto"] | None = option(
         None,
@@ -210,6 +228,7 @@ class Spec:
     data: DataSpec = field(default_factory=DataSpec)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
+    resizing: ResizingSpec = field(default_factory=ResizingSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     failures: RetrySpec = field(default_factory=RetrySpec)
     timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))

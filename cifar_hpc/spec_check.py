@@ -9,7 +9,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.printable import shown
 from cifar_hpc.sbatch_options import check_dependency, check_option_names
 from cifar_hpc.slurm_time import parse_time
-from cifar_hpc.spec import ModelSpec, Spec
+from cifar_hpc.spec import ModelSpec, ResizingSpec, Spec
 
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
@@ -28,7 +28,7 @@ def check(spec: Spec) -> Spec:
             f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
             f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
         )
-    _check_layers(model)
+    _check_layers(model, spec.resizing)
     if train.shards is not None and train.shards > train.batch_size:
         raise SpecError(
             f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "
@@ -60,6 +60,11 @@ def check(spec: Spec) -> Spec:
             f"schedule.warmup_epochs: {spec.schedule.warmup_epochs:g} is not allowed; allowed: less than train.epochs "
             f"({train.epochs})."
         )
+    if spec.resizing.delay + spec.resizing.finetune > 1:
+        raise SpecError(
+            f"resizing.delay: {spec.resizing.delay:g} and resizing.finetune: {spec.resizing.finetune:g} are more than "
+            "all epochs; allowed: a sum of at most 1."
+        )
     if spec.data.holdout is not None and spec.data.test_size is not None:
         raise SpecError(
             "data.holdout and data.test_size are given together; allowed: one of them, since the images that are "
@@ -71,13 +76,15 @@ def check(spec: Spec) -> Spec:
     return spec
 
 
-def _check_layers(model: ModelSpec) -> None:
-    most = IMAGE_SIZE.bit_length() - 1
+def _check_layers(model: ModelSpec, resizing: ResizingSpec) -> None:
+    smallest = resizing.initial or IMAGE_SIZE
+    most = (smallest - 1).bit_length()
     if len(model.widths) > most:
         # BatchNorm has no variance over a single pixel of a single image, which a shard's last batch may be.
         raise SpecError(
             f"model.widths: {len(model.widths)} layers are not allowed; allowed: at most {most}, since each layer "
-            f"after the first halves images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and one pixel is too few."
+            f"after the first halves images of {smallest}x{smallest} pixels, and one pixel is too few."
+            + (" HINT: give resizing.initial more pixels." if smallest < IMAGE_SIZE else "")
         )
     narrow = [w for w in model.widths[:-1] if model.scaled(w) < LEAST_WIDTH]
     if narrow:

@@ -142,7 +142,7 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     if not _same_kind(state, device):
         notes.append(f"The run computed in {own['amp']} on {own['device']}: figures may differ in their last digits.")
     try:
-        model = _build(spec, state, kind)
+        model = _build(spec, state, kind, running=weights == FAST)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         raise RunFailedError(
@@ -166,8 +166,8 @@ def _evaluated(spec: Spec) -> str:
 def _usable(state: Mapping[str, Any], fast: bool) -> bool:
     """Whether the checkpoint has the BatchNorm statistics of the weights that are asked for."""
     spec = from_plain(state["spec"])
-    same = _evaluated(spec) == FAST or spec.lookahead.bn_batches == 0  # the running ones are used for all weights
-    return fast or same or state["slow_buffers"] is not None
+    measured = (_evaluated(spec) != FAST or spec.resizing.on) and spec.lookahead.bn_batches > 0
+    return fast or not measured or state["slow_buffers"] is not None
 
 
 def _find(root: Path, run: str, fast: bool) -> tuple[Path, dict[str, Any], list[str]]:
@@ -243,16 +243,17 @@ def _here(spec: Spec, state: Mapping[str, Any], device: torch.device) -> Spec:
     return dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=cores))
 
 
-def _build(spec: Spec, state: Mapping[str, Any], kind: str) -> ImprovedResNet:
+def _build(spec: Spec, state: Mapping[str, Any], kind: str, running: bool) -> ImprovedResNet:
+    """The model with weights of that kind, and the running BatchNorm statistics or else those of the evaluation."""
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         model = ImprovedResNet(spec.model)
     names = [name for name, _ in model.named_parameters()]
     if kind == FAST:
-        values, buffers = dict(state["model"]), state["buffers"]
+        values = dict(state["model"])
     else:
         chosen = state["average"] if kind == "averaged" else state["optimizer"]["slow"]
         values = dict(zip(names, chosen, strict=True))
-        buffers = state["slow_buffers"] or state["buffers"]
+    buffers = state["buffers"] if running else state["slow_buffers"] or state["buffers"]
     if any(values[name].dtype != torch.float32 for name in names):
         raise TypeError("the weights are not float32")
     model.load_state_dict({**values, **buffers}, assign=True)

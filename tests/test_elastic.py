@@ -200,7 +200,7 @@ def test_bf16_on_changing_numbers_of_ranks(ranks: Ranks, alone: Any, tmp_path: P
     assert outcome.sums != alone(sections_of(5)).sums
 
 
-def test_the_plus_recipe_on_changing_numbers_of_ranks(ranks: Ranks, alone: Any, tmp_path: Path) -> None:
+def test_our_recipes_on_changing_numbers_of_ranks(ranks: Ranks, alone: Any, tmp_path: Path) -> None:
     sections = sections_of(5) | PLUS
     outcome, _ = run(ranks, tmp_path / "root", sections, [4, 3, 1], [Plan(2, 3), Plan(8, 0)])
     assert outcome == alone(sections)

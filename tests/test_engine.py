@@ -225,10 +225,11 @@ def test_a_data_set_in_python_works_without_files() -> None:
         {"augment": PLUS["augment"] | {"trivial": False}},
         {"mixing": PLUS["mixing"] | {"mixup": 0}},
         {"mixing": PLUS["mixing"] | {"cutmix": 0}},
+        {"resizing": {}},
     ],
-    ids=["nesterov", "decay_all", "warmup", "trivial", "mixup", "cutmix"],
+    ids=["nesterov", "decay_all", "warmup", "trivial", "mixup", "cutmix", "resizing"],
 )
-def test_each_part_of_the_plus_recipe_counts(without: dict[str, Any]) -> None:
+def test_each_part_of_our_recipes_counts(without: dict[str, Any]) -> None:
     """A key that training did not read would change nothing."""
 
     def trained(sections: dict[str, Any]) -> str:

@@ -103,6 +103,26 @@ def test_statistics_that_are_never_measured_anew_are_not_missed(root: Path) -> N
     assert trained.weights == "fast" and "but one set of weights" in trained.notes[0]
 
 
+def test_under_resizing_the_only_weights_go_with_statistics_of_whole_images(root: Path) -> None:
+    """Where training's images are smaller, so that the running statistics are not those of the evaluation."""
+
+    def edit(state: dict[str, Any]) -> None:
+        state["spec"]["lookahead"].update(enabled=False)
+        state["spec"]["resizing"].update(initial=16)
+
+    change(root / "checkpoints" / "tiny" / "step_00000009.pt", edit)
+    path = str(root / "checkpoints" / "tiny" / "step_00000009.pt")
+    state = checkpoint.read(Path(path))
+    for weights, expected in (("slow", "slow_buffers"), ("fast", "buffers")):
+        have = load_trained(root, path, weights).model.state_dict()
+        assert all(torch.equal(have[name], value) for name, value in state[expected].items())
+    assert checkpoint.digest(state["slow_buffers"]) != checkpoint.digest(state["buffers"])
+    within = str(root / "checkpoints" / "tiny" / "step_00000016.pt")
+    change(Path(within), edit)
+    with pytest.raises(SpecError, match=r"step_00000016\.pt: was written in the middle of an epoch"):
+        load_trained(root, within, "slow")
+
+
 def test_a_damaged_newest_one_is_passed_over_and_named(root: Path) -> None:
     newest(root).write_bytes(b"x")
     (root / "checkpoints" / "tiny" / "best.pt").unlink()
