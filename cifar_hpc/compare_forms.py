@@ -11,6 +11,7 @@ from typing import Any
 
 from cifar_hpc.compare_rows import Figure, Row
 from cifar_hpc.compare_table import MISSING, Column, columns, one_line, state_in_words
+from cifar_hpc.run_groups import varied_keys
 
 FIGURES = ("test_accuracy", "best_accuracy", "train_accuracy", "training_seconds", "wall_seconds")
 # In a document beside the columns of the table: what tells a reader how a row was made.
@@ -23,6 +24,8 @@ NOTE = (
     "wall time includes its restarts; both are means. Restarts are summed over the seeds."
 )
 GAP = "  "
+# Columns whose cells a terminal may break, and where.
+WRAPPING = {"restarts": ", ", "settings": " "}
 
 
 def as_json(rows: Sequence[Row]) -> str:
@@ -63,7 +66,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
     Lists (runs, seeds, hardware, ...) are one field, separated by '; '.
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row.group.changed))
+    keys = varied_keys([row.group for row in rows])
     header = ["runs", *keys, "seeds", "finished", "state", "epochs_done", "epochs"]
     header += [f"{name}_{part}" for name in FIGURES for part in ("mean", "std")]
     header += ["restarts", "restart_causes", "world_sizes", "shards", *ORIGINS]
@@ -155,7 +158,7 @@ def show_on_terminal(rows: Sequence[Row], *, each: bool) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, len(GAP), 0, 0), header_style="bold")
     for column in chosen:
         table.add_column(
-            Text(column.heading), justify="right" if column.right else "left", no_wrap=column.name != "restarts"
+            Text(column.heading), justify="right" if column.right else "left", no_wrap=column.name not in WRAPPING
         )
     best = max((figure.mean for row in rows if (figure := row.figure("test_accuracy"))), default=None)
     texts = [column.cells(rows) for column in chosen]
@@ -183,10 +186,11 @@ def fitting(chosen: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[
 
 
 def _width(chosen: Sequence[Column], rows: Sequence[Row]) -> int:
-    """What they need side by side; the restarts' causes may stand below one another."""
+    """What they need side by side; the pieces of some cells may stand below one another."""
     needed = 0
     for column in chosen:
         texts = [column.heading, *column.cells(rows)]
-        pieces = [piece for text in texts for piece in (text.split(", ") if column.name == "restarts" else [text])]
-        needed += max(len(piece) + 1 if column.name == "restarts" else len(piece) for piece in pieces) + len(GAP)
+        between = WRAPPING.get(column.name)
+        pieces = [piece for text in texts for piece in (text.split(between) if between else [text])]
+        needed += max(len(piece) + bool(between) for piece in pieces) + len(GAP)
     return needed

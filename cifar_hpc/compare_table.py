@@ -11,7 +11,7 @@ from typing import Any
 from cifar_hpc.compare_rows import Figure, Row
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.printable import printable, shown
-from cifar_hpc.run_groups import in_words
+from cifar_hpc.run_groups import MANY_KEYS, in_words, settings, varied_keys
 
 MISSING = "-"
 
@@ -36,13 +36,19 @@ class Column:
 
 def columns(rows: Sequence[Row], *, each: bool) -> list[Column]:
     """Those that say something about `rows`, from the left to the right."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.group.changed))
+    keys = key_columns(rows)
     chosen = [_RUN] if each or not keys else []
-    chosen += [_changed(key, heading, rows) for key, heading in short_keys(keys).items()]
+    chosen += keys if len(keys) <= MANY_KEYS else [_SETTINGS]
     chosen += [] if each else [_SEEDS]
     chosen += [_TEST, _BEST, _TRAIN, _EPOCHS, _TRAINING, _WALL, _RESTARTS]
     chosen += [_RANKS] if len({n for row in rows for n in row.all_of("world_sizes")}) > 1 else []
     return [*chosen, *([_STATE] if any(row.finished < len(row.members) for row in rows) else [])]
+
+
+def key_columns(rows: Sequence[Row]) -> list[Column]:
+    """One for each key in which the rows differ."""
+    keys = varied_keys([row.group for row in rows])
+    return [_changed(key, heading, rows) for key, heading in short_keys(keys).items()]
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
@@ -59,7 +65,7 @@ def sort_rows(rows: Sequence[Row], by: str, shown_columns: Sequence[Column]) -> 
     Raises:
         SpecError: lists the columns where there is none of that name.
     """
-    known = {column.name: column for column in (*shown_columns, *ALWAYS)}
+    known = {column.name: column for column in (*shown_columns, *key_columns(rows), *ALWAYS)}
     names = {column.heading.removesuffix(" %"): column for column in known.values()} | known
     word = by.removeprefix("-")
     column = names.get(word)
@@ -183,11 +189,18 @@ def _changed(key: str, heading: str, rows: Sequence[Row]) -> Column:
     )
 
 
+def _settings(rows: Sequence[Row]) -> list[str]:
+    return [one_line(text) for text in settings([row.group for row in rows])]
+
+
 def _each(cell: Callable[[Row], str]) -> Callable[[Sequence[Row]], list[str]]:
     return lambda rows: [cell(row) for row in rows]
 
 
 _RUN = Column("run", "run", "run", _each(run_in_words), run_in_words, right=False)
+_SETTINGS = Column(
+    "settings", "settings", "settings", lambda rows: _settings(rows), lambda row: row.group.changed or None, right=False
+)
 _SEEDS = Column("seeds", "seeds", "seeds", _each(_seeds), lambda row: len(row.members))
 _TEST = Column(
     "test_accuracy", "test %", "test accuracy (%)", _figures("test_accuracy"), _mean("test_accuracy")

@@ -16,6 +16,10 @@ SEED = "train.seed"
 SHARDS = "train.shards"
 # Where and with how many threads a run computes is no difference in what it computes, but for the last bits.
 NO_DIFFERENCE = (*NOT_IN_NAME, "train.device", "train.cpu_threads")
+# Beyond so many keys that differ, as in a sweep of a list, each of which would fill a column or a legend's line alone,
+# a group is told by those in which it is not as most are.
+MANY_KEYS = 5
+AS_MOST = "as most"
 Values = dict[str, Any]  # plain values by dotted key
 
 
@@ -52,10 +56,26 @@ def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
     return [*_groups(specs, differing, each=each), *unreadable]
 
 
+def varied_keys(groups: Sequence[Group]) -> list[str]:
+    """The keys in which the groups differ, in the spec's order."""
+    return list(dict.fromkeys(key for group in groups for key in group.changed))
+
+
+def settings(groups: Sequence[Group]) -> list[str]:
+    """For groups that differ in many keys, each in few: what of each is not as in most, as --set takes it."""
+    texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
+    usual = {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
+    return [
+        " ".join(f"{key}={value}" for key, value in text.items() if value != usual[key]) or (AS_MOST if text else "")
+        for text in texts
+    ]
+
+
 def labels(groups: Sequence[Group]) -> list[str]:
     """What tells each group from the others, in a few words: changed keys and values, else the run's name."""
-    short = _short_keys([key for group in groups for key in group.changed])
-    words = [_words(group.changed, short) for group in groups]
+    keys = varied_keys(groups)
+    short = _short_keys(keys)
+    words = settings(groups) if len(keys) > MANY_KEYS else [_words(group.changed, short) for group in groups]
     count = Counter(words)
     return [
         text if text and count[text] == 1 else " ".join(filter(None, (group.runs[0].name, text)))
@@ -64,8 +84,10 @@ def labels(groups: Sequence[Group]) -> list[str]:
 
 
 def shared_label(groups: Sequence[Group]) -> str:
-    """The changed values that all of `groups` have in common, in words; empty where there are none."""
+    """The changed values that all of `groups` have in common, in words; empty where there are none, or too many."""
     first, *others = (group.changed for group in groups)
+    if len(first) > MANY_KEYS:
+        return ""
     alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     return _words(alike, _short_keys(list(first)))
 

@@ -235,6 +235,46 @@ def test_world_sizes_are_shown_where_they_differ(make: Make, capsys: pytest.Capt
     assert lines[2].endswith("1, 2")
 
 
+@pytest.fixture
+def elements(make: Make) -> None:
+    """Runs that differ in six keys, most of them as most others."""
+    make("base", [70.0])
+    make("nesterov", [73.0], optimizer__nesterov=True)
+    make("average", [72.0], lookahead__enabled=False, ema__decay=0.99)
+    make("trivial", [60.0], augment__trivial=True)
+    make("mixed", [50.0], mixing__mixup=0.2, mixing__cutmix=1.0)
+
+
+@pytest.mark.usefixtures("elements")
+def test_many_keys_are_one_column_of_what_is_not_as_in_most(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "*", "--sort=-test_accuracy").splitlines()
+    assert lines[0].split()[:3] == ["settings", "seeds", "test"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "optimizer.nesterov=true",
+        "lookahead.enabled=false ema.decay=0.99",
+        "as most",
+        "augment.trivial=true",
+        "mixing.mixup=0.2 mixing.cutmix=1",
+    ]
+    by_key = shown(capsys, "*", "--sort=-mixing.mixup").splitlines()
+    assert by_key[1].startswith("mixing.mixup=0.2")
+    assert "| settings | seeds |" in shown(capsys, "*", "--markdown").splitlines()[0]
+    assert "optimizer.nesterov,lookahead.enabled,ema.decay," in shown(capsys, "*", "--csv").splitlines()[0]
+
+
+@pytest.mark.usefixtures("elements")
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_settings_are_broken_on_a_narrow_terminal(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").iterdir())]), {})
+    show_on_terminal(rows, each=False)
+    text = capsys.readouterr().out
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "lookahead.enabled=false" in text and "ema.decay=0.99" in text and "73.00" in text
+
+
 def test_keys_are_shortened_where_nothing_else_has_that_name() -> None:
     keys = ["model.dropout", "optimizer.name", "schedule.name", "train.epochs"]
     assert list(short_keys(keys).values()) == ["dropout", "optimizer.name", "schedule.name", "train.epochs"]

@@ -11,7 +11,7 @@ from helpers import tiny_spec
 
 from cifar_hpc.freeze import freeze
 from cifar_hpc.paths import RunPaths
-from cifar_hpc.run_groups import Group, group_runs, in_words, labels
+from cifar_hpc.run_groups import Group, group_runs, in_words, labels, settings, shared_label
 
 Make = Callable[..., RunPaths]
 
@@ -138,3 +138,36 @@ def test_where_words_do_not_tell_runs_apart_their_names_do(make: Make) -> None:
 )
 def test_values_read_as_in_yaml(value: Any, words: str) -> None:
     assert in_words(value) == words
+
+
+ELEMENTS: list[dict[str, dict[str, Any]]] = [
+    {},
+    {"optimizer": {"nesterov": True}},
+    {"lookahead": {"enabled": False}, "ema": {"decay": 0.99}},
+    {"train": {"label_smoothing": 0.0}},
+    {"augment": {"trivial": True}},
+    {"mixing": {"mixup": 0.2}},
+]
+
+
+def test_groups_that_differ_in_many_keys_are_told_by_what_is_not_as_in_most(make: Make) -> None:
+    groups = group_runs([make(f"run-{n}", **sections) for n, sections in enumerate(ELEMENTS)])
+    found = dict(zip([group.runs[0].name for group in groups], labels(groups), strict=True))
+    assert list(dict(sorted(found.items())).values()) == [
+        "as most",
+        "optimizer.nesterov=true",
+        "lookahead.enabled=false ema.decay=0.99",
+        "train.label_smoothing=0",
+        "augment.trivial=true",
+        "mixing.mixup=0.2",
+    ]
+    assert settings(groups) == labels(groups)
+    assert shared_label(groups) == ""
+
+
+def test_a_run_that_cannot_be_read_has_no_settings(make: Make) -> None:
+    runs = [make(f"run-{n}", **sections) for n, sections in enumerate(ELEMENTS)]
+    runs[0].spec.write_text("broken: [")
+    groups = group_runs([*runs, make("other")])
+    assert [settings(groups)[n] for n, group in enumerate(groups) if group.problem] == [""]
+    assert [labels(groups)[n] for n, group in enumerate(groups) if group.problem] == ["run-0"]
