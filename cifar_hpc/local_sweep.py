@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ def start(paths: SweepPaths, code: Path, parallel: int) -> str:
     arguments = [sys.executable, "-m", "cifar_hpc.local_sweep", str(paths.root), paths.name, str(paths.number)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*arguments, str(parallel)],
+            [*arguments, str(parallel), shlex.join(sys.argv)],
             cwd=code,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -80,8 +81,8 @@ def _lock_file(paths: SweepPaths) -> Path:
 class Controller:
     """Starts points while there is room, until all have been started and have ended, or it is told to stop."""
 
-    def __init__(self, paths: SweepPaths, parallel: int) -> None:
-        self.paths, self.parallel = paths, parallel
+    def __init__(self, paths: SweepPaths, parallel: int, command: str) -> None:
+        self.paths, self.parallel, self.command = paths, parallel, command
         self.stopping = False
 
     def run(self) -> None:
@@ -118,7 +119,7 @@ class Controller:
                     return False
                 code = Path.cwd()
                 job = launcher.submit_local(
-                    run, spec, code, lambda job: submission.record(run, job, "local", code.name)
+                    run, spec, code, lambda job: submission.record(run, job, "local", code.name, self.command)
                 )
         except (UserError, OSError) as error:
             print(f"{run.name}: not started: {error}", flush=True)
@@ -131,15 +132,19 @@ class Controller:
 
 
 def main() -> None:
-    """python -m cifar_hpc.local_sweep ROOT SWEEP NUMBER PARALLEL, in the folder of the code snapshot."""
+    """python -m cifar_hpc.local_sweep ROOT SWEEP NUMBER PARALLEL COMMAND, in the folder of the code snapshot.
+
+    COMMAND is the command line by which the user submitted the sweep; the runs' events keep it.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("sweep")
     parser.add_argument("number", type=int)
     parser.add_argument("parallel", type=int)
-    arguments = parser.parse_args()
+    parser.add_argument("command")
+    given = parser.parse_args()
     keep_others_out()
-    Controller(SweepPaths(arguments.root, arguments.sweep, arguments.number), arguments.parallel).run()
+    Controller(SweepPaths(given.root, given.sweep, given.number), given.parallel, given.command).run()
 
 
 if __name__ == "__main__":

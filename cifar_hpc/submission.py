@@ -83,8 +83,12 @@ def send(paths: RunPaths, resolved: Callable[[], Spec], site: Site, on_slurm: bo
     }
 
 
-def record(paths: RunPaths, job_id: str, scheduler: str, code: str, **details: Any) -> None:
-    """Write the event `submitted`, and a line for whoever watches train.log while nothing runs yet."""
+def record(paths: RunPaths, job_id: str, scheduler: str, code: str, command: str | None = None, **details: Any) -> None:
+    """Write the event `submitted`, and a line for whoever watches train.log while nothing runs yet.
+
+    Args:
+        command: what the user called; None is this process's own command line.
+    """
     append_event(
         paths.events,
         "submitted",
@@ -93,7 +97,7 @@ def record(paths: RunPaths, job_id: str, scheduler: str, code: str, **details: A
         world_size=None,
         scheduler=scheduler,
         code=code,
-        command=shlex.join(sys.argv),
+        command=command or shlex.join(sys.argv),
         **details,
     )
     where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"

@@ -89,7 +89,7 @@ def sweep(tmp_path: Path) -> SweepPaths:
 
 @pytest.mark.parametrize("parallel", [1, 2, 9])
 def test_at_most_so_many_at_once_and_all_in_the_end(sweep: SweepPaths, stand_ins: StandIns, parallel: int) -> None:
-    local_sweep.Controller(sweep, parallel).run()
+    local_sweep.Controller(sweep, parallel, "submit.py sweep.yaml").run()
     assert stand_ins.started == [f"job-{i}" for i in range(5)]
     assert stand_ins.most == min(parallel, 5)
     local_sweep.check_none(sweep)  # the lock is free again
@@ -103,7 +103,7 @@ def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
     lock = RunLock(runs[1].lock)
     lock.acquire({"job_id": "7", "pid": 1, "host": "n1"})
     runs[2].spec.unlink()
-    local_sweep.Controller(sweep, 2).run()
+    local_sweep.Controller(sweep, 2, "submit.py sweep.yaml").run()
     lock.release()
     assert stand_ins.started == ["job-3", "job-4"]
     said = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
 
 
 def test_told_to_stop_it_tells_its_points_once_and_starts_no_more(sweep: SweepPaths, stand_ins: StandIns) -> None:
-    controller = local_sweep.Controller(sweep, 2)
+    controller = local_sweep.Controller(sweep, 2, "submit.py sweep.yaml")
     stand_ins.endless = True
     stand_ins.at_sleep = lambda: controller._stop(signal.SIGTERM, None)
     controller.run()
@@ -191,4 +191,5 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     submitted = read_jsonl(RunPaths(local.root, second).events)[0]
     (code,) = SweepPaths(local.root, "endless", 1).code.iterdir()
     assert (submitted["event"], submitted["scheduler"], submitted["code"]) == ("submitted", "local", code.name)
+    assert submitted["command"] == f"submit.py {local.job} --cluster local --json"
     assert submission.finished_epochs(RunPaths(local.root, first)) == 0
