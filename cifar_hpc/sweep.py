@@ -10,6 +10,7 @@ from typing import Any
 
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.printable import shown
+from cifar_hpc.run_groups import in_words
 from cifar_hpc.spec import Spec
 from cifar_hpc.spec_fields import build, option
 from cifar_hpc.spec_io import flatten, from_plain, merge, nested, run_name
@@ -98,7 +99,7 @@ def _point(job: str, values: Values, base: Mapping[str, Any]) -> Point:
 
 
 def _words(values: Values) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
+    return " ".join(f"{key}={in_words(value)}" for key, value in values.items())
 
 
 def _grid(where: str, value: Any) -> list[list[Values]]:

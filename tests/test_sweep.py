@@ -39,6 +39,12 @@ list: [{optimizer.lr: 0.1}, {optimizer.lr: 0.2, optimizer.nesterov: true}]
     assert {(v["optimizer.lr"], v.get("optimizer.nesterov")) for v in found} == {(0.1, None), (0.2, True)}
 
 
+def test_a_point_is_written_as_set_takes_it() -> None:
+    section = {"list": [{"optimizer.nesterov": True, "resizing.initial": None, "model.blocks": [1, 2, 3]}]}
+    (point,) = expand("job", section, {}).points
+    assert str(point) == "optimizer.nesterov=true resizing.initial=null model.blocks=[1, 2, 3]"
+
+
 def test_a_number_of_seeds_counts_from_zero() -> None:
     assert values_of("seeds: 3") == [{"train.seed": 0}, {"train.seed": 1}, {"train.seed": 2}]
 
