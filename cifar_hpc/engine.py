@@ -20,11 +20,12 @@ from cifar_hpc.data import Dataset
 from cifar_hpc.ema import WeightAverage
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.host_memory import keep_freed_memory
+from cifar_hpc.image_sizes import training_size
 from cifar_hpc.lookahead import Lookahead
 from cifar_hpc.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss
 from cifar_hpc.model import batch_norms, build_model
 from cifar_hpc.randomness import Stream, mix, uniform
-from cifar_hpc.resizing import resize, training_size
+from cifar_hpc.resizing import resize
 from cifar_hpc.schedule import learning_rate
 from cifar_hpc.sgd import build_sgd
 from cifar_hpc.shards import ShardLayout, ShardReducer

@@ -13,9 +13,9 @@ from torch import Tensor
 from cifar_hpc.augment import normalize
 from cifar_hpc.augment_config import IMAGE_SIZE
 from cifar_hpc.engine import Engine
+from cifar_hpc.image_sizes import training_size
 from cifar_hpc.model import batch_norms
 from cifar_hpc.randomness import Stream, mix, permutation
-from cifar_hpc.resizing import training_size
 
 BATCH = 500
 # Called once a round on every rank, with a text for the log; true if all ranks are to stop.

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import re
-import statistics
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -21,17 +20,16 @@ from cifar_hpc.checks import controller_of
 from cifar_hpc.errors import UserError
 from cifar_hpc.freeze import read_frozen
 from cifar_hpc.jsonfile import open_regular
-from cifar_hpc.log_lines import Progress, last_progress
+from cifar_hpc.log_lines import last_progress
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.restarts import instant_of
 from cifar_hpc.run_facts import Facts, read_facts
 from cifar_hpc.run_words import afterwards, in_the_queue, told_its_end
 from cifar_hpc.slurm import QueuedJob
+from cifar_hpc.time_left import seconds_left
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
 HUNG_INTERVALS, HUNG_SECONDS = 10, 300
-# In the estimate of the time left: an hour without a restart is believed before anything has been seen.
-PRIOR_UP_SECONDS = 3600.0
 # epochs and log_seconds of a spec as `freeze` writes it.
 _PACE = re.compile(
     rb"# The frozen spec of run [^\n]*\n(?:[^\n]*\n)*?train:\n"
@@ -89,7 +87,7 @@ class RunState:
         epoch, epochs: int, finished ones and those of the spec.
         test_accuracy, best_accuracy: float or null, %, of the last finished epoch and the best one.
         images_per_second: float or null, training images, at the last line of progress or over the last finished epoch.
-        eta_seconds: float or null, until the run's end (see `_eta`); null where it has ended, hangs, or cannot be told.
+        eta_seconds: float or null, until the end (`time_left`); null where it has ended, hangs, or cannot be told.
         restarts: int, starts after the first.
         requeues: {cause: int}, requeues that the run asked for itself: preemption, timeout, failure.
         world_size: int or null, ranks of the last start.
@@ -171,7 +169,9 @@ def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts, state: str, 
         test_accuracy=facts.last_row.get("test_accuracy"),
         best_accuracy=facts.best_accuracy,
         images_per_second=progress.images_per_second if progress else facts.last_row.get("images_per_second"),
-        eta_seconds=None if state in (*ENDED, "hung", UNKNOWN) else _eta(epoch, epochs, facts, progress, start, now),
+        eta_seconds=None
+        if state in (*ENDED, "hung", UNKNOWN)
+        else seconds_left(paths, epoch, epochs, facts, progress, start, now),
         restarts=max(0, facts.starts - 1),
         requeues=facts.requeues,
         world_size=facts.world_size,
@@ -183,32 +183,6 @@ def _state_of(paths: RunPaths, job: QueuedJob | None, facts: Facts, state: str, 
         restart_causes=facts.causes,
         lost_seconds=round(facts.lost_seconds, 3),
     )
-
-
-def _eta(
-    epoch: int, epochs: int, facts: Facts, progress: Progress | None, start: datetime | None, now: datetime
-) -> float | None:
-    """Seconds until the run's end:
-
-        wait + epochs left x seconds an epoch x (1 + lost / (up + PRIOR_UP_SECONDS))
-
-    wait: until the job is expected to start, where it is queued and Slurm has said so.
-    epochs left: with the part of the one under way that is still to be done.
-    seconds an epoch: the median of the last few (`Facts.epoch_seconds`), evaluation included; before the first has been
-        measured, what the log's own line of progress says.
-    lost, up: seconds that restarts have cost so far, and that the run was up (`Facts`): it is taken to be preempted
-        from here as often as up to here, and each time at the same cost.
-    """
-    seconds = [float(s) for s in facts.epoch_seconds]
-    if seconds:
-        left = epochs - (progress.epochs_done if progress else epoch)
-        work = max(0.0, left) * statistics.median(seconds)
-    elif progress is not None:
-        work = progress.eta_seconds
-    else:
-        return None
-    wait = max(0.0, (start - now).total_seconds()) if start is not None else 0.0
-    return wait + work * (1 + facts.lost_seconds / (facts.up_seconds + PRIOR_UP_SECONDS))
 
 
 def _pace(paths: RunPaths) -> tuple[int, float] | None:

@@ -17,6 +17,7 @@ from cifar_hpc.context import Context
 from cifar_hpc.engine import NO_BAD_STEP, Engine
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.evaluation import Result, evaluate
+from cifar_hpc.image_sizes import epochs_left
 from cifar_hpc.interval import Pace, losses, seconds_alive
 from cifar_hpc.randomness import permutation
 from cifar_hpc.runlog import metrics_text, read_jsonl, restore_metrics, utc_now, write_metrics
@@ -268,10 +269,10 @@ class Trainer:
             return
         # Once in log_seconds this waits for the device; the loop itself never does.
         self._suspect = int(self.engine.bad_step) < NO_BAD_STEP
-        position, engine, done = self.position, self.engine, self._images_done()
-        loss, accuracy = engine.loss_so_far(done - position.epoch * engine.images_per_epoch)
+        position, engine, done, images = self.position, self.engine, self._images_done(), self.engine.images_per_epoch
+        loss, accuracy = engine.loss_so_far(done - position.epoch * images)
         rate = (done - self._last_line_images) / (now - self._last_line)
-        left = timedelta(seconds=round((self.spec.train.epochs * engine.images_per_epoch - done) / rate))
+        left = timedelta(seconds=round(epochs_left(self.spec, done / images) * images / rate))
         lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
         self.context.log.line(
             f"epoch {position.epoch + 1}/{self.spec.train.epochs} "

@@ -14,7 +14,8 @@ from cifar_hpc.checkpoint import digest
 from cifar_hpc.engine import Engine
 from cifar_hpc.errors import SpecError
 from cifar_hpc.evaluation import evaluate
-from cifar_hpc.resizing import resize, training_size
+from cifar_hpc.image_sizes import epochs_left, training_size
+from cifar_hpc.resizing import resize
 
 
 def sizes(epochs: int, **keys: Any) -> list[int]:
@@ -45,6 +46,16 @@ def test_sizes(epochs: int, keys: dict[str, Any], expected: list[int]) -> None:
 def test_shares_of_the_epochs_are_not_cut_by_floating_point() -> None:
     assert 0.29 * 100 < 29
     assert sizes(100, delay=0.29, finetune=0.71) == [16] * 29 + [32] * 71
+
+
+def test_the_epochs_left_count_by_their_pixels() -> None:
+    spec = tiny_spec(resizing={"initial": 16}, train={"epochs": 4})  # 16, 16, 24, 32
+    small, larger, whole = 16**2, 24**2, 32**2
+    assert epochs_left(spec, 0) == 2 + (larger + whole) / small
+    assert epochs_left(spec, 1.25) == 0.75 + (larger + whole) / small
+    assert epochs_left(spec, 2.5) == 0.5 + whole / larger
+    assert [epochs_left(spec, done) for done in (3, 3.75, 4, 5)] == [1, 0.25, 0, 0]
+    assert epochs_left(tiny_spec(train={"epochs": 4}), 1.5) == 2.5
 
 
 def images(count: int = 7) -> Tensor:

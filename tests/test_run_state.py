@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_spec
 
-from cifar_hpc import run_state
+from cifar_hpc.freeze import freeze
 from cifar_hpc.paths import RunPaths
 from cifar_hpc.run_facts import Facts
 from cifar_hpc.run_state import read_state
 from cifar_hpc.runlock import RunLock
 from cifar_hpc.slurm import QueuedJob
 from cifar_hpc.status_table import lines
+from cifar_hpc.time_left import PRIOR_UP_SECONDS
 
 
 @pytest.fixture
@@ -236,6 +238,17 @@ def test_the_epoch_under_way_counts(paths: RunPaths) -> None:
     assert read_state(paths, {}).epoch_progress is None
 
 
+def test_where_images_grow_the_time_left_grows_with_their_pixels(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path, "run")
+    paths.create()
+    freeze(paths, tiny_spec(train={"epochs": 4}, resizing={"initial": 16}))  # 16, 16, 24, 32
+    write_rows(paths, ROWS)
+    at_16 = ROWS[1]["epoch_seconds"]
+    assert read_state(paths, job("RUNNING")).eta_seconds == pytest.approx(at_16 * (24**2 + 32**2) / 16**2)
+    paths.train_log.write_text(PROGRESS.format(3) + "\n")
+    assert read_state(paths, job("RUNNING")).eta_seconds == pytest.approx(at_16 * (0.75 * 24**2 + 32**2) / 16**2)
+
+
 def test_before_the_first_epoch_has_ended_the_log_estimates(paths: RunPaths) -> None:
     assert read_state(paths, job("RUNNING")).eta_seconds is None
     paths.train_log.write_text(PROGRESS.format(1) + "\n")
@@ -253,7 +266,7 @@ def test_restarts_and_the_wait_for_the_start_count_in_the_time_left(paths: RunPa
     found = read_state(paths, job("RUNNING"))
     up, lost = 7200.0, 1800.0
     assert found.lost_seconds == lost
-    assert found.eta_seconds == pytest.approx(30 * (1 + lost / (up + run_state.PRIOR_UP_SECONDS)))
+    assert found.eta_seconds == pytest.approx(30 * (1 + lost / (up + PRIOR_UP_SECONDS)))
     waiting = read_state(paths, job("PENDING", "Resources", local(timedelta(hours=1))))
     assert 3590 < float(waiting.eta_seconds or 0) - found.eta_seconds <= 3600
 
