@@ -239,10 +239,13 @@ class Run:
         assert self.wait("resumed", count=count)["step"] == step, self.report()
 
     def check_resumed_from_newest(self, count: int = 1) -> None:
-        """Its `count`-th resumption was from the newest checkpoint, written in an epoch's middle, then on disk."""
+        """Its `count`-th resumption was from the newest checkpoint then on disk.
+
+        Which one that is depends on the disk: one that comes due while another is being written is left out.
+        """
         resumed = self.wait("resumed", count=count)
         saved = [e for e in self.events("checkpoint") if seconds(e) <= seconds(resumed)][-1]
-        assert resumed["step"] == saved["step"] and resumed["step_in_epoch"] > 0, self.report()
+        assert resumed["step"] == saved["step"] > 0, self.report()
 
 
 def seconds(event: Event) -> float:
