@@ -49,8 +49,8 @@ class LookaheadSpec:
     alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
     bn_batches: int = option(
         16,
-        "training batches for re-estimating BatchNorm statistics under the slow weights, or the averaged ones (ema), "
-        "before each evaluation; 0 keeps the fast weights' statistics",
+        "training batches for re-estimating BatchNorm statistics before an evaluation under the slow weights, or the "
+        "averaged ones (ema), or while training's images are smaller (resizing); 0 keeps training's own statistics",
         low=0,
     )
 

@@ -19,7 +19,7 @@ from helpers import TINY
 from cifar_hpc import slurm
 from cifar_hpc.__main__ import main
 from cifar_hpc.compare_forms import FIGURES, as_json, show_on_terminal
-from cifar_hpc.compare_rows import read_rows
+from cifar_hpc.compare_rows import Row, read_rows
 from cifar_hpc.compare_table import columns, short_keys
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.freeze import freeze
@@ -235,6 +235,15 @@ def test_world_sizes_are_shown_where_they_differ(make: Make, capsys: pytest.Capt
     assert lines[2].endswith("1, 2")
 
 
+def on_terminal(root: Path, capsys: pytest.CaptureFixture[str], width: int) -> tuple[list[Row], str]:
+    """All runs as rows, and their table, which keeps within `width` characters."""
+    rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").iterdir())]), {})
+    show_on_terminal(rows, each=False)
+    text = capsys.readouterr().out
+    assert all(len(line) <= width for line in text.splitlines())
+    return rows, text
+
+
 @pytest.fixture
 def elements(make: Make) -> None:
     """Runs that differ in six keys, most of them as most others."""
@@ -268,10 +277,7 @@ def test_settings_are_broken_on_a_narrow_terminal(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").iterdir())]), {})
-    show_on_terminal(rows, each=False)
-    text = capsys.readouterr().out
-    assert all(len(line) <= width for line in text.splitlines())
+    _, text = on_terminal(root, capsys, width)
     assert "lookahead.enabled=false" in text and "ema.decay=0.99" in text and "73.00" in text
 
 
@@ -286,10 +292,7 @@ def test_a_terminal_shows_what_it_has_room_for(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").glob("run-*"))]), {})
-    show_on_terminal(rows, each=False)
-    text = capsys.readouterr().out
-    assert all(len(line) <= width for line in text.splitlines())
+    rows, text = on_terminal(root, capsys, width)
     header = text.splitlines()[0]
     for column in columns(rows, each=False):
         note = " ".join(text.partition("left out for want of room: ")[2].split())

@@ -82,7 +82,7 @@ def test_whole_images_are_left_as_they_are() -> None:
     assert resize(whole, 32) is whole
 
 
-def seen(engine: Engine, epoch: int, mixing: bool = False) -> torch.Size:
+def seen(engine: Engine, epoch: int) -> torch.Size:
     shapes = []
     hook = engine.model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
     engine.step(epoch, 0, 0, torch.arange(32))
