@@ -10,7 +10,7 @@ BIN := .venv/bin
 .PHONY: demo test lint bench cluster-up cluster-down slurm-packages clean
 
 demo: .venv/.run
-	$(BIN)/python -m cifar_hpc.demo
+	$(BIN)/python -m cifar_hpc.cli.demo
 
 test: .venv/.dev slurm-packages
 	$(BIN)/python -m tests.side_by_side

@@ -3,7 +3,7 @@
 
 import sys
 
-from cifar_hpc.submit import main
+from cifar_hpc.cli.submit import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,14 +15,17 @@ from torchvision.transforms import v2
 
 from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_part
 from benchmarks.peers.data import TRAIN_TRANSFORM
-from cifar_hpc.augment import CIFAR10_MEAN, CIFAR10_STD, DRAWS, augment
-from cifar_hpc.augment_config import AugmentConfig
-from cifar_hpc.data import Dataset
-from cifar_hpc.engine import Engine, configure_torch, resolve_amp
+from cifar_hpc.config.io import from_plain
+from cifar_hpc.config.spec import AugmentConfig
+from cifar_hpc.data.augment.color import CIFAR10_MEAN, CIFAR10_STD
+from cifar_hpc.data.augment.parameters import DRAWS
+from cifar_hpc.data.augment.pipeline import augment
+from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.randomness import Stream, mix, uniform
-from cifar_hpc.shards import ShardLayout
-from cifar_hpc.spec_io import from_plain
-from cifar_hpc.synthetic import make_synthetic
+from cifar_hpc.training.distributed.shards import ShardLayout
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.environment import configure_torch, resolve_amp
 
 BATCH = 128
 STEP_THREADS = 2

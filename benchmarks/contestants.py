@@ -123,12 +123,13 @@ def train_ours(images: int, after_step: Callable[[], None], batch: int, threads:
     """The report's recipe as `python -m cifar_hpc train` runs it, with synthetic images."""
     import torch
 
-    from cifar_hpc.data import Dataset
-    from cifar_hpc.engine import Engine, configure_torch, resolve_amp
+    from cifar_hpc.config.io import from_plain
+    from cifar_hpc.data.datasets import Dataset
+    from cifar_hpc.data.synthetic import make_synthetic
     from cifar_hpc.randomness import permutation
-    from cifar_hpc.shards import ShardLayout
-    from cifar_hpc.spec_io import from_plain
-    from cifar_hpc.synthetic import make_synthetic
+    from cifar_hpc.training.distributed.shards import ShardLayout
+    from cifar_hpc.training.engine import Engine
+    from cifar_hpc.training.environment import configure_torch, resolve_amp
 
     spec = from_plain({"train": {"batch_size": batch, "shards": 1, "cpu_threads": threads}})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +160,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     if options.name == OURS:
-        import cifar_hpc.engine  # noqa: F401  (before the first turn)
+        import cifar_hpc.training.engine  # noqa: F401  (before the first turn)
 
         turns.wait()
         train_ours(options.images, turns, options.batch, options.threads)

@@ -3,7 +3,7 @@
     python benchmarks/goodput.py [--seeds 40] [--hours 24] [--stall 0.3] [--write 1.4] [--restart 15] [--requeue 121]
 
 A simulation of discrete events, no cluster: starts of a run whose lives are drawn from an exponential distribution,
-checkpoints, kills, restarts. `auto` is `checkpoint.every: auto` itself: cifar_hpc.interval decides, and is told only
+checkpoints, kills, restarts. `auto` is `checkpoint.every: auto` itself: `training.checkpoints.interval` decides, from
 what it would measure in a run. Prints a table, writes benchmarks/results/goodput.json and docs/goodput.png and .svg.
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cifar_hpc.interval import Costs, Losses, Pace, best_interval, mean_time_to_loss  # noqa: E402
+from cifar_hpc.runs.history import Losses  # noqa: E402
+from cifar_hpc.training.checkpoints.interval import Costs, Pace, best_interval, mean_time_to_loss  # noqa: E402
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
 EPOCH, AUTO, BEST, WARNED = "each epoch", "auto", "best known", "with warning"

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Row, environment, meets, quartiles, ratios
-from cifar_hpc.data import Dataset, load_dataset
-from cifar_hpc.engine import Engine, configure_torch, resolve_amp
+from cifar_hpc.config.io import from_plain, merge
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.data.datasets import Dataset, load_dataset
 from cifar_hpc.randomness import permutation
-from cifar_hpc.shards import ShardLayout
-from cifar_hpc.spec import Spec
-from cifar_hpc.spec_io import from_plain, merge
+from cifar_hpc.training.distributed.shards import ShardLayout
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.environment import configure_torch, resolve_amp
 
 PART = "gpu"
 TINY_MODEL = {"width_multiplier": 0.0625, "blocks": [1, 1, 1]}

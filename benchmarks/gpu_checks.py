@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.gpu_bench import Bench, Report, Steps, differing, figure, state_tensors, wrong
 from benchmarks.measure import ROOT, Row
-from cifar_hpc import augment
-from cifar_hpc.augment_config import AugmentConfig
+from cifar_hpc.config.spec import AugmentConfig
+from cifar_hpc.data.augment import geometry, parameters
+from cifar_hpc.data.augment import pipeline as augment
 from cifar_hpc.randomness import Stream, mix, uniform
 
 STEPS = 12  # two syncs of Lookahead
@@ -40,10 +41,10 @@ def _augmentation(bench: Bench) -> list[Row]:
     samples = torch.arange(2000)
     images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config, key = AugmentConfig(), mix(0, Stream.AUGMENT, 0, 0)
-    draws, there = uniform(key, samples, augment.DRAWS), uniform(key, samples.to(bench.device), augment.DRAWS)
-    parameters = [augment.sample_parameters(d, config) for d in (draws, draws.to(bench.device))]
-    moved = augment.geometry(images, parameters[0], config)
-    moved_there = augment.geometry(images.to(bench.device), parameters[1], config).cpu()
+    draws, there = uniform(key, samples, parameters.DRAWS), uniform(key, samples.to(bench.device), parameters.DRAWS)
+    sampled = [parameters.sample_parameters(d, config) for d in (draws, draws.to(bench.device))]
+    moved = geometry.geometry(images, sampled[0], config)
+    moved_there = geometry.geometry(images.to(bench.device), sampled[1], config).cpu()
     whole = augment.augment(images, draws, config)
     whole_there = augment.augment(images.to(bench.device), draws.to(bench.device), config).cpu()
     furthest = float((whole - whole_there).abs().max())
@@ -103,7 +104,7 @@ def tests(bench: Bench, report: Report) -> None:
         return report.add(text="pytest is not installed here: the tests that need a GPU were not run.")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gpu"]
     ended = subprocess.run(
-        [*command, "tests/test_augment.py", "tests/test_randomness.py"],
+        [*command, "tests/data/test_augment.py", "tests/test_randomness.py"],
         cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = (ended.stdout + ended.stderr).strip().splitlines()

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_bench import Bench, Report, Steps, Timed, figure, timed_engine
 from benchmarks.measure import alternate
-from cifar_hpc import checkpoint
-from cifar_hpc.engine import Engine
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.engine import Engine
 
 AUGMENTATION_TARGET = "< 5 %"
 STALL_TARGET = "< 5 ms"

@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.gpu_bench import Bench, Report, wrong
 from benchmarks.measure import ROOT
-from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.runs.logs import read_jsonl
 
 LIMIT_SECONDS = 120  # of one start
 VOLATILE = ("epoch_seconds", "images_per_second", "restart", "time")

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.gpu_bench import Bench, Report, Steps, Timed, compared, differing, figure, state_tensors, timed_engine
 from benchmarks.measure import alternate
-from cifar_hpc.engine import Engine
-from cifar_hpc.lookahead import Lookahead
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.optim import Lookahead
 
 RATE_TARGET = ">= 45000 img/s"
 NAIVE_TARGET = ">= 5"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.spec import Spec
-from cifar_hpc.spec_io import to_yaml
+from cifar_hpc.config.io import to_yaml
+from cifar_hpc.config.spec import Spec
 
 EPOCHS, STEPS = 400, 391
 TIMELINES = 20  # different courses; each run is one of them up to some epoch

@@ -23,8 +23,8 @@ import torch.multiprocessing as mp
 from benchmarks import reduction
 from benchmarks.measure import Row, meets, quartiles, run_part
 from benchmarks.running import full_trainer, train
-from cifar_hpc.engine import NO_BAD_STEP
-from cifar_hpc.trainer import Trainer
+from cifar_hpc.training.engine import NO_BAD_STEP
+from cifar_hpc.training.trainer import Trainer
 
 PART = "overhead"
 BATCH = 128

@@ -32,12 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cifar_hpc.data import Dataset  # noqa: E402
-from cifar_hpc.engine import Engine, configure_torch  # noqa: E402
-from cifar_hpc.shards import ShardLayout, ShardSum  # noqa: E402
-from cifar_hpc.spec import Spec  # noqa: E402
-from cifar_hpc.spec_io import from_plain  # noqa: E402
-from cifar_hpc.synthetic import make_synthetic  # noqa: E402
+from cifar_hpc.config.io import from_plain  # noqa: E402
+from cifar_hpc.config.spec import Spec  # noqa: E402
+from cifar_hpc.data.datasets import Dataset  # noqa: E402
+from cifar_hpc.data.synthetic import make_synthetic  # noqa: E402
+from cifar_hpc.training.distributed.shards import ShardLayout, ShardSum  # noqa: E402
+from cifar_hpc.training.engine import Engine  # noqa: E402
+from cifar_hpc.training.environment import configure_torch  # noqa: E402
 
 WARM_UP = 5
 SMALL_WIDTH = 0.25  # of the full model: 0.3 million parameters

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 
-from cifar_hpc.agreement import Agreement
-from cifar_hpc.context import Context
-from cifar_hpc.data import Dataset
-from cifar_hpc.distributed import Launch
-from cifar_hpc.engine import Engine, configure_torch, describe_environment, resolve_amp
-from cifar_hpc.interval import Losses, Pace
-from cifar_hpc.paths import RunPaths
-from cifar_hpc.preemption import StopFlag
-from cifar_hpc.shards import ShardLayout
-from cifar_hpc.spec_io import from_plain
-from cifar_hpc.store import CheckpointStore
-from cifar_hpc.synthetic import make_synthetic
-from cifar_hpc.trainer import Trainer
+from cifar_hpc.config.io import from_plain
+from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.runs.history import Losses
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.training.checkpoints.interval import Pace
+from cifar_hpc.training.checkpoints.store import CheckpointStore
+from cifar_hpc.training.context import Context
+from cifar_hpc.training.distributed.agreement import Agreement
+from cifar_hpc.training.distributed.shards import ShardLayout
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
+from cifar_hpc.training.process import Launch
+from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.trainer import Trainer
 
 CORES = 2
 

@@ -24,11 +24,12 @@ import torch
 import yaml
 
 from benchmarks.measure import ROOT, Row, alternate, meets, quartiles, ratios, run_part
-from cifar_hpc.data import Dataset
-from cifar_hpc.engine import Engine, configure_torch, resolve_amp
-from cifar_hpc.shards import ShardLayout
-from cifar_hpc.spec_io import from_plain
-from cifar_hpc.synthetic import make_synthetic
+from cifar_hpc.config.io import from_plain
+from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.training.distributed.shards import ShardLayout
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.environment import configure_torch, resolve_amp
 
 SHARDS, THREADS = 4, 2
 FLAT = "<= 1.01"

@@ -85,7 +85,7 @@ def _draw_folder(folder: Path) -> None:
     """50,000 and 10,000 images, as files."""
     from PIL import Image
 
-    from cifar_hpc.synthetic import CLASSES, make_synthetic
+    from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 
     train, train_labels, test, test_labels = make_synthetic(50_000, 10_000)
     for split, images, labels in (("train", train, train_labels), ("test", test, test_labels)):

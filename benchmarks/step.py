@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contestants import CAREFUL, LIGHTNING, NAIVE, OURS, Contestant
 from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_part
 from benchmarks.peers.network import Network
-from cifar_hpc.engine import resolve_amp
-from cifar_hpc.spec import Spec
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.training.environment import resolve_amp
 
 THREADS = 2
 IMAGES = 2048  # more than are used on a CPU: no epoch ends while the clock runs

@@ -84,8 +84,8 @@ class _Site:
 
     def finish_half(self) -> None:
         """As if every other run had trained to its end."""
-        from cifar_hpc.paths import all_runs
-        from cifar_hpc.runlog import append_event
+        from cifar_hpc.runs.events import append_event
+        from cifar_hpc.runs.paths import all_runs
 
         for run in all_runs(self.root)[::2]:
             append_event(run.events, "finished", job_id="1_0", restart=0, world_size=1, epoch=400)

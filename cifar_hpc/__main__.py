@@ -6,16 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from cifar_hpc.commands import parser
+from cifar_hpc.cli.parser import parser
 from cifar_hpc.errors import UserError, missing_package
-from cifar_hpc.printable import printable
+from cifar_hpc.text import printable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = parser().parse_args(argv)
     try:
-        from cifar_hpc.paths import keep_others_out
+        from cifar_hpc.runs.paths import keep_others_out
 
         keep_others_out()
         return COMMANDS[arguments.command](arguments)
@@ -36,79 +36,79 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.train_command import train
+    from cifar_hpc.cli.train import train
 
     return train(arguments.job, arguments.overrides, arguments.name)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.status import status
+    from cifar_hpc.cli.status import status
 
     return status(arguments.runs, watch=arguments.watch, as_json=arguments.json)
 
 
 def _tail(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.tail import tail
+    from cifar_hpc.cli.tail import tail
 
     return tail(arguments.run, epochs_only=arguments.epochs)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.inspection import inspect
+    from cifar_hpc.cli.inspect import inspect
 
     return inspect(arguments.run, arguments.step, as_json=arguments.json)
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    from cifar_hpc import steer
+    from cifar_hpc.cli import control as steer
 
     return steer.requeue(arguments.run)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    from cifar_hpc import steer
+    from cifar_hpc.cli import control as steer
 
     return steer.cancel(arguments.run)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.evaluate_command import evaluate
+    from cifar_hpc.cli.evaluate import evaluate
 
     return evaluate(arguments.run, arguments.data, arguments.weights, arguments.out, as_json=arguments.json)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.predict_command import predict
+    from cifar_hpc.cli.predict import predict
 
     return predict(arguments.run, arguments.input, arguments.out, arguments.weights)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.export_command import export
+    from cifar_hpc.cli.export import export
 
     return export(arguments.run, arguments.out, arguments.weights)
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.plot import plot
+    from cifar_hpc.cli.figures.plot import plot
 
     return plot(arguments.runs, arguments.out, in_terminal=arguments.terminal)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.compare import compare
+    from cifar_hpc.cli.compare import compare
 
     return compare(arguments.runs, arguments.sort, arguments.form, each=arguments.each)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.doctor import doctor
+    from cifar_hpc.cli.doctor.doctor import doctor
 
     return doctor(arguments)
 
 
 def _completion(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.completion import completion
+    from cifar_hpc.cli.completion import completion
 
     return completion(arguments.shell)
 

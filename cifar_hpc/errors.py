@@ -7,6 +7,10 @@ import sys
 from collections.abc import Iterable
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """What was under way was left because the run is to stop."""
+
+
 class UserError(Exception):
     """Something the user can mend. The message names the key or file, the value, what is allowed, and a hint."""
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cifar_hpc.jsonfile import NotRegularError, open_regular
+from cifar_hpc.files import NotRegularError, open_regular
 
 _NOT_RUN = "nothing in it was executed"
 # What reading a damaged file, or a damaged disk, leads to; any other OSError says nothing about the file.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from cifar_hpc.printable import control_character
+from cifar_hpc.text import control_character
 
 HOSTILE = (
     " ", "'", '"', ";", "\\", "\\\\", "#", "`", "$", "&", "|", "<", ">", "(", ")", "{", "}", "[", "]", "*", "~", "!",

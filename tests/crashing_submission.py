@@ -14,14 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc import checks, launcher, snapshot, submit
+from cifar_hpc.cli import submit
 from cifar_hpc.errors import RunBusyError
-from cifar_hpc.freeze import read_frozen
-from cifar_hpc.paths import RunPaths
-from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.launch import executors as launcher
+from cifar_hpc.launch import preflight as checks
+from cifar_hpc.launch import snapshot
+from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
 
 SBATCH = """#!/bin/sh
-# One line of squeue a job, as cifar_hpc.slurm.queue asks for it.
+# One line of squeue a job, as cifar_hpc.slurm.client.queue asks for it.
 id=$(($(cat "$QUEUE" "$QUEUE.ended" 2>/dev/null | wc -l) + 1))
 echo "$id|run|PENDING|Priority|N/A||gpu|(null)|$PWD" >> "$QUEUE"
 echo "Submitted batch job $id"

@@ -16,11 +16,12 @@ from typing import Any
 from crashing_submission import die_at, exit_status, on_deeds, void
 from stub_slurm import StubSlurm
 
-from cifar_hpc import slurm, submit, sweep_submit
-from cifar_hpc.freeze import read_frozen
-from cifar_hpc.paths import RunPaths, SweepPaths
-from cifar_hpc.points import read_points
-from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.cli import submit
+from cifar_hpc.launch import submit_sweep as sweep_submit
+from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 
 JOB = "data: {source: synthetic}\nsweep: {seeds: 2}\n"
 
@@ -58,10 +59,10 @@ class Site:
         runs = read_points(sweep.points)
         assert [f"{self.stub.queued()[0].split('_')[0]}_{i}" for i in range(len(runs))] == self.stub.queued()
         assert (sweep.slurm / "task.pkl").stat().st_size > 0
-        assert len(list(sweep.code.glob("*/cifar_hpc/worker.py"))) == 1
+        assert len(list(sweep.code.glob("*/cifar_hpc/launch/worker.py"))) == 1
         assert all(read_frozen(RunPaths(self.root, run)) is not None for run in runs)
         os.environ.update(self.stub.environment)
-        assert list(slurm.queue(self.root)) == runs
+        assert list(run_queue.queue(self.root)) == runs
 
     def check_in_order(self, time: str) -> None:
         """A submission has ended well, and nothing of a killed one is left."""

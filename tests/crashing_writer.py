@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from cifar_hpc import checkpoint, checkpoint_index, jsonfile, store
-from cifar_hpc.checkpoint_index import BEST, read_index
-from cifar_hpc.store import CheckpointStore, candidates, newest_good
+from cifar_hpc import files as jsonfile
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints import store
+from cifar_hpc.training.checkpoints import store as checkpoint_index
+from cifar_hpc.training.checkpoints.store import BEST, CheckpointStore, candidates, newest_good, read_index
 
 KEYS = [k for k in checkpoint.REQUIRED if k != "digest"]
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from cifar_hpc import trainer
 from cifar_hpc.__main__ import main
-from cifar_hpc.engine import Engine
-from cifar_hpc.job import Job
-from cifar_hpc.store import CheckpointStore
+from cifar_hpc.training import trainer
+from cifar_hpc.training.attempt import Job
+from cifar_hpc.training.checkpoints.store import CheckpointStore
+from cifar_hpc.training.engine import Engine
 
 TESTS = Path(__file__).parent
 LIMIT_SECONDS = 200  # only bounds how long a hang lasts
@@ -43,7 +43,7 @@ def start(root: Path, name: str, faults: Faults, out: Path | None = None) -> int
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server looks for what to preload there only
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))
-        context.set_forkserver_preload(["faulty", "torchvision.datasets.folder", "cifar_hpc.synthetic"])
+        context.set_forkserver_preload(["faulty", "torchvision.datasets.folder", "cifar_hpc.data.synthetic"])
         multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
     process = context.Process(target=_train, args=(root, name, dict(faults), out or root / f"{name}.out"))
     process.start()

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cifar_hpc.data import Dataset
-from cifar_hpc.engine import Engine, configure_torch
-from cifar_hpc.shards import ShardLayout
-from cifar_hpc.spec import Spec
-from cifar_hpc.spec_io import from_plain, merge
-from cifar_hpc.synthetic import make_synthetic
+from cifar_hpc.config.io import from_plain, merge
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.training.distributed.shards import ShardLayout
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.environment import configure_torch
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from cifar_hpc import trainer
 from cifar_hpc.__main__ import main
-from cifar_hpc.engine import Engine
+from cifar_hpc.training import trainer
+from cifar_hpc.training.engine import Engine
 
 
 def fault(name: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from helpers import TINY
 
-from cifar_hpc.runlog import read_jsonl
-from cifar_hpc.spec_io import merge
+from cifar_hpc.config.io import merge
+from cifar_hpc.runs.logs import read_jsonl
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS / "interrupted.py"

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc import spec_fields
-from cifar_hpc.spec import Spec
-from cifar_hpc.spec_io import MAY_CHANGE, NOT_IN_NAME, to_plain
+from cifar_hpc.config import fields as spec_fields
+from cifar_hpc.config.io import MAY_CHANGE, NOT_IN_NAME, to_plain
+from cifar_hpc.config.spec import Spec
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "spec.md"
 HEAD = """# Every key of a spec

@@ -18,9 +18,9 @@ from benchmarks.peers import careful, naive
 from benchmarks.peers.data import synthetic_images
 from benchmarks.peers.lookahead import Lookahead as PublicLookahead
 from benchmarks.peers.network import Network
-from cifar_hpc.lookahead import Lookahead
-from cifar_hpc.model import build_model
-from cifar_hpc.spec import ModelSpec
+from cifar_hpc.config.spec import ModelSpec
+from cifar_hpc.models.improved_resnet import build_model
+from cifar_hpc.training.optim import Lookahead
 
 NOBODY = {"cpu": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "gpu": None}
 

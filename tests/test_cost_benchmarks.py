@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.checkpoint import ASYNC_SAVE, NONE, OURS, TORCH_SAVE, Contest, lost_rows
 from benchmarks.overhead import rows_of
-from cifar_hpc.store import newest_good
+from cifar_hpc.training.checkpoints.store import newest_good
 
 
 def test_what_a_checkpoint_costs_is_what_its_block_took_longer() -> None:

@@ -15,12 +15,12 @@ from processes import Runs
 from spec_page import PAGE, page
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.checkpoint_index import _KINDS
-from cifar_hpc.commands import parser
-from cifar_hpc.doctor_report import Finding
-from cifar_hpc.run_state import RunState
-from cifar_hpc.runlog import read_jsonl
-from cifar_hpc.sweep import _PARTS
+from cifar_hpc.cli.doctor.doctor_report import Finding
+from cifar_hpc.cli.parser import parser
+from cifar_hpc.config.sweep import _PARTS
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.state import RunState
+from cifar_hpc.training.checkpoints.store import _KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (ROOT / "docs" / "formats.md").read_text()

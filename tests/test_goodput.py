@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import goodput
 from benchmarks.goodput import Setting, killed, main, warned
-from cifar_hpc import interval
-from cifar_hpc.interval import expected_goodput
+from cifar_hpc.training.checkpoints import interval
+from cifar_hpc.training.checkpoints.interval import expected_goodput
 
 
 class Lives(random.Random):

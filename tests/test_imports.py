@@ -1,10 +1,9 @@
-"""ARCHITECTURE.md's table of modules, held: who may import whom, by reading the code and by running it."""
+"""Rules about imports: each room imports only from rooms below it, and loads nothing heavy by accident."""
 
 from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,44 +12,52 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cifar_hpc"
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
-TABLE = {
-    cells[1].strip().split(",")[0]: re.findall(r"`(\w+)`", cells[2])
-    for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines()
-    if (cells := line.split("|"))[0] == "" and len(cells) == 5
+FILES = sorted(PACKAGE.rglob("*.py"))
+CELLAR = {"errors", "files", "randomness", "tensorfile", "text"}
+SHIMS = {"model", "spec"}  # old places that the cards of exported models name
+
+# (room, rooms that it may import from, packages that it may import)
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "slurm": (set(), set()),
+    "config": ({"slurm"}, {"yaml"}),
+    "runs": ({"slurm", "config"}, {"yaml"}),
+    "data": ({"config"}, {"torch", "torchvision", "PIL", "numpy"}),
+    "models": ({"config"}, {"torch"}),
+    "training": ({"slurm", "config", "runs", "data", "models"}, {"torch", "numpy", "tensorboard", "wandb"}),
+    "launch": ({"slurm", "config", "runs", "data", "training"}, {"submitit", "yaml"}),
 }
-SHARED, LOGIN, COMPUTE, BRIDGE, TRACKERS, DRAWING, ENTRY = (
-    TABLE[side] for side in ("shared", "login node", "compute", "bridge", "trackers", "drawing", "entry points")
-)
+COMPUTE = {"data", "models", "training"}
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(modules of this package, packages from outside the standard library) that a file imports, anywhere in it."""
+def room(path: Path) -> str:
+    """The room of a file; for a base module its own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module(path: Path) -> str:
+    """The dotted name of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, top_level: bool = False) -> tuple[set[str], set[str]]:
+    """(modules of this package, packages from outside the standard library) that a file imports."""
     own, foreign = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} imports relatively"
+            assert node.level == 0, f"{path} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            first, *rest = name.split(".")
-            if first != "cifar_hpc":
-                foreign |= {first} - sys.stdlib_module_names
-            elif rest[0] in MODULES:
-                own.add(rest[0])
+            if name.startswith("cifar_hpc."):
+                known = [module(f) for f in FILES if f.name != "__init__.py"]
+                own |= {other for other in known if name == other or name.startswith(other + ".")}
             else:
-                assert rest == ["__version__"], f"{path.name}: {name} is no module"
+                foreign |= {name.split(".")[0]} - sys.stdlib_module_names - {"cifar_hpc"}
     return own, foreign
-
-
-def at_top(module: str) -> set[str]:
-    """Modules of this package that importing `module` brings in, by its own top-level statements."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    tree.body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    names = [f"{n.module}.{a.name}" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
-    return {n.split(".")[1] for n in names if n.startswith("cifar_hpc.")} & set(MODULES)
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -64,90 +71,89 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_the_table_names_every_module_once() -> None:
-    named = [
-        *SHARED,
-        *LOGIN,
-        *COMPUTE,
-        *BRIDGE,
-        *TRACKERS,
-        *DRAWING,
-        *(m for m in ENTRY if m != "submit" and m != "py"),
-    ]
-    assert sorted(named) == MODULES
+def everything(*rooms: str) -> str:
+    """A statement that imports all modules of `rooms`."""
+    return "import " + ", ".join(module(f) for f in FILES if room(f) in rooms and f.name != "__init__.py")
 
 
-@pytest.mark.parametrize("module", SHARED)
-def test_shared_modules_import_earlier_ones_and_yaml(module: str) -> None:
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= set(SHARED[: SHARED.index(module)])
-    assert foreign <= {"yaml"}
+def test_every_file_is_in_a_room_or_is_a_base_module() -> None:
+    assert {room(f) for f in FILES} == {*RULES, *CELLAR, *SHIMS, "cli", "__main__", "__init__"}
 
 
-@pytest.mark.parametrize("module", LOGIN)
-def test_login_modules_never_touch_the_compute_side(module: str) -> None:
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *LOGIN, *DRAWING, *(["worker"] if module == "launcher" else [])}
-    assert foreign <= {"yaml", "rich", *{"launcher": ["submitit"], "completion": ["shtab"]}.get(module, [])}
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) in RULES], ids=module)
+def test_a_room_imports_only_from_rooms_below_it(path: Path) -> None:
+    rooms, packages = RULES[room(path)]
+    own, foreign = imports(path)
+    assert {name.split(".")[1] for name in own} <= {room(path), *rooms, *CELLAR}
+    assert foreign <= packages
 
 
-@pytest.mark.parametrize("module", COMPUTE)
-def test_compute_modules_know_nothing_of_the_login_side(module: str) -> None:
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *COMPUTE, *DRAWING}
-    assert foreign <= {"torch", "torchvision", "yaml", "numpy", "PIL", "safetensors"}
+@pytest.mark.parametrize("name", sorted(CELLAR))
+def test_base_modules_import_only_base_modules(name: str) -> None:
+    own, foreign = imports(PACKAGE / f"{name}.py")
+    assert {other.split(".")[1] for other in own} <= CELLAR
+    assert foreign <= ({"torch"} if name in ("randomness", "tensorfile") else set())
 
 
-@pytest.mark.parametrize("module", TRACKERS)
-def test_what_is_beside_a_run_knows_no_part_of_it_and_loads_a_tracker_only_when_it_runs(module: str) -> None:
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *TRACKERS}
-    assert foreign <= {"tensorboard", "wandb"}
-    assert not loaded_by(f"import cifar_hpc.{module}") & {"tensorboard", "wandb", "numpy", "torch"}
+@pytest.mark.parametrize("path", [f for f in FILES if f.name == "__init__.py"], ids=module)
+def test_packages_import_nothing_eagerly(path: Path) -> None:
+    assert imports(path, top_level=True) == (set(), set())
 
 
-@pytest.mark.parametrize("module", DRAWING)
-def test_drawing_modules_know_neither_side_and_load_nothing_heavy(module: str) -> None:
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= {*SHARED, *DRAWING, *(["architecture"] if module == "plot_architecture" else [])}
-    assert foreign <= {"matplotlib", "plotext", "numpy"}
-    assert not loaded_by(f"import cifar_hpc.{module}") & {"matplotlib", "plotext", "numpy", "torch"}
-
-
-@pytest.mark.parametrize("module", [*BRIDGE, "__main__"])
-def test_entry_points_import_the_rest_only_when_it_is_needed(module: str) -> None:
-    assert at_top(module) <= set(SHARED)
+def test_only_commands_print() -> None:
+    printing = {
+        module(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if not any(keyword.arg == "file" for keyword in node.keywords)
+    }
+    assert {name for name in printing if name.split(".")[1] != "cli"} <= {
+        "cifar_hpc.launch.local_sweep",
+        "cifar_hpc.launch.submit",
+        "cifar_hpc.launch.submit_sweep",
+    }
 
 
 def test_importing_has_no_circles() -> None:
+    graph = {module(f): imports(f, top_level=True)[0] for f in FILES}
     done: set[str] = set()
 
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path, module])
-        if module not in done:
-            for other in sorted(at_top(module)):
-                visit(other, (*path, module))
-            done.add(module)
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
 
-    for module in MODULES:
-        visit(module, ())
-
-
-@pytest.mark.parametrize("module", [*LOGIN, "worker", "__main__"])
-def test_importing_a_login_module_loads_no_torch(module: str) -> None:
-    assert not loaded_by(f"import cifar_hpc.{module}") & {"torch", "torchvision", "numpy"}
+    for name in graph:
+        visit(name, ())
 
 
-def test_shared_modules_and_the_help_of_submit_py_load_nothing_heavy() -> None:
-    heavy = {"torch", "torchvision", "numpy", "submitit", "rich", "cloudpickle"}
-    assert not loaded_by("import " + ", ".join(f"cifar_hpc.{m}" for m in SHARED)) & heavy
+def test_the_login_side_loads_no_torch() -> None:
+    names = everything("errors", "files", "text", "slurm", "config", "runs", "launch")
+    assert not loaded_by(names) & {"torch", "torchvision", "numpy", "submitit", "rich"}
+
+
+def test_the_help_of_submit_py_and_the_commands_parser_load_nothing_heavy() -> None:
+    heavy = {"torch", "torchvision", "numpy", "submitit", "rich", "cloudpickle", "yaml"}
     run = "sys.argv[1:] = ['--help']\nimport runpy\ntry: runpy.run_path('submit.py', None, '__main__')"
     loaded = loaded_by(f"{run}\nexcept SystemExit: pass")
     assert "argparse" in loaded
     assert not loaded & heavy
+    assert not loaded_by("import cifar_hpc.__main__") & heavy
 
 
-def test_importing_the_whole_compute_side_loads_neither_submitit_nor_rich() -> None:
-    loaded = loaded_by("import " + ", ".join(f"cifar_hpc.{m}" for m in COMPUTE))
+def test_the_compute_side_loads_neither_submitit_nor_rich() -> None:
+    loaded = loaded_by(everything(*COMPUTE))
     assert "torch" in loaded
     assert not loaded & {"submitit", "rich", "cloudpickle", "matplotlib"}
+
+
+def test_figures_load_a_drawing_library_only_when_they_draw() -> None:
+    assert not loaded_by(everything_below("figures")) & {"matplotlib", "plotext", "numpy", "torch"}
+
+
+def everything_below(folder: str) -> str:
+    """A statement that imports all modules in cli/`folder`."""
+    return "import " + ", ".join(module(f) for f in FILES if f.parent.name == folder and f.name != "__init__.py")

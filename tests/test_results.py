@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_hpc import slurm
 from cifar_hpc.__main__ import main
-from cifar_hpc.runlog import read_jsonl
+from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.runs.logs import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "CIFAR_HPC_ROOT=results python -m cifar_hpc compare "
@@ -26,7 +26,7 @@ def test_a_table_is_made_from_the_logs(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(ROOT / "results"))
-    monkeypatch.setattr(slurm, "queue", lambda *_: {})
+    monkeypatch.setattr(run_queue, "queue", lambda *_: {})
     assert main(["compare", *shlex.split(command)]) == 0
     table, _, _ = capsys.readouterr().out.partition("\n\n")
     assert len(table.splitlines()) > 2

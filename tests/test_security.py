@@ -18,14 +18,13 @@ from batch_scripts import hostile_text, options, run_with_stub_srun, sbatch_argu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_hpc import submit
+from cifar_hpc.cli import submit
+from cifar_hpc.config.io import load_spec
+from cifar_hpc.config.site import load_site
+from cifar_hpc.config.yaml_loader import MAX_CHARACTERS, read_mapping
 from cifar_hpc.errors import SpecError
-from cifar_hpc.launcher import IGNORE_SIGNALS
-from cifar_hpc.paths import RunPaths, find_run, is_run_name, project_root
-from cifar_hpc.sites import load_site
-from cifar_hpc.slurm_parameters import SRUN_PATIENCE
-from cifar_hpc.spec_io import check_run_name, load_spec
-from cifar_hpc.yaml_text import MAX_CHARACTERS, read_mapping
+from cifar_hpc.launch.batch_script import IGNORE_SIGNALS, SRUN_PATIENCE
+from cifar_hpc.runs.paths import RunPaths, check_run_name, find_run, is_run_name, project_root
 
 settings.register_profile("ci", derandomize=True, deadline=None, database=None)
 settings.load_profile("ci")

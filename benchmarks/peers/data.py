@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from cifar_hpc.synthetic import make_synthetic
+from cifar_hpc.data.synthetic import make_synthetic
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -44,6 +44,6 @@ class Images(Dataset):
 
 
 def synthetic_images(size: int) -> Images:
-    """`size` training images of cifar_hpc.synthetic."""
+    """`size` training images of cifar_hpc.data.synthetic."""
     images, labels, _, _ = make_synthetic(size, 0)
     return Images(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()), labels.tolist())

@@ -98,8 +98,8 @@ def main() -> int:
         _, root, name, out = rank["argv"]
         describe(Path(root), name, Path(out))
         return 0
-    from cifar_hpc import distributed
     from cifar_hpc.__main__ import main as cifar_hpc
+    from cifar_hpc.training.distributed import rendezvous as distributed
     from tests.chaos.places import install
 
     install(rank["halts"])

@@ -176,26 +176,28 @@ CHECKPOINT = r"step_\d+\.pt"
 
 PLACES: dict[str, Place] = {
     # start-up
-    "lock": Place("start", _before("cifar_hpc.runlock", "RunLock.acquire"), only_first=True),
+    "lock": Place("start", _before("cifar_hpc.runs.lock", "RunLock.acquire"), only_first=True),
     "connect": Place("process group", _before("torch.distributed", "init_process_group"), needs="ranks"),
     "connected": Place("process group", _after("torch.distributed", "init_process_group"), needs="ranks"),
-    "data": Place("data", _before("cifar_hpc.job", "load_dataset")),
+    "data": Place("data", _before("cifar_hpc.training.attempt", "load_dataset")),
     "decode": Place(
         "data", _before("torchvision.datasets.folder", "pil_loader"), only_first=True, needs="images", unit="image"
     ),
     "cache": Place("data", _file_call("replace", r"decoded-.*\.pt", 1), only_first=True, needs="images"),
     "metrics-cut": Place("metrics cut", _file_call("fsync", r"metrics\.jsonl"), only_first=True, needs="row"),
     # steps
-    "first-step": Place("first step", _before("cifar_hpc.engine", "Engine.step")),
-    "step": Place("step", _before("cifar_hpc.engine", "Engine.step"), unit="step"),
-    "backward": Place("step", _before("cifar_hpc.engine", "Engine.loss_sum"), unit="step"),
-    "reduce": Place("step", _before("cifar_hpc.shards", "ShardSum.add"), needs="ranks", unit="step"),
-    "agree": Place("step", _before("cifar_hpc.agreement", "Agreement.after_step"), unit="step"),
+    "first-step": Place("first step", _before("cifar_hpc.training.engine", "Engine.step")),
+    "step": Place("step", _before("cifar_hpc.training.engine", "Engine.step"), unit="step"),
+    "backward": Place("step", _before("cifar_hpc.training.engine", "Engine.loss_sum"), unit="step"),
+    "reduce": Place(
+        "step", _before("cifar_hpc.training.distributed.shards", "ShardSum.add"), needs="ranks", unit="step"
+    ),
+    "agree": Place("step", _before("cifar_hpc.training.distributed.agreement", "Agreement.after_step"), unit="step"),
     # evaluation
-    "evaluate": Place("evaluation", _before("cifar_hpc.trainer", "evaluate"), unit="epoch"),
-    "statistics": Place("evaluation", _before("cifar_hpc.evaluation", "_estimate_statistics"), unit="epoch"),
-    "test-images": Place("evaluation", _before("cifar_hpc.evaluation", "_test_sums"), unit="epoch"),
-    "row": Place("evaluation", _before("cifar_hpc.trainer", "Trainer._row"), unit="epoch"),
+    "evaluate": Place("evaluation", _before("cifar_hpc.training.trainer", "evaluate"), unit="epoch"),
+    "statistics": Place("evaluation", _before("cifar_hpc.training.evaluation", "_estimate_statistics"), unit="epoch"),
+    "test-images": Place("evaluation", _before("cifar_hpc.training.evaluation", "_test_sums"), unit="epoch"),
+    "row": Place("evaluation", _before("cifar_hpc.training.trainer", "Trainer._row"), unit="epoch"),
     # logs
     "metrics": Place("metrics write", _file_call("write", r"metrics\.jsonl"), only_first=True, unit="epoch"),
     "metrics-half": Place("metrics write", _half_write(r"metrics\.jsonl"), only_first=True, unit="epoch"),
@@ -215,9 +217,9 @@ PLACES: dict[str, Place] = {
     "index": Place("checkpoint", _file_call("replace", r"index\.json", 1), only_first=True, unit="save"),
     "retention": Place("checkpoint", _file_call("unlink", CHECKPOINT), only_first=True, unit="save"),
     # the end
-    "settle": Place("shutdown", _before("cifar_hpc.trainer", "Trainer._settle")),
-    "finished": Place("shutdown", _before("cifar_hpc.outcome", "finished")),
-    "disconnect": Place("shutdown", _before("cifar_hpc.job", "disconnect")),
+    "settle": Place("shutdown", _before("cifar_hpc.training.trainer", "Trainer._settle")),
+    "finished": Place("shutdown", _before("cifar_hpc.training.exit", "finished")),
+    "disconnect": Place("shutdown", _before("cifar_hpc.training.attempt", "disconnect")),
 }
 
 

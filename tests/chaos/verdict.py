@@ -18,8 +18,9 @@ STATE = (
 
 def describe(root: Path, name: str, out: Path) -> None:
     """Write the facts about the run `name` under `root` to `out`, as JSON. Imports torch: for a forked process."""
-    from cifar_hpc import checkpoint
-    from cifar_hpc.store import candidates
+    from cifar_hpc import tensorfile
+    from cifar_hpc.training.checkpoints import format as checkpoint
+    from cifar_hpc.training.checkpoints.store import candidates
 
     folder = root / "checkpoints" / name
     problems = []
@@ -35,7 +36,7 @@ def describe(root: Path, name: str, out: Path) -> None:
         if state is not None:
             report[name] = {
                 **checkpoint.sums(state),
-                "state": checkpoint.digest({k: state[k] for k in STATE}),
+                "state": tensorfile.digest({k: state[k] for k in STATE}),
                 "step": state["step"],
                 "epoch": state["epoch"],
                 "best": state["best"],

@@ -75,8 +75,8 @@ class Run:
 
     def inspect(self) -> dict[str, Any]:
         """What `inspect --json` says about its newest checkpoint, found out in this process, which is quicker."""
-        from cifar_hpc.inspection import describe
-        from cifar_hpc.store import newest_good
+        from cifar_hpc.cli.inspect import describe
+        from cifar_hpc.training.checkpoints.store import newest_good
 
         found = newest_good(self.checkpoints)
         assert found is not None and found.bad == [], found

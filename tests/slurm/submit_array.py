@@ -10,13 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from cifar_hpc import launcher
-from cifar_hpc.freeze import freeze, resolve
-from cifar_hpc.paths import RunPaths
-from cifar_hpc.sites import load_site
-from cifar_hpc.snapshot import take_snapshot
-from cifar_hpc.spec_io import load_spec
-from cifar_hpc.worker import Task
+from cifar_hpc.config.io import load_spec
+from cifar_hpc.config.site import load_site
+from cifar_hpc.launch import batch_script
+from cifar_hpc.launch.snapshot import take_snapshot
+from cifar_hpc.launch.worker import Task
+from cifar_hpc.runs.frozen_spec import freeze, resolve
+from cifar_hpc.runs.paths import RunPaths
 
 profile, job, *names = sys.argv[1:]
 keys = ("tasks_per_node=1", "cpus_per_task=4", "nodelist=node2", "partition=gpu")  # two tasks fill the node
@@ -27,6 +27,6 @@ for name in names:
     paths.create()
     spec = resolve(paths, load_spec(Path(job), [f"resources.{key}" for key in keys], {}), 1, 1)
     freeze(paths, spec)
-executor = launcher._slurm_executor(paths, spec, site)
+executor = batch_script._slurm_executor(paths, spec, site)
 os.chdir(take_snapshot(paths))
 print(*(job.job_id for job in executor.map_array(operator.call, [Task(str(root), name) for name in names])))

@@ -11,7 +11,7 @@ import pytest
 from lab import Lab, together, until
 from runs import Run, thaw
 
-from cifar_hpc import slurm
+from cifar_hpc.slurm import client as slurm
 
 pytestmark = pytest.mark.slurm
 

@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return folder / "cifar10-jpeg"
     from PIL import Image
 
-    from cifar_hpc.synthetic import CLASSES, make_synthetic
+    from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 
     train, train_labels, test, test_labels = make_synthetic(200, 80)
     for split, pixels, labels in (("train", train, train_labels), ("test", test, test_labels)):
@@ -74,7 +74,7 @@ def test_submission(lab: Lab, short: str, project: Path, tmp_path: Path) -> None
     assert f"job {run.job_id} " in busy["error"] and lab.queued() == [run.job_id]
 
     # What happens to the project from here on is nothing to the job.
-    (lab.project / "cifar_hpc" / "trainer.py").write_text("this is no Python\n")
+    (lab.project / "cifar_hpc" / "training" / "trainer.py").write_text("this is no Python\n")
     assert f"job {run.job_id} may start" in lab.command("requeue", run.name)
     run.wait("finished")
     assert run.wait_gone()["JobState"] == "COMPLETED"

@@ -107,7 +107,11 @@ def patch_preemption(module: ModuleType) -> None:
     module.StopFlag._handle = handle_and_wake
 
 
-PATCHES = {"cifar_hpc.job": patch_job, "cifar_hpc.engine": patch_engine, "cifar_hpc.preemption": patch_preemption}
+PATCHES = {
+    "cifar_hpc.training.attempt": patch_job,
+    "cifar_hpc.training.engine": patch_engine,
+    "cifar_hpc.training.signals": patch_preemption,
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):

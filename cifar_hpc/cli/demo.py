@@ -1,0 +1,85 @@
+"""make demo: a run from end to end on this machine, preempted on the way. Only the public commands are used."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from cifar_hpc.errors import UserError
+from cifar_hpc.launch.preflight import check_free
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
+
+RUN = "demo"
+PREEMPT_AFTER_EPOCH = 2
+PATIENCE_SECONDS = 1800
+
+
+def main() -> int:
+    """Run the demo; exit status 0 if the run was preempted, resumed and finished."""
+    paths = RunPaths(project_root(), RUN)
+    try:
+        check_free(paths, on_slurm=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    for old in (paths.logs, paths.checkpoints):
+        shutil.rmtree(old, ignore_errors=True)
+    submit = [sys.executable, "submit.py", "jobs/demo.yaml", "--cluster", "local", "--name", RUN, "--follow"]
+    _say(" ".join(["python", *submit[1:]]))
+    with subprocess.Popen(submit, cwd=PROJECT) as follower:
+        if _wait_for_epoch(paths, follower):
+            time.sleep(3)  # into the middle of the next epoch
+            _say(f"preempting it now: python -m cifar_hpc requeue {RUN}")
+            subprocess.run([sys.executable, "-m", "cifar_hpc", "requeue", RUN], cwd=PROJECT, check=False)
+        status = follower.wait()
+    if status != 0:
+        print(f"error: the demo's run did not finish; see {paths.train_log} and {paths.slurm}", file=sys.stderr)
+        return status
+    return _report(paths)
+
+
+def _wait_for_epoch(paths: RunPaths, follower: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while follower.poll() is None and time.monotonic() < deadline:
+        if len(read_jsonl(paths.metrics)) >= PREEMPT_AFTER_EPOCH:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _report(paths: RunPaths) -> int:
+    rows, events = read_jsonl(paths.metrics), read_jsonl(paths.events)
+    resumed = [e for e in events if e["event"] == "resumed"]
+    table = Table("epoch", "train loss", "train acc %", "test loss", "test acc %", "img/s", "restart")
+    for row in rows:
+        table.add_row(
+            str(row["epoch"]),
+            f"{row['train_loss']:.4f}",
+            f"{row['train_accuracy']:.2f}",
+            f"{row['test_loss']:.4f}",
+            f"{row['test_accuracy']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+            str(row["restart"]),
+        )
+    Console().print(table)
+    for event in resumed:
+        print(f"preempted and resumed at step {event['step']} (epoch {event['epoch'] + 1}, from {event['file']})")
+    print(f"test accuracy after {rows[-1]['epoch']} epochs: {rows[-1]['test_accuracy']:.2f}% of the synthetic images")
+    complete = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    print(f"each epoch stands exactly once in {paths.metrics}" if complete else "error: metrics.jsonl has gaps")
+    print(f"look at {paths.train_log}, and at python -m cifar_hpc inspect {RUN}")
+    return 0 if complete and resumed else 1
+
+
+def _say(text: str) -> None:
+    print(f"\n>>> {text}\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

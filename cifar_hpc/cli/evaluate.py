@@ -1,0 +1,239 @@
+"""python -m cifar_hpc evaluate: accuracy and confusion matrix of a run's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifar_hpc.cli.figures.figure_style import new_figure, save_figure
+from cifar_hpc.cli.terminal import output_folder
+from cifar_hpc.config.spec import CLASSES
+from cifar_hpc.data.evaluation_set import LabelledImages, other_images, own_images
+from cifar_hpc.runs.paths import project_root
+from cifar_hpc.text import printable
+from cifar_hpc.training.evaluation import BATCH
+from cifar_hpc.training.trained_model import TrainedModel, batches, load_trained, noted
+
+NAME_WIDTH = 12
+Matrix = list[list[int]]
+
+
+def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
+    """How many images of each true class (row) were taken for each class (column).
+
+    Args:
+        labels, predicted: int64 [N] of classes 0 to 9.
+    """
+    counts = torch.bincount(labels * CLASSES + predicted, minlength=CLASSES**2)
+    matrix: Matrix = counts.view(CLASSES, CLASSES).tolist()
+    return matrix
+
+
+def class_accuracy(matrix: Matrix, label: int) -> float | None:
+    """Per cent of the class's images that were recognised; None where there is no image of it."""
+    images = sum(matrix[label])
+    return 100 * matrix[label][label] / images if images else None
+
+
+def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
+    """Lines of at most 80 columns, as long as no count has more than four digits."""
+    width = 1 + max(4, *(len(str(count)) for row in matrix for count in row))
+    head = "".join(f"{label:{width}}" for label in range(CLASSES))
+    lines = [f"{'':{NAME_WIDTH + 11}}predicted", f"{'true':{NAME_WIDTH + 2}} accuracy{head}"]
+    for label, row in enumerate(matrix):
+        accuracy = class_accuracy(matrix, label)
+        share = "-" if accuracy is None else f"{accuracy:.2f}%"
+        counts = "".join(f"{count or '.':>{width}}" for count in row)
+        lines.append(f"{label} {short(names[label]):{NAME_WIDTH}}{share:>9}{counts}")
+    return lines
+
+
+def short(name: str) -> str:
+    """A class's name, fit for a column of a table."""
+    text = " ".join(printable(name).split())
+    return text if len(text) <= NAME_WIDTH else text[: NAME_WIDTH - 2] + ".."
+
+
+def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[str]:
+    """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
+    shares = [
+        (100 * matrix[true][predicted] / sum(matrix[true]), true, predicted)
+        for true in range(CLASSES)
+        for predicted in range(CLASSES)
+        if predicted != true and matrix[true][predicted]
+    ]
+    worst = sorted(shares, key=lambda entry: (-entry[0], entry[1:]))[:count]
+    return [
+        f"{share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}" for share, true, predicted in worst
+    ]
+
+
+def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list[Path]:
+    """Write confusion.png and confusion.svg into `folder`: shares of each true class, in %. Returns their paths."""
+    shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
+    figure = new_figure(5.2, 4.5)
+    axes = figure.add_subplot()
+    # The colour goes with the square root: most of what is confused is below 10%, and would look like nothing.
+    image = axes.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=10)
+    for true, row in enumerate(shares):
+        for predicted, share in enumerate(row):
+            if matrix[true][predicted]:
+                text = f"{share:.1f}" if share < 99.95 else "100"
+                colour = "white" if share > 40 else "black"
+                axes.text(predicted, true, text, ha="center", va="center", fontsize=6.5, color=colour)
+    labels = [short(name) for name in names]
+    axes.set_xticks(range(CLASSES), labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(CLASSES), labels)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(printable(title))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    ticks = (0, 1, 5, 10, 25, 50, 100)
+    bar.set_ticks([share**0.5 for share in ticks], labels=[str(share) for share in ticks])
+    bar.set_label("images of the true class, %")
+    bar.outline.set_visible(False)
+    return save_figure(figure, folder, "confusion", printable(title))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Accuracy in %, mean loss (label smoothing as in training), and the confusion matrix."""
+
+    accuracy: float
+    loss: float
+    matrix: Matrix
+
+
+def evaluate(run: str, data: str | None, weights: str, out: str | None, *, as_json: bool) -> int:
+    """Measure a run's model on its test images, or on those in `data`, and print what comes out.
+
+    With `as_json`, one object:
+
+        run, file, step, epoch     which model; run is null for a file that lies in no run's folder
+        weights                    averaged | slow | fast
+        data, images               what was measured on, and how many images that is
+        accuracy, loss             in %, and the mean with the run's label smoothing
+        logged                     {"epoch", "test_accuracy", "test_loss"} of the run's own evaluation of this model on
+                                   these images; null where there was none
+        classes                    ten of {"label", "name", "images", "correct", "accuracy"}; the last is null where
+                                   there is no image
+        confusion                  ten rows, one a true class, of ten counts, one a predicted class
+        device, amp                where and in what precision it was computed
+        figures, notes             files written for --out; sentences that a user should know
+
+    Raises:
+        UserError: names the run, file or folder that is not what it should be.
+    """
+    root = project_root()
+    folder = output_folder(out) if out is not None else None
+    trained = load_trained(root, run, weights)
+    spec = trained.spec.data
+    images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
+    figures = measure(trained, images)
+    logged = _logged(trained.logged) if data is None else None
+    files: list[Path] = []
+    if folder is not None:
+        name, share = trained.run or trained.path.name, f"{figures.accuracy:.2f}% of {len(images.labels):,} images"
+        title = f"{name}, epoch {trained.state['epoch']}: {share}"
+        files = draw(figures.matrix, images.classes, title, folder)
+    if as_json:
+        print(json.dumps(_report(trained, images, figures, logged, files), indent=1))
+    else:
+        print(printable("\n".join(_lines(trained.facts(root), trained, images, figures, logged, files))))
+    return 0
+
+
+def measure(trained: TrainedModel, data: LabelledImages) -> Figures:
+    """Evaluate as the trainer does: the same batches, summed in the same order, so the figures have the same bits."""
+    count, smoothing = len(data.labels), trained.spec.train.label_smoothing
+    sums = torch.zeros(-(-count // BATCH), 2, dtype=torch.float64)
+    predicted = torch.empty(count, dtype=torch.int64)
+    labels = data.labels.to(trained.device)
+    for first, logits in batches(trained, lambda first, last: data.images[first:last], count, "evaluating"):
+        part = labels[first : first + BATCH]
+        found = logits.argmax(1)
+        sums[first // BATCH, 0] = F.cross_entropy(logits, part, label_smoothing=smoothing, reduction="sum").cpu()
+        sums[first // BATCH, 1] = (found == part).sum().cpu()
+        predicted[first : first + BATCH] = found.cpu()
+    loss, correct = (float(value) for value in sums.sum(0))
+    return Figures(100 * correct / count, loss / count, confusion(data.labels, predicted))
+
+
+def _logged(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    keys = ("epoch", "test_accuracy", "test_loss")
+    if row is None or not all(isinstance(row.get(key), (int, float)) for key in keys):
+        return None
+    return {key: row[key] for key in keys}
+
+
+def _report(
+    trained: TrainedModel, data: LabelledImages, figures: Figures, logged: dict[str, Any] | None, files: list[Path]
+) -> dict[str, Any]:
+    return {
+        "run": trained.run,
+        "file": str(trained.path),
+        "step": trained.state["step"],
+        "epoch": trained.state["epoch"],
+        "weights": trained.weights,
+        "data": data.source,
+        "images": len(data.labels),
+        "accuracy": figures.accuracy,
+        "loss": figures.loss,
+        "logged": logged,
+        "classes": [
+            {
+                "label": label,
+                "name": name,
+                "images": sum(figures.matrix[label]),
+                "correct": figures.matrix[label][label],
+                "accuracy": class_accuracy(figures.matrix, label),
+            }
+            for label, name in enumerate(data.classes)
+        ],
+        "confusion": figures.matrix,
+        "device": trained.device.type,
+        "amp": trained.amp,
+        "figures": [str(path) for path in files],
+        "notes": [*trained.notes, *data.notes],
+    }
+
+
+def _lines(
+    facts: Mapping[str, str],
+    trained: TrainedModel,
+    data: LabelledImages,
+    figures: Figures,
+    logged: dict[str, Any] | None,
+    files: list[Path],
+) -> list[str]:
+    smoothing = trained.spec.train.label_smoothing
+    said = {
+        **facts,
+        "images": f"{len(data.labels):,} test images, {data.source}",
+        "accuracy": f"{figures.accuracy:.2f}%{_beside(figures.accuracy, logged, 'test_accuracy', '.2f', '%')}",
+        "loss": f"{figures.loss:.4f}{_beside(figures.loss, logged, 'test_loss', '.4f', '')}"
+        + (f", with label smoothing {smoothing:g}" if smoothing else ""),
+    }
+    lines = [f"{key:11} {value}" for key, value in said.items()]
+    lines += ["", *table(figures.matrix, data.classes), ""]
+    lines += most_confused(figures.matrix, data.classes)
+    lines += noted((*trained.notes, *data.notes))
+    return lines + [f"wrote {path}" for path in files]
+
+
+def _beside(value: float, logged: Mapping[str, Any] | None, key: str, form: str, unit: str) -> str:
+    if logged is None:
+        return ""
+    if value == logged[key]:
+        return f" (the same as logged after epoch {logged['epoch']})"
+    return f" (logged after epoch {logged['epoch']}: {logged[key]:{form}}{unit})"

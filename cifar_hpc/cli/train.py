@@ -1,0 +1,53 @@
+"""python -m cifar_hpc train: the same training without a scheduler, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from cifar_hpc.training.process import Stopwatch
+from cifar_hpc.training.signals import StopFlag
+
+
+def train(job: str, overrides: list[str], name: str | None) -> int:
+    """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
+    stop = StopFlag().install(interactive=True)
+    startup = Stopwatch()
+    from cifar_hpc.config.io import load_spec, run_name
+    from cifar_hpc.errors import RunBusyError
+    from cifar_hpc.runs.frozen_spec import freeze, resolve
+    from cifar_hpc.runs.lock import describe, holder
+    from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
+
+    path = Path(job)
+    spec = load_spec(path, overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    paths = RunPaths(project_root(), check_run_name(name or run_name(path.stem, spec)))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
+
+    from cifar_hpc.data.cifar10 import fetch_cifar10
+    from cifar_hpc.training.attempt import Job
+    from cifar_hpc.training.context import Context
+    from cifar_hpc.training.process import Launch
+
+    if rank == 0:
+        if spec.data.source == "cifar10":
+            fetch_cifar10(paths.root / spec.data.root)  # reading verifies it
+        paths.create()
+        owner = holder(paths.lock)
+        if owner is not None:
+            raise RunBusyError(f"run {paths.name} is being trained by {describe(owner)}.")
+        freeze(paths, spec)
+        print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
+    launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
+    attempt = Job(Context(paths, spec, launch, stop, startup))
+    status = attempt.run()
+    if not attempt.finished:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at once: process groups whose peers are gone can take minutes to end
+    stop.ignore()
+    return 0

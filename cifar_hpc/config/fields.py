@@ -1,0 +1,176 @@
+"""Spec fields: declaring one with its bounds, and turning a plain value into its type or a clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from cifar_hpc.config.yaml_loader import WrittenFloat, WrittenInt
+from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.text import control_character, shown
+
+T = TypeVar("T")
+MAX_TEXT = 4096  # characters, as many as the longest path
+
+
+def option(
+    default: Any, help: str, *, low: float | None = None, above: float | None = None, high: float | None = None
+) -> Any:
+    """A spec field: its default, one line of documentation (with the unit), and the allowed range."""
+    metadata = {"help": help, "low": low, "above": above, "high": high}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """Build the frozen dataclass `cls` (sections nest) from a mapping.
+
+    Raises:
+        SpecError: for an unknown key, a wrong type or a value out of range; it names the dotted key.
+    """
+    if values is None:
+        values = {}
+    where = path or "the spec"
+    if not isinstance(values, dict):
+        raise SpecError(f"{where}: {shown(values)} is not allowed; allowed: a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    arguments = {}
+    for key, value in values.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise SpecError(
+                f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}." + nearest(str(key), fields)
+            )
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = build(typing.cast(Any, hint), value, dotted)
+        else:
+            arguments[key] = _convert(value, hint, fields[key].metadata, dotted)
+    return cls(**arguments)
+
+
+def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        # true and false are options without a value, given or left out.
+        items = {_name(k, dotted): str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
+        return {name: _convert(item, str, {}, f"{dotted}.{name}") for name, item in items.items()}
+    try:
+        converted = _to_type(value, hint)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error) if isinstance(error, _TextError) else ""
+        choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
+        raise SpecError(
+            f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}{reason}."
+            + nearest(str(value)[:MAX_TEXT], choices)
+            + (" HINT: put it in quotes." if isinstance(value, bool) and _is_text(hint) else "")
+        ) from None
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not _in_range(number, metadata):
+            raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
+    return converted
+
+
+def check_bounds(config: Any, section: str) -> None:
+    """Check the numbers of a dataclass of fields as `option` declares them.
+
+    Raises:
+        SpecError: names the dotted key.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not _in_range(number, field.metadata):
+                hint = typing.get_type_hints(type(config))[field.name]
+                raise SpecError(
+                    f"{section}.{field.name}: {value!r} is not allowed; allowed: {describe(hint, field.metadata)}."
+                )
+
+
+def _name(key: Any, dotted: str) -> str:
+    if isinstance(key, str) and control_character(key) is None:
+        return key
+    raise SpecError(f"{dotted}: the key {shown(key)} is not allowed; allowed: text. HINT: put it in quotes.")
+
+
+class _TextError(ValueError):
+    """Text that no field can hold."""
+
+
+def _text(text: str) -> str:
+    character = control_character(text)
+    if character is not None:
+        raise _TextError(f" on one line, without {character!a} or other control characters")
+    if len(text) > MAX_TEXT:
+        raise _TextError(f" of at most {MAX_TEXT} characters")
+    return text
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or str in typing.get_args(hint)
+
+
+def _to_type(value: Any, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _to_type(value, next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        if value in arguments and not isinstance(value, bool):
+            return value
+        raise ValueError
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (not value and arguments[0] is not str):
+            raise TypeError
+        if arguments[-1] is Ellipsis:
+            return tuple(_to_type(v, arguments[0]) for v in value)
+        if len(value) != len(arguments):
+            raise ValueError
+        return tuple(_to_type(v, a) for v, a in zip(value, arguments, strict=True))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (WrittenInt, WrittenFloat)):
+        return _text(value.text)  # as it stands in the file: 1.10 is not 1.1
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return _text(str(value))
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    raise TypeError
+
+
+def _in_range(number: float, metadata: Any) -> bool:
+    low, above, high = (metadata.get(k) for k in ("low", "above", "high"))
+    # Written so that NaN, which compares false with everything, is out of every range.
+    return (
+        (low is None or number >= low)
+        and (above is None or number > above)
+        and (high is None or number <= high)
+        and number == number
+        and abs(number) != float("inf")
+    )
+
+
+def describe(hint: Any, metadata: Any) -> str:
+    """In words, what a field of the type `hint` and the bounds in `metadata` may hold."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return describe(next(a for a in arguments if a is not type(None)), metadata) + ", or null"
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return "a list, each " + describe(arguments[0], metadata)
+        return f"a list of {len(arguments)}, each " + describe(arguments[0], metadata)
+    if origin is dict:
+        return "a mapping of names to values"
+    name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
+    low, above, high = (metadata.get(k) for k in ("low", "above", "high"))
+    limits = ((">=", low), (">", above), ("<=", high))
+    bounds = [f"{symbol} {b if isinstance(b, int) else format(b, 'g')}" for symbol, b in limits if b is not None]
+    return " ".join([name, " and ".join(bounds)]).strip()

@@ -1,0 +1,315 @@
+"""The spec of a run: frozen dataclasses with every key, its default, unit and range.
+
+Defaults are the report's recipe. `batch_size` and `dropout`, which the report leaves open, are our choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cifar_hpc.config.fields import check_bounds, option
+from cifar_hpc.errors import SpecError
+
+CLASSES = 10
+
+
+IMAGE_SIZE = 32
+"""Height and width of a CIFAR-10 image, in pixels."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """The report's six augmentations, and one more, with torchvision's meaning; 0 switches one off at no cost.
+
+    Raises:
+        SpecError: for an impossible value; the message starts with the dotted key.
+    """
+
+    crop_padding: int = option(4, "zero padding, in pixels, before a crop to 32x32; 0 is off", low=0, high=31)
+    flip: float = option(0.5, "probability of a horizontal flip; 0 is off", low=0, high=1)
+    rotation: float = option(15.0, "largest angle of rotation, in degrees; 0 is off", low=0, high=180)
+    brightness: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
+    contrast: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
+    saturation: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
+    hue: float = option(0.1, "shift is uniform in [-x, x] turns of the circle; 0 is off", low=0, high=0.5)
+    erasing: float = option(0.5, "probability of erasing a box after normalisation; 0 is off", low=0, high=1)
+    erasing_scale: tuple[float, float] = option(
+        (0.02, 0.33), "area of the erased box over area of the image, from and to", low=0, high=1
+    )
+    erasing_ratio: tuple[float, float] = option(
+        (0.3, 3.3), "height over width of the erased box, from and to (log-uniform)", above=0
+    )
+
+    trivial: bool = option(False, "TrivialAugmentWide, on the image as it is, before all others")
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "augment")  # the spec has done so; this is for a config that is built in Python
+        for name in ("erasing_scale", "erasing_ratio"):
+            first, last = getattr(self, name)
+            if first > last:
+                raise SpecError(f"augment.{name}: [{first:g}, {last:g}] is not allowed; allowed: the smaller first.")
+
+    @property
+    def geometric(self) -> bool:
+        """Whether any pixel is moved (crop, flip or rotation)."""
+        return self.crop_padding > 0 or self.flip > 0 or self.rotation > 0
+
+    @property
+    def jitter(self) -> bool:
+        """Whether any colour is changed."""
+        return self.blending or self.hue > 0
+
+    @property
+    def blending(self) -> bool:
+        """Whether any of brightness, contrast and saturation is changed."""
+        return self.brightness > 0 or self.contrast > 0 or self.saturation > 0
+
+    @classmethod
+    def off(cls) -> AugmentConfig:
+        """No augmentation at all."""
+        return cls(crop_padding=0, flip=0, rotation=0, brightness=0, contrast=0, saturation=0, hue=0, erasing=0)
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """Mixup and CutMix with their papers' meaning, drawn for each sample alone; with both on, each takes one of them.
+
+    Raises:
+        SpecError: for an impossible value; the message starts with the dotted key.
+    """
+
+    mixup: float = option(0.0, "alpha: shares of two images are from Beta(alpha, alpha); 0 is off", low=0, high=100)
+    cutmix: float = option(0.0, "alpha: area of the pasted box is from Beta(alpha, alpha); 0 is off", low=0, high=100)
+    probability: float = option(1.0, "probability that a sample is mixed at all; 0 is off", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "mixing")  # the spec has done so; this is for a config that is built in Python
+
+    @property
+    def on(self) -> bool:
+        """Whether any image is changed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+
+# The largest numbers that PyTorch takes where it computes with 32 bits.
+FLOAT32, INT32 = 1e38, 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
+    dropout: float = option(0.2, "dropout rate after each layer", low=0, high=0.95)
+    stem_width: int = option(32, "channels of the stem convolution", low=1, high=100_000)
+    blocks: tuple[int, ...] = option((3, 3, 3), "bottleneck blocks in each layer", low=1, high=1000)
+    widths: tuple[int, ...] = option(
+        (64, 128, 256), "bottleneck width of each layer (output is 4 x width)", low=1, high=100_000
+    )
+    width_multiplier: float = option(1.0, "scales stem_width and widths; small ones make toy models", above=0, high=100)
+
+    def scaled(self, width: int) -> int:
+        """Channels of a convolution whose spec says `width`."""
+        return max(1, round(width * self.width_multiplier))
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    name: Literal["sgd"] = option("sgd", "the inner optimizer")
+    lr: float = option(0.05, "initial learning rate", above=0, high=FLOAT32)
+    momentum: float = option(0.9, "SGD momentum", low=0, high=1)
+    weight_decay: float = option(1e-4, "L2 penalty on the weights", low=0, high=FLOAT32)
+    nesterov: bool = option(False, "Nesterov momentum")
+    decay_all: bool = option(True, "weight decay on BatchNorm's parameters and on biases, too; false spares them")
+
+
+@dataclass(frozen=True)
+class LookaheadSpec:
+    enabled: bool = option(True, "wrap the optimizer in Lookahead")
+    k: int = option(5, "updates of the fast weights between two syncs", low=1)
+    alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
+    bn_batches: int = option(
+        16,
+        "training batches for re-estimating BatchNorm statistics before an evaluation under the slow weights, or the "
+        "averaged ones (ema), or while training's images are smaller (resizing); 0 keeps training's own statistics",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    name: Literal["cosine", "constant"] = option("cosine", "shape of the learning rate")
+    per: Literal["epoch", "step"] = option("epoch", "how often the learning rate changes (the report: per epoch)")
+    warmup_epochs: float = option(
+        0.0, "epochs over which the rate rises from zero to optimizer.lr with each update", low=0, high=1_000_000
+    )
+
+
+@dataclass(frozen=True)
+class EmaSpec:
+    decay: float | None = option(
+        None,
+        "evaluate an exponential moving average of the weights, of which an update keeps this share; null is off",
+        above=0,
+        high=0.999999,
+    )
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    epochs: int = option(400, "passes over the training images", low=1, high=1_000_000)
+    batch_size: int = option(128, "images in a GLOBAL batch, over all shards", low=1, high=INT32)
+    label_smoothing: float = option(0.1, "label smoothing of the training loss", low=0, high=1)
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "autocast type; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 on a CPU"
+    )
+    shards: int | None = option(
+        None, "logical shards; null is the number of tasks at the first start", low=1, high=INT32
+    )
+    seed: int = option(0, "all randomness is a function of it", low=0, high=INT32)
+    deterministic: bool = option(True, "deterministic kernels only (the same bits need them)")
+    compile: bool = option(False, "compile the model with torch.compile")
+    device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
+    cpu_threads: int | None = option(
+        None,
+        "threads of a process, part of the bits on a CPU; null is cpus_per_task, or without it 1 under Slurm and "
+        "a share of this machine elsewhere",
+        low=1,
+        high=4096,
+    )
+    log_seconds: float = option(30.0, "seconds between two progress lines in train.log", above=0, high=60)
+    watchdog_minutes: float = option(
+        15.0,
+        "minutes without any progress of any process after which the run counts as hung, and is started again",
+        above=0,
+        high=100_000,
+    )
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
+    root: str = option("data", "folder of the images (relative to the project's root); synthetic ignores it")
+    train_size: int | None = option(
+        None, "training images to use (a fixed random choice); null is all", low=1, high=INT32
+    )
+    test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
+    holdout: int | None = option(
+        None,
+        "of the training images so many are kept apart (a fixed random choice) and evaluated on in place of the test "
+        "images: for tuning",
+        low=1,
+        high=INT32,
+    )
+
+
+@dataclass(frozen=True)
+class ResizingSpec:
+    initial: int | None = option(
+        None,
+        "height and width in pixels of the training images in the first epochs, which grow to 32; null is off",
+        low=4,
+        high=IMAGE_SIZE,
+    )
+    delay: float = option(0.5, "share of the epochs before the images grow", low=0, high=1)
+    finetune: float = option(0.2, "share of the epochs, at the end, on whole images", low=0, high=1)
+    increment: int = option(4, "pixels by which the images grow at a time", low=1, high=IMAGE_SIZE)
+
+    @property
+    def on(self) -> bool:
+        """Whether any epoch trains on smaller images."""
+        return self.initial is not None and self.initial < IMAGE_SIZE
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    every: Literal["auto"] | None = option(
+        None,
+        "auto: checkpoints within an epoch as far apart as loses least (interval.py), from measured costs and losses; "
+        "null is auto, too, unless every_minutes or every_steps is given",
+    )
+    every_minutes: float | None = option(None, "minutes between two checkpoints within an epoch", above=0, high=100_000)
+    every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
+    every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1)
+    keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the interval within an epoch is chosen during the run."""
+        return self.every_minutes is None and self.every_steps is None
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """Seconds between two checkpoints within an epoch, or None where they are not given in time."""
+        return None if self.every_minutes is None else 60 * self.every_minutes
+
+
+@dataclass(frozen=True)
+class RetrySpec:
+    max: int = option(3, "how often a run is requeued for this cause", low=0)
+
+
+@dataclass(frozen=True)
+class TrackingSpec:
+    tensorboard: bool = option(False, "TensorBoard event files in the folder tracking of the run's logs")
+    wandb: Literal["offline", "online"] | None = option(
+        None, "a Weights & Biases run in tracking/wandb, to be uploaded later or at once; null is none"
+    )
+    project: str = option("cifar_hpc", "the project of wandb")
+
+
+@dataclass(frozen=True)
+class ResourcesSpec:
+    partition: str | None = option(None, "Slurm partition; null leaves the choice to the site")
+    account: str | None = option(None, "Slurm account")
+    qos: str | None = option(None, "Slurm quality of service")
+    time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, ...)")
+    nodes: str = option("1", "N, or MIN-MAX for Slurm to choose")
+    gpus_per_node: int = option(1, "GPUs on each node", low=0, high=4096)
+    tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1, high=4096)
+    cpus_per_task: int | None = option(None, "CPU cores of each process", low=1, high=4096)
+    mem: str | None = option(None, "memory of a node, such as 32G")
+    constraint: str | None = option(None, "node features, as sbatch's --constraint")
+    exclude: str | None = option(None, "nodes to avoid")
+    nodelist: str | None = option(None, "nodes to use")
+    reservation: str | None = option(None, "Slurm reservation")
+    dependency: str | None = option(None, "further job dependencies, beside singleton")
+    comment: str | None = option(None, "job comment; some sites read wishes from it")
+    requeue: bool = option(True, "requeue the job after a preemption, a timeout or a node failure")
+    warning_seconds: int = option(
+        120, "seconds before the time limit at which Slurm sends SIGUSR2; a quarter of a short limit at most", low=10
+    )
+    sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names; true: without a value")
+
+    @property
+    def max_nodes(self) -> int:
+        """The largest number of nodes that Slurm may give."""
+        return int(self.nodes.split("-")[-1])
+
+    @property
+    def ntasks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def fewest_tasks(self) -> int | None:
+        """Processes on the smallest number of nodes that Slurm may give; None where it may give but one number."""
+        fewest, separator, _ = self.nodes.partition("-")
+        return int(fewest) * self.ntasks_per_node if separator else None
+
+
+@dataclass(frozen=True)
+class Spec:
+    model: ModelSpec = field(default_factory=ModelSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    lookahead: LookaheadSpec = field(default_factory=LookaheadSpec)
+    ema: EmaSpec = field(default_factory=EmaSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    resizing: ResizingSpec = field(default_factory=ResizingSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    failures: RetrySpec = field(default_factory=RetrySpec)
+    timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))
+    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)

@@ -1,0 +1,1 @@
+"""Images: sources, decoding, and the data set on the training device."""

@@ -1,0 +1,1 @@
+"""Augmentation and mixing, batched on the device, as pure functions of the draws."""

@@ -1,0 +1,236 @@
+"""TrivialAugmentWide, batched on the device: one operation a sample, with one of 31 magnitudes.
+
+Source: Müller, Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", ICCV 2021
+(arXiv:2103.10158). Torchvision defines the operations and their defaults; the results here are equal to the bit, from
+draws that belong to the sample alone: each operation on colours is one multiplication, addition or comparison at a
+time, of numbers that torchvision has, too, or exact in whole numbers. Nothing waits for the device, except that the
+first call on one copies the tables (0.8 MB) there. On a CPU, which has nothing to wait for, the samples are sorted by
+operation; the bits are the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cifar_hpc.config.spec import IMAGE_SIZE
+from cifar_hpc.data.augment.trivial_tables import (
+    BINS,
+    FIRST_SIGNED,
+    IDENTITY_CASE,
+    LAST_MOVE,
+    LAST_SIGNED,
+    LAST_WITH_BINS,
+    PIXELS,
+    Operation,
+    Tables,
+    case_number,
+    tables,
+)
+
+_LEVELS = 256
+
+
+def blend(images: Tensor, operation: Operation, own: Tensor, other: Tensor) -> Tensor:
+    """Brightness, Color, Contrast or Sharpness of uint8 [B, 3, 32, 32], by the weights float32 [B, 1, 1, 1].
+
+    A sample whose weights are 1 and 0 stays as it is.
+    """
+    x = images.float()
+    mixed = x * own
+    if operation is not Operation.BRIGHTNESS:
+        mixed += _BLENDED_WITH[operation](x) * other
+    return mixed.clamp_(0, _LEVELS - 1).to(torch.uint8)
+
+
+def _gray(x: Tensor) -> Tensor:
+    """The luma, [B, 1, 32, 32], cut to whole levels."""
+    red, green, blue = x.split(1, dim=1)
+    return torch.floor(red * 0.2989 + green * 0.587 + blue * 0.114)
+
+
+def _mean(x: Tensor) -> Tensor:
+    # The sum of 1024 whole levels is exact in float32, in whatever order a device adds them.
+    return _gray(x).mean(dim=(2, 3), keepdim=True)
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """A pixel counts 5 times, its 8 neighbours once; the border stays."""
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    inner = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + x[:, :, 1:-1, 1:-1] * 4
+    blurred = x.clone()
+    # A whole number over 13 is never near the middle of two levels, so any device rounds to the same.
+    blurred[:, :, 1:-1, 1:-1] = inner.div_(13).round_()
+    return blurred
+
+
+_BLENDED_WITH = {Operation.COLOR: _gray, Operation.CONTRAST: _mean, Operation.SHARPNESS: _blurred}
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert what is not below the threshold, int16 [B, 1, 1, 1]; 256 changes nothing."""
+    return images ^ (images >= threshold).to(torch.uint8).mul_(_LEVELS - 1)
+
+
+def auto_contrast(images: Tensor) -> Tensor:
+    """Stretch each channel to 0 ... 255; one of a single level stays."""
+    least, most = (extreme(dim=(2, 3), keepdim=True).float() for extreme in (images.amin, images.amax))
+    flat = least == most
+    # As torchvision: the reciprocal times 255, which is not the quotient.
+    scale = (most - least).masked_fill_(flat, 1).reciprocal_().mul_(_LEVELS - 1).masked_fill_(flat, 1)
+    return images.sub(least.masked_fill_(flat, 0)).mul_(scale).clamp_(0, _LEVELS - 1).to(torch.uint8)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Spread each channel's levels so that all are about equally often; whole numbers only."""
+    channels = images.reshape(-1, PIXELS)
+    below = _pixels_below(channels)
+    # All pixels but those of the highest level that there is, over 255; torchvision lets a channel be where it is 0.
+    step = below.gather(1, channels.amax(dim=1, keepdim=True).long()).div_(_LEVELS - 1, rounding_mode="floor")
+    spread = (below + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=_LEVELS - 1)
+    levels = torch.arange(_LEVELS, device=images.device)
+    return torch.where(step > 0, spread, levels).to(torch.uint8).gather(1, channels.long()).view(images.shape)
+
+
+def _pixels_below(channels: Tensor) -> Tensor:
+    """How many pixels of each channel, uint8 [N, 1024], are below each level, int64 [N, 256]."""
+    count = len(channels)
+    if channels.device.type == "cpu":
+        own_bins = torch.arange(0, count * _LEVELS, _LEVELS, device=channels.device)[:, None] + channels
+        histogram = torch.bincount(own_bins.flatten(), minlength=count * _LEVELS).view(count, _LEVELS)
+        return histogram.cumsum(dim=1) - histogram
+    return _places_when_sorted(channels)
+
+
+def _places_when_sorted(channels: Tensor) -> Tensor:
+    """`_pixels_below` without a histogram, which a GPU would add up by scattered writes and, for its size, wait for."""
+    ranked = channels.sort(dim=1).values
+    levels = torch.arange(_LEVELS, dtype=torch.uint8, device=channels.device)
+    return torch.searchsorted(ranked, levels.expand(len(channels), _LEVELS).contiguous())
+
+
+_OPERATION, _BIN, _SIGN = range(3)  # columns of `draws`
+TRIVIAL_DRAWS = 3
+"""Uniform numbers that one sample takes."""
+
+
+class Choices(NamedTuple):
+    """What happens to each of B samples; tensors [B] on one device.
+
+    Attributes:
+        operation: int64, an Operation.
+        magnitude_bin: int64, 0 to 30; 0 for an operation without magnitudes.
+        negative: bool, whether the magnitude counts as negative; False for an operation without a sign.
+    """
+
+    operation: Tensor
+    magnitude_bin: Tensor
+    negative: Tensor
+
+
+def sample_choices(draws: Tensor) -> Choices:
+    """Turn uniform numbers into choices, each value as likely as any other.
+
+    Args:
+        draws: float32 [B, TRIVIAL_DRAWS] in [0, 1), from `randomness.uniform`.
+
+    Raises:
+        ValueError: if draws has another shape or type.
+    """
+    if draws.dim() != 2 or draws.shape[1] != TRIVIAL_DRAWS or draws.dtype != torch.float32:
+        raise ValueError(f"draws must be float32 [B, {TRIVIAL_DRAWS}], got {draws.dtype} {list(draws.shape)}")
+    # floor(u * n) stays below n: u is at most 1 - 2**-24, and n * u does not round up to n in float32.
+    operation = (draws[:, _OPERATION] * len(Operation)).to(torch.int64)
+    has_bins = (operation >= FIRST_SIGNED) & (operation <= LAST_WITH_BINS)
+    return Choices(
+        operation=operation,
+        magnitude_bin=(draws[:, _BIN] * BINS).to(torch.int64) * has_bins,
+        negative=(draws[:, _SIGN] < 0.5) & has_bins & (operation <= LAST_SIGNED),
+    )
+
+
+def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Augment a batch.
+
+    Args:
+        images: uint8 [B, 3, 32, 32], on any device.
+        draws: float32 [B, TRIVIAL_DRAWS] in [0, 1) on the same device.
+
+    Returns:
+        uint8 [B, 3, 32, 32], a new tensor; each sample depends on its own image and draws only.
+
+    Raises:
+        ValueError: for images or draws of another shape or type.
+    """
+    return apply_choices(images, sample_choices(draws))
+
+
+def apply_choices(images: Tensor, choices: Choices) -> Tensor:
+    """`trivial_augment` with given choices.
+
+    Raises:
+        ValueError: for images of another shape or type.
+    """
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"images must be uint8 [B, 3, 32, 32], got {images.dtype} {list(images.shape)}")
+    # What moves pixels is one step, whichever operation it is.
+    step, case = choices.operation.clamp(min=LAST_MOVE), case_number(*choices)
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _sorted_by_step(images, step, case)
+    return _all_at_once(images, step, case)
+
+
+_STEPS = list(Operation)[LAST_MOVE:]
+
+
+def _all_at_once(images: Tensor, step: Tensor, case: Tensor) -> Tensor:
+    """Every step on every sample; only a sample's own changes it."""
+    known = tables(images.device)
+    for each in _STEPS:
+        own = step == each
+        changed = _take_step(images, each, torch.where(own, case, IDENTITY_CASE), known)
+        if each in (Operation.AUTO_CONTRAST, Operation.EQUALIZE):
+            changed = torch.where(own[:, None, None, None], changed, images)
+        images = changed
+    return images
+
+
+def _sorted_by_step(images: Tensor, step: Tensor, case: Tensor) -> Tensor:
+    """Each step on the samples that chose it. Reads values of `step`."""
+    known = tables(images.device)
+    order = step.argsort(stable=True)
+    sizes = torch.bincount(step, minlength=len(Operation))[LAST_MOVE:].tolist()
+    out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
+    parts = (t.split(sizes) for t in (order, images.index_select(0, order), case.index_select(0, order)))
+    for each, rows, pixels, chosen in zip(_STEPS, *parts, strict=True):
+        if len(rows) > 0:
+            out.index_copy_(0, rows, _take_step(pixels, each, chosen, known))
+    return out
+
+
+def _take_step(images: Tensor, step: Operation, case: Tensor, known: Tables) -> Tensor:
+    """A step on every sample, as its case says, which is the step's own or IDENTITY_CASE.
+
+    AutoContrast and Equalize, which have no values, change every sample.
+    """
+
+    def of_case(table: Tensor) -> Tensor:
+        return table.index_select(0, case)[:, None, None, None]
+
+    if step <= LAST_MOVE:
+        return _move(images, known.source.index_select(0, case))
+    if step <= Operation.SHARPNESS:
+        return blend(images, step, of_case(known.own), of_case(known.other))
+    if step is Operation.POSTERIZE:
+        return images & of_case(known.mask)
+    if step is Operation.SOLARIZE:
+        return solarize(images, of_case(known.threshold))
+    return auto_contrast(images) if step is Operation.AUTO_CONTRAST else equalize(images)
+
+
+def _move(images: Tensor, source: Tensor) -> Tensor:
+    """Each pixel from its source, int16 [B, 1024]."""
+    pixels = torch.nn.functional.pad(images.reshape(-1, 3, PIXELS), (0, 1))  # and a black one, the one OUTSIDE
+    index = source.to(torch.int64)[:, None].expand(-1, 3, PIXELS)
+    return pixels.gather(2, index).view(images.shape)

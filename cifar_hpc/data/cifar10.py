@@ -1,0 +1,124 @@
+"""CIFAR-10: download and verification with torchvision, reading without it.
+
+torchvision takes as long to import as all of the reading takes, and it imports torch, which the submitting process
+never does. `python -m cifar_hpc.data.cifar10 FOLDER` downloads in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar_hpc.errors import SpecError, UserError
+from cifar_hpc.files import NotRegularError, read_regular
+
+FOLDER = "cifar-10-batches-py"
+ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+TRAIN_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+TEST_MD5 = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+META_MD5 = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+
+
+def fetch_cifar10(folder: Path) -> None:
+    """Download CIFAR-10 into `folder`, where a file of it is missing there.
+
+    Raises:
+        SpecError: it cannot be downloaded.
+    """
+    if all((folder / FOLDER / name).exists() for name in TRAIN_MD5 | TEST_MD5 | META_MD5):
+        return
+    from torchvision.datasets import CIFAR10
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        CIFAR10(str(folder), download=True)
+    except Exception as error:  # urllib, tarfile and torchvision each raise their own
+        raise SpecError(
+            f"data.root: {folder} holds no CIFAR-10 and the download failed: {' '.join(str(error).split())}. "
+            f"HINT: put {ARCHIVE} (md5 {ARCHIVE_MD5}) there yourself, or use --set data.source=folder "
+            "or data.source=synthetic."
+        ) from None
+
+
+def check_cifar10(folder: Path) -> None:
+    """Verify CIFAR-10 in `folder`.
+
+    Raises:
+        SpecError: names the file that is missing, truncated or wrong.
+    """
+    for name, md5 in (TRAIN_MD5 | TEST_MD5 | META_MD5).items():
+        _verified(folder, name, md5)
+
+
+def read_cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images uint8 [50000, 3, 32, 32], their labels int64 [50000], and the same two for the test.
+
+    Raises:
+        SpecError: as `check_cifar10`.
+    """
+    for name, md5 in META_MD5.items():
+        _verified(folder, name, md5)  # as torchvision does, though nothing of it is needed
+    with ThreadPoolExecutor() as pool:  # sums are computed side by side
+        train = list(pool.map(partial(_read_batch, folder), TRAIN_MD5, TRAIN_MD5.values()))
+        test = list(pool.map(partial(_read_batch, folder), TEST_MD5, TEST_MD5.values()))
+    return *_joined(train), *_joined(test)
+
+
+def _joined(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    images = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
+    return images.view(-1, 3, 32, 32), torch.tensor([label for batch in batches for label in batch["labels"]])
+
+
+def _read_batch(folder: Path, name: str, md5: str) -> dict[str, Any]:
+    # The sum is that of the very bytes that are unpickled, so they are CIFAR-10's own.
+    return pickle.loads(_verified(folder, name, md5), encoding="latin1")  # type: ignore[no-any-return]
+
+
+def _verified(folder: Path, name: str, md5: str) -> bytes:
+    path = folder / FOLDER / name
+    content: bytes | None = None
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        raise SpecError(
+            f"data.root: {path} is missing. HINT: submit from a machine with internet, or put "
+            f"{ARCHIVE} into {folder} and unpack it."
+        ) from None
+    except NotRegularError:
+        pass
+    except OSError as error:
+        raise SpecError(f"data.root: {path} cannot be read: {error.strerror}.") from None
+    if content is None or hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise SpecError(
+            f"data.root: {path} is truncated or not the original (its md5 should be {md5}). "
+            "HINT: delete it and submit again."
+        )
+    return content
+
+
+def main(folder: str) -> int:
+    """Exit status 0 where CIFAR-10 stands in `folder`, whole."""
+    try:
+        fetch_cifar10(Path(folder))
+        check_cifar10(Path(folder))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

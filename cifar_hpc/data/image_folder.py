@@ -1,0 +1,68 @@
+"""The ImageFolder layout: train/<class>/* and test/<class>/*, checked without opening an image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cifar_hpc.config.spec import CLASSES
+from cifar_hpc.errors import SpecError, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+# What such a file may hold, by Pillow's names: Pillow goes by the content, and knows formats that start programs (EPS).
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
+
+
+def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of one split; labels are the order of the class folders' names.
+
+    Raises:
+        SpecError: where the folder, a class or an image is missing.
+    """
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise SpecError(
+            f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
+            + nearest(folder.name, siblings)
+        )
+    classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) != CLASSES:
+        raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {CLASSES}.")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = sorted(
+            (e for e in _entries(folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES)),
+            key=lambda entry: entry.name,
+        )
+        if not images:
+            raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
+        for image in images:
+            if not image.is_file():  # a FIFO would be waited for, a device read for ever
+                raise SpecError(f"data.root: {image.path} is no regular file; allowed: image files, or links to them.")
+        files += [Path(image.path) for image in images]
+        labels += [label] * len(images)
+    return files, labels, classes
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        raise SpecError(f"data.root: {folder} cannot be read: {error.strerror}.") from None
+
+
+def list_folder(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[int]]]:
+    """Files and labels of both splits, {"train": ..., "test": ...}.
+
+    Raises:
+        SpecError: as `list_split`, and where the splits have other classes.
+    """
+    files, labels, classes = {}, {}, {}
+    for split in ("train", "test"):
+        files[split], labels[split], classes[split] = list_split(folder / split)
+    if classes["train"] != classes["test"]:
+        raise SpecError(
+            f"data.root: {folder / 'test'} has the classes {classes['test']}, but train has {classes['train']}."
+        )
+    return files, labels

@@ -1,0 +1,164 @@
+"""Files that are never half-written, and the temporary files that takes; only regular files are opened.
+
+A temporary file is locked (flock(2)) by the process that writes it, for as long as it lives. Whoever can lock one may
+therefore remove it: its writer was killed. That holds across hosts and without process ids, which hosts share.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+# Of new files, before the umask: others may never write, whatever the umask.
+FILE_MODE, DIRECTORY_MODE = 0o664, 0o775
+# Where a file system has no locks, only a temporary file as old as this counts as abandoned.
+ABANDONED_SECONDS = 24 * 3600.0
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class NotRegularError(OSError):
+    """The path is a directory, a FIFO, a device or a socket, where a file should be."""
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """os.open for regular files only: it neither hangs on a FIFO, nor writes through a symbolic link.
+
+    Raises:
+        NotRegularError: says what it is.
+        OSError: as os.open.
+    """
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if writes else 0)
+    try:
+        descriptor = os.open(path, flags, FILE_MODE)
+    except OSError as error:
+        if error.errno == errno.ELOOP and writes:
+            raise OSError(errno.ELOOP, "is a symbolic link, through which nothing is written", str(path)) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotRegularError(errno.EINVAL, f"is no regular file but {kind_of(mode)}", str(path))
+    return descriptor
+
+
+def kind_of(mode: int) -> str:
+    """What a path is, in words, by its st_mode."""
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path` when the block ends without an error.
+
+    A reader, or a crash, sees the old file or the new one and nothing between.
+    """
+    temporary, descriptor = _new_temporary(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)  # while it is still locked, so that nobody takes it for abandoned
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has, on any host."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    while True:
+        temporary = temporary_name(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # somebody tidied up in the moment before the lock
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Remove the temporary files in `directory` that no living process writes; returns their names."""
+    removed = []
+    for path in sorted(directory.glob(".*.tmp")):
+        with suppress(OSError):  # another process may be tidying up as well
+            if path.is_symlink():
+                path.unlink()  # not one of ours, which are never links
+            elif not _remove_abandoned(path):
+                continue
+            removed.append(path.name)
+    return removed
+
+
+def _remove_abandoned(path: Path) -> bool:
+    descriptor = open_regular(path, os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS or time.time() - os.fstat(descriptor).st_mtime < ABANDONED_SECONDS:
+                return False
+        path.unlink()  # while it is locked, so that a writer that comes now finds out
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; a reader, or a crash, sees the old file or the new one and nothing between."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames within `directory` durable (fsync(2): a file's own fsync does not cover its name)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Take the lock; false where somebody else has it. On a file system without locks it counts as taken.
+
+    Args:
+        kind: LOCK_SH for a look, so that two who look at once do not take each other for the holder.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # A file system without locks (some Lustre and NFS mounts): there --dependency=singleton stands alone.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True

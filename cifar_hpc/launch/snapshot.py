@@ -1,0 +1,83 @@
+"""A copy of the code for each submission, so that editing the project never changes a queued job."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from cifar_hpc.files import sync_directory, temporary_name
+from cifar_hpc.runs.paths import PACKAGE, RunPaths, SweepPaths
+
+# Nobody edits a snapshot; its folders stay writable to their owner, so that it can be removed.
+FILE_MODE, DIRECTORY_MODE = 0o444, 0o755
+
+
+def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
+    """Copy the package to logs/<run>/code/<digest>/cifar_hpc and return the folder above it, from which jobs run.
+
+    All points of a sweep run from one copy, that of the sweep's submission. A snapshot that is already there is used
+    again only if it is what it would be now, to the byte. The caller sees to it that nobody else takes one of the same
+    run meanwhile, and that no job of the run is there.
+    """
+    # Read once: what is copied is what the digest is of, even while somebody edits the project.
+    files = {
+        f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}": file.read_bytes()
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    target = paths.code / digest.hexdigest()[:12]
+    paths.code.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    _remove_leftovers(paths.code)
+    if _is(target, files):
+        return target
+    temporary = temporary_name(target)
+    _write(temporary, files)
+    if os.path.lexists(target):
+        target.rename(temporary_name(target))  # torn, edited, or none of ours: never run
+    temporary.rename(target)
+    sync_directory(paths.code)
+    _remove_leftovers(paths.code)
+    return target
+
+
+def _is(target: Path, files: dict[str, bytes]) -> bool:
+    """Whether `target` holds exactly `files`, and only its owner and group may write there."""
+    for cache in list(target.rglob("__pycache__")):
+        _remove(cache)  # of earlier jobs; compiled code is not compared, so it is not trusted either
+    found: dict[str, bytes] = {}
+    for path in [target, *target.rglob("*")]:
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return False
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or mode & stat.S_IWOTH:
+            return False
+        if stat.S_ISREG(mode):
+            found[path.relative_to(target).as_posix()] = path.read_bytes()
+    return found == files
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    for subfolder in sorted({folder} | {(folder / name).parent for name in files}):
+        subfolder.mkdir(DIRECTORY_MODE)
+    for name, content in files.items():
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+            file.write(content)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a submission that was killed, or a snapshot that was replaced, has left."""
+    for path in folder.glob(".*.tmp"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)

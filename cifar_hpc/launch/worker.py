@@ -1,0 +1,98 @@
+"""The bridge: what submitit unpickles and calls in every task of a job.
+
+Importing this module is cheap on purpose. Signals are taken over before anything slow, such as importing torch. Until
+then the batch script ignores them (launcher.IGNORE_SIGNALS), since Python would die of them and its job with it: what
+came in that moment is found out by asking Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_at
+from cifar_hpc.runs.requeue import told_before
+from cifar_hpc.slurm import client as slurm
+from cifar_hpc.training.process import Stopwatch
+from cifar_hpc.training.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class Task:
+    """Train the run `name` under `root`; the spec is read from logs/<run>/spec.yaml at every start."""
+
+    root: str
+    name: str
+
+    def __call__(self) -> str:
+        """Run one task. Returns only after the last epoch; otherwise the process ends with the run's exit status."""
+        return self.train(StopFlag().install())
+
+    def train(self, stop: StopFlag) -> str:
+        """As `__call__`, with the signals already taken over."""
+        startup = Stopwatch()
+        keep_others_out()
+        job_id = slurm.own_job_id()
+        if job_id and os.environ.get("SLURM_PROCID") == "0":
+            threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
+        import submitit
+
+        from cifar_hpc.runs.frozen_spec import read_frozen
+        from cifar_hpc.training.attempt import Job
+        from cifar_hpc.training.context import Context
+        from cifar_hpc.training.process import Launch
+
+        environment = submitit.JobEnvironment()
+        paths = RunPaths(Path(self.root), self.name)
+        try:
+            spec = read_frozen(paths)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        if spec is None:
+            sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
+        attempt = os.environ.get("SLURM_RESTART_COUNT") or "0"
+        launch = Launch(
+            rank=environment.global_rank,
+            world_size=environment.num_tasks,
+            local_rank=environment.local_rank,
+            scheduler="slurm" if environment.cluster == "slurm" else "local",
+            job_id=environment.job_id,
+            rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{attempt}.json",
+        )
+        job = Job(Context(paths, spec, launch, stop, startup))
+        status = job.run()
+        if not job.finished:
+            with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)  # at once: tearing down process groups can take longer than a grace time
+        stop.ignore()
+        return f"run {self.name} finished"
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """Train the run that this task of a sweep's job array stands for, by its index in the file `points`."""
+
+    root: str
+    points: str
+
+    def __call__(self) -> str:
+        """As Task."""
+        stop = StopFlag().install()
+        try:
+            run = run_at(Path(self.points), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        return Task(self.root, run).train(stop)
+
+
+def _ask_slurm(job_id: str, stop: StopFlag) -> None:
+    with contextlib.suppress(SchedulerError):
+        if told_before(slurm.job_fields(job_id)):
+            stop.raise_flag()

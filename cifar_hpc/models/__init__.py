@@ -1,0 +1,1 @@
+"""Networks, and the layers that keep them exact for any number of processes."""

@@ -1,0 +1,72 @@
+"""Freezing a run's spec: what it was started under is what every later start must fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cifar_hpc.config.io import check_resumable, from_plain, to_yaml
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.validate import check
+from cifar_hpc.config.yaml_loader import read_mapping
+from cifar_hpc.errors import SpecError
+from cifar_hpc.files import write_atomic
+from cifar_hpc.runs.paths import RunPaths
+
+
+def read_frozen(paths: RunPaths) -> Spec | None:
+    """The spec in logs/<run>/spec.yaml, or None in a new run.
+
+    Raises:
+        SpecError: where it cannot be read, or is no spec.
+    """
+    if not paths.spec.exists():
+        return None
+    if not paths.spec.is_file():  # reading a FIFO would wait for a writer
+        raise SpecError(f"{paths.spec}: is no regular file. HINT: find out who put it there, and remove it.")
+    return from_plain(read_mapping(paths.spec))
+
+
+def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
+    """Fill in what a run fixes at its first start, and check `spec` against what it has fixed.
+
+    Args:
+        tasks: processes of this start; the number of shards if this is the first.
+        cpu_threads: threads of a process; likewise.
+
+    Raises:
+        SpecError: where the run was started under a spec that computes something else, or has fewer shards than tasks.
+    """
+    old = read_frozen(paths) if _begun(paths) else None
+    if old is not None:
+        check_resumable(old, spec, paths.name)
+    return complete(spec, old or spec, tasks, cpu_threads)
+
+
+def complete(spec: Spec, first: Spec, tasks: int, cpu_threads: int) -> Spec:
+    """`resolve`, for a run whose first start was under `first`."""
+    fixed = first.train
+    train = dataclasses.replace(
+        spec.train,
+        shards=spec.train.shards or fixed.shards or tasks,
+        cpu_threads=spec.train.cpu_threads or fixed.cpu_threads or cpu_threads,
+    )
+    assert train.shards is not None
+    if tasks > train.shards:
+        raise SpecError(
+            f"{tasks} processes are more than train.shards: {train.shards}, which "
+            + ("is" if spec.train.shards else "the run's first start has")
+            + f" fixed. HINT: start at most {train.shards} processes, or begin a new run with "
+            f"--set train.shards={tasks} and another --name."
+        )
+    return check(dataclasses.replace(spec, train=train))
+
+
+def _begun(paths: RunPaths) -> bool:
+    """Whether there has been a submission or a start; a submission that was killed half-way fixes nothing."""
+    return paths.events.exists() or any(paths.checkpoints.glob("step_*"))
+
+
+def freeze(paths: RunPaths, spec: Spec) -> None:
+    """Write logs/<run>/spec.yaml."""
+    header = f"The frozen spec of run {paths.name}. Every start of the run reads it; edit the job file instead."
+    write_atomic(paths.spec, to_yaml(spec, header).encode())

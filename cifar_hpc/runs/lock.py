@@ -1,0 +1,155 @@
+"""At most one writer a run: a lock that the kernel drops with the process that holds it, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.files import NotRegularError, open_regular, try_lock
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
+
+OWNER_BYTES = 10_000
+
+
+class RunLock:
+    """flock(2) on a file that also says who holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, owner: dict[str, Any], patience_seconds: float = 0.0) -> None:
+        """Take the lock and write `owner` into it.
+
+        Args:
+            patience_seconds: how long to wait for another holder; after a requeue the last attempt may still be dying.
+
+        Raises:
+            RunBusyError: names the holder.
+            SpecError: where something else than a file of ours stands in the lock's place.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
+        deadline = time.monotonic() + patience_seconds
+        while not try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise RunBusyError(
+                    f"{self.path}: the run is already being trained by {describe(read_owner(self.path))}."
+                )
+            time.sleep(0.2)
+        self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # on a full disk the lock holds as well without its owner's name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+
+    def release(self) -> None:
+        """Let go; the file stays."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock right now, or None.
+
+    Raises:
+        SpecError: where something else than a file of ours stands in the lock's place.
+    """
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return None if try_lock(descriptor, fcntl.LOCK_SH) else read_owner(path)
+    finally:
+        os.close(descriptor)
+
+
+def read_owner(path: Path) -> dict[str, Any]:
+    """What the last holder wrote about itself."""
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except (OSError, SpecError):
+        return {}
+    try:
+        owner = json.loads(os.pread(descriptor, OWNER_BYTES, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    finally:
+        os.close(descriptor)
+    return owner if isinstance(owner, dict) else {}
+
+
+def holder_pid(path: Path) -> int | None:
+    """The process on this machine that holds the lock, if it is one of this user's.
+
+    What the file says is checked with the kernel, since a signal will go there: a process of that number must have
+    this very file open.
+    """
+    owner = holder(path)
+    pid = owner.get("pid") if owner is not None else None
+    if owner is None or owner.get("host") != socket.gethostname() or type(pid) is not int or pid <= 1:
+        return None
+    try:
+        held = any(link.samefile(path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
+    except OSError:
+        return None
+    return pid if held else None
+
+
+def describe(owner: dict[str, Any]) -> str:
+    """`job 17 (pid 4242 on node1)`, as far as it is known."""
+    job = f"job {owner['job_id']}" if owner.get("job_id") else "a process outside any job"
+    return f"{job} (pid {owner.get('pid', '?')} on {owner.get('host', '?')})"
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a lock's file, which others may have planted something else for.
+
+    Raises:
+        SpecError: where `path` is no regular file; nothing has been changed then.
+        OSError: for any other reason.
+    """
+    try:
+        return open_regular(path, flags | os.O_NOFOLLOW)
+    except OSError as error:
+        # ELOOP: a link. ENXIO: a socket.
+        if not isinstance(error, NotRegularError) and error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise SpecError(
+            f"{path}: {error.strerror}; a lock is a regular file. HINT: find out who put it there, and remove it."
+        ) from None
+
+
+def local_controller(paths: RunPaths) -> int | None:
+    """The process id of submitit's local controller, if this run's last one is alive on this machine."""
+    submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
+    return controller_of(paths, submitted[-1]) if submitted else None
+
+
+def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
+    """`local_controller`, from the run's last `submitted` event."""
+    if submitted.get("scheduler") != "local":
+        return None
+    try:
+        pid = int(submitted["job_id"])
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ):  # a line of events.jsonl that is not ours, a process that is gone
+        return None
+    return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None

@@ -1,0 +1,118 @@
+"""A run's three logs: train.log for people, metrics.jsonl (one row an epoch) and events.jsonl for both.
+
+A log that cannot be written is no reason to end a run. Lines that found no room are kept, and written as soon as there
+is some; what metrics.jsonl lacks is taken from the training state, which has all its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cifar_hpc.files import DIRECTORY_MODE, NotRegularError, open_regular, read_regular
+
+# Lines of one log that are kept for later; beyond it the oldest are only on standard error.
+KEPT_LINES = 1000
+_kept: defaultdict[Path, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
+_lock = threading.Lock()  # checkpoints are reported from a thread of their own
+
+
+def utc_now() -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append whole lines with one write(2), so that lines of several processes never mix.
+
+    A line that was cut short (a full disk) is ended first, so that it cannot swallow this one. Where the log cannot be
+    written, the line goes to standard error, and is kept for the next call.
+    """
+    with _lock:
+        waiting = _kept[path]
+        waiting.append(line)
+        try:
+            while waiting:
+                _append(path, waiting[0] + "\n")
+                waiting.popleft()
+        except OSError as error:
+            _complain(f"{path}: {error.strerror}; the line was: {line}")
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # under Slurm standard error is a file, on the same full disk perhaps
+        print(text, file=sys.stderr, flush=True)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        _write_all(descriptor, ("\n" * cut + text).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:  # a disk that is nearly full takes a part, and says why with the next write
+        content = content[os.write(descriptor, content) :]
+
+
+class TrainLog:
+    """Plain lines with a local time, each on disk as soon as it is written; silent on every rank but 0."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+        self._begun = False
+
+    def line(self, text: str) -> None:
+        """Write one line."""
+        if self.enabled:
+            if self._begun and not self.path.exists():
+                append_line(self.path, f"WARNING {self.path} was gone; it is made again, and what was in it is lost")
+            self._begun = True
+            append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
+
+    def banner(self, lines: Sequence[str]) -> None:
+        """A block that is easy to find by eye: one at each start."""
+        if self.enabled:
+            self._begun = True
+            rule = "=" * 100
+            append_line(self.path, "\n".join([rule, *(f"== {line}" for line in lines), rule]))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a missing file is empty.
+
+    Left out is what is no row: a line cut short by a crash, or the NUL bytes that a crashed machine leaves where a
+    file had grown and its content was not on disk yet (ext4 and XFS allocate late).
+    """
+    try:
+        content = read_regular(path)
+    except (FileNotFoundError, NotADirectoryError, NotRegularError):
+        return []
+    return parse_jsonl(content)
+
+
+def parse_jsonl(content: bytes) -> list[dict[str, Any]]:
+    """The rows in `content`, as `read_jsonl`."""
+    return [row for line in content.split(b"\n") if (row := parse_row(line)) is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in one line, or None where it is no row."""
+    try:
+        row = json.loads(line.decode(errors="replace").strip("\0 \r"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,259 @@
+"""Files and folders of a run, of a sweep, and of the project."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.files import DIRECTORY_MODE, read_regular, write_atomic
+from cifar_hpc.text import control_character, shown
+
+
+def check_run_name(name: str) -> str:
+    """`name`, if it can name a run.
+
+    Raises:
+        SpecError: says what is allowed.
+    """
+    if is_run_name(name):
+        return name
+    raise SpecError(
+        f"--name: {shown(name)} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
+        f"beginning with a letter or a digit, but not {SWEEPS}. "
+        "HINT: without --name it is made from the job file's name."
+    )
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGE.parent  # or, in a job, the folder of the run's code snapshot
+
+
+def project_root() -> Path:
+    """The folder that holds checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the one that holds the package.
+
+    Raises:
+        SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot hold.
+    """
+    root = Path(os.environ.get("CIFAR_HPC_ROOT") or PROJECT).resolve()
+    if control_character(str(root)) is not None or "%" in str(root) or "\\" in str(root):
+        key = "CIFAR_HPC_ROOT" if os.environ.get("CIFAR_HPC_ROOT") else "the project's folder"
+        raise SpecError(
+            f"{key}: {shown(str(root))} is not allowed; allowed: a path in UTF-8 without control characters, '%' and "
+            "'\\', which mean something else in the names of Slurm's output files. HINT: set CIFAR_HPC_ROOT to another "
+            "folder."
+        )
+    return root
+
+
+def keep_others_out() -> None:
+    """Make sure that not everybody may write what this process and its children create, whatever the umask was."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
+SWEEPS = "sweeps"  # the folder of logs/ that is of no run
+
+
+def is_run_name(name: str) -> bool:
+    """Whether `name` can be a directory, a Slurm job name and a word in a shell alike."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name != SWEEPS
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run."""
+
+    root: Path
+    name: str
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs" / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints" / self.name
+
+    @property
+    def spec(self) -> Path:
+        return self.logs / "spec.yaml"
+
+    @property
+    def train_log(self) -> Path:
+        return self.logs / "train.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.logs / "events.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.logs / "run.lock"
+
+    @property
+    def code(self) -> Path:
+        return self.logs / "code"
+
+    @property
+    def slurm(self) -> Path:
+        return self.logs / "slurm"
+
+    @property
+    def tracking(self) -> Path:
+        return self.logs / "tracking"
+
+    @property
+    def job_name(self) -> str:
+        return self.name
+
+    def create(self) -> None:
+        """Make the directories.
+
+        Raises:
+            SpecError: names the directory that cannot be made or written.
+        """
+        _make(self.logs, self.checkpoints, self.slurm)
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """The files of one submission of a sweep. Those of its points are those of any run."""
+
+    root: Path
+    name: str
+    number: int = 1  # of the submission
+
+    @property
+    def sweep(self) -> Path:
+        return self.root / "logs" / SWEEPS / self.name
+
+    @property
+    def logs(self) -> Path:
+        return self.sweep / str(self.number)
+
+    @property
+    def points(self) -> Path:
+        return self.logs / "points.json"
+
+    @property
+    def code(self) -> Path:
+        return self.logs / "code"
+
+    @property
+    def slurm(self) -> Path:
+        return self.logs / "slurm"
+
+    @property
+    def job_name(self) -> str:
+        return f"{self.name}:sweep"  # which is no run's, so that no run's singleton waits for it
+
+    def create(self) -> None:
+        """Make the directories; as `RunPaths.create`."""
+        _make(self.logs, self.slurm)
+
+
+def points_file(root: Path, directory: str) -> Path | None:
+    """points.json of the submission of a sweep whose jobs work in `directory`; None for any other directory."""
+    above = root / "logs" / SWEEPS
+    if not Path(directory).is_relative_to(above):
+        return None
+    sweep, number, *_ = (*Path(directory).relative_to(above).parts, "", "")
+    return SweepPaths(root, sweep, int(number)).points if re.fullmatch(r"[0-9]{1,9}", number) else None
+
+
+def _make(*directories: Path) -> None:
+    for directory in directories:
+        try:
+            directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(
+                f"{directory}: cannot be made: {error.strerror}. HINT: set CIFAR_HPC_ROOT to a folder you can write."
+            ) from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise SpecError(f"{directory}: is not writable by you. HINT: set CIFAR_HPC_ROOT to a folder you can write.")
+
+
+def all_runs(root: Path) -> list[RunPaths]:
+    """Every run that has a spec, by name."""
+    names = (p.parent.name for p in sorted((root / "logs").glob("*/spec.yaml")))
+    return [RunPaths(root, name) for name in names if is_run_name(name)]
+
+
+def find_run(root: Path, name: str) -> RunPaths:
+    """The run called `name`.
+
+    Raises:
+        SpecError: lists the nearest name where there is none.
+    """
+    paths = RunPaths(root, name)
+    if is_run_name(name) and (paths.logs.is_dir() or paths.checkpoints.is_dir()):
+        return paths
+    names = [r.name for r in all_runs(root)]
+    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none yet"
+    raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))
+
+
+def find_runs(root: Path, patterns: Sequence[str]) -> list[RunPaths]:
+    """The runs that any of `patterns` means, each once, by name.
+
+    Args:
+        patterns: names, as `find_run` takes them, or patterns with *, ? and [...] as in fnmatch(3).
+
+    Raises:
+        SpecError: for a pattern that no run matches.
+    """
+    names = {run.name for run in all_runs(root)} if any(map(is_pattern, patterns)) else set()
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = set(fnmatch.filter(names, pattern)) if is_pattern(pattern) else set()
+        found |= matching or {find_run(root, pattern).name}
+    return [RunPaths(root, name) for name in sorted(found)]
+
+
+def is_pattern(text: str) -> bool:
+    """Whether `text` stands for runs by a pattern; no run's name holds such characters."""
+    return any(character in text for character in "*?[")
+
+
+def write_points(paths: SweepPaths, runs: Sequence[str]) -> None:
+    """Say which runs the array's indexes 0, 1, 2 ... stand for."""
+    write_atomic(paths.points, (json.dumps(list(runs), indent=0) + "\n").encode())
+
+
+def read_points(file: Path) -> list[str]:
+    """The names of the runs, by index.
+
+    Raises:
+        SpecError: where the file is missing or is no such list.
+    """
+    try:
+        names = json.loads(read_regular(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{file}: cannot be read: {error}. HINT: submit the sweep again.") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_run_name(name) for name in names):
+        raise SpecError(f"{file}: holds no list of names of runs. HINT: submit the sweep again.")
+    return names
+
+
+def run_at(file: Path, index: str) -> str:
+    """The run that a task of the array trains.
+
+    Args:
+        index: as SLURM_ARRAY_TASK_ID has it.
+
+    Raises:
+        SpecError: as `read_points`, and where there is no such point.
+    """
+    names = read_points(file)
+    if not (index.isascii() and index.isdigit() and int(index) < len(names)):
+        raise SpecError(f"{file}: has {len(names)} points and none of index {index!r}.")
+    return names[int(index)]

@@ -1,0 +1,224 @@
+"""Questions to Slurm and requests of it, through its own commands (scontrol(1), squeue(1), scancel(1))."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from cifar_hpc.errors import SchedulerError
+
+# After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
+SLURM_DELAY_SECONDS = 121
+# A node refuses a start of a job in the very second in which it ended the job's last one ("Job credential revoked"),
+# and Slurm then gives the job up for good: FAILED (measured with Slurm 22.05). One more for clocks that differ.
+RELEASE_SECONDS = 2
+# Until the next question where Slurm did not answer, for which squeue itself takes ten.
+SILENT_SECONDS = 30.0
+# Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
+_IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
+# Options of Slurm's commands by environment variable: they choose which jobs are shown or cancelled, and how; those
+# that end in _ALL only show more.
+_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)")
+
+
+def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
+    """Run one of Slurm's commands and return what it prints.
+
+    Raises:
+        SchedulerError: with the command's own words, where it is missing, refuses, or does not answer.
+    """
+    if shutil.which(arguments[0]) is None:
+        raise SchedulerError(
+            f"{arguments[0]} is not on PATH. HINT: is this a node of the cluster, is Slurm's module loaded?"
+        )
+    shielded = ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments]
+    try:
+        result = subprocess.run(
+            shielded,
+            capture_output=True,
+            text=True,
+            errors="replace",  # a job of this user may work in a folder of any name
+            env=_environment() if arguments[0] != "sbatch" else None,  # sbatch hands it to the job
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(f"{' '.join(arguments)} did not answer within {timeout_seconds:g} s.") from None
+    if result.returncode != 0:
+        words = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
+        raise SchedulerError(f"{' '.join(arguments)} was refused: {words}")
+    return result.stdout + (result.stderr if stderr_too else "")
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not _OPTIONS.match(k)} | {"SLURM_TIME_FORMAT": "standard"}
+
+
+def answers() -> bool:
+    """Whether this machine can submit to a Slurm.
+
+    Raises:
+        SchedulerError: where Slurm is configured but its controller does not answer: quietly training on a login
+            node instead would be the wrong surprise.
+    """
+    if shutil.which("sbatch") is None:
+        return False
+    try:
+        command(["squeue", "--noheader", "--jobs=1", "--states=all"], timeout_seconds=15)
+    except SchedulerError as error:
+        if "Invalid job id" in str(error):
+            return True
+        if _unconfigured(error):
+            return False
+        raise SchedulerError(
+            f"Slurm is installed but does not answer: {error} HINT: try again, or use --cluster local "
+            "to train on this machine."
+        ) from None
+    return True
+
+
+def own_job_id() -> str | None:
+    """The job that this process belongs to, for Slurm's commands; None outside one.
+
+    SLURM_JOB_ID will not do in an array: the last of its tasks to start has the number of the array itself, by which
+    `scontrol show job` shows all of them.
+    """
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
+
+
+def job_fields(job_id: str) -> dict[str, str]:
+    """The fields of `scontrol show job -o`, such as JobState, PreemptTime, EndTime, Restarts.
+
+    Raises:
+        SchedulerError: where scontrol is missing or does not know the job.
+    """
+    line = command(["scontrol", "show", "job", "-o", job_id]).splitlines()[0]
+    fields: dict[str, str] = {}
+    for key, value in re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line):
+        fields.setdefault(key, value)  # the first counts: a comment or a path may hold words such as JobState=FAILED
+    return fields
+
+
+def requeue(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None) -> None:
+    """Put a running job back into the queue.
+
+    Args:
+        delay_seconds: for how long it is to wait there, if longer than Slurm's own two minutes.
+        fewest_tasks: see `allow_fewer_nodes`.
+    """
+    command(["scontrol", "requeue", job_id])
+    allow_fewer_nodes(job_id, fewest_tasks)
+    if delay_seconds > SLURM_DELAY_SECONDS:
+        # Accepted while the job is COMPLETING, and kept when that ends (measured with Slurm 22.05).
+        with contextlib.suppress(SchedulerError):
+            command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{delay_seconds}"])
+
+
+def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
+    """Let a requeued job that asked for a range of nodes start on the fewest of them again.
+
+    Slurm keeps the number of tasks of the largest start so far, and would wait for as many nodes (measured with Slurm
+    22.05). Accepted while the job is COMPLETING, too; with more nodes Slurm raises the number by itself.
+
+    Args:
+        fewest_tasks: what the fewest nodes hold; None where the number of nodes is fixed.
+    """
+    if fewest_tasks is not None:
+        with contextlib.suppress(SchedulerError):  # a job that is not in the queue
+            command(["scontrol", "update", f"jobid={job_id}", f"NumTasks={fewest_tasks}"])
+
+
+def end_step(job_id: str) -> None:
+    """Kill every task of the step that this process belongs to, itself too; the job then ends as FAILED."""
+    command(["scancel", "--signal=KILL", f"{job_id}.{os.environ.get('SLURM_STEP_ID', '0')}"])
+
+
+def release(job_id: str) -> None:
+    """Let a requeued job start RELEASE_SECONDS from now instead of after Slurm's two minutes (Reason=BeginTime)."""
+    command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{RELEASE_SECONDS}"])
+
+
+def cancel(job_id: str) -> None:
+    """Cancel a job."""
+    command(["scancel", job_id])
+
+
+def parse_instant(text: str | None) -> datetime | None:
+    """A time as scontrol prints it (local, to the second), or None for N/A, Unknown and None."""
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+
+
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One line of squeue."""
+
+    job_id: str  # 123, or 123_4 for a task of an array
+    name: str  # the run's
+    state: str
+    reason: str
+    start: str  # expected or actual, as squeue prints it; of a job that waits for its begin time, that time
+    nodes: str
+    partition: str  # or several, with commas
+    dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
+    directory: str  # the folder it works in: the run's code snapshot
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is pending; squeue names some pending jobs by what holds them."""
+        return self.state in ("PENDING", "REQUEUE_FED", *_HELD)
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits until it is released."""
+        return self.state in _HELD or "held" in self.reason.lower()
+
+
+_QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
+# Jobs with such a reason do not compete for nodes.
+_NOT_COMPETING = ("BeginTime", "Dependency", "JobHeld")
+
+
+def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
+    """How many waiting jobs of its partition, anybody's, go before a waiting one, from one call of squeue.
+
+    Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
+    wait for something else than nodes. Backfilling may let a job overtake others.
+
+    Returns:
+        None where it cannot be told: the job does not wait any more, or the site hides others' jobs from squeue.
+
+    Raises:
+        SchedulerError: where Slurm does not answer.
+    """
+    arguments = ["--noheader", "--array", "--states=PENDING", f"--partition={job.partition}", "--format=%i|%Q|%r"]
+    text = command(["squeue", *arguments], timeout_seconds)
+    waiting = [line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
+    order = {job_id: (-int(priority), _numbers(job_id)) for job_id, priority, _ in waiting if priority.isdigit()}
+    if job.job_id not in order:
+        return None
+    competing = [i for i, _, reason in waiting if i in order and not reason.startswith(_NOT_COMPETING)]
+    ahead = sum(order[other] < order[job.job_id] for other in competing)
+    # The reason says that some go first; where none is shown, only the user's own are.
+    return None if ahead == 0 and job.reason == "Priority" else ahead
+
+
+def _numbers(job_id: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall("[0-9]+", job_id))
+
+
+def _unconfigured(error: SchedulerError) -> bool:
+    """Whether Slurm's programs are installed here without belonging to any cluster."""
+    return any(words in str(error) for words in ("configuration source", "Unable to process configuration file"))

@@ -1,0 +1,188 @@
+"""How long to train between two checkpoints within an epoch: `checkpoint.every: auto`.
+
+Work is lost only by an end that nobody announced: SIGKILL, a lost node, a crash, a hang. A stop with a warning saves at
+its own step and loses nothing, whatever the interval. So the interval that loses least balances what checkpoints cost
+while nothing happens against the work since the last one, each time that the run ends unannounced:
+
+    J. W. Young, A first order approximation to the optimum checkpoint interval, Comm. ACM 17(9), 1974, 530-531:
+        sqrt(2 C M)
+    J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, Future Generation
+    Computer Systems 22(3), 2006, 303-312:
+        sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + (C / 2M) / 9) - C,  and M itself where C >= 2M
+
+C is what a checkpoint costs, M the mean time between losses. Daly's form is used: it stays right where M comes near C
+(Young's is then far too long), and elsewhere the two are the same. What a restart costs is lost whatever the interval,
+and so is the work done while the last checkpoint was being written: neither has a place in the optimum.
+
+Which moment a checkpoint is taken at never changes the bits of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from cifar_hpc.runs.history import Losses
+
+# Before anything has been measured: a checkpoint costs a second. It is given up measurement by measurement, since the
+# first one may be far off on a machine that others use, too.
+PRIOR_COST_SECONDS = 1.0
+# Before anything has been seen: one loss a day, a belief that weighs as much as an hour of watching, so that a few
+# losses are enough to give it up.
+PRIOR_MEAN_SECONDS = 86_400.0
+PRIOR_WEIGHT_SECONDS = 3_600.0
+# Bounds of the interval. File systems are shared: writing is to take a tenth of the time at most.
+LEAST_SECONDS = 10.0
+MOST_SECONDS = 30 * 60.0
+WRITES_APART = 10.0
+# How much is measured: the last so many steps and checkpoints, but not a start's first steps, which warm up.
+STEPS_KEPT = 64
+CHECKPOINTS_KEPT = 8
+WARM_UP_STEPS = 3
+# Another line in the log where the interval has changed by this factor.
+NOTICEABLE = 1.5
+
+
+def mean_time_to_loss(seen: Losses) -> float:
+    """M in seconds: (PRIOR_WEIGHT + time) / (PRIOR_WEIGHT / PRIOR_MEAN + losses), the mean of a Gamma prior on the rate
+    after what was seen; PRIOR_MEAN at most, since to hope for more could save next to nothing."""
+    mean = (PRIOR_WEIGHT_SECONDS + seen.seconds) / (PRIOR_WEIGHT_SECONDS / PRIOR_MEAN_SECONDS + seen.count)
+    return min(mean, PRIOR_MEAN_SECONDS)
+
+
+def young(cost: float, mean: float) -> float:
+    """Young's optimum in seconds, for a checkpoint's cost and the mean time between losses in seconds."""
+    return math.sqrt(2 * cost * mean)
+
+
+def daly(cost: float, mean: float) -> float:
+    """Daly's optimum in seconds of training between two checkpoints, the checkpoint's own cost not included."""
+    if cost >= 2 * mean:
+        return mean
+    ratio = cost / (2 * mean)
+    return young(cost, mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What checkpoints were measured to cost, in seconds.
+
+    stall: what training loses to each: the snapshot, and the slow-down while it is written in the background.
+    write: from the snapshot to the file that a resume can use.
+    """
+
+    stall: float = PRIOR_COST_SECONDS
+    write: float = 0.0
+
+
+def best_interval(costs: Costs, mean: float) -> float:
+    """Seconds from one checkpoint to the next: Daly's optimum, within the bounds at the top of this module."""
+    interval = min(daly(costs.stall, mean) + costs.stall, MOST_SECONDS)
+    return max(interval, LEAST_SECONDS, WRITES_APART * costs.write)
+
+
+def expected_goodput(interval: float, costs: Costs, restart: float, mean: float) -> float:
+    """The share of its time in which a run computes what counts, 0 to 1 (Daly 2006, the complete model).
+
+    Args:
+        interval: seconds from one checkpoint to the next.
+        restart: seconds from a loss to the next step of training.
+    """
+    lost = restart + costs.write  # what was computed during the last write is lost as well
+    if (interval + lost) / mean > 700:  # beyond what exp() can hold
+        return 0.0
+    return max(0.0, interval - costs.stall) / (mean * math.exp(lost / mean) * math.expm1(interval / mean))
+
+
+class Pace:
+    """Measures on rank 0, while a run trains, what its checkpoints cost, and says how far apart they are to be.
+
+    Args:
+        past: of the run's earlier starts.
+        restart: seconds that this start took before its first step.
+        say: told one line when the interval is chosen, and when it changes noticeably.
+        now: monotonic seconds, as in all its methods.
+    """
+
+    def __init__(self, past: Losses, restart: float, say: Callable[[str], None], now: float) -> None:
+        self.past, self.restart, self.say = past, restart, say
+        self._began = now
+        self._steps: deque[float] = deque(maxlen=STEPS_KEPT)  # seconds of steps beside which nothing was written
+        self._to_skip = WARM_UP_STEPS
+        self._stalls = deque([PRIOR_COST_SECONDS], CHECKPOINTS_KEPT)  # the prior counts as one until it is pushed out
+        self._writes: deque[float] = deque(maxlen=CHECKPOINTS_KEPT)
+        self._write_began: float | None = None
+        self._snapshots = self._slower = 0.0  # seconds since then: standing still, and by how much steps were slower
+        self._written = 0  # checkpoints begun since then
+        self._said: float | None = None
+
+    @property
+    def costs(self) -> Costs:
+        """Means over the last checkpoints."""
+        return Costs(fmean(self._stalls), fmean(self._writes)) if self._writes else Costs()
+
+    def saved(self, snapshot: float, now: float) -> None:
+        """Training stood still for `snapshot` seconds until `now`; one more checkpoint is being written now."""
+        if self._write_began is None:
+            self._write_began, self._snapshots, self._slower, self._written = now - snapshot, 0.0, 0.0, 0
+        self._snapshots += snapshot
+        self._written += 1
+
+    def step(self, seconds: float, writing: bool, now: float) -> None:
+        """A step took `seconds`; `writing` tells whether a checkpoint is still being written at its end."""
+        if self._to_skip:
+            self._to_skip -= 1
+        elif self._write_began is None:
+            self._steps.append(seconds)
+        elif self._steps:
+            self._slower += seconds - fmean(self._steps)
+        if self._write_began is not None and not writing:
+            # A slow-down below zero is noise. To take it for zero errs towards rarer checkpoints, which costs little.
+            self._stalls.append((self._snapshots + max(0.0, self._slower)) / self._written)
+            self._writes.append(now - self._write_began)
+            self._write_began = None
+
+    def interval(self, now: float) -> float:
+        """Seconds from one checkpoint to the next."""
+        seen = Losses(self.past.count, self.past.seconds + now - self._began)
+        mean = mean_time_to_loss(seen)
+        interval = best_interval(self.costs, mean)
+        if self._said is None or not 1 / NOTICEABLE < interval / self._said < NOTICEABLE:
+            self._said = interval
+            self.say(self._line(interval, seen, mean))
+        return interval
+
+    def _line(self, interval: float, seen: Losses, mean: float) -> str:
+        costs = self.costs
+        cost = (
+            f"one costs {costs.stall:.2g} s of training and is on disk after {costs.write:.2g} s"
+            if self._writes
+            else f"taken to cost {costs.stall:g} s each until one is measured"
+        )
+        goodput = expected_goodput(interval, costs, self.restart, mean)
+        return (
+            f"checkpoints every {_amount(interval)} (auto): {cost}; a restart takes {self.restart:.0f} s; unannounced "
+            f"losses so far: {seen.count} in {_amount(seen.seconds)}, expected every {_amount(mean)}; expected goodput "
+            f"{100 * goodput:.2f}%"
+        )
+
+
+def _amount(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def seconds_alive() -> float:
+    """Seconds since this process was started; 0 where the system does not tell (no Linux)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, see proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0

@@ -1,0 +1,184 @@
+"""Which checkpoint a start of a run goes on from, and putting the run's folders in order before it does."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.files import open_regular, remove_leftovers
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.store import BEST, Found, duplicate, misnamed, newest_good, step_name
+from cifar_hpc.training.context import Context
+
+# Damaged files that are kept for people to look at.
+DAMAGED_KEPT = 3
+# How long a rank waits to see what rank 0 sees: an NFS client trusts its cache for up to a minute (nfs(5), acregmax).
+PATIENCE_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that rank 0 has chosen: where it is, and the digest of its content."""
+
+    path: Path
+    digest: str
+
+    def read(self, patience_seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        """The very state that rank 0 has read.
+
+        Raises:
+            RunFailedError: this rank sees another file, or none.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                state = checkpoint.read(self.path)
+                if state["digest"] == self.digest:
+                    return state
+                reason = f"its digest is {state['digest'][:12]}..., that of rank 0's {self.digest[:12]}..."
+            except (BadCheckpointError, OSError) as error:
+                reason = str(error)
+            if time.monotonic() >= deadline:
+                raise RunFailedError(
+                    f"{self.path}: rank 0 has chosen it, but {socket.gethostname()} sees another file there: {reason}. "
+                    "HINT: is checkpoints/ one file system that all nodes share?"
+                )
+            time.sleep(0.5)
+            with suppress(OSError):
+                os.listdir(self.path.parent)  # noqa: PTH208 - makes an NFS client look again
+
+
+def choose(context: Context) -> tuple[Choice, dict[str, Any]] | None:
+    """The newest good checkpoint and its state, or None in a new run. Puts what is bad aside, and says so.
+
+    Only for the process that holds the run's lock.
+
+    Raises:
+        RunFailedError: there are, or were, checkpoints and none is good.
+    """
+    directory = context.paths.checkpoints
+    tidy_logs(context.paths)
+    remove_leftovers(directory)
+    found = newest_good(directory)
+    for path in misnamed(directory):
+        context.log.line(f"WARNING {path.name} is not a name that a run gives its checkpoints; it is left alone")
+    if found is None:
+        _check_new(context)
+        return None
+    for path, reason in found.bad:
+        aside = set_aside(path)
+        context.emit("fallback", file=path.name, moved_to=aside.name, reason=reason)
+        context.log.line(
+            f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
+        )
+    _mend(context, found)
+    forget_damaged(directory)
+    return Choice(found.path, found.state["digest"]), found.state
+
+
+def tidy_logs(paths: RunPaths) -> None:
+    """Remove temporary files that killed processes have left in logs/<run>, but none of a living one."""
+    for folder in (paths.logs, paths.slurm / "rendezvous"):
+        remove_leftovers(folder)
+    try:
+        descriptor = open_regular(paths.logs / "submit.lock", os.O_RDWR | os.O_CREAT)
+    except OSError:
+        return
+    try:
+        # Copies of the code are folders, which not every file system can lock; whoever makes one holds this lock.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for copy in paths.code.glob(".*.tmp"):
+            shutil.rmtree(copy, ignore_errors=True)
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, out of the way of retention and of the next start; the new path, or the old one where
+    that cannot be done."""
+    number, aside = 0, path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{number}.damaged")
+    try:
+        return path.rename(aside)
+    except OSError:
+        return path
+
+
+def forget_damaged(directory: Path) -> None:
+    """Remove damaged files but the DAMAGED_KEPT that were set aside last. Folders are never removed."""
+    files = [(path.lstat().st_ctime_ns, path) for path in directory.glob("*.damaged") if not _is_folder(path)]
+    for _, path in sorted(files, reverse=True)[DAMAGED_KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _check_new(context: Context) -> None:
+    written = [e for e in read_jsonl(context.paths.events) if e.get("event") == "checkpoint"]
+    if written:
+        last = written[-1]
+        raise RunFailedError(
+            f"{context.paths.checkpoints}: holds no checkpoint any more, but the run has written some, the last one "
+            f"({last.get('file')}) at {last.get('time')}. HINT: bring the folder back (is its file system mounted?); "
+            f"to start from step 0, remove {context.paths.logs} as well, or choose another --name."
+        )
+
+
+def _mend(context: Context, found: Found) -> None:
+    """Make best.pt the checkpoint of the epoch that the state calls the best one, as in a run that nobody disturbed."""
+    directory, state = context.paths.checkpoints, found.state
+    best = directory / BEST
+    if found.path == best:
+        with suppress(OSError):  # so that retention and `inspect` find it among the others
+            duplicate(best, directory / step_name(state["step"]))
+        return
+    epoch = state["best"]["epoch"]
+    step = checkpoint.history(state)[epoch - 1]["step"] if epoch else 0
+    reason, damaged = _fault_of_best(best, step)
+    if reason is None:
+        return
+    aside = set_aside(best).name if damaged else None
+    source = directory / step_name(step)
+    try:
+        checkpoint.read(source)
+        duplicate(source, best)
+    except (BadCheckpointError, RunFailedError, OSError):
+        restored, then = None, f"no other file holds that epoch ({epoch}); {BEST} comes back with the next better one"
+    else:
+        restored, then = source.name, f"made again from {source.name}"
+    event = "fallback" if damaged else "mended"
+    context.emit(event, file=BEST, moved_to=aside, reason=reason, restored_from=restored)
+    context.log.line(f"WARNING {BEST}: {reason}" + (f"; kept as {aside}" if aside else "") + f"; {then}")
+
+
+def _fault_of_best(best: Path, step: int) -> tuple[str | None, bool]:
+    """Why best.pt does not hold the best epoch, and whether it is damaged.
+
+    Args:
+        step: of the best epoch's checkpoint; 0 where there is no best epoch yet.
+    """
+    if not os.path.lexists(best):
+        return ("is missing" if step else None), False
+    try:
+        held = checkpoint.read(best)["step"]
+    except (BadCheckpointError, RunFailedError) as error:
+        return str(error), True
+    # A later one is of an epoch that will be computed again.
+    return (f"is of step {held}, but the best epoch's is {step}" if held < step else None), False

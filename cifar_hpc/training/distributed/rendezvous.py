@@ -1,0 +1,242 @@
+"""Processes of a run: who they are, how they find each other, and on which device they compute."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import socket
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
+from cifar_hpc.files import write_atomic
+from cifar_hpc.training.distributed.rank_board import Board
+from cifar_hpc.training.process import Launch
+from cifar_hpc.training.signals import StopFlag
+
+RENDEZVOUS_SECONDS = 300
+# Ranks that are told to stop before all have met wait for the others this much longer, so as to leave together.
+STOP_ALONE_SECONDS = 30
+# Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds what is stuck.
+TIMEOUT = timedelta(minutes=60)
+
+_BEGIN, _STOP = "begin", "stop"
+
+
+def resolve_device(spec: Spec, local_rank: int) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        RunFailedError: where GPUs were asked for and CUDA is not usable; training never moves to the CPU unasked.
+    """
+    wanted, gpus = spec.train.device, spec.resources.gpus_per_node
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = (
+            "this PyTorch is built without CUDA"
+            if torch.version.cuda is None
+            else (
+                f"PyTorch {torch.__version__} finds no usable GPU "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
+            )
+        )
+        raise RunFailedError(
+            f"train.device: {wanted} with resources.gpus_per_node: {gpus} asks for GPUs, but CUDA is not usable on "
+            f"{socket.gethostname()}: {built}. HINT: check nvidia-smi there, or ask for --set train.device=cpu."
+        )
+    index = int(wanted.partition(":")[2]) if ":" in wanted else local_rank
+    count = torch.cuda.device_count()
+    if count == 1 and ":" not in wanted:
+        index = 0  # Slurm bound one GPU to each task
+    if index >= count:
+        raise RunFailedError(
+            f"train.device: GPU {index} is not there on {socket.gethostname()}; visible: {count}. "
+            "HINT: resources.tasks_per_node must not exceed resources.gpus_per_node."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
+    """Find the other processes: the store that all of them share; None for one process.
+
+    Raises:
+        RanksLostError: where rank 0 is not found within RENDEZVOUS_SECONDS.
+        Interrupted: where this process is told to stop meanwhile.
+    """
+    if launch.world_size == 1:
+        return None
+    if launch.rendezvous is None:
+        if launch.rank != 0:
+            _wait_for_rank_0(stop)  # the store's own constructor would wait without heeding `stop`
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
+        return store  # type: ignore[no-any-return]
+    if launch.rank == 0:
+        return _publish_store(launch, launch.rendezvous)
+    return _find_store(launch, launch.rendezvous, stop)
+
+
+def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: Board, stop: StopFlag) -> None:
+    """Start the default process group (NCCL or gloo); nothing to do for one process.
+
+    Raises:
+        RanksLostError: where another rank fails, or does not come up within RENDEZVOUS_SECONDS.
+        Interrupted: where this process is told to stop before all have come up.
+    """
+    if store is None:
+        return
+    # DDP needs it. Imported later, modules would take the default group for that of their functions' default arguments,
+    # and so keep it, with its threads, beyond `disconnect`.
+    import torch._dynamo  # noqa: F401
+
+    _wait_for_all(store, launch, board, stop)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=TIMEOUT,
+        device_id=bound,
+    )
+    dist.barrier()
+    if launch.rank == 0 and launch.rendezvous is not None:
+        launch.rendezvous.unlink(missing_ok=True)
+
+
+def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFlag) -> None:
+    # Setting up a process group waits for missing ranks without end; one that has failed or was told to stop on its
+    # way here must not hold the others' GPUs.
+    store.set(f"here/{launch.rank}", "")
+    missing = [f"here/{rank}" for rank in range(launch.world_size)]
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while missing := [key for key in missing if not store.check([key])]:
+        # Whoever comes first decides for all: a rank that left by itself would be missed in the middle of the set-up.
+        if (stop.requested and board.settle(_BEGIN, _STOP) == _STOP) or board.ask(_BEGIN) == _STOP:
+            _leave_together(store, launch)
+        if (failure := board.failure()) is not None:
+            raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
+        if time.monotonic() > deadline:
+            raise RanksLostError(
+                f"of the {launch.world_size} processes, ranks {', '.join(key[5:] for key in missing)} did not come up "
+                f"within {RENDEZVOUS_SECONDS} s. HINT: their own logs are beside this one's, in logs/<run>/slurm."
+            )
+        time.sleep(0.05)
+    if board.settle(_BEGIN, _STOP if stop.requested else "go") == _STOP:
+        _leave_together(store, launch)
+
+
+def _leave_together(store: dist.Store, launch: Launch) -> NoReturn:
+    store.set(f"heard/{launch.rank}", "")
+    # The store goes with rank 0. Under Slurm, whose grace time is short, the requeue ends the others anyway.
+    deadline = time.monotonic() + (STOP_ALONE_SECONDS if launch.rank == 0 and launch.scheduler != "slurm" else 0)
+    heard = [f"heard/{rank}" for rank in range(launch.world_size)]
+    while time.monotonic() < deadline and not store.check(heard):  # in this order: to the others it may be gone already
+        time.sleep(0.05)
+    raise Interrupted
+
+
+class _Patience:
+    """For how long a rank looks for rank 0, which may have been told to stop, too, and be gone already."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self.stop, self.end, self.told = stop, time.monotonic() + RENDEZVOUS_SECONDS, 0.0
+
+    def is_over(self) -> bool:
+        """Whether rank 0 should have been found by now.
+
+        Raises:
+            Interrupted: this rank was told to stop STOP_ALONE_SECONDS ago.
+        """
+        now = time.monotonic()
+        if self.stop.requested:
+            self.told = self.told or now
+            if now - self.told > STOP_ALONE_SECONDS:
+                raise Interrupted
+        return now > self.end
+
+
+def _wait_for_rank_0(stop: StopFlag) -> None:
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = _Patience(stop)
+    while not _reachable(*address):
+        if patience.is_over():
+            raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
+        time.sleep(0.05)
+
+
+def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
+    # Rank 0 takes any free port and publishes it, so a port can collide neither with another job's nor with the one
+    # that an earlier attempt of this job has left in TIME_WAIT.
+    store = dist.TCPStore("localhost", 0, launch.world_size, True, TIMEOUT, wait_for_workers=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    store.set(token, "")
+    write_atomic(path, json.dumps({"hosts": _addresses(), "port": store.port, "token": token}).encode())
+    return store
+
+
+def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
+    patience = _Patience(stop)
+    while not patience.is_over():
+        list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
+        if path.exists():
+            address = json.loads(path.read_text())
+            for host in address["hosts"]:
+                if _reachable(host, address["port"]):
+                    store = dist.TCPStore(
+                        host, address["port"], launch.world_size, False, TIMEOUT, wait_for_workers=False
+                    )
+                    # The file may be left over from an attempt that was killed, and its port be somebody else's now.
+                    if store.check([address["token"]]):
+                        return store
+        time.sleep(0.05)
+    raise RanksLostError(
+        f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within "
+        f"{RENDEZVOUS_SECONDS} s through {path}. HINT: is the folder shared between the nodes?"
+    )
+
+
+def clear_rendezvous(folder: Path) -> None:
+    """Remove what starts that were killed have left in `folder`; only for the holder of the run's lock."""
+    for path in folder.glob("*"):
+        path.unlink(missing_ok=True)
+
+
+def _addresses() -> list[str]:
+    """Names and addresses of this host, the most general first."""
+    host = socket.gethostname()
+    found = [host]
+    with contextlib.suppress(OSError):  # a host may not resolve its own name; its peers may, or share its loopback
+        found += sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    return [*found, "127.0.0.1"]
+
+
+def _reachable(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def disconnect() -> None:
+    """End the process groups of a run that came to its end, with their threads.
+
+    A gloo thread that still frees a tensor while the interpreter shuts down aborts the process (SIGABRT instead of exit
+    status 0). Its threads end with the last reference to its group, so the caller must hold none (engine, agreement).
+    """
+    if dist.is_initialized():
+        gc.collect()  # DDP stands in reference cycles
+        dist.destroy_process_group()

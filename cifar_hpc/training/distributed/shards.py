@@ -1,0 +1,181 @@
+"""Logical shards: a global batch in a fixed number of parts, whose gradients are added in one fixed order."""
+
+# No postponed annotations here: DDP reads those of the hook and wants the classes themselves.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar_hpc.errors import RunFailedError
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Which rank computes which shards: consecutive ones, as even as can be, rank 0 always shard 0."""
+
+    shards: int
+    world_size: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.world_size > self.shards:
+            raise RunFailedError(
+                f"{self.world_size} processes are more than the run's {self.shards} shard(s), fixed at its first "
+                f"start. HINT: start at most {self.shards} processes, or begin a run with --set train.shards="
+                f"{self.world_size} (or more) under another --name."
+            )
+
+    def of_rank(self, rank: int) -> range:
+        """The shards of `rank`."""
+        return range(rank * self.shards // self.world_size, (rank + 1) * self.shards // self.world_size)
+
+    @property
+    def mine(self) -> range:
+        """The shards of this rank."""
+        return self.of_rank(self.rank)
+
+    def chunk(self, rank: int, size: int) -> slice:
+        """The part that `rank` adds up of rows of `size` elements."""
+        return slice(rank * size // self.world_size, (rank + 1) * size // self.world_size)
+
+    def bounds(self, shard: int, size: int) -> slice:
+        """The rows of `shard` in a global batch of `size` images."""
+        return slice(shard * size // self.shards, (shard + 1) * size // self.shards)
+
+
+class ShardSum:
+    """A sum of rows in shard order over all ranks, while it is under way.
+
+    Each rank adds up one chunk of all shards' rows and sends the sum to the others: with one shard a rank, the traffic
+    of a ring all-reduce. Messages of several sums may be under way at once, as long as all ranks begin and `add` them
+    in one order. The rows travel from where they lie and the sum takes the place of the last: nothing is copied.
+
+    Args:
+        rows: [n] each, this rank's shards; contiguous. All of them are overwritten.
+        received: at least `room(n, layout)` elements for what the others send.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], layout: ShardLayout, received: Tensor) -> None:
+        self.layout, self._total = layout, rows[-1]
+        self._chunks = [layout.chunk(r, len(rows[0])) for r in range(layout.world_size)]
+        self._others = [r for r in range(layout.world_size) if r != layout.rank]
+        mine = self._chunks[layout.rank]
+        self._parts = {shard: row[mine] for shard, row in zip(layout.mine, rows, strict=True)}
+        length = mine.stop - mine.start
+        arriving: list[tuple[Tensor, int]] = []
+        for rank in self._others:
+            for shard in layout.of_rank(rank):
+                start = len(arriving) * length
+                self._parts[shard] = received[start : start + length]
+                arriving.append((self._parts[shard], rank))
+        self._works = _exchange(arriving, [(row[self._chunks[r]], r) for r in self._others for row in rows])
+
+    @staticmethod
+    def room(size: int, layout: ShardLayout) -> int:
+        """Elements that a rank receives for a sum of rows of `size` elements."""
+        chunk = layout.chunk(layout.rank, size)
+        return (layout.shards - len(layout.mine)) * int(chunk.stop - chunk.start)
+
+    def add(self) -> None:
+        """Add up this rank's chunk, once the others' rows have come, and send it to them."""
+        self._wait()
+        total, target = self._parts[0], self._total[self._chunks[self.layout.rank]]
+        last = self.layout.shards - 1
+        for shard in range(1, last + 1):
+            total = torch.add(total, self._parts[shard], out=target if shard == last else total)
+        self._works = _exchange(
+            [(self._total[self._chunks[r]], r) for r in self._others], [(target, r) for r in self._others]
+        )
+
+    def result(self) -> Tensor:
+        """[n], the same bits on every rank, for every number of ranks; on CUDA once the current stream is there."""
+        self._wait()
+        return self._total
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+
+def _exchange(receive: Sequence[tuple[Tensor, int]], send: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
+    """Begin to receive and to send (tensor, rank) pairs. Between two ranks, messages are matched in their order."""
+    messages = [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in receive if len(tensor)]
+    messages += [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in send if len(tensor)]
+    return dist.batch_isend_irecv(messages) if messages else []
+
+
+class ShardReducer:
+    """A DDP communication hook that joins a rank's kept shard gradients with the last one's.
+
+    For each step: `keep` after each shard but the last of this rank, run under DDP's `no_sync`; then the last
+    shard's backward pass calls the hook for one bucket after the other. A bucket's rows travel while the backward pass
+    computes the next bucket; they are added when that is there.
+    """
+
+    def __init__(self, model: DistributedDataParallel, layout: ShardLayout) -> None:
+        self.layout = layout
+        self._parameters = list(model.parameters())
+        self._kept: list[dict[Tensor, Tensor]] = []
+        self._under_way: list[tuple[ShardSum, torch.futures.Future[Tensor]]] = []
+        self._buffers: dict[int, Tensor] = {}  # by bucket; memory that is new in each step costs page faults
+        device = self._parameters[0].device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+        model.register_comm_hook(state=None, hook=self._hook)
+
+    def keep(self) -> None:
+        """Set this shard's gradients aside and clear the parameters' ones."""
+        kept: dict[Tensor, Tensor] = {}
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            kept[parameter] = parameter.grad
+            parameter.grad = None
+        self._kept.append(kept)
+
+    def end_step(self) -> None:
+        """Forget the kept gradients; the hook has used them."""
+        self._kept.clear()
+
+    def _hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if self._stream is None:
+            return self._reduce(bucket, torch.futures.Future())
+        # On CUDA the sum runs on a stream of its own, beside the rest of the backward pass.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            return self._reduce(bucket, torch.futures.Future(devices=[self._device]))
+
+    def _reduce(self, bucket: dist.GradBucket, future: torch.futures.Future[Tensor]) -> torch.futures.Future[Tensor]:
+        rows, received = self._rows(bucket)
+        self._under_way.append((ShardSum(rows, self.layout, received), future))
+        if len(self._under_way) > 1:
+            self._under_way[-2][0].add()
+        if bucket.is_last():
+            self._under_way[-1][0].add()
+            for one, its_future in self._under_way:
+                its_future.set_result(one.result())
+            self._under_way.clear()
+        return future
+
+    def _rows(self, bucket: dist.GradBucket) -> tuple[list[Tensor], Tensor]:
+        """This rank's shards, each row laid out in memory like the bucket, which is the last; and room to receive.
+
+        DDP lays a gradient out with its parameter's strides (channels_last ones, too), but `bucket.gradients()` shows
+        the same memory with contiguous strides: only the offsets of those views are to be trusted.
+        """
+        last = bucket.buffer()
+        size, kept = last.numel(), len(self._kept)
+        needed = kept * size + ShardSum.room(size, self.layout)
+        buffer = self._buffers.get(bucket.index())
+        if buffer is None or buffer.numel() < needed:
+            buffer = self._buffers[bucket.index()] = last.new_empty(needed)
+        rows = list(buffer[: kept * size].view(kept, size))
+        for row, gradients in zip(rows, self._kept, strict=True):
+            for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                start = row.storage_offset() + view.storage_offset() - last.storage_offset()
+                row.as_strided(parameter.shape, parameter.stride(), start).copy_(gradients[parameter])
+        return [*rows, last], buffer[kept * size :]

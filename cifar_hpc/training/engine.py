@@ -1,0 +1,254 @@
+"""The training state on one rank, and one step of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar_hpc.config.schedule import learning_rate, training_size
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.data.augment.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss, resize
+from cifar_hpc.data.augment.parameters import DRAWS
+from cifar_hpc.data.augment.pipeline import augment
+from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
+from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.errors import RunFailedError
+from cifar_hpc.models.improved_resnet import build_model
+from cifar_hpc.models.layers import batch_norms
+from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
+from cifar_hpc.training.optim import Lookahead, WeightAverage, build_sgd
+
+NO_BAD_STEP = 2**62
+# GradScaler begins at 2**16 and halves at an overflow; only gradients that are NaN at any scale lead down to here.
+LEAST_SCALE = 2.0**-24
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+class Engine:
+    """Model, optimizer and per-epoch sums of one rank.
+
+    Args:
+        spec: resolved, so train.shards is a number.
+        device: of this rank.
+        layout: which shards it computes.
+        data: on `device`.
+        amp: bf16 | fp16 | fp32.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, layout: ShardLayout, data: Dataset, amp: str) -> None:
+        self.spec, self.device, self.layout, self.data, self.amp = spec, device, layout, data, amp
+        batch, images = spec.train.batch_size, len(data.train_images)
+        rest = images % batch
+        # A last batch that cannot give every shard an image is left out.
+        self.steps_per_epoch = images // batch + (1 if rest >= layout.shards else 0)
+        if self.steps_per_epoch == 0:
+            raise RunFailedError(f"the {images} training images do not give each of the {layout.shards} shards one.")
+        self.images_per_epoch = min(images, self.steps_per_epoch * batch)
+
+        self.model = build_model(spec.model, spec.train.seed).to(device).to(memory_format=torch.channels_last)
+        if spec.train.compile:
+            self.model.compile()
+        self.ddp: DistributedDataParallel | None = None
+        self.reducer: ShardReducer | None = None
+        if layout.world_size > 1:
+            self.ddp = DistributedDataParallel(
+                self.model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+            self.reducer = ShardReducer(self.ddp, layout)
+
+        inner = build_sgd(self.model, spec.optimizer)
+        self.updates = 0
+        inner.register_step_post_hook(self._count_update)
+        look = spec.lookahead
+        self.optimizer = Lookahead(inner, look.k, look.alpha) if look.enabled else inner
+        decay = spec.ema.decay
+        self.average = WeightAverage(list(self.model.parameters()), decay) if decay is not None else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
+
+    def _count_update(self, *_: object) -> None:
+        self.updates += 1  # GradScaler does not call step() on an overflow, so a skipped step is not counted
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast to the run's precision; no context at all for fp32."""
+        if self.amp == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
+
+    def step(self, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
+        """One update from the global batch `rows`, int64 [B] indices of training images on the device."""
+        rate = learning_rate(self.spec, epoch, self.updates, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.model.training:
+            self.model.train()
+        mine = self.layout.mine
+        for shard in mine:
+            kept = self.reducer is not None and shard != mine[-1]
+            context = self.ddp.no_sync() if self.ddp is not None and kept else contextlib.nullcontext()
+            with context:
+                self._shard_gradient(epoch, step_in_epoch, global_step, shard, rows)
+            if self.reducer is not None and kept:
+                self.reducer.keep()
+        if self.reducer is not None:
+            self.reducer.end_step()
+        before = self.updates
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None and self.updates > before:
+            self.average.update(self.updates)
+
+    def _shard_gradient(self, epoch: int, step: int, global_step: int, shard: int, rows: Tensor) -> None:
+        seed, smoothing = self.spec.train.seed, self.spec.train.label_smoothing
+        indices = rows[self.layout.bounds(shard, len(rows))]
+        images = self.augmented(indices, mix(seed, Stream.AUGMENT, epoch, step))
+        labels = self.data.train_labels[indices]
+        mixed: Mixed | None = None
+        if self.spec.mixing.on:  # with images of the same shard, so that no rank needs another's
+            draws = uniform(mix(seed, Stream.MIX, epoch, step), indices, MIXING_DRAWS)
+            mixed = mix_batch(images, labels, draws, self.spec.mixing)
+            images = mixed.images
+        images = resize(images, training_size(self.spec, epoch))
+        self.model.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard))
+        self.model.set_update_statistics(shard == 0)
+        with self.autocast():
+            logits = (self.ddp or self.model)(images)
+        loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
+        self.scaler.scale(loss / len(rows)).backward()
+        with torch.no_grad():
+            finite = torch.isfinite(loss)
+            # An overflow under fp16 is GradScaler's to handle; it must not spoil the epoch's sum.
+            self.sums[shard, 0] += torch.where(finite, loss, 0).double()
+            right = (logits.argmax(1) == labels).sum() if mixed is None else mixed_correct(logits, mixed)
+            self.sums[shard, 1] += right
+            if self.amp != "fp16":
+                bad = torch.where(finite, NO_BAD_STEP, global_step + 1)
+                self.bad_step = torch.minimum(self.bad_step, bad)
+
+    def augmented(self, indices: Tensor, key: int) -> Tensor:
+        """Augmented, normalised training images [B, 3, 32, 32], channels_last."""
+        draws = uniform(key, indices, DRAWS)
+        images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
+        if self.spec.augment.trivial:
+            images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
+        return augment(images, draws, self.spec.augment, memory_format=torch.channels_last)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy with label smoothing, in float32."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.spec.train.label_smoothing, reduction="sum")
+
+    def check_finite(self) -> None:
+        """Stop on this rank's knowledge of a NaN or infinite loss.
+
+        Raises:
+            RunFailedError: names the step (under fp16, where single overflows are no fault, the loss scale).
+        """
+        step = int(self.bad_step)
+        if step < NO_BAD_STEP:
+            raise RunFailedError(
+                f"the training loss was NaN or infinite at step {step}, in epoch "
+                f"{(step - 1) // self.steps_per_epoch + 1}. The last good checkpoint is kept. "
+                "HINT: lower optimizer.lr, or set train.amp=fp32."
+            )
+        if self.amp == "fp16" and self.scaler.get_scale() < LEAST_SCALE:
+            raise RunFailedError(
+                f"fp16: the gradients overflow at every loss scale (by now {self.scaler.get_scale():g}), so no step "
+                "updates the weights any more. The checkpoints so far are kept. HINT: lower optimizer.lr, or set "
+                "train.amp=fp32."
+            )
+
+    def gathered_sums(self) -> Tensor:
+        """This epoch's sums of all shards, float64 [shards, 2] on the host. Collective, and ends on a bad loss.
+
+        Raises:
+            RunFailedError: on every rank, where any shard's loss was not finite.
+        """
+        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        sums = torch.zeros_like(self.sums)
+        sums[mine] = self.sums[mine]
+        if self.layout.world_size > 1:
+            dist.all_reduce(sums)  # every row has one rank that is not zero: exact, whatever the order
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        try:
+            self.check_finite()
+            # A step of finite loss may leave weights that are not; a checkpoint of those would be no good one.
+            weights = [p.detach() for p in self.model.parameters()]
+            if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+                raise RunFailedError(
+                    f"the weights became NaN or infinite by update {self.updates}. The last good checkpoint is kept. "
+                    "HINT: lower optimizer.lr, or set train.amp=fp32."
+                )
+        except RunFailedError as error:
+            error.everywhere = True  # all ranks have the same sums and the same weights
+            raise
+        return sums.cpu()
+
+    def loss_so_far(self, images: int) -> tuple[float, float]:
+        """(mean loss, accuracy in %) of this rank's shards after `images` images of the epoch. Waits for the device."""
+        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        share = max(1.0, images * len(self.layout.mine) / self.layout.shards)
+        loss, correct = self.sums[mine].sum(0).tolist()
+        return (loss / share if math.isfinite(loss) else math.nan), 100 * correct / share
+
+    @property
+    def evaluates_fast_weights(self) -> bool:
+        """Whether evaluation takes the weights as training has them."""
+        return self.average is None and not isinstance(self.optimizer, Lookahead)
+
+    def evaluated_weights(self) -> contextlib.AbstractContextManager[object]:
+        """Within the context the model has the weights to evaluate: their average, else the slow or the only ones."""
+        if self.average is not None:
+            return self.average.averaged_weights()
+        return self.optimizer.slow_weights() if isinstance(self.optimizer, Lookahead) else contextlib.nullcontext()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """BatchNorm's running statistics, those of shard 0 as rank 0 keeps them."""
+        return dict(self.model.named_buffers())
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that this class owns. Its buffers are right on rank 0 only."""
+        return {
+            "model": dict(self.model.named_parameters()),
+            "buffers": self.buffers(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+            **({} if self.average is None else {"average": self.average.average}),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint, in place."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state["model"][name])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]
+        self.sums.copy_(state["sums"])
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's running statistics. Collective."""
+        if self.layout.world_size > 1:
+            for module in batch_norms(self.model):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)

@@ -1,0 +1,135 @@
+"""Evaluation on the averaged or slow weights, the same figures for every number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cifar_hpc.config.schedule import training_size
+from cifar_hpc.config.spec import IMAGE_SIZE
+from cifar_hpc.data.augment.pipeline import normalize
+from cifar_hpc.models.layers import batch_norms
+from cifar_hpc.randomness import Stream, mix, permutation
+from cifar_hpc.training.engine import Engine
+
+BATCH = 500
+# Called once a round on every rank, with a text for the log; true if all ranks are to stop.
+Round = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Mean test loss (label smoothing as in training), test accuracy in %, and the buffers they were made with."""
+
+    loss: float
+    accuracy: float
+    buffers: dict[str, Tensor]
+
+
+def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
+    """Evaluate `engine.evaluated_weights` on the test set. Collective.
+
+    BatchNorm statistics belong to the weights and the size of images they were measured under. The running ones follow
+    the fast weights on training's images, so under averaged or slow weights, or where training's images are smaller
+    (resizing), they are measured anew over lookahead.bn_batches training batches, augmented as in training but whole
+    and not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back
+    after.
+
+    Returns:
+        The result, or None where `between` said to stop.
+    """
+    engine.share_buffers()
+    with torch.no_grad(), engine.evaluated_weights(), _kept_buffers(engine):
+        foreign = not engine.evaluates_fast_weights or training_size(engine.spec, epoch) < IMAGE_SIZE
+        if foreign and engine.spec.lookahead.bn_batches > 0 and not _estimate_statistics(engine, epoch, between):
+            return None
+        engine.model.eval()
+        sums = _test_sums(engine, between)
+        if sums is None:
+            return None
+        loss, correct = (float(v) for v in sums)
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.buffers().items()}
+    count = len(engine.data.test_images)
+    return Result(loss / count, 100 * correct / count, buffers)
+
+
+@contextlib.contextmanager
+def _kept_buffers(engine: Engine) -> Iterator[None]:
+    saved = {name: buffer.clone() for name, buffer in engine.buffers().items()}
+    try:
+        yield
+    finally:
+        for name, buffer in engine.buffers().items():
+            buffer.copy_(saved[name])
+
+
+def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
+    """Set the running statistics to the mean over training batches; False if told to stop."""
+    spec, layout = engine.spec, engine.layout
+    size = min(spec.train.batch_size, len(engine.data.train_images))
+    batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
+    rows = permutation(mix(spec.train.seed, Stream.BN_ESTIMATE), epoch, len(engine.data.train_images)).to(engine.device)
+    norms = batch_norms(engine.model)
+    channels = [n.num_features for n in norms]
+    table = torch.zeros(batches, 2 * sum(channels), device=engine.device)
+    engine.model.eval()
+    momenta = [n.momentum for n in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the running statistics become the batch's own
+    engine.model.set_update_statistics(True)
+    try:
+        for first in range(0, batches, layout.world_size):
+            batch = first + layout.rank
+            if batch < batches:
+                images = engine.augmented(
+                    rows[batch * size : (batch + 1) * size], mix(spec.train.seed, Stream.BN_ESTIMATE, epoch, batch)
+                )
+                with engine.autocast():
+                    engine.model(images)
+                parts = [t for n in norms for t in (n.running_mean, n.running_var) if t is not None]
+                table[batch] = torch.cat(parts)
+            if between(
+                f"epoch {epoch + 1}: measuring BatchNorm statistics of the weights to evaluate, "
+                f"batch {min(first + layout.world_size, batches)}/{batches}"
+            ):
+                return False
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    if layout.world_size > 1:
+        dist.all_reduce(table)  # each row is zero on every rank but one: exact
+    pieces = iter(table.double().mean(0).float().split([c for c in channels for _ in range(2)]))
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.running_mean.copy_(next(pieces))
+        norm.running_var.copy_(next(pieces))
+        norm.num_batches_tracked.fill_(batches)  # this rank has seen only its own
+    return True
+
+
+def _test_sums(engine: Engine, between: Round) -> Tensor | None:
+    """float64 [2] on the host: summed loss and correct predictions over the test set; None if told to stop."""
+    images, labels, layout = engine.data.test_images, engine.data.test_labels, engine.layout
+    batches = -(-len(images) // BATCH)
+    table = torch.zeros(batches, 2, dtype=torch.float64, device=engine.device)
+    for first in range(0, batches, layout.world_size):
+        batch = first + layout.rank
+        if batch < batches:
+            rows = slice(batch * BATCH, (batch + 1) * BATCH)
+            pixels = normalize(images[rows], memory_format=torch.channels_last)
+            with engine.autocast():
+                logits = engine.model(pixels)
+            table[batch, 0] = engine.loss_sum(logits, labels[rows])
+            table[batch, 1] = (logits.argmax(1) == labels[rows]).sum()
+        if between(f"evaluating: {min(len(images), (first + layout.world_size) * BATCH)}/{len(images)} test images"):
+            return None
+    if layout.world_size > 1:
+        dist.all_reduce(table)
+    return table.cpu().sum(0)

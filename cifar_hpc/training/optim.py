@@ -1,0 +1,200 @@
+"""SGD, Lookahead around any torch optimizer, and an exponential moving average of the weights.
+
+Lookahead: Zhang et al. 2019 (arXiv:1907.08610). Averages: Polyak and Juditsky 1992; Tarvainen 2017."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cifar_hpc.config.spec import OptimizerSpec
+
+
+class SGD(torch.optim.SGD):
+    """The same updates, to the last bit."""
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+def build_sgd(model: nn.Module, spec: OptimizerSpec) -> SGD:
+    """SGD over all parameters of `model`, in the model's order, with weight decay on all or on those of layers alone.
+
+    Parameters of one dimension are BatchNorm's and biases. To spare them in a group of their own would change the order
+    of parameters, in which checkpoints hold momentum and slow weights.
+    """
+    decay = spec.weight_decay if spec.decay_all else 0.0
+    sgd = SGD(model.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=decay, nesterov=spec.nesterov)
+    if not spec.decay_all and spec.weight_decay > 0:
+        decayed: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
+
+        def decay_layers(*_: object) -> None:
+            with torch.no_grad():
+                grads = [p.grad for p in decayed if p.grad is not None]  # every layer has one
+                torch._foreach_add_(grads, decayed, alpha=spec.weight_decay)
+
+        sgd.register_step_pre_hook(decay_layers)
+    return sgd
+
+
+class Lookahead(Optimizer):
+    """Wraps `inner`, which updates the fast weights (the parameters themselves).
+
+    After every `k` updates: slow += alpha * (fast - slow); fast = slow. The slow weights start as a clone of the
+    parameters at construction. `param_groups` and `state` are the inner optimizer's own, so learning rate schedulers
+    and GradScaler act on it directly. A step that GradScaler skips never reaches `step`, and so does not count.
+
+    BatchNorm statistics are not parameters: they follow the fast weights' activations. Whoever evaluates under
+    `slow_weights` decides what to do about them (`evaluation.py` re-estimates them).
+
+    Args:
+        inner: any torch optimizer, already constructed.
+        k: updates between two syncs, >= 1.
+        alpha: step size of the slow weights, in (0, 1].
+    """
+
+    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        if k < 1:
+            raise ValueError(f"k must be >= 1, not {k}")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+        self._slow: list[Tensor] = []
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+        self.k, self.alpha, self.counter = k, alpha, 0
+        self._share_inner()
+        self._slow = [p.detach().clone() for p in self._parameters()]
+
+    def _share_inner(self) -> None:
+        # load_state_dict and add_param_group replace the inner optimizer's containers; this follows them.
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    @property
+    def slow(self) -> list[Tensor]:
+        """The slow weights, in the order of the parameters in `param_groups`."""
+        return self._slow
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of the fast weights and, at every k-th, a sync."""
+        loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        self.counter += 1
+        if self.counter % self.k == 0:
+            self._sync()
+        return loss
+
+    def _sync(self) -> None:
+        fast = self._parameters()
+        torch._foreach_add_(self._slow, torch._foreach_sub(fast, self._slow), alpha=self.alpha)
+        torch._foreach_copy_(fast, self._slow)
+
+    def slow_weights(self) -> AbstractContextManager[None]:
+        """Within the context the parameters hold the slow weights; afterwards the fast ones again, bit for bit."""
+        return replaced(self._parameters(), self._slow)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the parameters' gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its slow weights start as its parameters are now."""
+        if any(param_group is g for g in self.inner.param_groups):
+            self.param_groups.append(param_group)  # the base class taking over the inner groups
+            return
+        self.inner.add_param_group(param_group)
+        self._share_inner()
+        self._slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates so far, "k", "alpha"}."""
+        return {
+            "inner": self.inner.state_dict(),
+            "slow": list(self._slow),
+            "counter": self.counter,
+            "k": self.k,
+            "alpha": self.alpha,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, by copy.
+
+        Raises:
+            ValueError: where the slow weights' number or shapes do not fit the parameters.
+        """
+        shapes = [s.shape for s in self._slow]
+        if [s.shape for s in state_dict["slow"]] != shapes:
+            raise ValueError("the slow weights' shapes do not fit the parameters")
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # by itself torch would share the momentum
+        self._share_inner()
+        with torch.no_grad():
+            for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
+                slow.copy_(saved)
+        self.counter, self.k, self.alpha = state_dict["counter"], state_dict["k"], state_dict["alpha"]
+
+
+@contextmanager
+def replaced(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Within the context `parameters` hold `values`; afterwards their own again, bit for bit."""
+    with torch.no_grad():
+        own = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_(parameters, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)
+
+
+class WeightAverage:
+    """The average of `parameters`, which begins as their clone.
+
+    After update number n it is average + (1 - d) * (weights - average) with d = min(decay, (1 + n) / (10 + n)), so that
+    the initial weights, which mean nothing, are soon forgotten (tf.train.ExponentialMovingAverage, num_updates).
+
+    Args:
+        parameters: of the model, whose values others change.
+        decay: share that an update keeps, in (0, 1).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), not {decay}")
+        self.decay = decay
+        self._parameters = list(parameters)
+        self.average = [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Take in the weights as they are after update number `updates`, from 1."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        torch._foreach_add_(self.average, torch._foreach_sub(self._parameters, self.average), alpha=1 - decay)
+
+    @torch.no_grad()
+    def load(self, average: Sequence[Tensor]) -> None:
+        """Take over a saved average, by copy.
+
+        Raises:
+            ValueError: where its shapes do not fit.
+        """
+        if [a.shape for a in average] != [a.shape for a in self.average]:
+            raise ValueError("the averaged weights' shapes do not fit the parameters")
+        for mine, saved in zip(self.average, average, strict=True):
+            mine.copy_(saved)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within the context the parameters hold the average; afterwards their own values again, bit for bit."""
+        return replaced(self._parameters, self.average)

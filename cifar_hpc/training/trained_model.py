@@ -1,0 +1,283 @@
+"""A trained model, ready to use: weights and the BatchNorm statistics that belong to them, from a checkpoint.
+
+A checkpoint at an epoch's end holds the statistics of the weights that the epoch's evaluation took; one in the middle
+of an epoch has only those of the fast weights. For the evaluated weights, therefore, the newest checkpoint at an
+epoch's end is taken. Statistics are never measured again: that would give a model whose figures are in no log."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar_hpc.config.io import from_plain
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.data.augment.pipeline import normalize
+from cifar_hpc.errors import RunFailedError, SpecError, UserError
+from cifar_hpc.models.improved_resnet import ImprovedResNet
+from cifar_hpc.runs.paths import find_run, is_run_name
+from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
+from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
+from cifar_hpc.training.evaluation import BATCH
+
+FAST = "fast"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode, and where it comes from.
+
+    Attributes:
+        run: None for a file that lies in no run's folder.
+        weights: averaged | slow | fast: which of the checkpoint's weights these are.
+        logged: the row of metrics.jsonl that was measured with exactly this model, if one was.
+        device, amp: where and in what precision `logits` computes.
+        notes: what a user should know, each a sentence.
+    """
+
+    path: Path
+    run: str | None
+    state: Mapping[str, Any]
+    spec: Spec
+    model: ImprovedResNet
+    weights: str
+    logged: Mapping[str, Any] | None
+    device: torch.device
+    amp: str
+    notes: tuple[str, ...]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 [B, 10] on the device, for uint8 [B, 3, 32, 32]; the same bits as in the run's own evaluation.
+
+        Raises:
+            RunFailedError: they are NaN or infinite.
+        """
+        pixels = normalize(images.to(self.device), memory_format=torch.channels_last)
+        precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.amp != "fp32":
+            precision = torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
+        with precision:
+            logits: Tensor = self.model(pixels)
+        if not logits.isfinite().all():
+            raise RunFailedError(
+                f"{self.path}: the model's outputs in {self.amp} are NaN or infinite. HINT: another checkpoint of the "
+                "run, or --weights."
+            )
+        return logits.float()
+
+    def facts(self, root: Path) -> dict[str, str]:
+        """What a user wants to see of it first, as pairs of words."""
+        state, path = self.state, self.path
+        epochs = f"epoch {state['epoch']} of {self.spec.train.epochs}"
+        within = f", step {state['step_in_epoch']} of the next" if state["step_in_epoch"] else ""
+        where = describe_environment(_here(self.spec, state, self.device), self.device)
+        threads = f", {where['threads']} thread{'s' * (where['threads'] > 1)}" if where["threads"] else ""
+        return {
+            "run": self.run or "-",
+            "checkpoint": str(path.relative_to(root) if path.is_relative_to(root) else path),
+            "position": f"step {state['step']}, {epochs}{within}",
+            "weights": _WEIGHTS[self.weights],
+            "computed": f"{self.amp} on {where['device']}{threads}",
+        }
+
+
+_WEIGHTS = {
+    "averaged": "averaged (ema), as the run evaluates",
+    "slow": "slow, as the run evaluates",
+    "fast": "fast",
+}
+
+
+def noted(notes: Iterable[str]) -> list[str]:
+    """Notes as lines of 80 columns."""
+    return [
+        line
+        for note in notes
+        for line in textwrap.wrap(f"note: {note}", 80, subsequent_indent="      ", break_on_hyphens=False)
+    ]
+
+
+def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
+    """The model of a run, or of a checkpoint file.
+
+    Args:
+        root: the project's root.
+        run: a run's name, or the path of a file.
+        weights: fast, or slow: those that the run itself evaluates. They are averaged ones under ema.decay, and the
+            fast ones where the run has neither that nor Lookahead.
+
+    Raises:
+        SpecError: there is no such run, file or checkpoint, or it lacks what is asked for.
+        RunFailedError: a checkpoint does not verify, or holds weights that are not finite.
+    """
+    path, state, notes = _find(root, run, fast=weights == FAST)
+    spec = from_plain(state["spec"])
+    kind = FAST if weights == FAST else _evaluated(spec)
+    if weights == FAST and _evaluated(spec) != FAST:
+        logged = None
+    else:
+        rows = checkpoint.history(state) if state["slow_buffers"] is not None else []
+        logged = rows[-1] if rows else None
+        if kind == FAST:
+            notes.append("The run has neither Lookahead nor ema: it has but one set of weights.")
+    wanted_gpu = spec.train.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if wanted_gpu else "cpu")
+    here = _here(spec, state, device)
+    configure_torch(here, device)
+    own = state["environment"]
+    amp = own["amp"] if _same_kind(state, device) else resolve_amp(spec, device)
+    if not _same_kind(state, device):
+        notes.append(f"The run computed in {own['amp']} on {own['device']}: figures may differ in their last digits.")
+    try:
+        model = _build(spec, state, kind, running=weights == FAST)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise RunFailedError(
+            f"{path}: does not hold the weights of the model that its spec describes: {words}."
+        ) from None
+    if not all(t.isfinite().all() for t in model.state_dict().values()):
+        raise RunFailedError(f"{path}: its {kind} weights or their BatchNorm statistics are NaN or infinite.")
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    name = path.parent.name
+    known = name if is_run_name(name) and path.parent.parent.name == "checkpoints" else None
+    return TrainedModel(path, known, state, spec, model, kind, logged, device, amp, tuple(notes))
+
+
+def _evaluated(spec: Spec) -> str:
+    """Which weights the run evaluates: `Engine.evaluated_weights`."""
+    if spec.ema.decay is not None:
+        return "averaged"
+    return "slow" if spec.lookahead.enabled else FAST
+
+
+def _usable(state: Mapping[str, Any], fast: bool) -> bool:
+    """Whether the checkpoint has the BatchNorm statistics of the weights that are asked for."""
+    spec = from_plain(state["spec"])
+    measured = (_evaluated(spec) != FAST or spec.resizing.on) and spec.lookahead.bn_batches > 0
+    return fast or not measured or state["slow_buffers"] is not None
+
+
+def _find(root: Path, run: str, fast: bool) -> tuple[Path, dict[str, Any], list[str]]:
+    if run.endswith(".pt") or "/" in run:
+        path = Path(run).absolute()
+        if not os.path.lexists(path):
+            raise SpecError(f"{path}: there is no such file.")
+        state = _read(path)
+        if not _usable(state, fast):
+            raise SpecError(
+                f"{path}: was written in the middle of an epoch, without the BatchNorm statistics of the weights that "
+                "the run evaluates. HINT: --weights fast, or a checkpoint of an epoch's end, such as best.pt."
+            )
+        return path, state, []
+    directory = find_run(root, run).checkpoints
+    found = newest_good(directory)
+    if found is None:
+        raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
+    _checked(found.path, found.state)
+    notes = [f"{path.name} is newer, but does not verify: {reason}." for path, reason in found.bad]
+    if _usable(found.state, fast):
+        return found.path, found.state, notes
+    best: tuple[Path, dict[str, Any]] | None = None
+    for path in [*candidates(directory), directory / BEST]:
+        with contextlib.suppress(UserError):
+            state = _read(path)
+            if _usable(state, fast) and (best is None or state["step"] > best[1]["step"]):
+                best = path, state
+    if best is None:
+        raise SpecError(
+            f"run {run} has no checkpoint of an epoch's end yet, and those within an epoch lack the BatchNorm "
+            "statistics of the weights that it evaluates. HINT: wait for its first epoch, or --weights fast."
+        )
+    notes.append(
+        f"{found.path.name} is newer, but within an epoch, without BatchNorm statistics of the evaluated weights."
+    )
+    return *best, notes
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _checked(path, checkpoint.read(path))
+    except BadCheckpointError as error:
+        raise RunFailedError(f"{path}: {error}. Allowed: a run's name, or a checkpoint that a run wrote.") from None
+
+
+def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state, if a run can have written it: a digest says only that it is what somebody once wrote."""
+    try:
+        from_plain(state["spec"])
+        rows, environment = checkpoint.history(state), state["environment"]
+        right = all(isinstance(state[key], int) for key in ("step", "epoch", "step_in_epoch"))
+        right = right and all(isinstance(row, dict) for row in rows)
+        right = right and environment["amp"] in ("fp32", "bf16", "fp16") and {"cuda", "device"} <= environment.keys()
+    except SpecError as error:
+        raise RunFailedError(f"{path}: its spec: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        right = False
+    if not right:
+        raise RunFailedError(f"{path}: is whole, but not what a run writes.")
+    return state
+
+
+def _same_kind(state: Mapping[str, Any], device: torch.device) -> bool:
+    return (state["environment"]["cuda"] is not None) == (device.type == "cuda")
+
+
+def _here(spec: Spec, state: Mapping[str, Any], device: torch.device) -> Spec:
+    """The run's spec; with all of this machine's cores where a GPU's run is on a CPU and no bits can be kept."""
+    if _same_kind(state, device):
+        return spec
+    cores = len(os.sched_getaffinity(0))
+    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=cores))
+
+
+def _build(spec: Spec, state: Mapping[str, Any], kind: str, running: bool) -> ImprovedResNet:
+    """The model with weights of that kind, and the running BatchNorm statistics or else those of the evaluation."""
+    with torch.device("meta"):  # takes no memory before the shapes are known to fit
+        model = ImprovedResNet(spec.model)
+    names = [name for name, _ in model.named_parameters()]
+    if kind == FAST:
+        values = dict(state["model"])
+    else:
+        chosen = state["average"] if kind == "averaged" else state["optimizer"]["slow"]
+        values = dict(zip(names, chosen, strict=True))
+    buffers = state["buffers"] if running else state["slow_buffers"] or state["buffers"]
+    if any(values[name].dtype != torch.float32 for name in names):
+        raise TypeError("the weights are not float32")
+    model.load_state_dict({**values, **buffers}, assign=True)
+    return model
+
+
+SAY_SECONDS = 10.0
+
+
+def batches(
+    trained: TrainedModel, read: Callable[[int, int], Tensor], count: int, what: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits of the images 0 to `count`, in the batches of the trainer's evaluation: (index of the first, logits).
+
+    Says on standard error how far it is, where it takes long.
+
+    Args:
+        read: gives the images from one index up to another, uint8 [n, 3, 32, 32].
+        what: the first word of that line.
+    """
+    said = time.monotonic()
+    for first in range(0, count, BATCH):
+        yield first, trained.logits(read(first, min(first + BATCH, count)))
+        now = time.monotonic()
+        if now - said >= SAY_SECONDS:
+            print(f"{what}: {min(first + BATCH, count):,} of {count:,} images", file=sys.stderr, flush=True)
+            said = now

@@ -1,0 +1,360 @@
+"""The table of runs: what is put together, what is left out, and its five forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import pytest
+from helpers import TINY
+
+from cifar_hpc.__main__ import main
+from cifar_hpc.cli.compare import FIGURES, as_json, show_on_terminal
+from cifar_hpc.cli.compare_columns import columns, short_keys
+from cifar_hpc.config.io import from_plain, merge, nested
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.runs.frozen_spec import freeze
+from cifar_hpc.runs.groups import group_runs
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.results import Row, read_rows
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+ENVIRONMENT = {"device": "A100", "torch": "2.12.1", "cuda": "13.0", "cudnn": 9, "threads": None, "amp": "bf16"}
+Make = Callable[..., RunPaths]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    monkeypatch.setattr(run_queue, "queue", lambda *_: {})
+    return tmp_path
+
+
+def instant(seconds: float) -> str:
+    return (BEGIN + timedelta(seconds=seconds)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def make(root: Path) -> Make:
+    """Writes the files of a run."""
+
+    def run(name: str, accuracies: list[float], *, finished: bool = True, preempted: int = 0, **keys: Any) -> RunPaths:
+        paths = RunPaths(root, name)
+        paths.create()
+        values: dict[str, Any] = merge(TINY, {"train": {"epochs": len(accuracies) + (not finished)}})
+        for key, value in keys.items():
+            values = merge(values, nested(key.replace("__", "."), value))
+        freeze(paths, from_plain(values))
+        rows = [
+            {
+                "epoch": epoch, "train_accuracy": accuracy - 10, "test_accuracy": accuracy, "epoch_seconds": 30.0,
+                "world_size": 2, "shards": 4, "time": instant(60 * epoch),
+            }
+            for epoch, accuracy in enumerate(accuracies, 1)
+        ]  # fmt: skip
+        write_lines(paths.metrics, rows)
+        start = {"world_size": 2, "environment": ENVIRONMENT, "machine": {"cifar_hpc": "0.1.0", "processor": "EPYC"}}
+        events = [{"time": instant(0), "event": "submitted", "command": f"submit.py {name}"}]
+        events.append({"time": instant(0), "event": "started", **start})
+        for number in range(preempted):
+            events.append({"time": instant(10 * number + 5), "event": "requeued", "reason": "preemption"})
+            events.append({"time": instant(10 * number + 10), "event": "resumed", **start})
+        events += [{"time": instant(100), "event": "finished", "test_accuracy": accuracies[-1]}] if finished else []
+        write_lines(paths.events, events)
+        return paths
+
+    return run
+
+
+@pytest.fixture
+def sweep(make: Make) -> None:
+    """Dropout 0.1 and 0.3 with three seeds each, and 0.5 with one; one seed of 0.3 has not finished."""
+    for seed, last in enumerate((90.0, 91.0, 93.0)):
+        make(f"run-a{seed}", [50.0, 94.0, last], model__dropout=0.1, train__seed=seed, preempted=seed)
+    make("run-b0", [50.0, 80.0, 95.0], model__dropout=0.3, train__seed=0)
+    make("run-b1", [50.0, 80.0, 97.0], model__dropout=0.3, train__seed=1)
+    make("run-b2", [10.0, 11.0], model__dropout=0.3, train__seed=2, finished=False)
+    make("run-c0", [60.0, 70.0, 92.0], model__dropout=0.5, train__seed=0)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What compare prints into a pipe."""
+    assert main(["compare", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("sweep")
+def test_one_row_for_all_seeds_of_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, "run-*").splitlines() == [
+        "dropout  seeds        test %  best %  train %  epochs  training     wall  restarts      state",
+        "    0.1      3  91.33 ± 1.53   94.00    81.33     3/3   0:01:30  0:01:40  3 preemption  finished",
+        "    0.3    2/3  96.00 ± 1.41   96.00    86.00   2-3/3   0:01:30  0:01:40  0             1 stopped",
+        "    0.5      1  92.00 ±    -   92.00    82.00     3/3   0:01:30  0:01:40  0             finished",
+    ]
+
+
+@pytest.mark.usefixtures("sweep")
+def test_each_run_has_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "run-*", "--each", "--sort=-test_accuracy").splitlines()
+    assert lines[0].split() == "run dropout seed test % best % train % epochs training wall restarts state".split()
+    assert (
+        lines[1] == "run-b1      0.3     1   97.00   97.00    87.00     3/3   0:01:30  0:01:40  0             finished"
+    )
+    order = "run-b1 run-b0 run-a2 run-c0 run-a1 run-a0 run-b2".split()
+    assert [line.split()[0] for line in lines[1:]] == order
+
+
+@pytest.mark.usefixtures("sweep")
+def test_json_is_in_full_and_not_rounded(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = json.loads(shown(capsys, "run-*", "--json"))["rows"]
+    assert first["test_accuracy"] == {
+        "mean": pytest.approx(274 / 3),
+        "std": pytest.approx(stdev([90, 91, 93])),
+        "count": 3,
+    }
+    assert (first["runs"], first["seeds"]) == (["run-a0", "run-a1", "run-a2"], [0, 1, 2])
+    assert (first["changed"], first["restarts"]) == ({"model.dropout": 0.1}, {"preemption": 3})
+    assert second["counted"] == ["run-b0", "run-b1"]
+    assert [member["state"] for member in second["members"]] == ["finished", "finished", "stopped"]
+    assert third["test_accuracy"]["std"] is None
+    assert third["members"] == [
+        {
+            "name": "run-c0", "state": "finished", "epoch": 3, "epochs": 3,
+            "test_accuracy": 92.0, "best_accuracy": 92.0, "train_accuracy": 82.0,
+            "training_seconds": 90.0, "wall_seconds": 100.0, "restarts": {}, "world_sizes": [2],
+            "shards": 4, "date": "2026-01-01T00:03:00.000Z", "hardware": ["2 × A100"],
+            "versions": ["cifar_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16"], "command": "submit.py run-c0",
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("sweep")
+def test_each_key_of_the_json_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    row = json.loads(shown(capsys, "run-c0", "--json"))["rows"][0]
+    words = set(re.findall(r"[a-z_]+", as_json.__doc__ or ""))
+    assert {*row, *row["members"][0], *row["test_accuracy"]} <= words
+
+
+@pytest.mark.usefixtures("sweep")
+def test_csv_is_for_spreadsheets(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "run-*", "--csv")
+    first, second, third = csv.DictReader(io.StringIO(text, newline=""))
+    assert text.count("\r\n") == 4
+    assert first["model.dropout"] == "0.1"
+    assert float(first["test_accuracy_mean"]) == pytest.approx(274 / 3)
+    assert float(first["test_accuracy_std"]) == pytest.approx(stdev([90, 91, 93]))
+    assert (second["finished"], second["state"], second["epochs_done"]) == ("2", "1 stopped", "3; 2")
+    assert (third["test_accuracy_std"], third["hardware"], third["restarts"]) == ("", "2 × A100", "0")
+    assert third["data"] == "synthetic, 264 training images, 100 test images"
+    assert not any(key is None or value is None for row in (first, second, third) for key, value in row.items())
+
+
+def test_images_held_out_are_no_training_images(make: Make) -> None:
+    (row,) = read_rows(group_runs([make("run", [50.0], data__test_size=None, data__holdout=64)]), {})
+    assert row.data == "synthetic, 200 training images, evaluated on 64 training images held out"
+
+
+@pytest.mark.usefixtures("sweep")
+def test_markdown_says_how_each_row_was_made(capsys: pytest.CaptureFixture[str]) -> None:
+    head, rule, first, *_ = shown(capsys, "run-*", "--markdown", "--sort=-restarts").splitlines()
+    cells = dict(zip(head.split(" | "), first.split(" | "), strict=True))
+    assert rule.startswith("| ---: | ---: | ---: |")
+    assert cells["| `model.dropout`"] == "| 0.1"
+    assert cells["test accuracy (%)"] == "91.33 ± 1.53"
+    assert cells["hardware"] == "2 × A100"
+    assert cells["versions"] == "cifar\\_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16"
+    assert cells["date"] == "2026-01-01"
+    assert cells["command"] == "submit.py run-a0; submit.py run-a1; submit.py run-a2"
+    assert cells["runs |"] == "run-a0, run-a1, run-a2 |"
+
+
+@pytest.mark.usefixtures("sweep")
+@pytest.mark.parametrize(
+    ("by", "order"),
+    [
+        ("test_accuracy", "0.1 0.5 0.3"), ("test", "0.1 0.5 0.3"), ("-test_accuracy", "0.3 0.5 0.1"),
+        ("-dropout", "0.5 0.3 0.1"), ("model.dropout", "0.1 0.3 0.5"), ("-seeds", "0.1 0.3 0.5"),
+        ("epochs", "0.3 0.1 0.5"), ("state", "0.3 0.1 0.5"),
+    ],
+)  # fmt: skip
+def test_rows_are_sorted_by_any_column(capsys: pytest.CaptureFixture[str], by: str, order: str) -> None:
+    lines = shown(capsys, "run-*", f"--sort={by}").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == order.split()
+
+
+def test_what_is_missing_comes_last_in_both_directions(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("low", [10.0], model__dropout=0.1)
+    make("high", [90.0], model__dropout=0.2)
+    (make("none", [50.0], model__dropout=0.3, finished=False).metrics).unlink()
+    for by, order in (("test", ["0.1", "0.2", "0.3"]), ("-test", ["0.2", "0.1", "0.3"])):
+        lines = shown(capsys, "*", f"--sort={by}").splitlines()
+        assert [line.split()[0] for line in lines[1:]] == order
+    assert lines[-1].split() == "0.3 2 0/1 - - - 0/2 - - - stopped".split()
+
+
+@pytest.mark.usefixtures("sweep")
+def test_an_unknown_column_is_answered_with_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "run-*", "--sort=-test_acuracy"]) == 2
+    error = capsys.readouterr().err
+    assert "--sort: '-test_acuracy' is no column; allowed: model.dropout, seeds, test_accuracy, " in error
+    assert "did you mean 'test_accuracy'?" in error
+
+
+def test_an_unknown_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "nothing-*"]) == 2
+    assert "nothing-*" in capsys.readouterr().err
+
+
+def test_one_run_is_named(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("only", [80.0])
+    lines = shown(capsys, "only").splitlines()
+    assert lines[1].split()[:3] == ["only", "1", "80.00"]
+
+
+def test_world_sizes_are_shown_where_they_differ(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("one", [80.0], model__dropout=0.1)
+    moved = make("two", [80.0, 81.0], model__dropout=0.3)
+    assert " ranks" not in shown(capsys, "*")
+    moved.metrics.write_text(moved.metrics.read_text().replace('"world_size": 2', '"world_size": 1', 1))
+    lines = shown(capsys, "*").splitlines()
+    assert lines[0].endswith("restarts  ranks")
+    assert [line.split()[-1] for line in lines[1:]] == ["2", "2"]
+    assert lines[2].endswith("1, 2")
+
+
+def on_terminal(root: Path, capsys: pytest.CaptureFixture[str], width: int) -> tuple[list[Row], str]:
+    """All runs as rows, and their table, which keeps within `width` characters."""
+    rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").iterdir())]), {})
+    show_on_terminal(rows, each=False)
+    text = capsys.readouterr().out
+    assert all(len(line) <= width for line in text.splitlines())
+    return rows, text
+
+
+@pytest.fixture
+def elements(make: Make) -> None:
+    """Runs that differ in six keys, most of them as most others."""
+    make("base", [70.0])
+    make("nesterov", [73.0], optimizer__nesterov=True)
+    make("average", [72.0], lookahead__enabled=False, ema__decay=0.99)
+    make("trivial", [60.0], augment__trivial=True)
+    make("mixed", [50.0], mixing__mixup=0.2, mixing__cutmix=1.0)
+
+
+@pytest.mark.usefixtures("elements")
+def test_many_keys_are_one_column_of_what_is_not_as_in_most(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "*", "--sort=-test_accuracy").splitlines()
+    assert lines[0].split()[:3] == ["settings", "seeds", "test"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "optimizer.nesterov=true",
+        "lookahead.enabled=false ema.decay=0.99",
+        "as most",
+        "augment.trivial=true",
+        "mixing.mixup=0.2 mixing.cutmix=1",
+    ]
+    by_key = shown(capsys, "*", "--sort=-mixing.mixup").splitlines()
+    assert by_key[1].startswith("mixing.mixup=0.2")
+    assert "| settings | seeds |" in shown(capsys, "*", "--markdown").splitlines()[0]
+    assert "optimizer.nesterov,lookahead.enabled,ema.decay," in shown(capsys, "*", "--csv").splitlines()[0]
+
+
+@pytest.mark.usefixtures("elements")
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_settings_are_broken_on_a_narrow_terminal(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, text = on_terminal(root, capsys, width)
+    assert "lookahead.enabled=false" in text and "ema.decay=0.99" in text and "73.00" in text
+
+
+def test_keys_are_shortened_where_nothing_else_has_that_name() -> None:
+    keys = ["model.dropout", "optimizer.name", "schedule.name", "train.epochs"]
+    assert list(short_keys(keys).values()) == ["dropout", "optimizer.name", "schedule.name", "train.epochs"]
+
+
+@pytest.mark.usefixtures("sweep")
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_terminal_shows_what_it_has_room_for(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows, text = on_terminal(root, capsys, width)
+    header = text.splitlines()[0]
+    for column in columns(rows, each=False):
+        note = " ".join(text.partition("left out for want of room: ")[2].split())
+        assert (column.heading in header) != (column.heading in note.partition(";")[0].split(", ")), column.name
+    assert ("wall" in header) == (width == 160)
+    assert {"dropout", "seeds", "test", "state"} <= set(header.split())
+    assert "96.00 ± 1.41" in text
+
+
+def test_damaged_and_hostile_files_end_nothing(make: Make, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("good", [80.0], model__dropout=0.1)
+    for name, value in (("text", "x\x1b[31m"), ("list", [1]), ("huge", 10**400), ("true", True), ("nan", math.nan)):
+        run = make(name, [80.0, 81.0], model__dropout=0.3)
+        row = dict.fromkeys(json.loads(run.metrics.read_text().splitlines()[0]), value)
+        event = dict.fromkeys(("time", "world_size", "environment", "machine", "command"), value) | {"event": "resumed"}
+        for path, bad in (
+            (run.metrics, [row, row | {"epoch": 3}]),
+            (run.events, [event, event | {"environment": row}]),
+        ):
+            with path.open("a") as file:
+                file.write("\0half a line\n" + "".join(json.dumps(line) + "\n" for line in bad))
+    for name, text in (("broken", "model: {dropout: \x1b}"), ("foreign", "a: 1"), ("empty", "")):
+        run = RunPaths(root, name)
+        run.create()
+        run.spec.write_text(text)
+    for form in ([], ["--json"], ["--csv"], ["--markdown"], ["--each"], ["--sort=wall_seconds"], ["--sort=-dropout"]):
+        assert main(["compare", "*", *form]) == 0
+        out, error = capsys.readouterr()
+        assert "\x1b" not in out + error
+        assert "broken" in out
+        assert "warning: broken: " in error
+        assert "Traceback" not in error
+
+
+def test_text_for_a_document_cannot_break_its_table(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make("odd", [80.0])
+    run.events.write_text(run.events.read_text().replace("submit.py odd", "a | b\\n<img> =1+1"))
+    lines = shown(capsys, "odd", "--markdown").splitlines()
+    assert "a \\| b \\<img\\> =1+1" in lines[2]
+    assert len(re.findall(r"(?<!\\)\|", lines[0])) == len(re.findall(r"(?<!\\)\|", lines[2]))
+
+
+@pytest.mark.usefixtures("sweep")
+def test_a_slurm_that_does_not_answer_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any) -> None:
+        raise SchedulerError("squeue: no answer")
+
+    monkeypatch.setattr(run_queue, "queue", silent)
+    assert main(["compare", "run-*"]) == 0
+    out, error = capsys.readouterr()
+    assert "96.00 ± 1.41" in out
+    assert "squeue: no answer" in error
+
+
+def test_figures_name_fields_of_a_result(make: Make, root: Path) -> None:
+    (row,) = read_rows(group_runs([make("run", [80.0, 70.0])]), {})
+    assert [round(figure.mean, 2) for name in FIGURES if (figure := row.figure(name))] == [
+        70.0,
+        80.0,
+        60.0,
+        60.0,
+        100.0,
+    ]

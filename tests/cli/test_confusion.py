@@ -1,0 +1,51 @@
+"""The confusion matrix: counted right, a table of 80 columns, and a figure that holds what was counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cifar_hpc.cli.evaluate import class_accuracy, confusion, draw, most_confused, short, table
+from cifar_hpc.data.datasets import CIFAR10
+
+LABELS = torch.tensor([0, 0, 0, 0, 3, 3, 9])
+PREDICTED = torch.tensor([0, 0, 0, 8, 5, 3, 9])
+MATRIX = confusion(LABELS, PREDICTED)
+
+
+def test_rows_are_true_classes() -> None:
+    assert (MATRIX[0][0], MATRIX[0][8], MATRIX[3][5], MATRIX[3][3], MATRIX[9][9]) == (3, 1, 1, 1, 1)
+    assert sum(map(sum, MATRIX)) == len(LABELS)
+    assert [class_accuracy(MATRIX, label) for label in (0, 1, 3, 9)] == [75, None, 50, 100]
+
+
+def test_the_table_fits_80_columns_and_says_it_all() -> None:
+    large = [[count * 1111 + 1000 for count in row] for row in MATRIX]
+    assert max(map(len, table(large, ["x" * 50] * 10))) <= 80
+    lines = table(MATRIX, CIFAR10)
+    assert lines[2].split() == ["0", "airplane", "75.00%", "3", *["."] * 7, "1", "."]
+    assert lines[3].split() == ["1", "automobile", "-", *["."] * 10]
+    assert len({len(line) for line in lines[1:]}) == 1
+    predicted = [line.split() for line in lines]
+    assert predicted[0] == ["predicted"] and predicted[1][-10:] == [str(n) for n in range(10)]
+
+
+def test_the_pairs_that_are_confused_most() -> None:
+    assert most_confused(MATRIX, CIFAR10) == [" 50.0% of cat taken for dog", " 25.0% of airplane taken for ship"]
+    assert most_confused(confusion(LABELS, LABELS), CIFAR10) == []
+
+
+def test_names_of_unknown_origin_are_cut_and_harmless() -> None:
+    assert short("cat") == "cat"
+    assert short("\x1b[2J\n" + "x" * 90) == "\\x1b[2J xx.."
+
+
+def test_the_figure_holds_the_shares(tmp_path: Path) -> None:
+    names = ["$x^2$", *CIFAR10[1:]]  # no formula
+    paths = draw(MATRIX, names, "run, epoch 3: 71.43%", tmp_path / "new")
+    assert [path.name for path in paths] == ["confusion.png", "confusion.svg"]
+    assert paths[0].read_bytes()[:4] == b"\x89PNG"
+    svg = paths[1].read_text()
+    for text in ("75.0", "25.0", "50.0", "100", "truck", "$x^2$", "predicted class", "run, epoch 3: 71.43%"):
+        assert f">{text}</text>" in svg, text

@@ -1,0 +1,193 @@
+"""python -m cifar_hpc export: what is written is the model, and the card's own lines load it in a fresh process."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from cifar_hpc.__main__ import main
+from cifar_hpc.cli import export as export_command
+from cifar_hpc.cli.export import metadata
+from cifar_hpc.config.spec import DataSpec, ModelSpec
+from cifar_hpc.data.evaluation_set import own_images
+from cifar_hpc.data.synthetic import CLASSES
+from cifar_hpc.models.improved_resnet import build_model
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.trained_model import load_trained
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def root(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tiny_run))
+    return tiny_run
+
+
+def exported(folder: Path, *arguments: str, name: str = "model") -> tuple[Path, str, dict[str, str]]:
+    """(the file, the card's text, the file's metadata)."""
+    path = folder / f"{name}.safetensors"
+    assert main(["export", "tiny", "--out", str(path), *arguments]) == 0
+    with safe_open(path, "pt") as file:
+        return path, path.with_suffix(".md").read_text(), file.metadata()
+
+
+def code_block(card: str) -> str:
+    found = re.search(r"\n```python\n(.*?\n)```\n", card, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_cards_lines_give_the_same_logits_in_a_fresh_process(root: Path, tmp_path: Path) -> None:
+    _, card, _ = exported(tmp_path)
+    trained = load_trained(root, "tiny", "slow")
+    images = own_images(trained.spec.data, root).images
+    np.save(tmp_path / "images.npy", images.numpy())
+    lines = code_block(card)
+    assert len([line for line in lines.split("\n\n")[1].splitlines() if line]) == 5
+    mine = "images = torch.from_numpy(__import__('numpy').load('images.npy'))"
+    code, count = re.subn(r"images = torch\.zeros.*", mine, lines)
+    assert count == 1
+    code += (
+        "import sys\nfrom numpy import save\nsave('logits.npy', logits.numpy())\n"
+        "print(*sorted(m for m in sys.modules if m.startswith('cifar_hpc.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    assert torch.equal(logits, trained.logits(images))
+    first, modules = done.stdout.splitlines()
+    assert first == CLASSES[logits[0].argmax()]
+    assert not {
+        "cifar_hpc.training.trainer",
+        "cifar_hpc.training.engine",
+        "cifar_hpc.data.datasets",
+        "cifar_hpc.training.attempt",
+    } & set(modules.split())
+
+
+def test_the_keys_are_the_models_own(root: Path, tmp_path: Path) -> None:
+    path, _, metadata = exported(tmp_path)
+    model = build_model(ModelSpec(**json.loads(metadata["model"])), 0)
+    tensors = load_file(path)
+    assert model.load_state_dict(tensors, strict=True)
+    state = checkpoint.read(root / "checkpoints" / "tiny" / "step_00000018.pt")
+    for (name, _), slow in zip(model.named_parameters(), state["optimizer"]["slow"], strict=True):
+        assert torch.equal(tensors[name], slow)
+    for name, buffer in state["slow_buffers"].items():
+        assert torch.equal(tensors[name], buffer)
+
+
+def test_the_metadata_says_what_it_is(root: Path, tmp_path: Path, capsys: Any) -> None:
+    _, card, metadata = exported(tmp_path)
+    row = json.loads((root / "logs" / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
+    state = checkpoint.read(root / "checkpoints" / "tiny" / "step_00000018.pt")
+    assert {key: metadata[key] for key in ("run", "checkpoint", "step", "epoch", "epochs", "weights")} == {
+        "run": "tiny", "checkpoint": "step_00000018.pt", "step": "18", "epoch": "2", "epochs": "2", "weights": "slow",
+    }  # fmt: skip
+    assert float(metadata["test_accuracy"]) == row["test_accuracy"]
+    assert float(metadata["test_loss"]) == row["test_loss"]
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert metadata["weights_sha256"] == checkpoint.sums(state)["slow_weights"]
+    assert metadata["checkpoint_digest"] == state["digest"]
+    spec = json.loads(metadata["spec"])
+    assert spec["model"] == state["spec"]["model"] and spec["optimizer"] == state["spec"]["optimizer"]
+    assert "resources" not in spec and "root" not in spec["data"]
+    assert f"| test accuracy | {row['test_accuracy']:.2f}% |" in card and metadata["weights_sha256"] in card
+    out = capsys.readouterr().out
+    assert f"accuracy    {row['test_accuracy']:.2f}%" in out and "parameters  " in out
+
+
+def test_fast_weights_claim_no_accuracy_that_was_not_measured(root: Path, tmp_path: Path, capsys: Any) -> None:
+    _, card, metadata = exported(tmp_path, "--weights", "fast")
+    assert "test_accuracy" not in metadata and "not measured" in card
+    assert "accuracy    not measured" in capsys.readouterr().out
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    first, card, _ = exported(tmp_path)
+    content = first.read_bytes()
+    again, same, _ = exported(tmp_path)  # over what is there
+    assert again.read_bytes() == content and same == card
+    assert hashlib.sha256(content).hexdigest() in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, "CIFAR-10's test images"),
+        ({"test_size": 2000, "train_size": 5000}, "2,000 of CIFAR-10's test images"),
+        ({"holdout": 1000}, "1,000 of CIFAR-10's training images, held out; not the test images"),
+        (
+            {"holdout": 1000, "train_size": 5000},
+            "1,000 of 5,000 of CIFAR-10's training images, held out; not the test images",
+        ),
+        ({"source": "folder", "root": "/x/mine"}, "mine/test"),
+        ({"source": "folder", "root": "/x/mine", "holdout": 9}, "9 of mine/train, held out; not the test images"),
+        ({"source": "synthetic", "test_size": 5}, "5 of the synthetic test images"),
+    ],
+)
+def test_it_says_which_images_its_figures_are_of(root: Path, data: dict[str, Any], words: str) -> None:
+    trained = load_trained(root, "tiny", "slow")
+    trained = dataclasses.replace(trained, spec=dataclasses.replace(trained.spec, data=DataSpec(**data)))
+    assert metadata(trained, {}, CLASSES)["data"] == words
+
+
+def test_an_export_that_is_cut_short_leaves_no_card_of_another_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path, *_ = exported(tmp_path)
+    before = path.read_bytes()
+    real = export_command.write_atomic
+
+    def full(target: Path, content: bytes) -> None:
+        if target.suffix == ".md":
+            raise OSError(28, "No space left on device", str(target))
+        real(target, content)
+
+    monkeypatch.setattr(export_command, "write_atomic", full)
+    assert main(["export", "tiny", "--out", str(path), "--weights", "fast"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_bytes() != before and not path.with_suffix(".md").exists()
+
+
+@pytest.mark.parametrize("name", ['a "b" ```c', "modèle_1"])
+def test_any_file_name_can_be_loaded(root: Path, tmp_path: Path, name: str) -> None:
+    path, card, _ = exported(tmp_path, name=name)
+    opened = re.search(r"safe_open\((.*), \"pt\"\)", code_block(card))
+    assert opened is not None and eval(opened[1]) == path.name
+
+
+def test_a_users_mistakes_are_named_and_nothing_is_lost(root: Path, tmp_path: Path, capsys: Any) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# mine\n")
+    for run, out, words in [
+        ("tiny", "README.safetensors", "README.md, where the card would go, is there already and is no card"),
+        ("tiny", "model.pt", "ends with .safetensors"),
+        ("tiny", "none/model.safetensors", "there is no folder"),
+        ("none", "model.safetensors", "no such run"),
+    ]:
+        assert main(["export", run, "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"] and readme.read_text() == "# mine\n"

@@ -1,0 +1,197 @@
+"""python -m cifar_hpc plot, from the command line to the files."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from helpers import leftovers
+from run_logs import event, make_run, write_events, write_metrics
+
+from cifar_hpc.__main__ import main
+from cifar_hpc.cli.figures import plot
+from cifar_hpc.runs.paths import RunPaths
+
+FIGURES = ["architecture", "accuracy", "loss", "learning_rate", "timeline"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(root: Path, name: str, accuracies: Sequence[float], **sections: Any) -> RunPaths:
+    run = make_run(root, name, **sections)
+    write_events(run, [event(0, "submitted"), event(5, "started", step=0), event(6, "first_step", step=1)])
+    write_metrics(run, accuracies)
+    return run
+
+
+def words_of(svg: Path) -> str:
+    return "\n".join(ElementTree.parse(svg).getroot().itertext())
+
+
+def test_a_run_has_five_figures_in_two_forms(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10, 30, 20])
+    assert main(["plot", "a"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"figures/{name}.{form}" for name in FIGURES for form in ("png", "svg")]
+    assert err == ""
+    assert all((root / path).stat().st_size > 1000 for path in out.splitlines())
+    assert leftovers(root) == []
+    assert "test: 20.00% at epoch 3" in words_of(root / "figures/accuracy.svg")
+    assert "best: 30.00% at epoch 2" in words_of(root / "figures/accuracy.svg")
+    assert "bottleneck, shortcut by 1×1 convolution" in words_of(root / "figures/architecture.svg")
+    assert "training: 24 s" in words_of(root / "figures/timeline.svg")
+
+
+def test_figures_go_where_out_says_and_replace_older_ones(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(root, "a", [10])
+    assert main(["plot", "a", "--out", "x/y"]) == 0
+    before = (root / "x/y/accuracy.png").read_bytes()
+    write_metrics(run, [10, 20])
+    assert main(["plot", "a", "--out", str(root / "x/y")]) == 0
+    assert (root / "x/y/accuracy.png").read_bytes() != before
+    assert capsys.readouterr().out.splitlines()[-1] == str(root / "x/y/timeline.svg")
+
+
+def test_different_models_have_a_figure_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        make(root, f"relu-{seed}", [10], model={"activation": "relu"}, train={"seed": seed})
+        make(root, f"leaky-{seed}", [10], train={"seed": seed})
+    assert main(["plot", "*"]) == 0
+    names = {Path(path).stem for path in capsys.readouterr().out.splitlines()}
+    assert names == {"architecture-relu-0", "architecture-leaky-0", *FIGURES[1:]}
+    assert "activation leaky_relu" in words_of(root / "figures/accuracy.svg")
+    assert "activation relu, seed 1" in words_of(root / "figures/timeline.svg")
+
+
+def test_not_all_of_too_many_models_are_drawn(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "MOST_ARCHITECTURES", 1)
+    monkeypatch.setattr(plot, "MOST_ROWS", 1)
+    for rate in (0.1, 0.2):
+        make(root, f"r{rate}", [10], model={"dropout": rate})
+    assert main(["plot", "r*"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("architecture") == 2
+    assert err.splitlines() == [
+        "NOTE the runs have 2 different models, of which 1 are drawn",
+        "NOTE the timeline shows the first 1 runs of 2",
+    ]
+    assert "1 more runs are not shown" in words_of(root / "figures/timeline.svg")
+
+
+def test_without_pytorch_all_but_the_architecture_is_drawn(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "cifar_hpc.models.summary", raising=False)
+    make(root, "a", [10])
+    assert main(["plot", "a"]) == 0
+    out, err = capsys.readouterr()
+    assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES[1:]
+    assert err.startswith("NOTE the architecture is left out, since drawing it takes PyTorch, which does not load here")
+
+
+def test_runs_that_have_nothing_yet_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10])
+    make(root, "b", [])
+    assert main(["plot", "*"]) == 0
+    assert capsys.readouterr().err == "NOTE no epoch is finished yet in b\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--terminal"]])
+def test_where_none_has_anything_nothing_is_written(
+    root: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    for number in range(7):
+        make(root, f"r{number}", [])
+    assert main(["plot", "r*", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no epoch is finished yet in r0, r1, r2, r3, r4 and 2 more" in err
+    assert "HINT: python -m cifar_hpc status r0 r1 r2" in err
+    assert not (root / "figures").exists()
+
+
+def test_no_such_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "improved", [10])
+    assert main(["plot", "improvde"]) == 2
+    assert "did you mean 'improved'?" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10])
+    (root / "figures").touch()
+    assert main(["plot", "a"]) == 2
+    assert "--out: figures cannot be made: File exists; allowed: a folder." in capsys.readouterr().err
+
+
+def test_a_damaged_spec_costs_the_architecture_only(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10]).spec.write_text("\x1b[31m: [")
+    assert main(["plot", "a"]) == 0
+    out, err = capsys.readouterr()
+    assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES[1:]
+    assert "NOTE a: its spec cannot be read" in err
+    assert "\x1b" not in err
+
+
+def test_out_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(root, "a", [10])
+    real = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "figures" and real(path, mode))
+    assert main(["plot", "a"]) == 2
+    assert "--out: the folder figures is not writable by you" in capsys.readouterr().err
+    assert list((root / "figures").iterdir()) == []
+
+
+def test_terminal_without_one_is_plain(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10, 20])
+    assert main(["plot", "a", "--terminal"]) == 0
+    out = capsys.readouterr().out
+    assert "* test: 20.00 at epoch 2, best 20.00" in out
+    assert "\x1b" not in out
+    assert not (root / "figures").exists()
+
+
+def in_a_terminal(*arguments: str, **environment: str) -> str:
+    """What the command writes to a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, True)
+    command = [sys.executable, "-m", "cifar_hpc", "plot", *arguments]
+    variables = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
+    here = Path(__file__).parents[2]
+    done = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=here, env=variables)
+    os.close(theirs)
+    written = b""
+    try:
+        while piece := os.read(ours, 65536):
+            written += piece
+    except OSError:  # EIO: the other side is closed
+        pass
+    os.close(ours)
+    assert done.wait(60) == 0
+    return written.decode()
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_a_terminal_has_colours_if_it_wants(root: Path, environment: dict[str, str], coloured: bool) -> None:
+    make(root, "a", [10, 20])
+    text = in_a_terminal("a", "--terminal", **environment)
+    assert ("\x1b[38;5;74m" in text) is coloured
+    assert "test: 20.00 at epoch 2" in text

@@ -1,0 +1,246 @@
+"""submit.py from the outside: what it prints, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_hpc.cli import submit
+from cifar_hpc.runs.lock import RunLock
+
+PROJECT = Path(__file__).resolve().parents[2]
+SCRIPT = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --comment='preemption=yes;requeue=true'
+#SBATCH --constraint=a100
+#SBATCH --cpus-per-task=8
+#SBATCH --dependency=singleton,afterok:7
+#SBATCH --exclude=n1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=run
+#SBATCH --mail-type=END
+#SBATCH --mem=32G
+#SBATCH --no-requeue
+#SBATCH --nodelist=n2,n3
+#SBATCH --nodes=1-2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output='{logs}/%j_0_log.out'
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --reservation=r
+#SBATCH --signal=USR2@120
+#SBATCH --time=1-12
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '{logs}/%j_%t_log.out' --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 \
+sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh {python} -u -m submitit.core._submit '{logs}'
+
+
+# teardown
+# Where all tasks were killed at once, somebody else has to ask for another try.
+status=$?
+[ "$status" -eq 0 ] || sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh {python} -m cifar_hpc.launch.epilog '{root}' run \
+"$status"
+exit "$status\""""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root whose path has a quote-worthy blank; no Slurm in reach."""
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path / "my root"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr("cifar_hpc.slurm.client.shutil.which", lambda name: None)
+    return tmp_path / "my root"
+
+
+def job_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")} if folder.exists() else set()
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "--name run --partition gpu --account lab --qos high --time 1-12 --nodes 1-2 --gpus-per-node 4 "
+        "--cpus-per-task 8 --mem 32G --constraint a100 --exclude n1 --nodelist n2,n3 --reservation r "
+        "--dependency afterok:7 --comment preemption=yes;requeue=true --sbatch mail-type=END exclusive "
+        "--no-requeue --dry-run"
+    )
+    assert submit.main(flags.split()) == 0
+    expected = SCRIPT.format(root=root, logs=root / "logs" / "run" / "slurm", python=sys.executable)
+    assert capsys.readouterr().out == expected + "\n"
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("04:00:00", 120), ("4", 60), ("1", 15), ("00:20", 10)])
+def test_the_warning_fits_into_the_time_limit(
+    root: Path, capsys: pytest.CaptureFixture[str], limit: str, seconds: int
+) -> None:
+    assert submit.main(["--time", limit, "--dry-run"]) == 0
+    assert f"#SBATCH --signal=USR2@{seconds}\n" in capsys.readouterr().out
+
+
+def test_no_gpu_is_requested_for_the_cpu_but_the_tasks_stay(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main("--set train.device=cpu --gpus-per-node 2 --dry-run".split()) == 0
+    script = capsys.readouterr().out
+    assert "gpus" not in script and "#SBATCH --ntasks-per-node=2\n" in script and "--requeue\n" in script
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "words"),
+    [
+        ("train:\n  epoch: 3\n", "", ["train.epoch: unknown key", "did you mean 'epochs'"]),
+        ("trian: {}\n", "", ["trian: unknown key", "did you mean 'train'"]),
+        ("{}\n", "--set train.epochs=-1", ["train.epochs: -1", "an integer >= 1"]),
+        ("{}\n", "--set train.epochs=many", ["train.epochs: 'many'", "an integer"]),
+        ("{}\n", "--set optimizer.lr=.nan", ["optimizer.lr: nan", "a number > 0"]),
+        ("{}\n", "--set train.epochs", ["--set train.epochs", "key.path=value"]),
+        ("{}\n", "--set data.source=cifar", ["data.source: 'cifar'", "did you mean 'cifar10'"]),
+        ("{}\n", "--time soon", ["resources.time: 'soon'", "D-HH:MM:SS"]),
+        ("{}\n", "--nodes 3-1", ["resources.nodes: '3-1'", "MIN-MAX"]),
+        ("{}\n", "--gpus-per-node two", ["resources.gpus_per_node: 'two'", "an integer"]),
+        ("{}\n", "--name a/b", ["--name: 'a/b'"]),
+        ("{}\n", "--profile nowhere", ["--profile: 'nowhere'", "default"]),
+        ("{}\n", "--sbatch =x", ["--sbatch =x", "KEY=VALUE"]),
+        ("{}\n", "--sbatch out=x", ["resources.sbatch.out", "short for output", "logs/<run>/slurm"]),
+        ("{}\n", "--sbatch job_name=x", ["resources.sbatch: the option 'job_name'", "did you mean 'job-name'"]),
+        ("{}\n", "--sbatch a.b=x", ["resources.sbatch: the option 'a.b'"]),
+        ("{}\n", "--dependency afterok:1?afterok:2", ["resources.dependency: 'afterok:1?afterok:2'", "singleton"]),
+        ("{}\n", "--profile ../clusters/default", ["--profile: '../clusters/default' is not in"]),
+        ("{}\n", "--nodes ²", ["resources.nodes: '²'"]),
+        ("{}\n", "--time " + "9" * 400, ["resources.time: '999", "D-HH:MM:SS"]),
+        ("resources: {sbatch: {hold: }}\n", "", ["resources.sbatch.hold: None", "allowed: text"]),
+        ("resources: {comment: yes}\n", "", ["resources.comment: True", "HINT: put it in quotes"]),
+        ('resources: {comment: "a\\nb"}\n', "", ["resources.comment: 'a\\nb'", "on one line, without '\\n'"]),
+        ("{}\n", "--set train.shards=2 --nodes 3", ["3 processes", "train.shards: 2"]),
+        ("- a\n", "", ["job.yaml", "a mapping"]),
+        ("a: [\n", "", ["job.yaml", "not readable as YAML", "line"]),
+    ],
+)
+def test_bad_input_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str, arguments: str, words: list[str]
+) -> None:
+    assert submit.main([job_file(tmp_path, job), *arguments.split(), "--cluster", "local"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not root.exists()
+
+
+def test_missing_job_file_suggests_a_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job_file(tmp_path, "{}")
+    assert submit.main([str(tmp_path / "jobs.yaml")]) == 2
+    assert "did you mean 'job.yaml'" in capsys.readouterr().err
+
+
+def test_missing_data_is_named_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--cluster local --set train.device=cpu data.source=folder data.root=images".split()
+    assert submit.main(arguments) == 2
+    assert str(root / "images" / "train") in capsys.readouterr().err
+    assert not root.exists()
+
+
+def test_cifar10_that_cannot_be_downloaded_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "cifar-10-batches-py").write_text("a file where a folder should be")
+    assert submit.main("--cluster local --set train.device=cpu".split()) == 2
+    error = capsys.readouterr().err
+    assert "holds no CIFAR-10 and the download failed" in error and "HINT" in error
+    assert files_below(root) <= {"data", "data/cifar-10-batches-py", "data/cifar-10-python.tar.gz"}
+
+
+def test_gpus_asked_for_on_a_machine_without(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cifar_hpc.launch.preflight.NVIDIA_DEVICE", root / "no-device")
+    assert submit.main("--cluster local --set data.source=synthetic".split()) == 2
+    assert "this machine has none" in capsys.readouterr().err
+
+
+def test_unwritable_directory_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root.mkdir()
+    (root / "logs").write_text("a file, so that even root cannot make logs/run")
+    assert submit.main("--cluster local --set train.device=cpu data.source=synthetic --name run".split()) == 2
+    assert f"{root / 'logs' / 'run'}: cannot be made" in capsys.readouterr().err
+
+
+def test_slurm_asked_for_where_there_is_none(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main("--cluster slurm --set data.source=synthetic".split()) == 3
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+
+
+def test_a_run_being_trained_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = RunLock(root / "logs" / "run" / "run.lock")
+    lock.acquire({"job_id": "17", "host": "n1", "pid": 4242})
+    arguments = "--cluster local --set train.device=cpu data.source=synthetic --name run --json".split()
+    assert submit.main(arguments) == 4
+    captured = capsys.readouterr()
+    assert "job 17 (pid 4242 on n1)" in captured.err
+    assert json.loads(captured.out)["exit_code"] == 4
+    lock.release()
+
+
+def test_another_spec_under_a_used_name_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = root / "logs" / "run" / "spec.yaml"
+    spec.parent.mkdir(parents=True)
+    spec.write_text("optimizer:\n  lr: 0.1\ntrain:\n  epochs: 9\n  shards: 1\n")
+    (spec.parent / "events.jsonl").write_text('{"event": "submitted"}\n')
+    assert submit.main("--name run --set train.epochs=12 --dry-run".split()) == 2
+    error = capsys.readouterr().err
+    assert "optimizer.lr: 0.1 -> 0.05" in error and "train.epochs: 9" not in error
+
+
+def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (("sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1"), ("squeue", "exit 0")):
+        program = programs / name
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.undo()
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(root))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}/usr/bin:/bin")
+    assert submit.main("--set data.source=synthetic --name run".split()) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("sbatch: error: invalid partition") == 1 and captured.out == ""
+    assert files_below(root / "logs" / "run" / "slurm") == set()
+    assert not (root / "logs" / "run" / "events.jsonl").exists()
+
+
+def test_help_is_served_without_torch() -> None:
+    code = "import sys, cifar_hpc.cli.submit as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'submitit', 'rich', 'yaml'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "exit status" in result.stdout
+
+
+def test_a_reader_that_has_gone_is_no_mistake_of_the_user(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(arguments: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(submit, "_submit", gone)
+    assert submit.main([]) == 141
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,97 @@
+"""submit.py --follow on a terminal: what is printed for good, and what stands in the line below."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cifar_hpc.cli.tail_screen import FollowScreen
+from cifar_hpc.runs.state import RunState
+
+DATE = "2026-01-01 00:00:00 "
+PROGRESS = (
+    DATE + "epoch 3/400 step 98/391 (total 902)  loss 1.9010  acc 40.01%  lr 0.05  9,000.1 img/s  run ETA 1:02:03"
+)
+DONE = DATE + "epoch 3/400 DONE  train loss 1.9 acc 31.25%  |  test loss 1.6 acc 39.84%"
+
+
+def state(name: str, eta: float | None = None) -> RunState:
+    return RunState("run", name, "on n1", 2, 400, None, None, None, eta, 0)
+
+
+class Seen:
+    """A terminal of a given width."""
+
+    def __init__(self, width: int) -> None:
+        self.console = Console(file=io.StringIO(), force_terminal=True, width=width, height=20, color_system=None)
+        self.screen = FollowScreen(self.console)
+
+    def below(self) -> str:
+        """The line that is drawn again and again."""
+        lines = self.console.render_lines(self.screen._renderable(), pad=False)
+        return "\n".join("".join(segment.text for segment in line) for line in lines).rstrip()
+
+    def printed(self) -> str:
+        file = self.console.file
+        assert isinstance(file, io.StringIO)
+        return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_progress_moves_a_bar_that_fits(width: int) -> None:
+    seen = Seen(width)
+    with seen.screen as screen:
+        screen.line(PROGRESS)
+        below = seen.below()
+    assert below.startswith("epoch 3/400 ━") and "98/391" in below and "ETA 1h02m" in below
+    assert len(below) <= width and "\n" not in below
+    assert ("9,000 img/s" in below) is (width >= 80)
+    bar = below[len("epoch 3/400 ") : below.index(" 98/391")]  # a quarter of it is done
+    assert len(bar) >= 8 and abs(bar.count("━") - len(bar) / 4) <= 1
+
+
+def test_other_lines_are_printed_above() -> None:
+    seen = Seen(80)
+    with seen.screen as screen:
+        screen.line("== run x  |  started from step 0")
+        screen.line(PROGRESS)
+        screen.line(DONE)
+        screen.note("hung: no log line")
+        screen.line(DATE + "evaluating: 100/128 test images")
+        assert seen.below() == "evaluating: 100/128 test images  ETA 1h02m"
+    printed = seen.printed().replace("\n", "")
+    for text in ("== run x  |  started from step 0", DONE, "[hung: no log line]"):
+        assert printed.count(text) == 1
+    assert "total 902" not in printed
+
+
+def test_what_is_waited_for_stands_in_place_of_the_bar() -> None:
+    seen = Seen(80)
+    with seen.screen as screen:
+        assert seen.below() == "submitted"
+        screen.state(state("queued"), "queued: Priority: other jobs go first, 3 jobs ahead of it")
+        assert seen.below() == "queued: Priority: other jobs go first, 3 jobs ahead of it"
+        screen.state(state("running", 7200.0), "running: on n1")
+        assert seen.below() == "running: on n1  ETA 2h00m"
+        screen.line(PROGRESS)
+        assert seen.below().endswith("ETA 2h00m")  # which knows of restarts, as the log does not
+        screen.state(state("running", 3600.0), "running: on n1")
+        assert seen.below().startswith("epoch 3/400") and seen.below().endswith("ETA 1h00m")
+        screen.state(state("requeued"), "requeued: until 10:00:00, preempted")
+        assert seen.below().startswith("requeued: until 10:00:00, preempted")
+
+
+def test_nothing_is_taken_for_markup_and_nothing_long_wraps() -> None:
+    seen = Seen(40)
+    with seen.screen as screen:
+        screen.line("[red]x[/red] :smile:")
+        screen.state(state("queued"), "queued: [bold]" + "y" * 100)
+        assert len(seen.below()) == 40 and "[bold]" in seen.below()
+    assert "[red]x[/red] :smile:" in seen.printed()

@@ -1,0 +1,126 @@
+"""Site profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from batch_scripts import options, run_with_stub_srun
+
+from cifar_hpc.cli import submit
+from cifar_hpc.config.site import Site, clusters_directory, load_site
+from cifar_hpc.errors import SpecError
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in clusters_directory().glob("*.yaml")))
+def test_every_profile_is_readable(name: str) -> None:
+    load_site(name)
+
+
+def test_only_what_the_profile_names_is_laid_below_the_job(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("resources: {partition: gpu, time: 10:00}\nsetup: [module load cuda]\npython: python3\n")
+    site, resources = load_site(str(path))
+    assert resources == {"partition": "gpu", "time": "10:00"}
+    assert site.setup == ("module load cuda",) and site.python == "python3"
+
+
+def test_a_wrong_key_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("resources: {partitoin: gpu}\n")
+    with pytest.raises(SpecError, match=r"site\.yaml: resources\.partitoin: unknown key.*did you mean 'partition'"):
+        load_site(str(path))
+
+
+@pytest.mark.parametrize(
+    "gpus", ["gpu:4", "--gres=gpu:{gpus}", "gres=gpu", "gres={gpus}{gpus}", "time={gpus}", "gres={n}"]
+)
+def test_a_wrong_way_to_ask_for_gpus_names_the_right_ones(tmp_path: Path, gpus: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f'gpus: "{gpus}"\n')
+    with pytest.raises(SpecError, match=r"site\.yaml: gpus: .*gres=gpu:a100:\{gpus\}"):
+        load_site(str(path))
+
+
+def test_the_number_of_gpus_goes_into_the_sites_option() -> None:
+    assert Site().gpu_option(4) == ("gpus-per-node", "4")
+    assert Site(gpus="gres=gpu:a100:{gpus},nvme:900").gpu_option(2) == ("gres", "gpu:a100:2,nvme:900")
+
+
+@pytest.fixture
+def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """submit.py --dry-run with these flags; returns the script."""
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path / "root"))
+
+    def run(*flags: str) -> str:
+        assert submit.main([*flags, "--name", "run", "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_site_without_partition_and_with_preemption_by_comment(dry_run: Callable[..., str]) -> None:
+    found = options(dry_run("--profile", "nyu-torch", "--account", "mine", "--gpus-per-node", "4"))
+    assert "partition" not in found and "gpus-per-node" not in found
+    assert found["comment"] == "preemption=yes;requeue=true"
+    assert (found["account"], found["gres"], found["ntasks-per-node"]) == ("mine", "gpu:4", "4")
+
+
+def test_a_site_with_accounts_and_gpus_of_a_type_by_gres(dry_run: Callable[..., str]) -> None:
+    found = options(dry_run("--profile", "csc-roihu", "--account", "project_1", "--gpus-per-node", "4"))
+    assert (found["account"], found["partition"], found["gres"]) == ("project_1", "gpumedium", "gpu:gh200:4")
+    assert found["cpus-per-task"] == "72" and "gpus-per-node" not in found
+    without = options(dry_run("--profile", "csc-roihu", "--set", "train.device=cpu"))
+    assert "gres" not in without
+
+
+def test_a_site_with_modules_and_a_container(
+    dry_run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = dry_run("--profile", "lumi", "--account", "project_1", "--gpus-per-node", "8")
+    found = options(script)
+    assert (found["partition"], found["gpus-per-node"], found["mem-per-gpu"]) == ("standard-g", "8", "60G")
+    assert script.index("module load lumi-aif-singularity-bindings") < script.index("srun ")
+    words = run_with_stub_srun(f"module() {{ :; }}\nUSER=me\n{script}", tmp_path)
+    container = words[words.index("singularity") :]
+    assert container[1] == "run" and container[2].endswith(".sif")
+    assert container[3] == "/scratch/project_465001234/me/cifar_hpc-env/bin/python"
+    assert container[4:6] == ["-u", "-m"]
+
+
+def test_a_command_with_arguments_and_quotes_runs_python(dry_run: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("""python: apptainer exec --nv --bind '/my data' "$HOME/x y.sif" python3\n""")
+    words = run_with_stub_srun(f"HOME=/home/me\n{dry_run('--profile', str(path))}", tmp_path)
+    begin = words.index("apptainer")
+    assert words[begin : begin + 7] == [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        "/my data",
+        "/home/me/x y.sif",
+        "python3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("nvme:100", "gpu:gh200:4,nvme:100"),
+        ("gpu:4,nvme:100", "gpu:4,nvme:100"),
+        ("shard:2", "shard:2"),
+        ("none", "none"),
+    ],
+)
+def test_gres_given_by_hand_stands_beside_the_sites_gpus(
+    dry_run: Callable[..., str], given: str, expected: str
+) -> None:
+    flags = ("--account", "project_1", "--gpus-per-node", "4", "--sbatch", f"gres={given}")
+    assert options(dry_run("--profile", "csc-roihu", *flags))["gres"] == expected
+
+
+def test_an_option_given_by_hand_takes_the_place_of_the_sites(dry_run: Callable[..., str]) -> None:
+    found = options(dry_run("--profile", "nyu-torch", "--sbatch", "gres=gpu:h200:2", "--gpus-per-node", "2"))
+    assert found["gres"] == "gpu:h200:2"

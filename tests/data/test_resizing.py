@@ -1,0 +1,133 @@
+"""Progressive resizing: its sizes, its pixels against torchvision, and what training and evaluation make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as V
+from helpers import tiny_engine, tiny_spec
+from torch import Tensor
+
+from cifar_hpc.config.schedule import epochs_left, training_size
+from cifar_hpc.data.augment.mixing import resize
+from cifar_hpc.errors import SpecError
+from cifar_hpc.tensorfile import digest
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.evaluation import evaluate
+
+
+def sizes(epochs: int, **keys: Any) -> list[int]:
+    spec = tiny_spec(resizing={"initial": 16, **keys}, train={"epochs": epochs})
+    return [training_size(spec, epoch) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "keys", "expected"),
+    [
+        (10, {}, [16] * 5 + [20, 24, 28, 32, 32]),
+        (10, {"delay": 0.3, "finetune": 0.3}, [16] * 3 + [20, 24, 28, 32] + [32] * 3),
+        (10, {"increment": 8}, [16] * 5 + [24, 24, 32, 32, 32]),
+        (10, {"delay": 0.8}, [16] * 8 + [32] * 2),
+        (10, {"delay": 0, "finetune": 1}, [32] * 10),
+        (10, {"delay": 1, "finetune": 0}, [16] * 9 + [32]),
+        (3, {}, [16, 24, 32]),
+        (1, {}, [32]),
+        (4, {"initial": 27, "increment": 4}, [27, 27, 31, 32]),
+        (3, {"initial": 32}, [32] * 3),
+        (3, {"initial": None}, [32] * 3),
+    ],
+)
+def test_sizes(epochs: int, keys: dict[str, Any], expected: list[int]) -> None:
+    assert sizes(epochs, **keys) == expected
+
+
+def test_shares_of_the_epochs_are_not_cut_by_floating_point() -> None:
+    assert 0.29 * 100 < 29
+    assert sizes(100, delay=0.29, finetune=0.71) == [16] * 29 + [32] * 71
+
+
+def test_the_epochs_left_count_by_their_pixels() -> None:
+    spec = tiny_spec(resizing={"initial": 16}, train={"epochs": 4})  # 16, 16, 24, 32
+    small, larger, whole = 16**2, 24**2, 32**2
+    assert epochs_left(spec, 0) == 2 + (larger + whole) / small
+    assert epochs_left(spec, 1.25) == 0.75 + (larger + whole) / small
+    assert epochs_left(spec, 2.5) == 0.5 + whole / larger
+    assert [epochs_left(spec, done) for done in (3, 3.75, 4, 5)] == [1, 0.25, 0, 0]
+    assert epochs_left(tiny_spec(train={"epochs": 4}), 1.5) == 2.5
+
+
+def images(count: int = 7) -> Tensor:
+    noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return noise.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [4, 16, 20, 23, 28])
+def test_pixels_are_torchvisions(size: int) -> None:
+    expected = V.resize(images().contiguous(), [size, size], antialias=True)
+    small = resize(images(), size)
+    torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-6)
+    assert small.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [16, 20, 28])
+def test_an_image_does_not_depend_on_its_batch(size: int) -> None:
+    alone = torch.cat([resize(images()[n : n + 1], size) for n in range(7)])
+    assert torch.equal(resize(images(), size), alone)
+
+
+def test_whole_images_are_left_as_they_are() -> None:
+    whole = images()
+    assert resize(whole, 32) is whole
+
+
+def seen(engine: Engine, epoch: int) -> torch.Size:
+    shapes = []
+    hook = engine.model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    engine.step(epoch, 0, 0, torch.arange(32))
+    hook.remove()
+    assert len(set(shapes)) == 1
+    return shapes[0]
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_training_sees_images_of_the_epochs_size(mixing: dict[str, float]) -> None:
+    engine = tiny_engine(tiny_spec(resizing={"initial": 16}, mixing=mixing, train={"epochs": 4}))
+    assert [tuple(seen(engine, epoch)[1:]) for epoch in range(4)] == [(3, s, s) for s in (16, 16, 24, 32)]
+
+
+def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smaller() -> None:
+    engine = tiny_engine(
+        tiny_spec(resizing={"initial": 16}, lookahead={"enabled": False, "bn_batches": 2}, train={"epochs": 2})
+    )
+    for step in range(4):
+        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    running = digest(engine.buffers())
+    shapes = []
+    hook = engine.model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[-1]))
+    first, last = (evaluate(engine, epoch, lambda text: False) for epoch in (0, 1))
+    hook.remove()
+    assert first is not None and last is not None
+    assert set(shapes) == {32}
+    assert digest(engine.buffers()) == running == digest(last.buffers)
+    assert digest(first.buffers) != running
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"resizing": {"delay": 0.9}}, r"resizing\.delay: 0\.9 and resizing\.finetune: 0\.2 are more than all epochs"),
+        ({"resizing": {"initial": 33}}, r"resizing\.initial: 33 is not allowed; allowed: an integer >= 4 and <= 32"),
+        (
+            {
+                "resizing": {"initial": 4},
+                "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "widths": [64] * 3},
+            },
+            r"model\.widths: 3 layers are not allowed; allowed: at most 2.*4x4 pixels.*HINT: give resizing\.initial",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        tiny_spec(**sections)

@@ -1,0 +1,240 @@
+"""TrivialAugmentWide against torchvision, operation by operation, and the distribution of its choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, TrivialAugmentWide
+from torchvision.transforms.autoaugment import _apply_op
+
+from cifar_hpc.data.augment import trivial as T
+from cifar_hpc.data.augment import trivial_tables
+from cifar_hpc.data.augment.trivial import _pixels_below, _places_when_sorted
+from cifar_hpc.data.augment.trivial_tables import magnitudes
+from cifar_hpc.randomness import Stream, mix, uniform
+
+REFERENCE = TrivialAugmentWide()
+SPACE = REFERENCE._augmentation_space(trivial_tables.BINS)
+NAMES = dict(zip(trivial_tables.Operation, SPACE, strict=True))
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny operations on many threads crawl when the machine is busy."""
+    torch.set_num_threads(1)  # conftest sets it back
+
+
+def draws_for(count: int, seed: int = 0) -> Tensor:
+    return uniform(mix(seed, Stream.AUGMENT), torch.arange(count), T.TRIVIAL_DRAWS)
+
+
+def random_images(count: int) -> Tensor:
+    """Noise, smooth pictures, few levels, a narrow range, and channels of one or two levels, in turn."""
+    noise = (uniform(mix(1, 99), torch.arange(count), 3072) * 256).to(torch.uint8).view(count, 3, 32, 32)
+    coarse = noise[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    flat = noise[:, :, :1, :1].repeat(1, 1, 32, 32)
+    two = flat.clone()
+    two[:, :, 10:12] = 255
+    kinds = [noise, coarse, coarse // 2 + 60, noise // 64 * 64, noise % 4 + 100, flat, two]
+    images = torch.stack(kinds, dim=1).flatten(0, 1)[:count]
+    images[::5, :, 28:] = 255  # no zeros there: a wrong border cannot hide
+    return images
+
+
+def choices(operation: trivial_tables.Operation, magnitude_bin: int, negative: bool, count: int) -> T.Choices:
+    return T.Choices(
+        torch.full((count,), int(operation)), torch.full((count,), magnitude_bin), torch.full((count,), negative)
+    )
+
+
+def cases(operation: trivial_tables.Operation) -> Iterator[tuple[int, bool, float]]:
+    """Every bin, sign and magnitude of an operation, as torchvision has them."""
+    values, signed = SPACE[NAMES[operation]]
+    for number, magnitude in enumerate(values.tolist() if values.ndim else [0.0]):
+        for negative in (False, True) if signed else (False,):
+            yield number, negative, -float(magnitude) if negative else float(magnitude)
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of a GPU, which does every operation on every sample."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("operation", trivial_tables.Operation)
+def test_every_operation_has_torchvisions_magnitudes(operation: trivial_tables.Operation) -> None:
+    values, signed = SPACE[NAMES[operation]]
+    assert NAMES[operation].lower() == operation.name.replace("_", "").lower()
+    assert magnitudes(operation) == (values.tolist() if values.ndim else [0.0] * trivial_tables.BINS)
+    assert (values.ndim > 0) == (trivial_tables.Operation.SHEAR_X <= operation <= trivial_tables.Operation.SOLARIZE)
+    assert signed == (trivial_tables.Operation.SHEAR_X <= operation <= trivial_tables.Operation.SHARPNESS)
+
+
+@pytest.mark.parametrize("operation", trivial_tables.Operation)
+def test_every_case_equals_torchvisions(operation: trivial_tables.Operation) -> None:
+    images, differing, changed = random_images(42), 0, 0
+    for number, negative, magnitude in cases(operation):
+        expected = _apply_op(images, NAMES[operation], magnitude, InterpolationMode.NEAREST, None)
+        got = T.apply_choices(images, choices(operation, number, negative, len(images)))
+        differing += int((got != expected).sum())
+        changed += int((got != images).sum())
+    assert differing == 0
+    assert (changed > 0) == (operation is not trivial_tables.Operation.IDENTITY)
+
+
+def test_a_batch_equals_torchvisions_transform_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, chosen = random_images(600), T.sample_choices(draws_for(600))
+    got = T.apply_choices(images, chosen)
+    for n, (operation, magnitude_bin, negative) in enumerate(zip(*(c.tolist() for c in chosen), strict=True)):
+        asked = iter([operation, magnitude_bin, int(negative)])
+        monkeypatch.setattr(torch, "randint", lambda *_, asked=asked, **__: torch.tensor([next(asked)]))
+        assert torch.equal(got[n], REFERENCE(images[n])), trivial_tables.Operation(operation)
+
+
+def test_augmenting_is_sampling_and_applying() -> None:
+    images, draws = random_images(100), draws_for(100)
+    before = images.clone()
+    got = T.trivial_augment(images, draws)
+    assert torch.equal(got, T.apply_choices(images, T.sample_choices(draws)))
+    assert got.dtype == torch.uint8 and got.is_contiguous() and torch.equal(images, before)
+    got.zero_()
+    assert torch.equal(images, before)
+    assert T.trivial_augment(images[:0], draws[:0]).shape == (0, 3, 32, 32)
+
+
+def test_the_memory_format_of_the_images_does_not_matter() -> None:
+    images, draws = random_images(100), draws_for(100)
+    other = images.to(memory_format=torch.channels_last)
+    assert torch.equal(T.trivial_augment(other, draws), T.trivial_augment(images, draws))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 64, 199])
+def test_results_do_not_depend_on_the_split_of_a_batch(cut: int) -> None:
+    images, draws = random_images(200), draws_for(200)
+    whole = T.trivial_augment(images, draws)
+    parts = [T.trivial_augment(images[s], draws[s]) for s in (slice(None, cut), slice(cut, None))]
+    assert torch.equal(torch.cat(parts), whole)
+    order = torch.arange(200).flip(0)
+    assert torch.equal(T.trivial_augment(images[order], draws[order]), whole[order])
+
+
+@pytest.mark.parametrize("cut", [1, 77])
+def test_results_at_once_do_not_depend_on_the_split_either(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, draws = random_images(200), draws_for(200)
+    whole = T.trivial_augment(images, draws)
+    at_once(monkeypatch)
+    parts = [T.trivial_augment(images[s], draws[s]) for s in (slice(None, cut), slice(cut, None))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_sorting_by_operation_on_a_cpu_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, draws = random_images(1000), draws_for(1000)
+    in_groups = T.trivial_augment(images, draws)
+    at_once(monkeypatch)
+    assert torch.equal(T.trivial_augment(images, draws), in_groups)
+
+
+def test_counting_and_sorting_find_the_same_places() -> None:
+    channels = random_images(70).flatten(0, 1).flatten(1)
+    assert torch.equal(_pixels_below(channels), _places_when_sorted(channels))
+
+
+def test_results_do_not_depend_on_threads_or_global_randomness() -> None:
+    images, draws = random_images(200), draws_for(200)
+    torch.manual_seed(0)
+    one, state = T.trivial_augment(images, draws), torch.get_rng_state()
+    torch.set_num_threads(3)
+    torch.manual_seed(1)
+    assert torch.equal(T.trivial_augment(images, draws), one)
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_depends_on_data() -> None:
+    """Meta tensors have no data: .item(), nonzero() and boolean indexing raise."""
+    samples = torch.empty(8, dtype=torch.int64, device="meta")
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
+    got = T.trivial_augment(images, uniform(1, samples, T.TRIVIAL_DRAWS))
+    assert got.shape == images.shape and got.dtype == torch.uint8 and got.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_gives_the_same_bits_without_waiting(device: str) -> None:
+    images, draws = random_images(2000), draws_for(2000)
+    there, draws_there = images.to(device), draws.to(device)
+    T.trivial_augment(there, draws_there)  # copies the tables
+    torch.use_deterministic_algorithms(True)  # conftest sets it back
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = T.trivial_augment(there, draws_there)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got.cpu(), T.trivial_augment(images, draws))
+
+
+# Distributions. All draws are fixed, so each of these either always passes or always fails.
+COUNT = 60_000
+
+
+def chi_square(values: Tensor, cells: int) -> float:
+    """Statistic of int64 values in [0, cells) against the uniform distribution, in standard deviations."""
+    counts = torch.bincount(values, minlength=cells).double()
+    assert len(counts) == cells
+    expected = len(values) / cells
+    return (float(((counts - expected) ** 2 / expected).sum()) - (cells - 1)) / math.sqrt(2 * (cells - 1))
+
+
+def test_all_operations_are_equally_likely() -> None:
+    assert abs(chi_square(T.sample_choices(draws_for(COUNT)).operation, len(trivial_tables.Operation))) < 4
+
+
+def test_bins_and_signs_are_equally_likely_where_torchvision_draws_them() -> None:
+    chosen = T.sample_choices(draws_for(COUNT))
+    for operation in trivial_tables.Operation:
+        values, signed = SPACE[NAMES[operation]]
+        own = chosen.operation == operation
+        bins, negative = chosen.magnitude_bin[own], chosen.negative[own]
+        if values.ndim:
+            assert abs(chi_square(bins, trivial_tables.BINS)) < 4, operation
+        else:
+            assert not bins.any()
+        if signed:
+            assert abs(chi_square(bins * 2 + negative.long(), 2 * trivial_tables.BINS)) < 4, operation
+            assert abs(chi_square(negative.long(), 2)) < 4, operation
+        else:
+            assert not negative.any()
+
+
+def test_choices_do_not_depend_on_one_another() -> None:
+    chosen = T.sample_choices(draws_for(COUNT))
+    both = (chosen.operation >= trivial_tables.Operation.SHEAR_X) & (
+        chosen.operation <= trivial_tables.Operation.SHARPNESS
+    )
+    correlation = torch.corrcoef(torch.stack([c[both].double() for c in chosen]))
+    assert float((correlation - torch.eye(3)).abs().max()) < 4.5 / math.sqrt(int(both.sum()))
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_extreme_draws_stay_in_range(draw: float) -> None:
+    last = draw > 0
+    signed = torch.tensor([[9.5 / 14, draw, draw], [11.5 / 14, draw, draw], [draw, draw, draw]])
+    chosen = T.sample_choices(signed)
+    assert chosen.operation.tolist() == [9, 11, 13 if last else 0]
+    assert chosen.magnitude_bin.tolist() == [30, 30, 0] if last else [0, 0, 0]
+    assert chosen.negative.tolist() == [not last, False, False]
+
+
+def test_bad_arguments_are_refused() -> None:
+    images, draws = random_images(2), draws_for(2)
+    for wrong in (images.float(), images[:, :1], images[0]):
+        with pytest.raises(ValueError, match="uint8"):
+            T.trivial_augment(wrong, draws)
+    for wrong in (draws[:, 1:], draws.double(), draws[0]):
+        with pytest.raises(ValueError, match="draws"):
+            T.trivial_augment(images, wrong)

@@ -1,0 +1,198 @@
+"""A sweep on this machine: how many points run at once, with stand-ins for them, and a real one, told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import end_processes
+
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import RunBusyError, SchedulerError
+from cifar_hpc.launch import executors as launcher
+from cifar_hpc.launch import local_sweep
+from cifar_hpc.launch import submit as submission
+from cifar_hpc.runs import lock as run_lock
+from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.frozen_spec import freeze
+from cifar_hpc.runs.lock import RunLock
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
+
+PROJECT = Path(__file__).resolve().parents[2]
+PATIENCE_SECONDS = 180  # only bounds how long a hang lasts
+ENDLESS = """
+model: {width_multiplier: 0.0625, blocks: [1, 1, 1]}
+train: {epochs: 100000, batch_size: 32, cpu_threads: 1, amp: fp32, device: cpu}
+data: {source: synthetic, train_size: 64, test_size: 20}
+lookahead: {bn_batches: 1}
+resources: {gpus_per_node: 0}
+sweep: {seeds: 3}
+"""
+
+
+class StandIns:
+    """Points that end by themselves a moment after they were started, or when they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[str] = []
+        self.alive: dict[str, int] = {}
+        self.most, self.told = 0, []  # type: int, list[int]
+        self.endless = False
+        monkeypatch.setattr(launcher, "submit_local", self.start)
+        monkeypatch.setattr(run_lock, "local_controller", lambda run: self.alive.get(run.name))
+        monkeypatch.setattr(local_sweep.os, "kill", self.kill)
+        monkeypatch.setattr(local_sweep.time, "sleep", self.sleep)
+        monkeypatch.setattr(local_sweep.signal, "signal", lambda number, handler: None)
+        self.at_sleep: Callable[[], None] = lambda: None
+
+    def start(self, run: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
+        self.started.append(run.name)
+        self.alive[run.name] = 1000 + len(self.started)
+        self.most = max(self.most, len(self.alive))
+        return str(self.alive[run.name])
+
+    def kill(self, pid: int, number: int) -> None:
+        assert number == signal.SIGTERM
+        self.told.append(pid)
+        self.alive = {name: p for name, p in self.alive.items() if p != pid}
+
+    def sleep(self, seconds: float) -> None:
+        self.at_sleep()
+        if not self.endless and self.alive:
+            self.alive.pop(next(iter(self.alive)))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    return StandIns(monkeypatch)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> SweepPaths:
+    """A submission of five frozen points."""
+    paths = SweepPaths(tmp_path, "job", 1)
+    paths.create()
+    names = [f"job-{i}" for i in range(5)]
+    for name in names:
+        run = RunPaths(tmp_path, name)
+        run.create()
+        freeze(run, Spec())
+    write_points(paths, names)
+    return paths
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 9])
+def test_at_most_so_many_at_once_and_all_in_the_end(sweep: SweepPaths, stand_ins: StandIns, parallel: int) -> None:
+    local_sweep.Controller(sweep, parallel, "submit.py sweep.yaml").run()
+    assert stand_ins.started == [f"job-{i}" for i in range(5)]
+    assert stand_ins.most == min(parallel, 5)
+    local_sweep.check_none(sweep)  # the lock is free again
+
+
+def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
+    sweep: SweepPaths, stand_ins: StandIns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [RunPaths(sweep.root, f"job-{i}") for i in range(5)]
+    append_event(runs[0].events, "finished", job_id="1", restart=0, world_size=1, epoch=Spec().train.epochs)
+    lock = RunLock(runs[1].lock)
+    lock.acquire({"job_id": "7", "pid": 1, "host": "n1"})
+    runs[2].spec.unlink()
+    local_sweep.Controller(sweep, 2, "submit.py sweep.yaml").run()
+    lock.release()
+    assert stand_ins.started == ["job-3", "job-4"]
+    said = capsys.readouterr().out
+    assert "job-1: not started: run job-1 is being trained by job 7" in said and "job-2: not started" in said
+
+
+def test_told_to_stop_it_tells_its_points_once_and_starts_no_more(sweep: SweepPaths, stand_ins: StandIns) -> None:
+    controller = local_sweep.Controller(sweep, 2, "submit.py sweep.yaml")
+    stand_ins.endless = True
+    stand_ins.at_sleep = lambda: controller._stop(signal.SIGTERM, None)
+    controller.run()
+    assert stand_ins.started == ["job-0", "job-1"] and sorted(stand_ins.told) == [1001, 1002]
+
+
+def test_one_controller_of_a_sweep_at_a_time(sweep: SweepPaths) -> None:
+    lock = RunLock(sweep.sweep / "local.lock")
+    lock.acquire({"pid": 4242, "host": "n1"})
+    with pytest.raises(RunBusyError, match="sweep job is being run by process 4242 on n1"):
+        local_sweep.check_none(sweep)
+    lock.release()
+
+
+def test_a_controller_that_does_not_start_says_why(sweep: SweepPaths, tmp_path: Path) -> None:
+    with pytest.raises(SchedulerError, match=r"did not start: .*No module named .*cifar_hpc"):
+        local_sweep.start(sweep, tmp_path, 1)  # where there is no snapshot
+
+
+class Local:
+    """A root of its own for a sweep of endless runs on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.job = root, root / "endless.yaml"
+        self.job.write_text(ENDLESS)
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        self.env = outside | {"CIFAR_HPC_ROOT": str(root)}
+
+    def command(self, *arguments: str, expect: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=PROJECT, env=self.env, capture_output=True, text=True,
+            timeout=PATIENCE_SECONDS, check=False,
+        )  # fmt: skip
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, expect: int = 0) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(
+            self.command("submit.py", str(self.job), "--cluster", "local", "--json", expect=expect)
+        )
+        return answer
+
+    def events(self, run: str) -> list[str]:
+        return [e["event"] for e in read_jsonl(RunPaths(self.root, run).events)]
+
+    def wait(self, what: str, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, f"waited in vain for {what}"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    try:
+        yield Local(tmp_path)
+    finally:
+        end_processes(tmp_path)
+
+
+def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) -> None:
+    answer = local.submit()
+    first, second, third = (p["run"] for p in answer["points"])
+    assert answer["cancel"] == f"kill {answer['job_id']}"
+    local.wait("the first point", lambda: "started" in local.events(first))
+    assert f"being run by process {answer['job_id']}" in local.submit(expect=4)["error"]
+
+    assert local.events(second) == []
+    local.command("-m", "cifar_hpc", "cancel", first)
+    local.wait("the second point", lambda: "started" in local.events(second))
+    assert local.events(first)[-1] in ("left", "cancelled")
+
+    os.kill(int(answer["job_id"]), signal.SIGTERM)
+    local.wait("the end of the second", lambda: "left" in local.events(second))
+    local.wait("the end of the sweep", lambda: not Path(f"/proc/{answer['job_id']}/cmdline").exists())
+    assert local.events(third) == []
+    submitted = read_jsonl(RunPaths(local.root, second).events)[0]
+    (code,) = SweepPaths(local.root, "endless", 1).code.iterdir()
+    assert (submitted["event"], submitted["scheduler"], submitted["code"]) == ("submitted", "local", code.name)
+    assert submitted["command"] == f"submit.py {local.job} --cluster local --json"
+    assert submission.finished_epochs(RunPaths(local.root, first)) == 0

@@ -1,0 +1,50 @@
+"""Files that tests make: class folders of images, and checkpoints of runs that were never trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.runs.metrics import metrics_text
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.store import CheckpointStore
+
+BEST_EPOCHS = (1, 3)  # of epochs of 10 steps
+
+
+def state(step: int) -> dict[str, Any]:
+    """After `step` steps of a run whose epochs 1 and 3 are its best ones so far."""
+    epoch = step // 10
+    best = max((e for e in BEST_EPOCHS if e <= epoch), default=0)
+    keys = [k for k in checkpoint.REQUIRED if k != "digest"]
+    return dict.fromkeys(keys, 0) | {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "epoch": epoch,
+        "step_in_epoch": step % 10,
+        "model": torch.full((100,), step),
+        "history": metrics_text([{"epoch": e, "step": 10 * e} for e in range(1, epoch + 1)]),
+        "best": {"epoch": best, "test_accuracy": 10.0 * best},
+    }
+
+
+def save(folder: Path, *steps: int, keep: int = 9) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = CheckpointStore(folder, keep, lambda *_: None, lambda *what: pytest.fail(str(what)))
+    for step in steps:
+        writer.save(state(step), best=step in [10 * e for e in BEST_EPOCHS])
+        assert writer.wait() is None
+
+
+def write_classes(folder: Path, names: tuple[str, ...]) -> torch.Tensor:
+    """Two images of each synthetic class as PNG in folder/<class>/; returns them, uint8 [20, 3, 32, 32]."""
+    _, _, images, labels = make_synthetic(100, 20)
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        (folder / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / names[label] / f"{number:02d}.png")
+    return images

@@ -1,0 +1,219 @@
+"""One writer a run, with real processes: whoever holds the lock, and however that process ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cifar_hpc.cli import control as steer
+from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.runs.lock import RunLock, describe, holder, holder_pid, read_owner
+
+HOLD = """
+import sys
+from pathlib import Path
+from cifar_hpc.runs.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire({"job_id": "17", "host": "node1", "pid": 4242})
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+print("released", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> subprocess.Popen[str]:
+    """Another process, which holds the lock until it reads a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process  # type: ignore[misc]
+        process.kill()
+
+
+def test_a_second_holder_is_refused_and_told_who(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    path = tmp_path / "run.lock"
+    with pytest.raises(RunBusyError, match=r"run\.lock: .*job 17 \(pid 4242 on node1\)") as caught:
+        RunLock(path).acquire({})
+    assert caught.value.exit_code == 4
+    assert holder(path) == read_owner(path) == {"job_id": "17", "host": "node1", "pid": 4242}
+
+
+def test_release_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    assert other.stdin is not None
+    assert other.stdout is not None
+    other.stdin.write("go\n")
+    other.stdin.flush()
+    assert other.stdout.readline() == "released\n"
+    mine = RunLock(tmp_path / "run.lock")
+    mine.acquire({"pid": 1})
+    assert holder(mine.path) == read_owner(mine.path) == {"pid": 1}  # nothing is left of the longer text before
+    mine.release()
+    assert holder(mine.path) is None
+
+
+def test_sigkill_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    path = tmp_path / "run.lock"
+    assert holder(path) is None
+    assert read_owner(path)["pid"] == 4242  # the last one, for messages only
+    mine = RunLock(path)
+    mine.acquire({})
+    mine.release()
+
+
+def test_patience_waits_for_a_dying_holder(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    os.kill(other.pid, signal.SIGTERM)  # it may or may not be gone when we ask
+    mine = RunLock(tmp_path / "run.lock")
+    mine.acquire({"pid": 1}, patience_seconds=60)
+    mine.release()
+
+
+def test_two_locks_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path / "new" / "run.lock"), RunLock(tmp_path / "new" / "run.lock")
+    first.acquire({})
+    with pytest.raises(RunBusyError):
+        second.acquire({})
+    first.release()
+    first.release()  # twice is fine
+    second.acquire({})
+    second.release()
+
+
+def test_no_holder_of_a_lock_that_is_not_there(tmp_path: Path) -> None:
+    assert holder(tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"pid": 1', "\0"])
+def test_a_damaged_owner_is_unknown(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(content)
+    assert describe(read_owner(path)) == "a process outside any job (pid ? on ?)"
+
+
+def test_two_who_look_at_once_see_no_holder(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.touch()
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as somebody does who looks just now
+        assert holder(path) is None
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("cifar_hpc.runs.lock.fcntl.flock", flock)
+    RunLock(tmp_path / "run.lock").acquire({"job_id": "1"})
+    assert holder(tmp_path / "run.lock") is None
+
+
+def planted_link(path: Path) -> None:
+    (path.parent / "victim").write_text("precious")
+    path.symlink_to(path.parent / "victim")
+
+
+def planted_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("plant", "what"),
+    [
+        (planted_link, "link"),
+        (os.mkfifo, "FIFO"),
+        (os.mkdir, "directory"),
+        (planted_socket, "No such device"),
+    ],
+)
+def test_only_a_regular_file_is_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], None], what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    path = Path("run.lock")
+    plant(path)
+    before = path.lstat().st_mode
+    for use in (lambda: RunLock(path).acquire({"pid": 1}), lambda: holder(path)):
+        with pytest.raises(SpecError, match=rf"^run\.lock: .*({what}|link).*HINT: find out who put it there"):
+            use()
+    assert read_owner(path) == {}
+    assert path.lstat().st_mode == before
+    if path.is_symlink():
+        assert path.read_text() == "precious"
+
+
+def test_not_everybody_may_write_a_lock(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        lock = RunLock(tmp_path / "run.lock")
+        lock.acquire({})
+    finally:
+        os.umask(before)
+    lock.release()
+    assert lock.path.stat().st_mode & stat.S_IWOTH == 0
+
+
+def test_a_signal_goes_to_the_process_that_has_the_lock_and_to_no_other(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run.lock")
+    here = socket.gethostname()
+    lock.acquire({"pid": os.getpid(), "host": here})
+    assert holder_pid(lock.path) == os.getpid()
+    # kill(-1) is every process of the user, kill(0) the caller's group; the last one is ours but has no lock.
+    for pid in (-1, 0, 1, True, "7", None, 1.5, 2**40, os.getppid()):
+        lock.path.write_text(json.dumps({"pid": pid, "host": here}))
+        assert holder_pid(lock.path) is None
+    lock.path.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
+    assert holder_pid(lock.path) is None
+    lock.path.write_text(json.dumps({"pid": os.getpid(), "host": here}))
+    lock.release()
+    assert holder_pid(lock.path) is None
+
+
+def test_a_full_disk_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(descriptor: int, content: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cifar_hpc.runs.lock.os.pwrite", pwrite)
+    lock = RunLock(tmp_path / "run.lock")
+    lock.acquire({})
+    assert holder(lock.path) == {}
+    lock.release()
+
+
+@pytest.mark.parametrize("command", [steer.cancel, steer.requeue])
+def test_a_planted_lock_brings_no_other_process_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[str], int]
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    monkeypatch.setattr("cifar_hpc.slurm.client.shutil.which", lambda name: None)
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as victim:
+        lock = RunLock(tmp_path / "logs" / "run" / "run.lock")
+        lock.acquire({"pid": victim.pid, "host": socket.gethostname()})
+        with pytest.raises(SpecError, match="no process here"):
+            command("run")
+        lock.release()
+        assert victim.poll() is None
+        victim.kill()

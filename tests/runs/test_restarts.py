@@ -1,0 +1,84 @@
+"""What restarts have cost, from events."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from cifar_hpc.runs.history import Restarts, restarts_of
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def at(second: float, event: str, **details: Any) -> dict[str, Any]:
+    return {"time": (BEGIN + timedelta(seconds=second)).isoformat(), "event": event} | details
+
+
+def test_a_stop_with_a_warning_costs_the_time_until_the_next_start() -> None:
+    events = [
+        at(0, "submitted"),
+        at(60, "started"),
+        at(100, "checkpoint"),
+        at(160, "signal"),
+        at(161, "checkpoint"),
+        at(162, "requeued", reason="preemption"),
+        at(300, "resumed"),
+        at(400, "checkpoint"),
+    ]
+    assert restarts_of(events) == Restarts({"preemption": 1}, lost_seconds=138.0, up_seconds=102.0 + 100.0)
+
+
+def test_a_start_that_was_killed_loses_what_came_after_its_last_checkpoint() -> None:
+    events = [at(0, "started"), at(50, "checkpoint"), at(90, "evaluated"), at(200, "resumed")]
+    assert restarts_of(events) == Restarts({"killed": 1}, lost_seconds=150.0, up_seconds=50.0)
+    assert restarts_of([at(0, "started"), at(200, "resumed")]).lost_seconds == 200.0
+
+
+def test_what_passes_before_a_person_submits_again_is_no_loss() -> None:
+    events = [
+        at(0, "started"),
+        at(50, "cancelled"),
+        at(51, "left", reason="ended"),
+        at(3000, "submitted"),
+        at(3600, "resumed"),
+        at(3700, "finished"),
+    ]
+    assert restarts_of(events) == Restarts({"submitted": 1}, lost_seconds=0.0, up_seconds=151.0)
+
+
+@pytest.mark.parametrize(
+    ("between", "cause"),
+    [
+        ([at(5, "requeued", reason="timeout")], "timeout"),
+        ([at(5, "left", reason="preemption")], "preemption"),  # Slurm requeues by itself
+        ([at(5, "left", reason="ended")], "killed"),  # a node that goes
+        ([at(5, "failed"), at(6, "requeued", reason="failure")], "failure"),
+        ([at(5, "hang")], "failure"),
+        ([at(5, "requeued", reason="preemption"), at(6, "submitted")], "submitted"),
+        ([at(5, "submitted"), at(6, "left", reason="preemption")], "submitted"),
+        ([at(5, "holding", reason="unknown")], "preemption"),  # without scontrol, as in a container
+        ([at(5, "requeued", reason="timeout"), at(6, "requeue_failed"), at(7, "holding", reason="timeout")], "timeout"),
+        ([at(5, "holding", reason="unknown"), at(6, "requeued", reason="timeout")], "timeout"),
+        ([], "killed"),
+    ],
+)
+def test_causes(between: list[dict[str, Any]], cause: str) -> None:
+    assert restarts_of([at(0, "started"), *between, at(9, "resumed")]).causes == {cause: 1}
+
+
+def test_a_run_that_never_came_back_has_no_restarts() -> None:
+    assert restarts_of([]) == Restarts()
+    assert restarts_of([at(0, "submitted"), at(1, "checkpoint"), at(5, "started")]) == Restarts()
+
+
+@pytest.mark.parametrize("time", [None, 7, "yesterday", "2026-01-01T00:00:00", [1]])
+def test_times_that_are_none_cost_nothing(time: Any) -> None:
+    events = [at(0, "started"), {"event": "requeued", "reason": ["x"], "time": time}, at(9, "resumed")]
+    assert restarts_of(events) == Restarts({"['x']": 1}, 0.0, 0.0)
+
+
+def test_a_clock_that_was_set_back_costs_nothing() -> None:
+    events = [at(100, "started"), at(50, "requeued", reason="preemption"), at(20, "resumed")]
+    assert restarts_of(events) == Restarts({"preemption": 1}, 0.0, 0.0)

@@ -1,0 +1,244 @@
+"""Reading what Slurm's commands print."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cifar_hpc.cli import control as steer
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.slurm import client as slurm
+
+SHOWN = (
+    "JobId=5 JobName=my run UserId=me(1) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 "
+    "EndTime=2026-01-01T10:00:00 PreemptTime=None Comment=a=b c Command=/x y/z.sh \n"
+)
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_job_fields(fake: Path) -> None:
+    (fake / "shown").write_text(SHOWN)
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    fields = slurm.job_fields("5")
+    assert fields["JobState"] == "RUNNING" and fields["Restarts"] == "2" and fields["JobName"] == "my run"
+    assert fields["EndTime"] == "2026-01-01T10:00:00" and fields["Command"] == "/x y/z.sh"
+
+
+def test_fields_in_a_comment_are_none_of_the_job(fake: Path) -> None:
+    (fake / "shown").write_text("JobId=5 JobState=RUNNING Restarts=2 Comment=x JobState=FAILED Restarts=9 WorkDir=/a b")
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    fields = slurm.job_fields("5")
+    assert (fields["JobState"], fields["Restarts"], fields["WorkDir"]) == ("RUNNING", "2", "/a b")
+
+
+def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    program(fake, "squeue", f"echo \"$@\" > '{fake}/asked'")
+    assert run_queue.queue(fake) == {}
+    assert f"--user {os.getuid()} " in (fake / "asked").read_text()
+
+
+def test_queue(fake: Path) -> None:
+    lines = [
+        f"7|a-1|PENDING|Priority|N/A||gpu|(null)|{fake}/logs/a-1/code/1f",
+        f"8|b|RUNNING|None|2026-01-01T00:00:00|n[1-2]|gpu|(null)|{fake}/logs/b/code/2e",
+        "9|c|RUNNING|None|N/A|n1|gpu|(null)|/another/clone/logs/c/code/2e",
+    ]
+    program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    jobs = run_queue.queue(fake)
+    assert list(jobs) == ["a-1", "b"]
+    first = jobs["a-1"]
+    assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
+    assert (jobs["b"].nodes, jobs["b"].partition, jobs["b"].dependency) == ("n[1-2]", "gpu", "(null)")
+
+
+WAITING = slurm.QueuedJob("9", "a", "PENDING", "Priority", "N/A", "", "gpu,long", "(null)", "/a")
+QUEUE = (
+    "12|900|Priority",  # came later, and goes first
+    "8|500|Resources",
+    "9|500|Priority",
+    "10|500|Priority",
+    "7_1|500|JobArrayTaskLimit",
+    "7_2|500|JobArrayTaskLimit",
+    "5|900|Dependency",
+    "6|0|JobHeldUser",
+    "4|900|BeginTime",
+    "3|400|Priority",
+    "no line of ours",
+)
+
+
+def test_jobs_ahead(fake: Path) -> None:
+    lines = "\n".join(f"echo '{line}'" for line in QUEUE)
+    program(fake, "squeue", f"echo \"$@\" >> '{fake}/asked'\n{lines}")
+    assert slurm.jobs_ahead(WAITING) == 4  # 12, 8 and both tasks
+    (call,) = asked(fake)
+    assert "--states=PENDING --partition=gpu,long" in call
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12", reason="Resources")) == 0
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12")) is None  # those that go first are not shown
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="7_2")) == 2
+    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="11")) is None
+
+
+def test_a_slow_squeue_is_given_up(fake: Path) -> None:
+    program(fake, "squeue", "exec sleep 60")
+    with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
+        run_queue.queue(fake, timeout_seconds=0.2)
+    with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
+        slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
+
+
+def test_the_users_own_settings_of_the_commands_do_not_count(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["SQUEUE_STATES", "SQUEUE_FORMAT2", "SINFO_PARTITION", "SCONTROL_LOCAL", "SCANCEL_NAME"]
+    for name in (*settings, "SLURM_TIME_FORMAT", "SQUEUE_ALL", "SLURM_CONF", "SQUEUER"):
+        monkeypatch.setenv(name, "x")
+    program(fake, "squeue", "env")
+    seen = dict(line.split("=", 1) for line in slurm.command(["squeue"]).splitlines() if "=" in line)
+    assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "standard"
+    assert {seen[name] for name in ("SQUEUE_ALL", "SLURM_CONF", "SQUEUER")} == {"x"}
+    program(fake, "sbatch", "env")
+    assert "SLURM_TIME_FORMAT=x" in slurm.command(["sbatch"]).splitlines()  # a job has the user's own environment
+
+
+def test_a_folder_of_any_name_is_no_hindrance(fake: Path) -> None:
+    ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
+    program(fake, "squeue", f"printf '7|x|RUNNING|None|N/A|n1|gpu|(null)|/d\\351j\\340\\n'; echo '{ours}'")
+    assert list(run_queue.queue(fake)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "calls"),
+    [
+        ("RESV_DEL_HOLD", "ReservationDeleted", ["update", "release 7"]),
+        ("SPECIAL_EXIT", "None", ["update", "release 7"]),
+        ("REQUEUE_HOLD", "job_requeued_in_held_state", ["update", "release 7"]),
+        ("REQUEUE_FED", "None", ["update"]),
+        ("PENDING", "BeginTime", ["update"]),
+    ],
+)
+def test_requeue_releases_what_is_held(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, calls: list[str]
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
+    (fake / "logs" / "run").mkdir(parents=True)
+    program(fake, "squeue", f"echo '7|run|{state}|{reason}|N/A||gpu|(null)|{fake}/logs/run/code/1f'")
+    for name in ("scontrol", "scancel"):
+        program(fake, name, f"echo \"$@\" >> '{fake}/asked'")
+    assert steer.requeue("run") == 0
+    assert [line.partition(" jobid")[0] for line in asked(fake)] == calls
+
+
+@pytest.mark.parametrize(("then", "fails"), [("RUNNING", False), ("PENDING", True)])
+def test_requeue_of_a_job_that_starts_meanwhile(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, then: str, fails: bool
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
+    (fake / "logs" / "run").mkdir(parents=True)
+    line = f"7|run|$state|Resources|N/A||gpu|(null)|{fake}/logs/run/code/1f"
+    program(fake, "squeue", f'state=PENDING; [ ! -e {fake}/asked ] || state={then}; echo "{line}"')
+    program(fake, "scontrol", f"touch {fake}/asked; echo 'Job is no longer pending execution for job 7' >&2; exit 1")
+    if fails:
+        with pytest.raises(SchedulerError, match="no longer pending"):
+            steer.requeue("run")
+    else:
+        assert steer.requeue("run") == 0
+
+
+def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
+    program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert run_queue.queue(fake) == {}
+    program(fake, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SchedulerError, match="Unable to contact"):
+        run_queue.queue(fake)
+
+
+def test_refusals_carry_the_words(fake: Path) -> None:
+    program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
+    with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
+        slurm.requeue("9")
+
+
+def asked(fake: Path) -> list[str]:
+    """What the fake scontrol was asked."""
+    return (fake / "asked").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("delay", "fewest", "expected"),
+    [
+        (0, None, ["requeue 9"]),
+        (121, None, ["requeue 9"]),  # Slurm's own
+        (240, None, ["requeue 9", "update jobid=9 StartTime=now+240"]),
+        (0, 2, ["requeue 9", "update jobid=9 NumTasks=2"]),
+    ],
+)
+def test_requeue(fake: Path, delay: int, fewest: int | None, expected: list[str]) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
+    slurm.requeue("9", delay, fewest)
+    assert asked(fake) == expected
+
+
+def test_requeue_counts_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
+    program(fake, "scontrol", f'echo "$@" >> \'{fake}/asked\'; [ "$1" = requeue ]')
+    slurm.requeue("9", 240, 2)
+    assert len(asked(fake)) == 3
+
+
+def test_release_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
+    slurm.release("9")
+    (line,) = asked(fake)
+    match = re.fullmatch(r"update jobid=9 StartTime=now\+(\d+)", line)
+    assert match and 2 <= int(match[1]) <= 5
+
+
+def test_commands_outlive_the_signal_that_their_own_request_brings(fake: Path) -> None:
+    program(fake, "scontrol", f"kill -TERM $$; kill -USR1 $$; kill -USR2 $$; echo \"$@\" >> '{fake}/asked'")
+    slurm.requeue("9")
+    assert asked(fake) == ["requeue 9"]
+
+
+def test_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SchedulerError, match="scontrol is not on PATH"):
+        slurm.job_fields("1")
+
+
+def test_answers(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fake))
+    assert not slurm.answers()
+    program(fake, "sbatch", "exit 0")
+    program(fake, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert slurm.answers()
+    program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert not slurm.answers()
+    program(fake, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SchedulerError, match=r"does not answer.*Unable to contact"):
+        slurm.answers()
+
+
+@pytest.mark.parametrize("text", ["None", "N/A", "Unknown", "", None])
+def test_no_instant(text: str | None) -> None:
+    assert slurm.parse_instant(text) is None
+
+
+def test_instant() -> None:
+    assert slurm.parse_instant("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)

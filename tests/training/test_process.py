@@ -1,0 +1,107 @@
+"""What a start says about its own time, and what it must not spend time on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import TINY, tiny_spec
+
+from cifar_hpc.config.io import merge
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.training import exit as outcome
+from cifar_hpc.training import process as startup
+from cifar_hpc.training.context import Context
+from cifar_hpc.training.process import Launch, Stopwatch, process_age
+from cifar_hpc.training.signals import StopFlag
+
+PROJECT = Path(__file__).resolve().parents[2]
+PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
+
+
+def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 11.0, 14.0, 14.25])
+    monkeypatch.setattr(startup, "process_age", lambda: 0.5)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    watch = Stopwatch()
+    for phase in ("import", "data", "import"):
+        watch.lap(phase)
+    monkeypatch.undo()
+    assert watch.plain() == {"process": 0.5, "import": 1.25, "data": 3.0, "total": 4.75}
+    assert str(watch) == "4.8 s: process 0.5, import 1.2, data 3.0"
+    assert not watch.over
+    watch.lap(startup.FIRST_STEP)
+    assert watch.over
+
+
+def test_the_age_of_a_process_whatever_its_name() -> None:
+    code = (
+        "import time; began = time.monotonic()\n"
+        "from pathlib import Path; from cifar_hpc.training.process import process_age\n"
+        "Path('/proc/self/comm').write_text('a) b (c 1')\n"
+        "least = time.monotonic() - began; age = process_age(); print(least, age)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    least, age = (float(word) for word in done.stdout.split())
+    assert least - 0.02 <= age <= time.monotonic() - began + 0.02  # it is known to a hundredth of a second
+
+
+def test_an_unknown_age_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: "")
+    assert process_age() == 0.0
+
+
+def test_a_start_tells_its_phases_and_imports_neither_dynamo_nor_torchvision(tmp_path: Path) -> None:
+    job = tmp_path / "tiny.yaml"
+    job.write_text(yaml.safe_dump(merge(TINY, {"train": {"epochs": 1}})))
+    code = (
+        "import sys; from cifar_hpc.__main__ import main\n"
+        f"assert main(['train', {str(job)!r}, '--name', 'run', '--set', 'train.epochs=' + sys.argv[1]]) == 0\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'torchvision'} & set(sys.modules)))\n"
+    )
+    for epochs in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, epochs],
+            cwd=PROJECT,
+            env=os.environ | {"CIFAR_HPC_ROOT": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+    paths = RunPaths(tmp_path, "run")
+    events = read_jsonl(paths.events)
+    announced = [e for e in events if e["event"] in ("started", "resumed")]
+    first = [e for e in events if e["event"] == "first_step"]
+    assert [e["event"] for e in announced] == ["started", "resumed"]
+    assert [e["step"] for e in first] == [1, announced[1]["step"] + 1]
+    for ready, done_step in zip(announced, first, strict=True):
+        assert ready["startup"].keys() == PHASES | {"total"}
+        assert done_step["startup"].keys() == PHASES | {"first_step", "total"}
+        assert all(done_step["startup"][phase] == ready["startup"][phase] >= 0 for phase in PHASES)
+        for row in (ready["startup"], done_step["startup"]):
+            assert row["total"] == pytest.approx(sum(v for k, v in row.items() if k != "total"), abs=0.01)
+    lines = paths.train_log.read_text().splitlines()
+    assert (
+        sum(" ready after " in line for line in lines) == sum(" first step done after " in line for line in lines) == 2
+    )
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stop_tells_how_long_ago_the_signal_was(tmp_path: Path, told: bool) -> None:
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
+    if told:
+        context.stop.raise_flag()
+    assert outcome.stopped(context, None, True) == 128 + 15
+    (event,) = [e for e in read_jsonl(context.paths.events) if e["event"] == "signal"]
+    assert (event["seconds"] is not None) == told
+    assert not told or event["seconds"] >= 0
+    assert ("s after the signal" in context.paths.train_log.read_text()) == told

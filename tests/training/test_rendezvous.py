@@ -1,0 +1,165 @@
+"""How processes find each other, on which device they compute, and that nothing is left of them afterwards."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CPU, Ranks, tiny_spec
+
+from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.training.attempt import Job
+from cifar_hpc.training.context import Context
+from cifar_hpc.training.distributed.rank_board import Board, Report
+from cifar_hpc.training.distributed.rendezvous import connect, disconnect, resolve_device
+from cifar_hpc.training.distributed.rendezvous import meet as meet_others
+from cifar_hpc.training.process import Launch
+from cifar_hpc.training.signals import StopFlag
+
+
+def gloo_threads() -> int:
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def meet(rank: int, world: int, file: str) -> list[int]:
+    launch = Launch(rank, world, rank, None, None, Path(file))
+    store = meet_others(launch, StopFlag())
+    connect(launch, CPU, store, Board(store, rank, world), StopFlag())
+    found = [torch.zeros(1) for _ in range(world)]
+    dist.all_gather(found, torch.tensor([float(rank)]))
+    disconnect()
+    return [int(t) for t in found]
+
+
+def test_ranks_meet_through_a_file_that_is_gone_afterwards(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    # Left by an attempt that was killed: nobody listens there any more.
+    file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 1, "token": "old"}))
+    assert ranks.run(3, meet, str(file), group=False) == [[0, 1, 2]] * 3
+    assert list(file.parent.iterdir()) == []
+
+
+def told_to_stop(rank: int, world: int, file: str, who: list[int]) -> str:
+    launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
+    if rank in who:
+        stop.raise_flag()
+    try:
+        store = meet_others(launch, stop)
+        connect(launch, CPU, store, Board(store, rank, world), stop)
+    except Interrupted:
+        return "left"
+    disconnect()
+    return "met"
+
+
+@pytest.mark.parametrize("who", [[0], [2], [0, 1, 2]])
+def test_ranks_that_are_told_to_stop_before_all_have_met_leave_together(
+    ranks: Ranks, tmp_path: Path, who: list[int]
+) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    outcomes = ranks.run(3, told_to_stop, str(file), who, group=False)
+    assert len(set(outcomes)) == 1, outcomes
+    if len(who) == 3:
+        assert outcomes == ["left"] * 3
+
+
+def fails_before_it_meets(rank: int, world: int, file: str) -> str:
+    launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
+    store = meet_others(launch, stop)
+    board = Board(store, rank, world)
+    if rank == 1:
+        board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, again=False))
+        return "failed"
+    try:
+        connect(launch, CPU, store, board, stop)
+    except RanksLostError as error:
+        board.tell(f"heard/{rank}", "")
+        if rank == 0:
+            board.wait_for("heard/2")  # the store goes with rank 0, whose last words wait for the others'
+        return str(error)
+    return "met"
+
+
+def test_a_rank_that_fails_on_its_way_does_not_keep_the_others_waiting(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    heard = "rank 1 (node9) failed: no usable GPU"
+    assert ranks.run(3, fails_before_it_meets, str(file), group=False) == [heard, "failed", heard]
+
+
+def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tuple[int, int]:
+    """A whole run as one of its processes: its exit status, and how many of gloo's threads outlive it."""
+    gc.collect()  # what earlier tests have left in this process
+    before = gloo_threads()
+    paths = RunPaths(Path(root), "whole")
+    launch = Launch(rank, world, rank, None, None, Path(root) / "slurm" / "rendezvous.json")
+    job = Job(Context(paths, tiny_spec(**sections), launch, StopFlag()))
+    gc.disable()  # so that none happens to run, as none may happen to run in a user's process
+    try:
+        return job.run(), gloo_threads() - before
+    finally:
+        gc.enable()
+
+
+def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    sections = {"train": {"epochs": 1}, "data": {"train_size": 64, "test_size": 10}}
+    assert ranks.run(2, whole_run, str(tmp_path), sections, group=False) == [(0, 0)] * 2
+    assert read_jsonl(tmp_path / "logs" / "whole" / "events.jsonl")[-1]["event"] == "finished"
+
+
+def test_one_process_needs_no_group() -> None:
+    assert meet_others(Launch(), StopFlag()) is None
+    connect(Launch(), CPU, None, Board(None, 0, 1), StopFlag())
+    assert not dist.is_initialized()
+    disconnect()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus"), [("cpu", 0), ("cpu", 4), ("auto", 0)], ids=["cpu", "cpu on a GPU node", "no GPU asked for"]
+)
+def test_the_cpu_where_it_is_meant(device: str, gpus: int) -> None:
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": gpus})
+    assert resolve_device(spec, 0) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 0), ("cuda:1", 2)])
+def test_never_the_cpu_where_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch, device: str, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": gpus})
+    with pytest.raises(
+        RunFailedError, match=rf"train\.device: {device} .*CUDA is not usable on {socket.gethostname()}"
+    ):
+        resolve_device(spec, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "local_rank", "index"), [("auto", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:2", 4, 0, 2)]
+)
+def test_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int, local_rank: int, index: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 4})
+    assert resolve_device(spec, local_rank) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
+@pytest.mark.parametrize(("device", "local_rank"), [("auto", 2), ("cuda:2", 0)])
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 2})
+    with pytest.raises(RunFailedError, match=r"GPU 2 is not there .* visible: 2"):
+        resolve_device(spec, local_rank)

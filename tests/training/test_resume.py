@@ -1,0 +1,146 @@
+"""The promise, with real processes: stop a run, kill it, move it to other numbers of ranks; the bits stay the same.
+
+Every run here is started as its users start it, one process a rank, each importing everything anew. `interrupted.py`
+lets a process send itself a signal at a precise step, so that no outcome depends on timing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from helpers import leftovers
+from processes import Runs
+
+from cifar_hpc import tensorfile
+from cifar_hpc.__main__ import main
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.store import newest_good
+
+VOLATILE = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
+STATE = ("step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler", "sums")
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that must not depend on how a run came to its end."""
+
+    sums: dict[str, str]
+    state: str
+    best: str
+    rows: list[dict[str, Any]]
+    position: tuple[int, int]
+
+
+def result(runs: Runs, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
+    capsys.readouterr()
+    assert main(["inspect", name, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"]
+    assert report["skipped"] == []
+    rows = read_jsonl(runs.root / "logs" / name / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2], "each epoch exactly once"
+    assert all(row.keys() >= VOLATILE for row in rows)
+    assert report["last_epoch"] == rows[-1]
+    assert len(runs.events(name, "finished")) == 1
+    assert leftovers(runs.root) == []
+    found = newest_good(runs.root / "checkpoints" / name)
+    assert found is not None
+    assert checkpoint.history(found.state) == rows
+    best = checkpoint.read(runs.root / "checkpoints" / name / "best.pt")
+    return Result(
+        report["sums"],
+        tensorfile.digest({k: found.state[k] for k in STATE}),
+        tensorfile.digest({k: best[k] for k in STATE}),
+        [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows],
+        (report["step"], report["epoch"]),
+    )
+
+
+@pytest.fixture
+def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda runs, name: result(runs, name, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def reference(runs: Runs) -> str:
+    """A run of one process that nobody disturbs."""
+    runs.finish("reference", 1)
+    return "reference"
+
+
+def test_stopped_and_moved_between_1_3_4_and_2_ranks(runs: Runs, reference: str, look: Any) -> None:
+    runs.stop("moved", 3, interrupt="SIGTERM@step:2/2")  # only the last rank is told, and before the first checkpoint
+    runs.copy("moved", "evaluating")
+    runs.stop("moved", 4, interrupt="SIGUSR1@step:10/1")
+    assert runs.resumed("moved") == (3, 0, 3)
+    runs.finish("moved", 2)
+    assert runs.resumed("moved") == (11, 1, 2)
+    assert look(runs, "moved") == look(runs, reference)
+    assert look(runs, reference).position == (18, 2)
+    rows = read_jsonl(runs.root / "logs" / "moved" / "metrics.jsonl")
+    assert [(row["world_size"], row["restart"]) for row in rows] == [(4, 1), (2, 2)]
+    kinds = [e["event"] for e in runs.events("moved", "started", "resumed", "signal", "finished")]
+    assert kinds == ["started", "signal", "resumed", "signal", "resumed", "finished"]
+
+
+def test_stopped_while_evaluating_then_killed(runs: Runs, reference: str, look: Any) -> None:
+    # Goes on from step 3 of the test above.
+    runs.stop("evaluating", 1, interrupt="SIGTERM@evaluate:0")
+    runs.kill("evaluating", 2, interrupt="SIGKILL@step:13")
+    assert runs.resumed("evaluating") == (9, 0, 9)  # trained, not evaluated: the row is still to come
+    runs.finish("evaluating", 1)
+    assert runs.resumed("evaluating")[0] in (9, 12)  # 12 only if its write was through in time
+    assert look(runs, "evaluating") == look(runs, reference)
+
+
+def test_killed_after_an_epoch_that_no_checkpoint_holds(runs: Runs, reference: str, look: Any) -> None:
+    """The row that was written beyond the checkpoint is cut off and computed again; a damaged file is passed over."""
+    runs.copy(reference, "damaged")
+    folder = runs.root / "checkpoints" / "damaged"
+    for path in (folder / "step_00000018.pt", folder / "step_00000016.pt"):
+        path.unlink()  # not truncated in place: best.pt may be a hard link to it
+        path.write_bytes(b"PK\3\4 half a file")
+    (folder / ".step_00000018.pt.1.tmp").write_bytes(b"half")
+    (runs.root / "logs" / "damaged" / "events.jsonl").unlink()
+    runs.finish("damaged", 2)
+    assert runs.resumed("damaged") == (12, 1, 3)
+    assert runs.events("damaged", "resumed")[0]["metrics_cut"] == 1
+    assert [e["file"] for e in runs.events("damaged", "fallback")] == ["step_00000018.pt", "step_00000016.pt"]
+    assert (folder / "step_00000018.pt.damaged").exists()
+    assert look(runs, "damaged") == look(runs, reference)
+
+
+def test_bf16_under_torchrun_and_killed(runs: Runs, look: Any) -> None:
+    bf16 = "train.amp=bf16"
+    runs.finish("bf16", 1, bf16)
+    runs.stop("bf16-moved", 2, bf16, interrupt="SIGTERM@step:6/1", torchrun=True)
+    runs.kill("bf16-moved", 3, bf16, interrupt="SIGKILL@step:15")
+    assert runs.resumed("bf16-moved") == (7, 0, 7)
+    runs.finish("bf16-moved", 1, bf16)
+    assert look(runs, "bf16-moved") == look(runs, "bf16")
+
+
+def test_fp16_keeps_the_history_of_its_scale(runs: Runs, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first gradients overflow, since GradScaler begins very high: those steps update nothing."""
+    monkeypatch.setenv("INITIAL_SCALE", str(2.0**26))
+    fp16 = "train.amp=fp16"
+    runs.finish("fp16", 1, fp16)
+    runs.stop("fp16-moved", 2, fp16, interrupt="SIGTERM@step:6/1")
+    runs.finish("fp16-moved", 1, fp16)
+    assert look(runs, "fp16-moved") == look(runs, "fp16")
+    found = newest_good(runs.root / "checkpoints" / "fp16")
+    assert found is not None
+    assert (found.state["step"], found.state["optimizer"]["counter"]) == (18, found.state["updates"])
+    assert 5 < found.state["updates"] < 18, "no step was skipped, so this test shows nothing"
+
+
+def test_another_spec_and_a_second_writer_are_refused(runs: Runs, reference: str) -> None:
+    assert runs.start(reference, 1, "train.seed=7") == [2]
+    assert "train.seed: 0 -> 7" in runs.output(reference)
+    assert runs.start(reference, 1, "data.train_size=100", "train.batch_size=8") == [2]
+    assert runs.events(reference, "failed") == []

@@ -1,0 +1,92 @@
+"""SGD without torch.compile's wrappers: the same bits, states and refusals as torch.optim.SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cifar_hpc.config.spec import OptimizerSpec
+from cifar_hpc.training.optim import SGD, build_sgd
+
+SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
+
+
+def weights() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in [(3, 4), (5,)]]
+
+
+def train(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[int]:
+    """Six steps with a reload in the middle; what a hook after each step has counted."""
+    counted: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    for step in range(6):
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in parameters)
+        loss = torch.stack([(p * p).sum() for p in parameters]).sum() * (step + 1)
+        loss.backward()
+        optimizer.step()
+        if step == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+    return counted
+
+
+def test_the_bits_of_torch() -> None:
+    ours, theirs = weights(), weights()
+    mine, reference = SGD(ours, **SETTINGS), torch.optim.SGD(theirs, **SETTINGS)
+    assert train(mine, ours) == train(reference, theirs) == [1] * 6
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    state, other = mine.state_dict(), reference.state_dict()
+    assert state["param_groups"] == other["param_groups"]
+    for number in (0, 1):
+        assert torch.equal(state["state"][number]["momentum_buffer"], other["state"][number]["momentum_buffer"])
+
+
+def test_a_closure_is_called_with_gradients() -> None:
+    parameters = weights()
+    optimizer = SGD(parameters, lr=0.1)
+
+    def closure() -> float:
+        loss = (parameters[0] ** 2).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    before = parameters[0].detach().clone()
+    assert optimizer.step(closure) == pytest.approx(float((before**2).sum()))
+    assert torch.allclose(parameters[0], 0.8 * before)
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    parameters = weights()
+    optimizer = SGD(parameters, lr=0.1)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": parameters[:1]})
+    with pytest.raises(ValueError, match="learning rate"):
+        SGD(weights(), lr=-1.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_weight_decay_that_spares_norms_and_biases_is_torchs_with_two_groups(nesterov: bool) -> None:
+    ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
+    spec = OptimizerSpec(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, decay_all=False)
+    groups = [{"params": [theirs[0]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
+    reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2)
+    train(build_sgd(ours, spec), list(ours))
+    train(reference, list(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_by_default_everything_decays() -> None:
+    ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
+    train(build_sgd(ours, OptimizerSpec(lr=0.1, weight_decay=1e-2)), list(ours))
+    train(torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=1e-2), list(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_parameters_keep_the_models_order_in_the_optimizers_state() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+    kept = build_sgd(model, OptimizerSpec(decay_all=False)).param_groups[0]["params"]
+    assert all(a is b for a, b in zip(kept, model.parameters(), strict=True))

@@ -1,0 +1,347 @@
+"""Whole runs whose storage fails under them: they go on, say so, recover by themselves, and end with the same bits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faulty
+import pytest
+import torch
+import yaml
+from helpers import TINY, leftovers
+
+from cifar_hpc import tensorfile
+from cifar_hpc.config.io import merge
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.store import candidates, newest_good
+
+# 3 steps an epoch, 12 in all; checkpoints after steps 2, 4, 6, ... and after each epoch, 3.
+JOB = merge(
+    TINY,
+    {
+        "train": {"epochs": 4, "shards": 2},
+        "data": {"train_size": 96, "test_size": 50},
+        "checkpoint": {"every_steps": 2, "keep": 2},
+        "lookahead": {"bn_batches": 1},
+    },
+)
+STATE = ("step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler", "sums")
+VOLATILE = {"epoch_seconds", "images_per_second", "restart", "time"}
+
+
+@dataclass
+class Run:
+    """One run with a root of its own."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        self.root.mkdir(exist_ok=True)
+        (self.root / "job.yaml").write_text(yaml.safe_dump(JOB))
+        self.logs, self.checkpoints = self.root / "logs" / "run", self.root / "checkpoints" / "run"
+
+    def start(self, faults: faulty.Faults | None = None, out: Path | None = None) -> int:
+        return faulty.start(self.root, "run", faults or {}, out)
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        return [e for e in read_jsonl(self.logs / "events.jsonl") if e["event"] in kinds]
+
+    @property
+    def log(self) -> str:
+        return (self.logs / "train.log").read_text()
+
+    @property
+    def output(self) -> str:
+        return (self.root / "run.out").read_text()
+
+    def result(self) -> dict[str, Any]:
+        """All that must not depend on what happened to the storage."""
+        found = newest_good(self.checkpoints)
+        assert found is not None
+        assert found.bad == []
+        best = checkpoint.read(self.checkpoints / "best.pt") if (self.checkpoints / "best.pt").exists() else None
+        rows = read_jsonl(self.logs / "metrics.jsonl")
+        assert (self.logs / "metrics.jsonl").read_text().count("\n") == len(rows) == 4, "each epoch exactly once"
+        assert checkpoint.history(found.state) == rows
+        assert leftovers(self.root) == []
+        assert len(self.events("finished")) == 1
+        return {
+            "file": found.path.name,
+            "sums": checkpoint.sums(found.state),
+            "state": tensorfile.digest({k: found.state[k] for k in STATE}),
+            "best": tensorfile.digest({k: best[k] for k in STATE}) if best is not None else None,
+            "rows": [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows],
+        }
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a run that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("reference"))
+    assert run.start() == 0, run.output
+    assert run.events("checkpoint_failed", "fallback", "mended") == []
+    assert "WARNING" not in run.log
+    return run.result()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "root")
+
+
+# ------------------------------------------------------------------ a full disk
+
+
+def fill(disk: Path) -> None:
+    """To the last byte."""
+    with (disk / "ballast").open("ab", buffering=0) as file, suppress(OSError):
+        for size in (1 << 20, 1 << 12, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "proof").write_bytes(b"x" * 10_000)
+    (disk / "proof").unlink()
+
+
+def forbid_writing() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def allow_writing() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@dataclass
+class SmallDisk:
+    """A root on a file system of its own that `full` fills in the process of the run; who may mount none limits the
+    length of that process's files instead. Either way nothing can be written until `free`."""
+
+    root: Path
+    mounted: bool
+
+    def full(self) -> partial[None]:
+        return partial(fill, self.root) if self.mounted else partial(forbid_writing)
+
+    def free(self) -> partial[None]:
+        return partial(os.unlink, self.root / "ballast") if self.mounted else partial(allow_writing)
+
+
+def mount(*arguments: object) -> bool:
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    root = tmp_path / "disk"
+    root.mkdir()
+    mounted = os.geteuid() == 0 and mount("-t", "tmpfs", "-o", "size=32m", "tmpfs", root)
+    yield SmallDisk(root, mounted)
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while(disk: SmallDisk, reference: dict[str, Any]) -> None:
+    """With all there is on it: checkpoints, logs, and the process's own output. An epoch ends meanwhile."""
+    run = Run(disk.root)
+    assert run.start({3: disk.full(), 8: disk.free()}) == 0, run.output
+    assert run.result() == reference
+    failed = run.events("checkpoint_failed")
+    assert {e["file"] for e in failed} >= {"step_00000004.pt", "step_00000006.pt"}
+    assert all("OSError" in e["reason"] for e in failed)
+    assert "step_00000006.pt could not be written: OSError" in run.log
+    assert "training goes on, and the older checkpoints are kept" in run.log
+    assert [e["epoch"] for e in run.events("evaluated")] == [1, 2, 3, 4], "no event is lost"
+    assert [e["step"] for e in run.events("checkpoint")][-1] == 12
+
+
+def test_a_disk_that_stays_full(disk: SmallDisk, reference: dict[str, Any]) -> None:
+    """The run ends with an error that says what to do, the last good file is kept, and goes on from it later."""
+    run = Run(disk.root)
+    assert run.start({7: disk.full()}) == 1
+    kept = [path.name for path in candidates(run.checkpoints)]
+    assert kept == ["step_00000006.pt", "step_00000004.pt"]
+    if disk.mounted:
+        disk.free()()
+    assert run.start() == 0, run.output
+    assert run.result() == reference
+    assert run.events("resumed")[-1]["step"] == 6
+
+
+def test_a_start_on_a_full_disk(disk: SmallDisk, reference: dict[str, Any]) -> None:
+    """What the last start left damaged cannot be written anew for want of room: it is, as soon as there is some."""
+    run = Run(disk.root)
+    assert run.start({4: stop_here}) == 128 + signal.SIGTERM
+    metrics = run.logs / "metrics.jsonl"
+    metrics.write_text("\0" * 100 + metrics.read_text() * 2)
+    assert run.start({-1: disk.full(), 8: disk.free()}) == 0, run.output
+    assert run.result() == reference
+    assert run.events("resumed")[0]["step"] == 5
+    assert run.log.count("resumed from step_00000005.pt") == 1, "the banner is written late, but it is written"
+
+
+# ------------------------------------------------------------------ folders that cannot be written, or are gone
+
+
+def make_read_only(folder: Path) -> None:
+    """By a read-only bind mount for root, whom permissions do not stop; else by permissions; else by a file there."""
+    if os.geteuid() != 0:
+        folder.chmod(0o555)
+    elif not (mount("--bind", folder, folder) and mount("-o", "remount,ro,bind", folder)):
+        put_a_file_there(folder)
+    with pytest.raises(OSError):
+        (folder / "proof").write_text("x")
+
+
+def make_writable(folder: Path) -> None:
+    if folder.is_file():
+        take_it_away(folder)
+    elif os.geteuid() != 0:
+        folder.chmod(0o755)
+    else:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def put_a_file_there(folder: Path) -> None:
+    folder.rename(folder.with_name("away"))
+    folder.write_text("a file in the folder's place")
+
+
+def take_it_away(folder: Path) -> None:
+    folder.unlink()
+    folder.with_name("away").rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(make_read_only, make_writable), (put_a_file_there, take_it_away)], ids=["read-only", "a file"]
+)
+def test_a_folder_of_checkpoints_that_cannot_be_written(
+    run: Run, reference: dict[str, Any], begin: Any, end: Any
+) -> None:
+    assert run.start({3: partial(begin, run.checkpoints), 8: partial(end, run.checkpoints)}) == 0, run.output
+    assert run.result() == reference
+    assert {e["file"] for e in run.events("checkpoint_failed")} >= {"step_00000004.pt", "step_00000006.pt"}
+    assert "could not be written" in run.log
+
+
+def test_a_folder_of_checkpoints_that_is_removed(run: Run, reference: dict[str, Any]) -> None:
+    assert run.start({2: partial(shutil.rmtree, run.checkpoints)}) == 0, run.output
+    assert run.result() == reference
+    assert f"WARNING {run.checkpoints} was gone; it is made again" in run.log
+    assert run.events("checkpoint_failed") == []
+
+
+def test_a_folder_of_checkpoints_that_is_removed_before_a_stop(run: Run, reference: dict[str, Any]) -> None:
+    """Nothing has changed since the last checkpoint, that of the step before the evaluation; but that one is gone."""
+    assert run.start({"evaluate:1": partial(remove_and_stop, run.checkpoints)}) == 128 + signal.SIGTERM
+    assert [path.name for path in candidates(run.checkpoints)] == ["step_00000006.pt"]
+    assert run.start() == 0, run.output
+    assert {**run.result(), "best": 0} == {**reference, "best": 0}, "the best epoch's was among what was removed"
+
+
+def remove_and_stop(folder: Path) -> None:
+    shutil.rmtree(folder)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_folder_of_logs_that_is_removed(run: Run, reference: dict[str, Any]) -> None:
+    assert run.start({7: partial(shutil.rmtree, run.logs)}) == 0, run.output
+    assert run.result() == reference
+    assert "train.log was gone; it is made again" in run.log
+    assert [e["epoch"] for e in run.events("evaluated")] == [3, 4]
+
+
+# ------------------------------------------------------------------ slow storage
+
+
+def test_storage_that_does_not_answer_stalls_no_step_and_no_epoch(run: Run, reference: dict[str, Any]) -> None:
+    """The first checkpoint is being written until all epochs are through: a run that waited for it would never end."""
+    assert run.start({0: faulty.block_writing_until_the_end}) == 0, run.output
+    assert run.result() == reference
+    written = [e["step"] for e in run.events("checkpoint")]
+    best = checkpoint.read(run.checkpoints / "best.pt")["step"]
+    assert written == sorted({2, best, 12}), "one in hand, the best one, the last one"
+    assert run.log.count("takes longer to write than the time to the next one") == 1
+
+
+def test_a_stop_waits_for_its_own_checkpoint_and_leaves_out_the_ones_before(
+    run: Run, reference: dict[str, Any]
+) -> None:
+    assert run.start({0: faulty.block_writing_until_the_end, 7: stop_here}) == 128 + signal.SIGTERM
+    written = [e["step"] for e in run.events("checkpoint")]
+    assert written[0] == 2
+    assert written[-1] == 8
+    assert len(written) <= 3
+    assert "step 8 is on disk" in run.log
+    assert run.start() == 0, run.output
+    assert run.result() == reference
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ------------------------------------------------------------------ hostile files
+
+
+class Evil:
+    """What torch.load would run if it were allowed to unpickle anything."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_checkpoints_is_refused_by_name_and_never_run(run: Run, reference: dict[str, Any]) -> None:
+    assert run.start({8: stop_here}) == 128 + signal.SIGTERM
+    canary = run.root / "canary"
+    good = [path.name for path in candidates(run.checkpoints)]
+    assert good == ["step_00000009.pt", "step_00000008.pt"]
+    torch.save({"format": 1, "step": 10, "model": Evil(canary)}, run.checkpoints / "step_00000010.pt")
+    (run.checkpoints / "step_00000011.pt").write_bytes(pickle.dumps(Evil(canary)))
+    (run.checkpoints / "best.pt").unlink()
+    torch.save({"format": 1, "step": 12, "model": Evil(canary)}, run.checkpoints / "best.pt")
+    assert run.start() == 0, run.output
+    reasons = {e["file"]: e["reason"] for e in run.events("fallback")}
+    assert reasons.keys() == {"step_00000010.pt", "step_00000011.pt", "best.pt"}
+    assert reasons["step_00000010.pt"] == reasons["best.pt"]
+    assert reasons["best.pt"] == "holds code (pickle globals: posix.mkdir), which was not executed"
+    assert "a bare pickle" in reasons["step_00000011.pt"]
+    assert not canary.exists()
+    pickle.loads((run.checkpoints / "step_00000011.pt.damaged").read_bytes())
+    assert canary.exists(), "the payload is a real one"
+    final = run.result()
+    assert {**final, "best": reference["best"]} == reference
+    assert final["best"] in (reference["best"], None), "None where no later epoch was better"
+
+
+def test_a_run_all_of_whose_checkpoints_are_bad_says_what_it_tried(run: Run) -> None:
+    assert run.start({8: stop_here}) == 128 + signal.SIGTERM
+    for path in [*candidates(run.checkpoints), run.checkpoints / "best.pt"]:
+        path.unlink()
+        torch.save({"format": Evil(run.root / "canary")}, path)
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+    assert run.start() == 1
+    for name in ("step_00000009.pt", "step_00000008.pt", "best.pt"):
+        assert (
+            f"{run.checkpoints / name}: holds code (pickle globals: posix.mkdir), which was not executed" in run.output
+        )
+    assert "Traceback" not in run.output
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before, "nothing is overwritten"
+    assert not (run.root / "canary").exists()
+    assert run.events("started", "resumed") == run.events("started")[:1]

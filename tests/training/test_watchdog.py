@@ -1,0 +1,185 @@
+"""The watchdog and the board, over a real store: hangs, failures elsewhere, ranks and stores that are gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from cifar_hpc.training.distributed import rank_board as board
+from cifar_hpc.training.distributed import watchdog
+from cifar_hpc.training.distributed.rank_board import Board, NoAnswerError, Report, bounded
+from cifar_hpc.training.distributed.watchdog import Heart, Watchdog, stacks
+
+LIMIT = 60.0  # seconds; only bounds how long a failing test takes
+MINUTE = timedelta(minutes=1)
+SERVER = """
+import sys, time
+import torch.distributed as dist
+from datetime import timedelta
+store = dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(minutes=1), wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.02)
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, 2, True, MINUTE, wait_for_workers=False)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[subprocess.Popen[str], dist.TCPStore]]:
+    """A store whose server is another process, as rank 0 is."""
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
+    try:
+        yield process, dist.TCPStore("127.0.0.1", port, 2, False, MINUTE, wait_for_workers=False)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+class Watched:
+    """A watchdog whose verdict is kept, and that is stopped at the end of a test."""
+
+    def __init__(self, place: Board, limit_seconds: float, heart: Heart | None = None) -> None:
+        self.heart = heart or Heart()
+        self.told = threading.Event()
+        self.reports: list[Report] = []
+        self.dog = Watchdog(place, self.heart, limit_seconds, self._end).start()
+
+    def _end(self, report: Report) -> None:
+        self.reports.append(report)
+        self.told.set()
+        self.dog.stop()
+
+    def verdict(self) -> Report:
+        assert self.told.wait(LIMIT), "the watchdog has noticed nothing"
+        return self.reports[0]
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[..., Watched]]:
+    made: list[Watched] = []
+
+    def start(*arguments: Any) -> Watched:
+        made.append(Watched(*arguments))
+        return made[-1]
+
+    yield start
+    for watched in made:
+        watched.dog.stop()
+
+
+def report(rank: int, cause: str = "error") -> Report:
+    return Report(rank, "node1", cause, "ValueError: x", "a traceback", 7, again=True)
+
+
+def test_one_process_that_stops_getting_anything_done(watch: Callable[..., Watched]) -> None:
+    heart = Heart()
+    heart.beat("step 49", 49)
+    verdict = watch(Board(None, 0, 1), 0.2, heart).verdict()
+    assert (verdict.cause, verdict.step, verdict.again) == ("hang", 49, True)
+    assert "train.watchdog_minutes" in verdict.text
+    assert "rank 0 (" in verdict.text and "last at: step 49" in verdict.text
+
+
+def test_whatever_gets_done_anywhere_starts_the_time_anew(store: dist.TCPStore) -> None:
+    hearts = [Heart(), Heart()]
+    dogs = [Watchdog(Board(store, rank, 2), hearts[rank], 0.2, lambda report: None) for rank in range(2)]
+    for step in range(8):
+        hearts[0].beat(f"decoding image {step}")  # rank 1 waits for rank 0, and does nothing itself
+        for dog in (dogs[1], dogs[0], dogs[1]):
+            dog.exchange()
+        for _ in range(dogs[0].limit):
+            assert dogs[0].tick() is None and dogs[1].tick() is None
+    assert dogs[0].tick() is not None
+    # Rank 0 is the one to speak; the others wait a little longer for it.
+    assert dogs[1].tick() is None
+    assert any(dogs[1].tick() for _ in range(20))
+
+
+def test_rank_0_names_the_rank_that_shows_nothing_any_more(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+    Board(store, 1, 2).show(host="node9", space="-", pid=1, lived=3, count=3, doing="step 3", step=3)
+    verdict = watch(Board(store, 0, 2), 0.4).verdict()
+    assert verdict.cause == "hang"
+    assert "stopped or without a network: rank 1 (node9, pid 1, last at: step 3)" in verdict.text
+
+
+def test_rank_0_notices_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    here = watchdog._pid_space()
+    Board(store, 1, 2).show(
+        host=socket.gethostname(), space=here, pid=process.pid, lived=1, count=1, doing="step 1", step=1
+    )
+    verdict = watch(Board(store, 0, 2), 600).verdict()
+    assert verdict.cause == "lost"
+    assert f"pid {process.pid}" in verdict.text
+
+
+def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+    first, second = Board(store, 0, 2), Board(store, 1, 2)
+    watched = watch(first, 600)
+    assert second.publish(report(1)) == report(1)
+    assert first.publish(report(0)) == report(1), "the first failure stays the first"
+    assert watched.verdict() == report(1)
+
+
+def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) -> None:
+    process, client = server
+    watched = watch(Board(client, 1, 2), 600)
+    process.kill()
+    process.wait()
+    verdict = watched.verdict()
+    assert verdict.cause == "lost" and "rank 0 is gone" in verdict.text
+
+
+def test_a_rank_0_that_was_stopped(watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, client = server
+    monkeypatch.setattr(board, "ANSWER_SECONDS", 0.2)
+    place = Board(client, 1, 2)
+    watched = watch(place, 0.2)
+    os.kill(process.pid, signal.SIGSTOP)
+    verdict = watched.verdict()
+    assert verdict.cause == "hang" and "rank 0 does not answer" in verdict.text
+    with pytest.raises(NoAnswerError):
+        bounded(lambda: place.publish(verdict))
+
+
+def test_bounded_gives_the_answer() -> None:
+    assert bounded(lambda: 42) == 42
+
+
+def test_stacks_show_where_every_thread_is() -> None:
+    release = threading.Event()
+
+    def waits_for_release() -> None:
+        release.wait()
+
+    thread = threading.Thread(target=waits_for_release)
+    thread.start()
+    try:
+        text = stacks()
+    finally:
+        release.set()
+        thread.join()
+    assert "waits_for_release" in text
+    assert "test_stacks_show_where_every_thread_is" in text
