@@ -1,3 +1,4 @@
+# make setup        .venv with what requirements.txt lists; TORCH=keep uses the PyTorch that is already there
 # make demo         a run from end to end on this machine, with a preemption on the way
 # make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
 # make lint         ruff and mypy
@@ -7,7 +8,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench cluster-up cluster-down slurm-packages clean
+.PHONY: setup demo test lint bench cluster-up cluster-down slurm-packages clean
+
+setup: .venv/.run
+	@echo "ready: . .venv/bin/activate"
 
 demo: .venv/.run
 	$(BIN)/python -m cifar_hpc.cli.demo
@@ -34,24 +38,33 @@ cluster-down:
 slurm-packages:
 	sh slurm/minicluster/install.sh
 
-# Each stamp is touched last, so a set-up that was interrupted is done again.
+# Each stamp is touched last, so a set-up that was interrupted is done again. With TORCH=keep, torch and torchvision are
+# those of a module, of conda, or installed into .venv before (a CPU-only one, say); this is remembered in .keep-torch.
 .venv/.run: requirements.txt | .venv/bin/python
-	@echo "installing requirements.txt into .venv (PyTorch is large: the first time takes a minute or more)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@$(if $(filter keep,$(TORCH)),touch .venv/.keep-torch,true)
+	@if [ -e .venv/.keep-torch ]; then \
+	    $(BIN)/python -c 'import torch, torchvision; print("keeping torch", torch.__version__, "and torchvision", torchvision.__version__)' && \
+	    grep -v '^torch' requirements.txt > .venv/requirements.txt; \
+	else \
+	    echo "installing requirements.txt into .venv: about 5 GB of disk, most of it PyTorch; the first time takes minutes."; \
+	    echo "To use a PyTorch that is already there (a module, conda, a CPU-only one): make setup TORCH=keep"; \
+	    cp requirements.txt .venv/requirements.txt; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt
 	touch $@
 
-.venv/.dev: requirements-dev.txt requirements-trackers.txt .venv/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+.venv/.dev: requirements-dev.txt .venv/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/requirements.txt --requirement requirements-dev.txt
 	touch $@
 
 .venv/.bench: requirements-bench.txt .venv/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/requirements.txt --requirement requirements-bench.txt
 	touch $@
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $$($(PYTHON) --version 2>&1) is too old: Python 3.11 or newer is needed. HINT: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m venv .venv || \
+	@$(PYTHON) -m venv $(if $(filter keep,$(TORCH)),--system-site-packages) .venv || \
 	    { rm -rf .venv; echo "error: python3 -m venv failed. HINT: on Debian and Ubuntu install python3-venv"; exit 1; }
 
 clean:

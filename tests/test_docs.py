@@ -56,7 +56,7 @@ def test_each_event_is_described() -> None:
 def emitted_events() -> set[str]:
     """The names of events that the package writes."""
     names: set[str] = set()
-    for path in (ROOT / "cifar_hpc").glob("*.py"):
+    for path in (ROOT / "cifar_hpc").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
