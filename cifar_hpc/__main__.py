@@ -101,6 +101,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     return compare(arguments.runs, arguments.sort, arguments.form, each=arguments.each)
 
 
+def _track(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.cli.track import track
+
+    return track(arguments.runs, arguments.tensorboard, arguments.wandb, arguments.project)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from cifar_hpc.cli.doctor.doctor import doctor
 
@@ -125,6 +131,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "plot": _plot,
     "compare": _compare,
+    "track": _track,
     "doctor": _doctor,
     "completion": _completion,
 }

@@ -49,10 +49,9 @@ class RunBusyError(UserError):
 
 def missing_package(error: ModuleNotFoundError) -> str:
     """The message for a package that is not installed where the user runs this."""
-    return (
-        f"the Python package '{error.name}' is not installed for {sys.executable}. "
-        "HINT: make .venv/.run && . .venv/bin/activate"
-    )
+    tracker = str(error.name).partition(".")[0] in ("tensorboard", "wandb")
+    hint = "pip install -r requirements-trackers.txt" if tracker else "make setup && . .venv/bin/activate"
+    return f"the Python package '{error.name}' is not installed for {sys.executable}. HINT: {hint}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "runs": ({"slurm", "config"}, {"yaml"}),
     "data": ({"config"}, {"torch", "torchvision", "PIL", "numpy"}),
     "models": ({"config"}, {"torch"}),
-    "training": ({"slurm", "config", "runs", "data", "models"}, {"torch", "numpy", "tensorboard", "wandb"}),
+    "training": ({"slurm", "config", "runs", "data", "models"}, {"torch", "numpy"}),
     "launch": ({"slurm", "config", "runs", "data", "training"}, {"submitit", "yaml"}),
 }
 COMPUTE = {"data", "models", "training"}

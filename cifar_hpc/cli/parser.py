@@ -55,6 +55,14 @@ Draws architecture, accuracy, loss, learning rate and timeline (waiting,
 training, preemptions), each as PNG and SVG. Several runs share the axes; runs
 that differ in nothing but the seed become one curve, their mean, with a band;
 restarts are marked.""",
+    "track": """\
+Reads metrics.jsonl here, on the login node, where the internet is: the job
+knows nothing of it. Follows runs until they end, and shows finished ones. Each
+call shows all epochs from the first on, in place of what an earlier one has
+shown, so each epoch is there once. Ctrl-C ends the tracking, not the run.
+
+Needs the packages of requirements-trackers.txt. Offline W&B runs are written
+to logs/RUN/tracking/wandb.""",
     "compare": """\
 A row for each setting, with only the keys in which the runs differ; runs that
 differ in nothing but the seed are one row, mean and standard deviation. --each
@@ -111,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     _steer(commands)
     _use(commands)
     _figures(commands)
+    _track(commands)
     _site(commands)
     return top
 
@@ -260,6 +269,20 @@ def _figures(commands: argparse._SubParsersAction) -> None:  # type: ignore[type
     form.add_argument("--json", action="store_const", const="json", dest="form", help="machine-readable")
     form.add_argument("--csv", action="store_const", const="csv", dest="form", help="for a spreadsheet")
     form.add_argument("--markdown", action="store_const", const="markdown", dest="form", help="for a README")
+
+
+def _track(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    track = _command(
+        commands,
+        "track",
+        "show runs in TensorBoard or Weights & Biases, while they go on or afterwards",
+        "improved_resnet-1a2b3c4d --tensorboard ~/tensorboard",
+        "'dropout-*' --wandb online --project lab",
+    )
+    track.add_argument("runs", metavar="RUN", nargs="+", help="names or patterns such as 'dropout-*'")
+    track.add_argument("--tensorboard", metavar="DIR", help="write event files to DIR/RUN")
+    track.add_argument("--wandb", choices=("offline", "online"), help="write a W&B run, for later upload or at once")
+    track.add_argument("--project", metavar="P", default="cifar_hpc", help="the W&B project (default: cifar_hpc)")
 
 
 def _site(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

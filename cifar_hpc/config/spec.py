@@ -249,11 +249,11 @@ class RetrySpec:
 
 @dataclass(frozen=True)
 class TrackingSpec:
-    tensorboard: bool = option(False, "TensorBoard event files in the folder tracking of the run's logs")
+    tensorboard: bool = option(False, "no longer has an effect: python -m cifar_hpc track RUN --tensorboard DIR")
     wandb: Literal["offline", "online"] | None = option(
-        None, "a Weights & Biases run in tracking/wandb, to be uploaded later or at once; null is none"
+        None, "no longer has an effect: python -m cifar_hpc track RUN --wandb offline or online"
     )
-    project: str = option("cifar_hpc", "the project of wandb")
+    project: str = option("cifar_hpc", "no longer has an effect: --project of track")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ class Job:
         self.finished = True
         self.trainer = None  # lets go of the process groups, so that `disconnect` can end their threads
         disconnect()
-        context.tracking.finish()
         self.lock.release()
         return 0
 
@@ -281,4 +280,7 @@ class Job:
             startup=self.context.startup.plain(),
         )
         self.context.log.line(f"ready after {self.context.startup}")
-        self.context.tracking.start()
+        tracking = self.context.spec.tracking
+        if tracking.tensorboard or tracking.wandb:
+            hint = f"python -m cifar_hpc track {self.context.paths.name} --tensorboard DIR, or --wandb offline"
+            self.context.log.line(f"tracking.*: the run itself starts no tracker any more. HINT: {hint}")

@@ -11,7 +11,6 @@ from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.distributed.watchdog import Heart
 from cifar_hpc.training.process import FIRST_STEP, Launch, Stopwatch
 from cifar_hpc.training.signals import StopFlag
-from cifar_hpc.training.tracking import Tracking
 
 
 class Context:
@@ -25,7 +24,6 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heart()
-        self.tracking = Tracking(paths, spec.tracking, self._tracking_failed)  # rank 0 alone starts it
         self.speaks = self.first  # whether this rank writes the run's logs and talks to Slurm
         self._restart: int | None = None
 
@@ -48,10 +46,6 @@ class Context:
         self.emit("first_step", step=step, startup=self.startup.plain())
         own = self.startup.seconds[FIRST_STEP]
         self.log.line(f"first step done after {self.startup.total:.1f} s, {own:.1f} s of them its own")
-
-    def _tracking_failed(self, tracker: str, reason: str) -> None:
-        self.log.line(f"WARNING tracking.{tracker}: {reason}; off until the next start, metrics.jsonl has everything")
-        self.emit("tracking_failed", tracker=tracker, error=reason)
 
     def emit(self, event: str, **details: Any) -> None:
         """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""

@@ -173,7 +173,6 @@ class Trainer:
                 test_loss=result.loss,
             )
             self._epoch_line(row)
-            self.context.tracking.update()
         last = position.epoch == self.spec.train.epochs
         if last or best or position.epoch % self.spec.checkpoint.every_epochs == 0:
             self._save(slow_buffers=result.buffers, best=best, queue=True)
