@@ -19,8 +19,8 @@ from cifar_hpc.config.spec import Spec
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "spec.md"
 HEAD = """# Every key of a spec
 Made from `cifar_hpc/config/spec.py` by `python -m tests.spec_page`. A job file ([jobs/](../jobs)) has those that differ
-from the defaults; `--set KEY=VALUE` overrides one. A key that is unknown, of a wrong type or out of range is an error that
-names it.
+from the defaults; `--set KEY=VALUE` overrides one. A key that is unknown, of a wrong type or out of range is an error
+that names it.
 
 """
 

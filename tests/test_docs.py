@@ -15,7 +15,7 @@ from processes import Runs
 from spec_page import PAGE, page
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.doctor.doctor_report import Finding
+from cifar_hpc.cli.doctor.report import Finding
 from cifar_hpc.cli.parser import parser
 from cifar_hpc.config.sweep import _PARTS
 from cifar_hpc.runs.logs import read_jsonl

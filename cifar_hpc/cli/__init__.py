@@ -1,1 +1,1 @@
-"""Commands, one file each. The only place that prints."""
+"""One file a command: what `python -m cifar_hpc COMMAND` calls."""

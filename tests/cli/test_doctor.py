@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.doctor import doctor, doctor_checks, doctor_files, doctor_slurm, doctor_submit
-from cifar_hpc.cli.doctor.doctor_files import check_folder, hold_lock, is_locked, mount_of
-from cifar_hpc.cli.doctor.doctor_report import Finding, Report, as_text
-from cifar_hpc.cli.doctor.doctor_slurm import Cluster
-from cifar_hpc.cli.doctor.doctor_submit import JobOutcome, doctors_job
-from cifar_hpc.cli.doctor.doctor_verdict import judge_job
+from cifar_hpc.cli.doctor import doctor, job, machine, node
+from cifar_hpc.cli.doctor.machine import check_file_system, check_free_space, check_locks, mount_of
+from cifar_hpc.cli.doctor.node import LOCK, PLAN, Plan, Task, TaskReport, hold_lock, is_locked
+from cifar_hpc.cli.doctor.report import Finding, Report, as_text, run_check
+from cifar_hpc.cli.doctor.slurm import SlurmChecks, gpus_of
 from cifar_hpc.config.site import Site
 from cifar_hpc.config.spec import ResourcesSpec, Spec, TrainSpec
 from cifar_hpc.errors import SchedulerError, SpecError
@@ -47,23 +47,46 @@ MOUNTS = """\
 PINS = {"torch": "2.12.1", "torchvision": "0.27.1", "submitit": "1.5.4", "rich": "15.0.0"}
 
 
+HOSTS = {"a[1-3,7],b2": "a1 a2 a3 a7 b2", "c[01-02]": "c01 c02", "a[3-4]": "a3 a4", "a[1-2]": "a1 a2"}
+
+
 @pytest.fixture
-def cluster() -> Cluster:
-    """A cluster as scontrol describes it."""
-    config = doctor_slurm.parse_config(CONFIG)
-    return Cluster("slurm 24.05.1", config, doctor_slurm.parse_partitions(PARTITIONS))
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Answers of Slurm's commands, by their first words; a cluster as scontrol describes it."""
+    known = {
+        "scontrol --version": "slurm 24.05.1\n",
+        "scontrol show config": CONFIG,
+        "scontrol show partition": PARTITIONS,
+        **{f"scontrol show hostnames {nodes}": names for nodes, names in HOSTS.items()},
+    }
+
+    def command(arguments: Any) -> str:
+        line = " ".join(arguments)
+        for words, text in known.items():
+            if line.startswith(words):
+                return text
+        raise SchedulerError(f"{arguments[0]} is not on PATH.")
+
+    monkeypatch.setattr(slurm, "command", command)
+    return known
 
 
-def asked(**resources: Any) -> ResourcesSpec:
-    return ResourcesSpec(**resources)
+def asked(**resources: Any) -> SlurmChecks:
+    return SlurmChecks(ResourcesSpec(**resources))
 
 
-def test_slurms_words_are_read(cluster: Cluster) -> None:
-    assert cluster.config["KillWait"] == "5 sec" and cluster.config["JobRequeue"] == "1"
-    assert list(cluster.partitions) == ["gpu", "other", "urgent"]
-    default = cluster.partition(None)
-    assert default is not None and default["PartitionName"] == "gpu"
-    assert cluster.partition("urgent,gpu") == cluster.partitions["urgent"]
+def changed(checks: SlurmChecks, partition: dict[str, str], **config: str) -> SlurmChecks:
+    """The same with other fields of the partition gpu and of the configuration."""
+    checks.config = {**checks.config, **config}
+    checks.partitions = {**checks.partitions, "gpu": {**checks.partitions["gpu"], **partition}}
+    return checks
+
+
+def test_slurms_words_are_read(answers: dict[str, str]) -> None:
+    assert asked().config["KillWait"] == "5 sec" and asked().config["JobRequeue"] == "1"
+    assert list(asked().partitions) == ["gpu", "other", "urgent"]
+    assert asked().partition["PartitionName"] == "gpu"
+    assert asked(partition="urgent,gpu").partition == asked().partitions["urgent"]
 
 
 @pytest.mark.parametrize(
@@ -78,15 +101,14 @@ def test_slurms_words_are_read(cluster: Cluster) -> None:
         ({"time": "2-00"}, "problem", "--time 2-00 is more"),
     ],
 )
-def test_partition(cluster: Cluster, resources: dict[str, Any], status: str, words: str) -> None:
-    finding = doctor_slurm.check_partition(cluster, asked(**resources))
+def test_partition(answers: dict[str, str], resources: dict[str, Any], status: str, words: str) -> None:
+    finding = asked(**resources).check_partition()
     assert finding.status == status and words in finding.found, finding
     assert (finding.advice == "") == (status == "ok")
 
 
-def test_without_a_default_partition_a_router_has_to_choose(cluster: Cluster) -> None:
-    partitions = {name: {**fields, "Default": "NO"} for name, fields in cluster.partitions.items()}
-    finding = doctor_slurm.check_partition(Cluster("", {}, partitions), asked())
+def test_without_a_default_partition_a_router_has_to_choose(answers: dict[str, str]) -> None:
+    finding = changed(asked(), {"Default": "NO"}).check_partition()
     assert finding.status == "warning" and "router" in finding.found
 
 
@@ -101,7 +123,7 @@ def test_without_a_default_partition_a_router_has_to_choose(cluster: Cluster) ->
     ],
 )
 def test_gpus_of_a_node(gres: str, gpus: int) -> None:
-    assert doctor_slurm.gpus_of(gres) == gpus
+    assert gpus_of(gres) == gpus
 
 
 @pytest.mark.parametrize(
@@ -114,14 +136,15 @@ def test_gpus_of_a_node(gres: str, gpus: int) -> None:
         ({"nodes": "8", "gpus_per_node": 0}, "ok", "in service"),
     ],
 )
-def test_nodes(resources: dict[str, Any], status: str, words: str) -> None:
-    rows = [("2", "idle", "gpu:4"), ("1", "mix", "gpu:4"), ("5", "alloc", "(null)"), ("1", "drain*", "gpu:8")]
-    finding = doctor_slurm.judge_nodes([*rows, ("2", "down*", "gpu:8")], asked(**resources))
+def test_nodes(answers: dict[str, str], resources: dict[str, Any], status: str, words: str) -> None:
+    answers["sinfo"] = "2|idle|gpu:4\n1|mix|gpu:4\n5|alloc|(null)\n1|drain*|gpu:8\n2|down*|gpu:8\n"
+    finding = asked(**resources).check_nodes()
     assert finding.status == status and words in finding.found, finding
 
 
-def test_a_partition_whose_nodes_are_all_out(cluster: Cluster) -> None:
-    assert doctor_slurm.judge_nodes([("2", "down*", "gpu:8")], asked()).status == "problem"
+def test_a_partition_whose_nodes_are_all_out(answers: dict[str, str]) -> None:
+    answers["sinfo"] = "2|down*|gpu:8\n"
+    assert asked().check_nodes().status == "problem"
 
 
 @pytest.mark.parametrize(
@@ -138,11 +161,8 @@ def test_a_partition_whose_nodes_are_all_out(cluster: Cluster) -> None:
         ("preempt/none", {}, "ok", "not preempted"),
     ],
 )
-def test_preemption(cluster: Cluster, kind: str, changes: dict[str, str], status: str, words: str) -> None:
-    partition = {**cluster.partitions["gpu"], **changes}
-    finding = doctor_slurm.check_preemption(
-        Cluster("", {**cluster.config, "PreemptType": kind}, cluster.partitions), partition, asked()
-    )
+def test_preemption(answers: dict[str, str], kind: str, changes: dict[str, str], status: str, words: str) -> None:
+    finding = changed(asked(), changes, PreemptType=kind).check_preemption()
     assert finding.status == status and words in finding.found, finding
 
 
@@ -157,28 +177,23 @@ def test_preemption(cluster: Cluster, kind: str, changes: dict[str, str], status
         ("high", "REQUEUE", "ok", "no QOS may preempt high"),
     ],
 )
-def test_preemption_by_qos(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, qos: str | None, mode: str, status: str, words: str
-) -> None:
+def test_preemption_by_qos(answers: dict[str, str], qos: str | None, mode: str, status: str, words: str) -> None:
     rows = "low||cluster|00:02:00\nnormal|low|cancel|00:00:00\nhigh|low,normal|off|00:00:00\n"
-    monkeypatch.setattr(slurm, "command", lambda _: rows + "team||requeue,within|00:00:10\n")
-    config = {**cluster.config, "PreemptType": "preempt/qos", "PreemptMode": mode}
-    partition = {**cluster.partitions["gpu"], "PreemptMode": "OFF", "GraceTime": "77"}  # which count for nothing
-    finding = doctor_slurm.check_preemption(Cluster("", config, {}), partition, asked(qos=qos))
+    answers["sacctmgr"] = rows + "team||requeue,within|00:00:10\n"
+    unused = {"PreemptMode": "OFF", "GraceTime": "77"}
+    finding = changed(asked(qos=qos), unused, PreemptType="preempt/qos", PreemptMode=mode).check_preemption()
     assert finding.status == status and words in finding.found, finding
 
 
-def test_a_qos_that_cannot_be_asked_for_is_a_warning(cluster: Cluster) -> None:
-    config = {**cluster.config, "PreemptType": "preempt/qos"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", "")
-        finding = doctor_slurm.check_preemption(Cluster("", config, {}), cluster.partitions["gpu"], asked(qos="low"))
-    assert finding.status == "warning" and "sacctmgr is not on PATH" in finding.found
+def test_a_qos_that_cannot_be_asked_for_is_a_warning(answers: dict[str, str]) -> None:
+    checks = changed(asked(qos="low"), {}, PreemptType="preempt/qos")
+    (finding,) = run_check("preemption", checks.check_preemption)
+    assert finding.check == "preemption" and finding.status == "warning"
+    assert "sacctmgr is not on PATH" in finding.found
 
 
-def test_a_suspended_run_is_not_said_to_be_called_hung(cluster: Cluster) -> None:
-    partition = {**cluster.partitions["gpu"], "PreemptMode": "GANG,SUSPEND"}
-    assert "hung" not in doctor_slurm.check_preemption(cluster, partition, asked()).advice
+def test_a_suspended_run_is_not_said_to_be_called_hung(answers: dict[str, str]) -> None:
+    assert "hung" not in changed(asked(), {"PreemptMode": "GANG,SUSPEND"}).check_preemption().advice
 
 
 @pytest.mark.parametrize(
@@ -191,16 +206,16 @@ def test_a_suspended_run_is_not_said_to_be_called_hung(cluster: Cluster) -> None
         ({"account": "lab", "qos": "preempt"}, "ok", "lab"),
     ],
 )
-def test_account(resources: dict[str, Any], status: str, words: str) -> None:
-    rows = [("lab", "", "normal,preempt"), ("other", "", "high")]
-    finding = doctor_slurm.judge_account(rows, "me", asked(**resources))
+def test_account(answers: dict[str, str], resources: dict[str, Any], status: str, words: str) -> None:
+    answers["sacctmgr"] = "lab||normal,preempt\nother||high\n"
+    finding = asked(**resources).check_account()
     assert finding.status == status and words in finding.found, finding
 
 
-def test_requeue_and_accounting_that_are_off(cluster: Cluster) -> None:
-    assert doctor_slurm.check_requeue(cluster, asked()).status == "ok"
-    assert doctor_slurm.check_requeue(cluster, asked(requeue=False)).status == "warning"
-    assert "no accounting" in doctor_slurm.check_account(Cluster("", {}, {}), asked()).found
+def test_requeue_and_accounting_that_are_off(answers: dict[str, str]) -> None:
+    assert asked().check_requeue().status == "ok"
+    assert asked(requeue=False).check_requeue().status == "warning"
+    assert "no accounting" in changed(asked(), {}, AccountingStorageType="(null)").check_account().found
 
 
 def test_a_slurm_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +223,8 @@ def test_a_slurm_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPat
         raise SchedulerError("Slurm is installed but does not answer")
 
     monkeypatch.setattr(slurm, "answers", refuse)
-    finding, found = doctor_slurm.check_slurm()
-    assert finding.status == "problem" and "does not answer" in finding.found and found is None
+    finding = asked().check_slurm()
+    assert finding.status == "problem" and "does not answer" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -228,41 +243,42 @@ def test_mounts(path: str, point: str, kind: str, option: str) -> None:
 
 
 def test_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_files, "_mountinfo", lambda: MOUNTS.replace("/tmp", str(tmp_path)))
-    findings = {f.check: f for f in check_folder(tmp_path, alone=False)}
-    assert findings["file system"].status == "warning" and "own disk" in findings["file system"].found
-    assert findings["locks"].status == "ok"
-    assert check_folder(tmp_path, alone=True)[0].status == "ok"
+    monkeypatch.setattr(machine, "_mountinfo", lambda: MOUNTS.replace("/tmp", str(tmp_path)))
+    finding = check_file_system(tmp_path, False)
+    assert finding.status == "warning" and "own disk" in finding.found
+    assert check_locks(tmp_path).status == "ok"
+    assert check_file_system(tmp_path, True).status == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_locks_that_stay_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = MOUNTS.replace("/home/my\\040lab", str(tmp_path))
-    monkeypatch.setattr(doctor_files, "LOCAL_FOLDERS", ())
-    monkeypatch.setattr(doctor_files, "_mountinfo", lambda: mounts)
-    findings = {f.check: f for f in check_folder(tmp_path, alone=False)}
-    assert findings["file system"].status == "ok" and "lustre" in findings["file system"].found
-    assert findings["locks"].status == "warning" and "localflock" in findings["locks"].found
+    monkeypatch.setattr(machine, "LOCAL_FOLDERS", ())
+    monkeypatch.setattr(machine, "_mountinfo", lambda: mounts)
+    finding = check_file_system(tmp_path, False)
+    assert finding.status == "ok" and "lustre" in finding.found
+    assert check_locks(tmp_path).status == "warning" and "localflock" in check_locks(tmp_path).found
 
 
 def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = check_folder(tmp_path / "file" / "root", alone=True)
+    finding = check_file_system(tmp_path / "file" / "root", True)
     assert finding.status == "problem" and "CIFAR_HPC_ROOT" in finding.advice
 
 
 @pytest.mark.parametrize(("free", "status"), [(1e8, "problem"), (2e9, "warning"), (1e12, "ok")])
 def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
-    monkeypatch.setattr(doctor_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
-    assert {f.check: f.status for f in check_folder(tmp_path, alone=True)}["free space"] == status
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    assert check_free_space(tmp_path).status == status
 
 
 def test_requirements() -> None:
-    assert doctor_checks.parse_requirements("# a\ntorch==2.12.1\nPy_x.y-z==1  # why\nother>=2\n") == {
+    assert machine.parse_requirements("# a\ntorch==2.12.1\nPy_x.y-z==1  # why\nother>=2\n") == {
         "torch": "2.12.1",
         "Py_x.y-z": "1",
     }
-    assert set(doctor_checks.required()) >= {"torch", "submitit", "shtab"}
+    plan = machine.plan_of(Spec(), Path("/root"))
+    assert set(plan.pins) >= {"torch", "submitit", "shtab"} and plan.data.startswith("/root/")
 
 
 @pytest.mark.parametrize(
@@ -271,173 +287,253 @@ def test_requirements() -> None:
         ({}, "ok", "4 packages"),
         ({"torch": "2.12.1+cu130"}, "ok", "4 packages"),
         ({"torch": "2.11.0"}, "warning", "torch 2.11.0 (pinned: 2.12.1)"),
-        ({"rich": None, "torch": "2.11.0"}, "problem", "not installed here: rich"),
+        ({"rich": None, "torch": "2.11.0"}, "problem", "not installed: rich"),
     ],
 )
-def test_packages(changes: dict[str, str | None], status: str, words: str) -> None:
-    finding = doctor_checks.compare_packages("packages", {**PINS, **changes}, PINS, "here")
+def test_packages(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], status: str, words: str) -> None:
+    monkeypatch.setattr(node, "_version", {**PINS, **changes}.get)
+    finding = node.check_packages(plan())
     assert finding.status == status and words in finding.found
 
 
 def test_a_profile_that_is_wrong_is_a_problem_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("resources: {partitoin: gpu}\n")
-    finding, site, spec = doctor_checks.check_site(str(path), {})
+    finding, site, spec = machine.read_site(str(path), {})
     assert finding.status == "problem" and "did you mean 'partition'" in finding.found
     assert site == Site() and spec.resources.gpus_per_node == 1
     path.write_text("setup: ['if true']\n")
-    assert "no shell" in doctor_checks.check_site(str(path), {})[0].found
+    assert "no valid shell code" in machine.read_site(str(path), {})[0].found
     path.write_text("python: apptainer exec 'my.sif python\n")
-    assert doctor_checks.check_site(str(path), {})[0].status == "problem"
+    assert machine.read_site(str(path), {})[0].status == "problem"
 
 
-TASK: dict[str, Any] = {
-    "rank": 0, "node": "n1", "job_id": "7", "token": "t", "lock_seen": True, "gpus": 2, "python": "3.11.7",
-    "executable": "/p", "packages": {k: v for k, v in PINS.items() if k != "rich"}, "data": None,
-    "torch": {
-        "version": "2.12.1", "built": "CUDA 13.0", "seconds": 3.0, "usable": True, "devices": ["A100", "A100"],
-        "visible": "0,1",
-    },
-    "scontrol": "/usr/bin/scontrol", "requeue": "1", "signal": True,
-    "all_reduce": {"backend": "nccl", "seconds": 0.004, "right": True},
-}  # fmt: skip
-GPUS = Spec(resources=ResourcesSpec(gpus_per_node=2))
+def plan(**changes: Any) -> Plan:
+    fields = {"pins": PINS, "source": "synthetic", "data": "/d", "gpus": 0, "requeue": True, "python": "3.11.7"}
+    return Plan(**fields | changes)
 
 
-def judged(change: Callable[[dict[str, Any]], Any] | None = None, spec: Spec = GPUS) -> dict[str, Finding]:
+def test_torch_that_cannot_be_imported_and_one_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert node.check_torch(plan()).status == "ok"
+    monkeypatch.setattr(node, "SLOW_IMPORT_SECONDS", -1.0)
+    assert node.check_torch(plan()).status == "warning"
+    monkeypatch.setitem(sys.modules, "torch", None)
+    finding = node.check_torch(plan())
+    assert finding.status == "problem" and "ModuleNotFoundError" in finding.found and finding.advice
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "given", "usable", "cuda", "status", "words"),
+    [
+        (2, "2", True, "13.0", "ok", "2 on each node, usable by all tasks: A100"),
+        (2, "2", False, "13.0", "problem", "Slurm gave 2 GPUs but CUDA is not usable (CUDA_VISIBLE_DEVICES=0,1)"),
+        (2, "2", False, None, "problem", "built for the CPU only"),
+        (2, "", False, "13.0", "problem", "Slurm gave no GPU"),
+        (2, "1", True, "13.0", "problem", "2 were asked for, Slurm gave 1"),
+        (0, "", False, None, "ok", "none were asked for"),
+    ],
+)
+def test_gpus(
+    monkeypatch: pytest.MonkeyPatch, asked_for: int, given: str, usable: bool, cuda: str, status: str, words: str
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    finding = node.check_gpus(plan(gpus=asked_for))
+    assert finding.status == status and words in finding.found and bool(finding.advice) == (status == "problem")
+
+
+def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
+    spec = Spec(resources=ResourcesSpec(gpus_per_node=2))
+    assert machine.plan_of(spec, Path("/root")).gpus == 2
+    spec = Spec(resources=ResourcesSpec(gpus_per_node=2), train=TrainSpec(device="cpu"))
+    assert machine.plan_of(spec, Path("/root")).gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "data_here", "status", "advice"),
+    [
+        ("synthetic", True, "ok", ""),
+        ("cifar10", True, "problem", "shared with the compute nodes"),
+        ("cifar10", False, "warning", "downloads it"),
+        ("folder", False, "problem", ""),
+    ],
+)
+def test_images(tmp_path: Path, source: str, data_here: bool, status: str, advice: str) -> None:
+    finding = node.check_data(plan(source=source, data=str(tmp_path / "none"), data_here=data_here))
+    assert finding.status == status and advice in finding.advice and "HINT" not in finding.found
+
+
+def test_another_python_than_on_the_login_node() -> None:
+    finding = node.check_python(plan(python="3.9.1"))
+    assert finding.status == "ok" and "on the login node 3.9.1" in finding.found and finding.advice
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """The only task of a job, of which nothing has run yet."""
+    for variable in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    (tmp_path / PLAN).write_text(json.dumps(vars(plan(pins={}))))
+    return Task(tmp_path)
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "task-0.json").read_text())
+    return found | {finding["check"]: finding for finding in found["findings"]}
+
+
+def test_a_task_runs_all_checks_and_writes_what_it_found(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"Requeue": "1"})
+    monkeypatch.setattr(slurm, "command", lambda _: os.kill(os.getpid(), node.signal.SIGUSR2))
+    with hold_lock(tmp_path / LOCK):
+        task.run()
+    found = reported(tmp_path)
+    assert (found["rank"], found["node"], found["finished"]) == (0, "n1", True)
+    assert {f["status"] for f in found["findings"]} == {"ok"}, found
+    assert [f["check"] for f in found["findings"]] == [
+        "locks", "python", "packages", "requeue", "torch", "gpus", "data", "all-reduce", "signals",
+    ]  # fmt: skip
+
+
+def test_a_task_without_torch_does_not_meet_the_others(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK).touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"Requeue": "1"})
+    task.run()
+    found = reported(tmp_path)
+    assert [check for check in found if found[check] == {}] == [] and found["finished"]
+    assert list(found)[-1] == "torch" and found["torch"]["status"] == "problem"
+    assert found["locks"]["status"] == "warning" and "not seen" in found["locks"]["found"]
+
+
+def test_a_check_that_fails_is_a_finding_and_the_next_ones_run(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_gpus(plan: Plan) -> Finding:
+        raise RuntimeError("no memory")
+
+    def check_all_reduce(plan: Plan) -> Finding:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(node, "check_gpus", check_gpus)
+    monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"Requeue": "1"})
+    monkeypatch.setattr(task, "check_all_reduce", check_all_reduce)
+    task.run()
+    found = reported(tmp_path)
+    assert found["locks"]["found"] == "No such file or directory"
+    assert (
+        found["gpus"]["status"] == "problem"
+        and found["gpus"]["found"] == "it could not be checked: RuntimeError: no memory"
+    )
+    assert found["data"]["status"] == "ok" and "signals" not in found
+
+
+def test_a_check_that_hangs_is_named(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    task._give_up(task.check_all_reduce)
+    assert reported(tmp_path)["finished"] and "not finished within" in reported(tmp_path)["all-reduce"]["found"]
+
+
+def test_a_container_without_scontrol_and_a_site_without_requeue(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, status in (("1", "ok"), ("0", "problem")):
+        monkeypatch.setattr(slurm, "job_fields", lambda _, answer=answer: {"Requeue": answer})
+        assert task.check_requeue(plan()).status == status
+    assert task.check_requeue(plan(requeue=False)).status == "ok"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    finding = task.check_requeue(plan())
+    assert finding.status == "warning" and "scontrol is not on PATH" in finding.found and "container" in finding.advice
+
+
+def test_a_signal_that_was_not_sent_is_not_one_that_was_not_heard(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "SIGNAL_SECONDS", 0.01)
+    monkeypatch.setattr(slurm, "command", lambda _: "")
+    finding = task.check_signals(plan())
+    assert finding.status == "problem" and "did not arrive" in finding.found
+    task.signalled.set()
+    assert task.check_signals(plan()).status == "ok"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    finding = task.check_signals(plan())
+    assert finding.status == "warning" and "scancel is not usable" in finding.found
+
+
+def judged(change: Callable[[list[Finding]], Any] | None = None, **fields: Any) -> dict[str, Finding]:
     """The findings about two tasks, the second of them changed."""
-    tasks = [copy.deepcopy(TASK), copy.deepcopy(TASK) | {"rank": 1, "node": "n2"}]
+    words = {"locks": "seen", "python": "3.11.7 (/p)", "torch": "torch 2", "all-reduce": "gloo in 4 ms"}
+    findings = [Finding(check, "ok", found) for check, found in words.items()]
+    tasks = [TaskReport(0, "n1", True, findings), TaskReport(1, "n2", True, list(findings))]
     if change is not None:
-        change(tasks[1])
-    outcome = JobOutcome("7", "COMPLETED", "None", "t", 2, tasks, "last words")
-    return {f.check: f for f in judge_job(outcome, spec, PINS, {"python": "3.11.7", "data": None})}
+        change(tasks[1].findings)
+    for name, value in fields.items():
+        setattr(tasks[1], name, value)
+    return {f.check: f for f in run_check("job", job.job_findings, "job 7 ended", 2, tasks, "last words")}
 
 
 def test_a_job_without_problems() -> None:
     findings = judged()
     assert {f.status for f in findings.values()} == {"ok"}
-    assert list(findings) == [
-        "job", "job file system", "job locks", "job python", "job packages", "job torch", "job gpus", "job data",
-        "job all-reduce", "job requeue", "job signals",
-    ]  # fmt: skip
-    assert "nccl over 2 tasks" in findings["job all-reduce"].found and "4 ms" in findings["job all-reduce"].found
+    assert list(findings) == ["job", "job file system", "job locks", "job python", "job torch", "job all-reduce"]
+    assert findings["job"].found == "2 of 2 tasks on n1, n2" and findings["job all-reduce"].found == "gloo in 4 ms"
 
 
 @pytest.mark.parametrize(
-    ("change", "check", "status", "words"),
+    ("index", "finding", "status", "words"),
     [
-        (lambda t: t.update(error="all-reduce: not within 90 s"), "job", "problem", "task 1 on n2: all-reduce"),
-        (lambda t: t.update(lock_seen=False), "job locks", "warning", "task 1 on n2"),
-        (lambda t: t.update(python="3.12.1"), "job python", "warning", "not the same"),
-        (lambda t: t["packages"].update(submitit=None), "job packages", "problem", "submitit"),
-        (lambda t: t["packages"].update(torch="2.9"), "job packages", "warning", "torch 2.9"),
-        (lambda t: t["torch"].update(error="ImportError: x"), "job torch", "problem", "ImportError: x"),
-        (
-            lambda t: t["torch"].update(usable=False),
-            "job gpus",
-            "problem",
-            "task 1 on n2: Slurm gave 2 GPUs but CUDA is not usable (CUDA_VISIBLE_DEVICES=0,1)",
-        ),
-        (lambda t: t["torch"].update(usable=False, built=None), "job gpus", "problem", "built for the CPU only"),
-        (lambda t: t.update(gpus=1), "job gpus", "problem", "2 were asked for, Slurm gave 1"),
-        (lambda t: t.update(data="x is missing. HINT: y"), "job data", "problem", "x is missing."),
-        (lambda t: t["all_reduce"].update(right=False), "job all-reduce", "problem", "did not add up"),
-        (lambda t: t.pop("all_reduce"), "job all-reduce", "problem", "task"),
-        (lambda t: t["all_reduce"].update(seconds=3.0), "job all-reduce", "warning", "3,000 ms"),
-        (lambda t: t.update(signal=False), "job signals", "problem", "task 1 on n2 did not hear"),
+        (0, Finding("locks", "warning", "not seen", "x"), "warning", "task 1 on n2: not seen"),
+        (1, Finding("python", "ok", "3.12.1 (/p)"), "warning", "not the same on all nodes: 3.11.7 (/p), 3.12.1 (/p)"),
+        (1, Finding("python", "ok", "3.11.7 (/q)"), "ok", "3.11.7 (/p)"),
+        (2, Finding("torch", "problem", "import torch: x", "y"), "problem", "task 1 on n2: import torch: x"),
+        (3, Finding("all-reduce", "problem", "not finished", "y"), "problem", "task 1 on n2: not finished"),
     ],
 )
-def test_what_one_task_reports(change: Any, check: str, status: str, words: str) -> None:
-    finding = judged(change)[check]
-    assert finding.status == status and words in finding.found, finding
-    assert finding.advice
+def test_of_the_tasks_findings_the_worst_counts(index: int, finding: Finding, status: str, words: str) -> None:
+    found = judged(lambda findings: findings.__setitem__(index, finding))[f"job {finding.check}"]
+    assert found.status == status and found.found == words
+    assert bool(found.advice) == (status != "ok")
+    assert ("NCCL_SOCKET_IFNAME" in found.advice) == (finding.check == "all-reduce")
 
 
-def test_what_a_task_without_torch_cannot_tell_is_not_judged() -> None:
-    def broken(task: dict[str, Any]) -> None:
-        task["torch"] = {"error": "ImportError: libcuda.so.1"}
-        task["signal"] = False  # the other one, which sends it, waited for this one
-        del task["all_reduce"]
+def test_a_task_that_was_killed_is_named_and_the_other_is_judged() -> None:
+    findings = judged(lambda findings: findings.clear(), finished=False)
+    assert findings["job"].found == "task 1 on n2 ended too early: last words"
+    assert findings["job"].status == "problem" and findings["job all-reduce"].status == "ok"
 
-    findings = judged(broken)
-    assert {f.check for f in findings.values() if f.status == "problem"} == {"job torch"}
-    assert "job all-reduce" not in findings and "job signals" not in findings
-    assert findings["job gpus"].status == "ok" and "job requeue" in findings
-    task = copy.deepcopy(TASK) | {"torch": {"error": "x"}}
-    outcome = JobOutcome("7", "COMPLETED", "None", "t", 1, [task])
-    assert "job gpus" not in {f.check for f in judge_job(outcome, GPUS, PINS, None)}
+
+def test_a_task_that_did_not_come_back() -> None:
+    (finding, *_) = job.job_findings("job 7 ended", 2, [TaskReport(0, "n1", True)], "last words")
+    assert finding.status == "problem" and finding.found == "1 of 2 tasks on n1 came back: last words"
+
+
+@pytest.mark.parametrize(("reason", "status"), [("Resources", "warning"), ("InvalidAccount", "problem")])
+def test_a_job_that_did_not_start(reason: str, status: str) -> None:
+    finding = job.not_started("7", reason)
+    assert finding.status == status and f"did not start: {reason}" in finding.found and finding.advice
 
 
 @pytest.mark.parametrize(
-    ("signals", "status", "words"),
-    [
-        ([None, False], "warning", "scancel is not usable"),
-        (["-", "-"], "warning", "not tried: the job did not come so far"),
-        (["-", False], "warning", "not tried: the job did not come so far"),  # who sends it is rank 0
-        ([True, "-"], "ok", "reached every task that came so far"),
-        ([False, False], "problem", "task 0 on n1 did not hear"),
-    ],
+    ("output", "words"), [("", "nothing of it can be seen"), ("No module named 'torch'", "No module named 'torch'")]
 )
-def test_a_signal_that_was_not_tried_is_not_one_that_was_not_heard(signals: Any, status: str, words: str) -> None:
-    tasks = [copy.deepcopy(TASK), copy.deepcopy(TASK) | {"rank": 1, "node": "n2"}]
-    for task, signal in zip(tasks, signals, strict=True):
-        task["signal"] = signal
-        if signal == "-":
-            del task["signal"]
-    outcome = JobOutcome("7", "COMPLETED", "None", "t", 2, tasks, "")
-    finding = next(f for f in judge_job(outcome, GPUS, PINS, None) if f.check == "job signals")
-    assert finding.status == status and words in finding.found, finding
-
-
-def test_a_container_without_scontrol_and_a_site_without_requeue() -> None:
-    def job(**changes: Any) -> Finding:
-        outcome = JobOutcome("7", "COMPLETED", "None", "t", 1, [copy.deepcopy(TASK) | changes], "")
-        return next(f for f in judge_job(outcome, GPUS, PINS, None) if f.check == "job requeue")
-
-    assert job(scontrol=None).status == "warning" and "container" in job(scontrol=None).advice
-    assert job(requeue="0").status == "problem"
-    assert job(scontrol_error="refused").status == "warning"
-
-
-def test_a_task_that_failed_early_is_named_and_the_other_is_judged() -> None:
-    def early(task: dict[str, Any]) -> None:
-        for key in set(task) - {"rank", "node", "token"}:
-            del task[key]
-        task["error"] = "OSError: no memory"
-
-    findings = judged(early)
-    assert findings["job"].found == "task 1 on n2: OSError: no memory"
-    assert findings["job gpus"].status == "ok" and findings["job all-reduce"].status == "problem"
-    outcome = JobOutcome("7", "COMPLETED", "None", "t", 1, [{"rank": 0, "node": "n", "token": "t", "error": "x"}])
-    assert [f.check for f in judge_job(outcome, GPUS, PINS, None)] == ["job", "job file system", "job locks"]
-
-
-def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
-    spec = Spec(train=TrainSpec(device="cpu"))
-    assert judged(lambda t: t["torch"].update(usable=False), spec)["job gpus"].status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("outcome", "status", "words"),
-    [
-        (JobOutcome("7", "PENDING", "Resources", "t", 1), "warning", "did not start: Resources"),
-        (JobOutcome("7", "PENDING", "InvalidAccount", "t", 1), "problem", "InvalidAccount"),
-        (JobOutcome("7", "FAILED", "NonZeroExitCode", "t", 1), "problem", "nothing of it can be seen"),
-        (JobOutcome("7", "FAILED", "x", "t", 1, [], "No module named 'torch'"), "problem", "No module named"),
-        (JobOutcome("7", "FAILED", "x", "t", 1, [{"token": "another"}]), "problem", "nothing of it can be seen"),
-    ],
-)
-def test_a_job_of_which_nothing_came_back(outcome: JobOutcome, status: str, words: str) -> None:
-    (finding,) = judge_job(outcome, GPUS, PINS, None)
-    assert finding.check == "job" and finding.status == status and words in finding.found
-    assert finding.advice
+def test_a_job_of_which_nothing_came_back(output: str, words: str) -> None:
+    (finding,) = job.job_findings("job 7 ended as FAILED (NonZeroExitCode)", 1, [], output)
+    assert finding.status == "problem" and words in finding.found and "FAILED" in finding.found and finding.advice
 
 
 def test_a_job_that_is_interrupted_is_cancelled_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancelled: list[str] = []
-    monkeypatch.setattr(doctor_submit.launcher, "submit_script", lambda script, code: "7")
+    monkeypatch.setattr(job.launcher, "submit_script", lambda script, code: "7")
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "PENDING", "Reason": "Priority"})
     monkeypatch.setattr(slurm, "cancel", cancelled.append)
 
@@ -445,9 +541,28 @@ def test_a_job_that_is_interrupted_is_cancelled_and_leaves_nothing(
         if "queued (Priority)" in words:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), doctors_job(tmp_path, Spec(), Site(), PINS, 60, interrupt):
-        pass
+    monkeypatch.setattr(job, "say", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(job.check_job(tmp_path, Spec(), Site(), plan(), 60))
     assert cancelled == ["7"] and list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize(("finished", "kept"), [(True, []), (False, ["slurm"])])
+def test_what_the_job_printed_is_kept_where_there_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool, kept: list[str]
+) -> None:
+    def submit(script: str, code: Path) -> str:
+        (folder,) = (tmp_path / "logs").iterdir()
+        report = {"rank": 0, "node": "n1", "finished": finished, "findings": []}
+        (folder / "task-0.json").write_text(json.dumps(report))
+        (folder / "slurm" / "7_0_log.out").write_text("last words\n")
+        return "7"
+
+    monkeypatch.setattr(job.launcher, "submit_script", submit)
+    monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "COMPLETED", "Reason": "None"})
+    found = run_check("job", job.check_job, tmp_path, Spec(), Site(), plan(), 60)
+    assert found[0].check == "job" and found[0].status == ("ok" if finished else "problem")
+    assert [path.name for folder in (tmp_path / "logs").iterdir() for path in folder.iterdir()] == kept
 
 
 def test_a_lock_is_seen_by_others(tmp_path: Path) -> None:
@@ -464,8 +579,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fcntl.flock", refuse)
     with hold_lock(tmp_path / "lock"), pytest.raises(OSError, match=os.strerror(reason)):
         is_locked(tmp_path / "lock")
-    findings = {f.check: f for f in check_folder(tmp_path, alone=True)}
-    assert findings["locks"].status == "warning" and "flock does not work here" in findings["locks"].found
+    finding = check_locks(tmp_path)
+    assert finding.status == "warning" and "flock does not work here" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -476,20 +591,30 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_a_check_fails_at_is_a_finding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+    answers: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    words: str,
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
-    monkeypatch.setattr(doctor, "_look_at_slurm", lambda *_: Cluster(""))
-    monkeypatch.setattr(doctor, "_look_at_torch", lambda *_: None)
-    monkeypatch.setattr(doctor, "check_folder", fail)
-    monkeypatch.setattr(doctor, "doctors_job", fail)
+    monkeypatch.setattr(slurm, "answers", lambda: True)
+    monkeypatch.setattr(machine, "check_torch", lambda *_: [])
+    monkeypatch.setattr(machine, "check_file_system", fail)
+    monkeypatch.setattr(doctor, "check_job", fail)
     assert main(["doctor", "--job", "--json"]) == 1
     found = {f["check"]: f for f in json.loads(capsys.readouterr().out)}
-    assert list(found) == ["python", "site", "file system", "job"]
-    assert all(found[check]["status"] == "problem" and words in found[check]["found"] for check in list(found)[2:])
+    assert list(found) == [
+        "python", "site", "slurm", "partition", "nodes", "preemption", "requeue", "account", "file system", "job",
+    ]  # fmt: skip
+    assert {check for check, f in found.items() if f["status"] == "problem" and words in f["found"]} == {
+        "file system",
+        "job",
+    }
 
 
 def test_lines_are_whole_in_a_pipe_and_say_no_word_that_terminals_obey(capsys: pytest.CaptureFixture[str]) -> None:

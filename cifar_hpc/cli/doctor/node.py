@@ -1,0 +1,323 @@
+"""Checks that import torch, in a process of their own: a task of doctor's job, or one on the login node.
+
+`python -m cifar_hpc.cli.doctor.node FOLDER` is a task of the job: it reads `FOLDER/plan.json` and writes its findings
+to `FOLDER/task-<rank>.json`. With `--plan JSON` it prints the findings about this machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cifar_hpc.cli.doctor.report import Finding, counted, ok, problem, run_check, warning
+from cifar_hpc.data.image_folder import list_folder
+from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.files import try_lock, write_atomic
+from cifar_hpc.slurm import client as slurm
+
+PLAN, LOCK = "plan.json", "lock"  # files in the folder of doctor's job; the login node holds the lock meanwhile
+LEAST_PYTHON = (3, 11)
+SLOW_IMPORT_SECONDS = 30.0
+CHECK_SECONDS = 180.0  # of a check in the job: a network that is set up wrongly waits for ever
+SIGNAL_SECONDS = 30.0
+NUMBERS = 4_903_082  # of an all-reduce: the full model's gradients in float32
+SLOW_SECONDS = 1.0  # of an all-reduce; gloo over 1 Gbit/s Ethernet takes 0.3 s
+INSTALL = "make .venv/.run && . .venv/bin/activate; or name another Python for the nodes in the profile (python:)"
+KEPT = "the whole output is kept"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The facts that the checks compare with, as the login node writes them.
+
+    pins: the versions that are needed, by package.
+    gpus: as many as were asked for on each node.
+    python: the version on the login node.
+    data_here: the login node has found the images.
+    """
+
+    pins: dict[str, str]
+    source: str
+    data: str
+    gpus: int
+    requeue: bool
+    python: str
+    data_here: bool = False
+
+
+@dataclass
+class TaskReport:
+    """The findings of one task of doctor's job; `finished` is false where it was killed."""
+
+    rank: int
+    node: str
+    finished: bool = False
+    findings: list[Finding] = field(default_factory=list)
+
+
+Check = Callable[[Plan], Finding]
+
+
+def run(check: Check, plan: Plan) -> Finding:
+    """The finding of a check, under its name: all-reduce of check_all_reduce."""
+    return run_check(_name(check), check, plan)[0]
+
+
+def _name(check: Check) -> str:
+    return check.__name__.removeprefix("check_").replace("_", "-")
+
+
+def check_python(plan: Plan) -> Finding:
+    """The version of this Python."""
+    words = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info < LEAST_PYTHON:
+        return problem(f"{words}; needed: 3.11 or newer", "make PYTHON=python3.12 .venv/.run")
+    if platform.python_version() != plan.python:
+        advice = "works; but keep to one on the compute nodes, which decides about the bits"
+        return ok(f"{words}; on the login node {plan.python}", advice)
+    return ok(words)
+
+
+def check_packages(plan: Plan) -> Finding:
+    """The packages that are installed, compared with what requirements.txt pins."""
+    pins = plan.pins
+    found = {name: _version(name) for name in pins}
+    if missing := [name for name in pins if found[name] is None]:
+        return problem(f"not installed: {', '.join(missing)}", INSTALL)
+    # torch calls itself 2.12.1+cu130, which is 2.12.1 of the index.
+    if other := [f"{n} {found[n]} (pinned: {pins[n]})" for n in pins if str(found[n]).partition("+")[0] != pins[n]]:
+        advice = "not the versions that were tested; the same bits need the same versions for all starts of a run"
+        return warning(", ".join(other), advice)
+    return ok(f"{len(pins)} packages as in requirements.txt" if pins else "no requirements.txt here to compare with")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_torch(plan: Plan) -> Finding:
+    """The import of torch, and how long it takes; CUDA is not needed where one submits."""
+    begin = time.monotonic()
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises anything
+        return problem(f"import torch: {type(error).__name__}: {error}", INSTALL)
+    seconds = time.monotonic() - begin
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    built = f"ROCm {torch.version.hip}" if torch.version.hip else built
+    words = f"torch {torch.__version__}, built for {built}, imported in {seconds:.1f} s"
+    if seconds > SLOW_IMPORT_SECONDS:
+        advice = "every start waits for it: use a faster file system, or a container image (docs/clusters.md)"
+        return warning(words, advice)
+    return ok(words)
+
+
+def check_data(plan: Plan) -> Finding:
+    """The images of the default job. submit.py downloads missing ones, doctor does not."""
+    try:
+        if plan.source == "folder":
+            list_folder(Path(plan.data))
+        elif plan.source == "cifar10":
+            from cifar_hpc.data.cifar10 import check_cifar10
+
+            check_cifar10(Path(plan.data))
+    except (UserError, ImportError, OSError) as error:
+        words = str(error).partition(" HINT: ")[0]  # there is better advice than the hint
+        if plan.data_here:
+            advice = "the folder of the images must be shared with the compute nodes: another data.root"
+            return problem(words, advice)
+        advice = "submit.py downloads it on a machine with internet; --set data.source=synthetic needs nothing"
+        return warning(words, advice) if plan.source == "cifar10" else problem(words, advice)
+    return ok(f"{plan.source} in {plan.data}" if plan.source != "synthetic" else plan.source)
+
+
+def check_gpus(plan: Plan) -> Finding:
+    """The GPUs that a task sees, and how many Slurm gave."""
+    import torch
+
+    if plan.gpus == 0:
+        return ok("none were asked for")
+    given = _number("SLURM_GPUS_ON_NODE")
+    words = f"Slurm gave {counted(given, 'GPU')} but CUDA is not usable" if given else "Slurm gave no GPU"
+    if not torch.cuda.is_available():
+        why = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
+        why = why if torch.version.cuda or torch.version.hip else "this PyTorch is built for the CPU only"
+        advice = "does this PyTorch fit the driver (nvidia-smi on the node)? In a container see --nv and --rocm"
+        return problem(f"{words} ({why})", advice)
+    if 0 < given < plan.gpus:
+        return problem(f"{plan.gpus} were asked for, Slurm gave {given}", "see gpus: in the site profile")
+    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    return ok(f"{plan.gpus} on each node, usable by all tasks: {', '.join(names)}")
+
+
+class Task:
+    """One task of doctor's job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan = Plan(**json.loads((folder / PLAN).read_text()))
+        self.rank, self.world_size = _number("SLURM_PROCID"), max(1, _number("SLURM_NTASKS"))
+        self.local_rank, self.job_id = _number("SLURM_LOCALID"), str(slurm.own_job_id())
+        self.report = TaskReport(self.rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        self.store: Any = None  # what the tasks share, where there are several
+        self.signalled = threading.Event()
+
+    def run(self) -> None:
+        """Run all checks one after the other; a check that fails or hangs is a finding."""
+        signal.signal(signal.SIGUSR2, lambda *_: self.signalled.set())
+        alone = (self.check_locks, check_python, check_packages, self.check_requeue, check_torch, check_gpus)
+        for check in (*alone, check_data, self.check_all_reduce, self.check_signals):
+            limit = threading.Timer(CHECK_SECONDS, self._give_up, [check])
+            limit.daemon = True
+            limit.start()
+            finding = run(check, self.plan)
+            limit.cancel()
+            self.report.findings.append(finding)
+            if finding.status == "problem" and finding.check in ("torch", "all-reduce"):
+                break  # the next checks need it
+            self.write()
+        self.write(finished=True)
+
+    def write(self, finished: bool = False) -> None:
+        """Replace this task's file, with fsync and rename as a checkpoint's."""
+        self.report.finished = finished
+        write_atomic(self.folder / f"task-{self.rank}.json", json.dumps(asdict(self.report)).encode())
+
+    def _give_up(self, check: Check) -> None:
+        words = f"not finished within {CHECK_SECONDS:g} s"
+        self.report.findings.append(Finding(_name(check), "problem", words, KEPT))
+        self.write(finished=True)
+        os._exit(1)
+
+    def check_locks(self, plan: Plan) -> Finding:
+        """A lock that the login node holds."""
+        words = "a lock held on the login node is not seen there"
+        try:
+            if is_locked(self.folder / LOCK):
+                return ok("a lock held on the login node is seen on the compute nodes")
+        except OSError as error:
+            words = str(error.strerror)
+        advice = "Slurm alone keeps a run to one writer (singleton): do not start a queued run by hand as well"
+        return warning(words, advice)
+
+    def check_requeue(self, plan: Plan) -> Finding:
+        """The answer of scontrol within the job, and whether the site has taken --requeue away."""
+        try:
+            value = slurm.job_fields(self.job_id).get("Requeue")
+        except SchedulerError as error:
+            advice = "Slurm requeues only some preempted runs itself. In a container bind scontrol (docs/clusters.md)"
+            return warning(str(error), advice)
+        if value != "1" and plan.requeue:
+            advice = "the site has taken --requeue away: after a preemption submit the run again by hand"
+            return problem(f"scontrol says Requeue={value}", advice)
+        return ok(f"scontrol answers in the job: Requeue={value}")
+
+    def check_all_reduce(self, plan: Plan) -> Finding:
+        """A sum over all tasks: by NCCL where every task has a GPU, else by gloo."""
+        import torch
+        import torch.distributed as dist
+
+        from cifar_hpc.training.distributed.rendezvous import meet
+        from cifar_hpc.training.process import Launch
+        from cifar_hpc.training.signals import StopFlag
+
+        rendezvous = self.folder / "meeting" / "rendezvous.json"
+        launch = Launch(self.rank, self.world_size, self.local_rank, "slurm", self.job_id, rendezvous)
+        self.store = meet(launch, StopFlag())  # as runs do
+        if self.store is None:
+            return ok("one task: there is nothing to reduce; try --nodes 2 or --gpus-per-node 2")
+        backend, device = "gloo", None
+        if all(answer == "True" for answer in self._exchange("usable", str(torch.cuda.is_available()))):
+            local = self.local_rank if self.local_rank < torch.cuda.device_count() else 0
+            backend, device = "nccl", torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        group = dist.PrefixStore("doctor", self.store)
+        dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world_size, device_id=device)
+        seconds = []
+        for _ in range(4):  # the first one sets up connections
+            numbers = torch.full((NUMBERS,), float(self.rank + 1), device=device)
+            begin = time.perf_counter()
+            dist.all_reduce(numbers)
+            total = numbers[-1].item()
+            seconds.append(time.perf_counter() - begin)
+        if total != self.world_size * (self.world_size + 1) / 2:
+            return problem("it did not add up", KEPT)
+        milliseconds = f"{1e3 * min(seconds):,.0f} ms"
+        words = f"{backend} over {self.world_size} tasks: the full model's gradients (19.6 MB) in {milliseconds}"
+        return warning(words, KEPT) if min(seconds) > SLOW_SECONDS else ok(words)
+
+    def check_signals(self, plan: Plan) -> Finding:
+        """A signal of rank 0 to the job's steps: every task must hear it, through any wrapper or container."""
+        refusal = ""
+        if self.rank == 0:
+            try:
+                slurm.command(["scancel", "--signal=USR2", self.job_id])
+            except SchedulerError as error:
+                refusal = str(error)
+        if refusal := self._exchange("refusal", refusal)[0]:
+            return warning(f"not tried: scancel is not usable in the job: {refusal}")
+        if self.signalled.wait(SIGNAL_SECONDS):
+            return ok("a signal of scancel reached every task")
+        advice = "preempted runs would lose work: a container or wrapper around Python must pass signals on (exec)"
+        return problem("a signal of scancel did not arrive", advice)
+
+    def _exchange(self, key: str, answer: str) -> list[str]:
+        """The answers of all tasks, by rank."""
+        if self.store is None:
+            return [answer]
+        self.store.set(f"{key}/{self.rank}", answer)
+        answers = [self.store.get(f"{key}/{rank}").decode() for rank in range(self.world_size)]
+        self.store.set(f"{key} read/{self.rank}", "")
+        if self.rank == 0:  # which holds the store, and so leaves last
+            self.store.wait([f"{key} read/{rank}" for rank in range(self.world_size)])
+        return answers
+
+
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock(2) on a new file, where its file system has locks."""
+    with path.open("xb") as file:
+        try_lock(file.fileno())
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Try a file's lock; true where another process holds it."""
+    with path.open("r+b") as file:  # NFS locks only what is open for writing
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--plan":
+        plan = Plan(**json.loads(sys.argv[2]))
+        print(json.dumps([asdict(run(check, plan)) for check in (check_packages, check_torch, check_data)]))
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the batch script has had ignored
+        Task(Path(sys.argv[1])).run()
+        sys.stdout.flush()
+        os._exit(0)  # without the teardown of process groups, which may wait for tasks that are gone
