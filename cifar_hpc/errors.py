@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """What was under way was left because the run is to stop."""
+    """Raised out of long work when the run has to stop."""
 
 
 class UserError(Exception):

@@ -51,7 +51,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def kind_of(mode: int) -> str:
-    """What a path is, in words, by its st_mode."""
+    """Name the kind of a file from its st_mode."""
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
@@ -85,7 +85,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else has, on any host."""
+    """Make a unique name beside `path`, on any host."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -148,10 +148,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Take the lock; false where somebody else has it. On a file system without locks it counts as taken.
+    """Try to take the lock; false where another process has it. On a file system without locks it counts as taken.
 
     Args:
-        kind: LOCK_SH for a look, so that two who look at once do not take each other for the holder.
+        kind: LOCK_SH for a look, so that two processes that look at once do not take each other for the holder.
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

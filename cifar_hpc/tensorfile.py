@@ -53,7 +53,7 @@ def save(tree: Any, file: BinaryIO, advanced: Callable[[int], None] = lambda cou
     """Write `tree`; returns the file's sha256.
 
     Args:
-        advanced: told now and then how many more bytes have been written.
+        advanced: called with the number of bytes written since the last call.
     """
     counting = _Counting(file, advanced)
     torch.save(tree, counting)  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def _interpret(file: BinaryIO) -> Any:
 
 
 def _unsafe_globals(file: BinaryIO) -> list[str]:
-    """What a pickle would call if it were let: found by reading it, without running it."""
+    """Names that a pickle would call, found by reading it without running it."""
     file.seek(0)
     try:
         return [_first_line(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)][:5]

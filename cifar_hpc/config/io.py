@@ -18,7 +18,7 @@ from cifar_hpc.config.validate import check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError
 
-# Where a run runs, how often it saves and who looks on do not change what it computes: left out of a run's name.
+# Keys that do not change the result of a run. They are left out of its name.
 NOT_IN_NAME = (
     "resources",
     "checkpoint",
@@ -29,7 +29,7 @@ NOT_IN_NAME = (
     "train.log_seconds",
     "train.watchdog_minutes",
 )
-# What may differ between a run's first start and a later one.
+# Keys that may change between a run's first start and a later one.
 MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
 MAX_DEPTH = 8  # sections in a key; the spec has two
 
@@ -40,7 +40,7 @@ def load_spec(
     base: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Spec:
-    """The spec of a job file, laid over `base` (a site's defaults), under `key.path=value` overrides and `flags`.
+    """Read a job file, laid over `base` (a site's defaults), under `key.path=value` overrides and `flags`.
 
     Raises:
         SpecError: names the file, the flag or the dotted key.
@@ -60,7 +60,7 @@ def load_values(
     base: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The same as plain values that nothing has been asked of yet; a section `sweep` may be among them.
+    """Read the same as plain, unchecked values; a section `sweep` may be among them.
 
     Raises:
         SpecError: names the file or the flag.
@@ -92,13 +92,13 @@ def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_plain(spec: Spec) -> dict[str, Any]:
-    """Nested dicts, lists, numbers and strings only: what YAML, JSON and torch.load(weights_only=True) can hold."""
+    """Convert to nested dicts, lists, numbers and strings, which YAML, JSON and checkpoints can hold."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
     return plain
 
 
 def from_plain(values: Mapping[str, Any]) -> Spec:
-    """The inverse of `to_plain`."""
+    """Build and check a spec; the inverse of `to_plain`."""
     return check(build(Spec, dict(values)))
 
 
@@ -135,12 +135,12 @@ def differences(old: Spec, new: Spec) -> dict[str, tuple[Any, Any]]:
 
 
 def covered(key: str, prefixes: Iterable[str]) -> bool:
-    """Whether `key` is one of `prefixes` or in a section that one of them names."""
+    """Return whether `key` is one of `prefixes` or in a section that one of them names."""
     return any(key == p or key.startswith(p + ".") for p in prefixes)
 
 
 def check_resumable(old: Spec, new: Spec, run: str) -> None:
-    """Refuse to go on with a run under a spec that would compute something else.
+    """Refuse to resume a run under a spec that would give another result.
 
     Raises:
         SpecError: shows each differing key, old and new.
@@ -160,13 +160,13 @@ def run_name(job: str, spec: Spec) -> str:
     """`<job>-<8 hex digits>` of what differs from the defaults, so that the same spec finds the same run."""
     changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not covered(k, NOT_IN_NAME)}
     if spec.data.source == "folder":
-        changed["data.root"] = spec.data.root  # here it says which images; elsewhere only where the same ones are
+        changed["data.root"] = spec.data.root  # it chooses the images; for other sources it is only their place
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{job}-{digest[:8]}"
 
 
 def in_words(value: Any) -> str:
-    """A spec's value as its YAML would have it: true, null, 0.3, [64, 128]."""
+    """Format a value of a spec as its YAML does: true, null, 0.3, [64, 128]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

@@ -34,7 +34,7 @@ class Site:
 
 
 def clusters_directory() -> Path:
-    """Where site profiles stand."""
+    """Folder of the site profiles."""
     return Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 

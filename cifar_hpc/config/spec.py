@@ -51,17 +51,17 @@ class AugmentConfig:
 
     @property
     def geometric(self) -> bool:
-        """Whether any pixel is moved (crop, flip or rotation)."""
+        """Return whether any pixel is moved (crop, flip or rotation)."""
         return self.crop_padding > 0 or self.flip > 0 or self.rotation > 0
 
     @property
     def jitter(self) -> bool:
-        """Whether any colour is changed."""
+        """Return whether any colour is changed."""
         return self.blending or self.hue > 0
 
     @property
     def blending(self) -> bool:
-        """Whether any of brightness, contrast and saturation is changed."""
+        """Return whether any of brightness, contrast and saturation is changed."""
         return self.brightness > 0 or self.contrast > 0 or self.saturation > 0
 
     @classmethod
@@ -87,7 +87,7 @@ class MixingConfig:
 
     @property
     def on(self) -> bool:
-        """Whether any image is changed."""
+        """Return whether any image is changed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
 
@@ -215,7 +215,7 @@ class ResizingSpec:
 
     @property
     def on(self) -> bool:
-        """Whether any epoch trains on smaller images."""
+        """Return whether any epoch trains on smaller images."""
         return self.initial is not None and self.initial < IMAGE_SIZE
 
 
@@ -233,7 +233,7 @@ class CheckpointSpec:
 
     @property
     def automatic(self) -> bool:
-        """Whether the interval within an epoch is chosen during the run."""
+        """Return whether the interval within an epoch is chosen during the run."""
         return self.every_minutes is None and self.every_steps is None
 
     @property

@@ -1,4 +1,4 @@
-"""Whether the values of a spec fit together."""
+"""Checks that the values of a spec fit together."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """How many values `node` stands for when every alias is written out.
+    """Count the values of `node` with every alias written out.
 
     A few lines of aliases of aliases can stand for more values than any memory holds. Python shares them while they
     are only read, but merging, showing and writing them would not.

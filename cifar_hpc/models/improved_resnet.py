@@ -70,7 +70,7 @@ class ImprovedResNet(nn.Module):
         generator.manual_seed(key)
 
     def set_update_statistics(self, update: bool) -> None:
-        """Whether the next forward passes in training mode move BatchNorm's running statistics."""
+        """Switch the updates of BatchNorm's running statistics in the next forward passes in training mode."""
         for module in self._norms:
             module.update_statistics = update
 

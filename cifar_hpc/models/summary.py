@@ -1,4 +1,4 @@
-"""What the network consists of, found out by running it without any numbers (on PyTorch's meta device)."""
+"""Summary of the network's layers, from a forward pass on PyTorch's meta device, which computes no numbers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Architecture:
 
 
 def describe(spec: ModelSpec) -> Architecture:
-    """The architecture of the network that `spec` stands for."""
+    """Describe the network of `spec`."""
     with torch.device("meta"):
         model = ImprovedResNet(spec).eval()
         images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)

@@ -69,7 +69,7 @@ class Blends(NamedTuple):
 
 
 def blends(p: Parameters, config: AugmentConfig, sorted_by_hue: bool) -> Blends:
-    """What to blend at each turn.
+    """Choose the blends of each turn.
 
     Args:
         sorted_by_hue: count no turn for a sample that has no blend at it.

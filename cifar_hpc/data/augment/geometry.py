@@ -17,7 +17,7 @@ PIXELS = IMAGE_SIZE * IMAGE_SIZE
 
 
 class Moves(NamedTuple):
-    """Where the pixels of B samples come from: what is worth computing for a batch at once.
+    """Sources of the pixels of B samples, as far as they are worth computing for a batch at once.
 
     Attributes:
         across, down: the two summands of each place, float64 (float32 without a rotation) [2, B, 1, 32] and
@@ -35,7 +35,7 @@ class Moves(NamedTuple):
 
 
 def moves(p: Parameters, config: AugmentConfig) -> Moves:
-    """How to move each sample's pixels."""
+    """Compute the sources of each sample's pixels."""
     # From a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop
     # window or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
     shift = torch.stack([p.top, p.left]) - config.crop_padding

@@ -84,7 +84,7 @@ class Mixed(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How much of each image stays.
+    """Share of each image that stays.
 
     Attributes:
         pixels: float32 [B, 1, 32, 32], the share of the own pixel, 0 or 1 under CutMix; [B, 1, 1, 1] without CutMix.

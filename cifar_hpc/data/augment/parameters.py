@@ -1,4 +1,4 @@
-"""What happens to each sample of a batch, drawn from uniform numbers that belong to that sample alone."""
+"""Augmentation parameters of each sample, drawn from uniform numbers that belong to that sample alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAWS = 35
 
 @dataclass(frozen=True)
 class Parameters:
-    """What happens to each of B samples; tensors [B] on one device.
+    """Augmentation parameters of B samples; tensors [B] on one device.
 
     Attributes:
         top, left: int64, origin of the crop in the padded image, pixels.
@@ -89,7 +89,7 @@ def check_draws(draws: Tensor) -> None:
 
 
 def blends_before_hue(draws: Tensor, config: AugmentConfig) -> Tensor:
-    """How many of brightness, contrast and saturation each sample has before hue, int64 [B]; 0 without hue.
+    """Count the blends (brightness, contrast, saturation) of each sample before hue, int64 [B]; 0 without hue.
 
     For a CPU: a GPU would wait for a copy from the host.
     """

@@ -27,14 +27,14 @@ PART = 48
 
 
 class Boxes(NamedTuple):
-    """What to erase of B samples: 0 in the rows and columns of a box, else -1; int32 [1, B, 32, 1], [1, B, 1, 32]."""
+    """Erasing masks of B samples: 0 in the rows and columns of a box, else -1; int32 [1, B, 32, 1], [1, B, 1, 32]."""
 
     rows: Tensor
     columns: Tensor
 
 
 class Plan(NamedTuple):
-    """What to do with each of B samples, as far as it is worth computing for a batch at once."""
+    """The plan for B samples, as far as it is worth computing for a batch at once."""
 
     moves: Moves
     blends: Blends

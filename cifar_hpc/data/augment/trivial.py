@@ -94,7 +94,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _pixels_below(channels: Tensor) -> Tensor:
-    """How many pixels of each channel, uint8 [N, 1024], are below each level, int64 [N, 256]."""
+    """Count the pixels of each channel, uint8 [N, 1024], below each level; int64 [N, 256]."""
     count = len(channels)
     if channels.device.type == "cpu":
         own_bins = torch.arange(0, count * _LEVELS, _LEVELS, device=channels.device)[:, None] + channels
@@ -116,7 +116,7 @@ TRIVIAL_DRAWS = 3
 
 
 class Choices(NamedTuple):
-    """What happens to each of B samples; tensors [B] on one device.
+    """Operation of each of B samples; tensors [B] on one device.
 
     Attributes:
         operation: int64, an Operation.

@@ -64,7 +64,7 @@ _LARGEST = {
 
 
 class Tables(NamedTuple):
-    """What a case does; rows are cases, and say that nothing changes where an operation has no such value.
+    """Tables of all cases, one row a case; a row is neutral where the operation has no such value.
 
     Attributes:
         source: int16 [372, 1024], the pixel that each pixel shows, or OUTSIDE; for the operations up to ROTATE.
@@ -117,7 +117,7 @@ def tables(device: torch.device) -> Tables:
 
 
 def _matrix(operation: Operation, magnitude: float) -> list[float]:
-    """Where a pixel comes from: column = a x + b y + c, row = d x + e y + f, from the picture's centre.
+    """Inverse affine map: column = a x + b y + c, row = d x + e y + f, from the picture's centre.
 
     As torchvision's _get_inverse_affine_matrix, for what TrivialAugment asks of it: shears are about the upper
     left corner and take an angle, in degrees, and shifts are whole pixels.
