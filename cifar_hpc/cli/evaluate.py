@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_hpc.cli.figures.figure_style import new_figure, save_figure
+from cifar_hpc.cli.figures.style import new_figure, save_figure
 from cifar_hpc.cli.terminal import output_folder
 from cifar_hpc.config.spec import CLASSES
 from cifar_hpc.data.evaluation_set import LabelledImages, other_images, own_images
@@ -26,7 +26,7 @@ Matrix = list[list[int]]
 
 
 def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
-    """How many images of each true class (row) were taken for each class (column).
+    """Count the images of each true class (row) by predicted class (column).
 
     Args:
         labels, predicted: int64 [N] of classes 0 to 9.
@@ -37,7 +37,7 @@ def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
 
 
 def class_accuracy(matrix: Matrix, label: int) -> float | None:
-    """Per cent of the class's images that were recognised; None where there is no image of it."""
+    """Percentage of the class's images that were recognised; None where there is no image of it."""
     images = sum(matrix[label])
     return 100 * matrix[label][label] / images if images else None
 
@@ -48,8 +48,7 @@ def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
     head = "".join(f"{label:{width}}" for label in range(CLASSES))
     lines = [f"{'':{NAME_WIDTH + 11}}predicted", f"{'true':{NAME_WIDTH + 2}} accuracy{head}"]
     for label, row in enumerate(matrix):
-        accuracy = class_accuracy(matrix, label)
-        share = "-" if accuracy is None else f"{accuracy:.2f}%"
+        share = "-" if (accuracy := class_accuracy(matrix, label)) is None else f"{accuracy:.2f}%"
         counts = "".join(f"{count or '.':>{width}}" for count in row)
         lines.append(f"{label} {short(names[label]):{NAME_WIDTH}}{share:>9}{counts}")
     return lines
@@ -62,16 +61,16 @@ def short(name: str) -> str:
 
 
 def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[str]:
-    """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
+    """The most frequent confusions of two classes, such as `12.1% of cat taken for dog`."""
     shares = [
-        (100 * matrix[true][predicted] / sum(matrix[true]), true, predicted)
-        for true in range(CLASSES)
-        for predicted in range(CLASSES)
-        if predicted != true and matrix[true][predicted]
+        (-100 * images / sum(row), true, predicted)
+        for true, row in enumerate(matrix)
+        for predicted, images in enumerate(row)
+        if predicted != true and images
     ]
-    worst = sorted(shares, key=lambda entry: (-entry[0], entry[1:]))[:count]
     return [
-        f"{share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}" for share, true, predicted in worst
+        f"{-share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}"
+        for share, true, predicted in sorted(shares)[:count]
     ]
 
 
@@ -91,16 +90,13 @@ def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list
     labels = [short(name) for name in names]
     axes.set_xticks(range(CLASSES), labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(CLASSES), labels)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(printable(title))
+    axes.set(xlabel="predicted class", ylabel="true class", title=printable(title))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="images of the true class, %")
     ticks = (0, 1, 5, 10, 25, 50, 100)
     bar.set_ticks([share**0.5 for share in ticks], labels=[str(share) for share in ticks])
-    bar.set_label("images of the true class, %")
     bar.outline.set_visible(False)
     return save_figure(figure, folder, "confusion", printable(title))
 

@@ -37,7 +37,7 @@ def preload() -> None:
     import torchvision.datasets.folder
     import torchvision.transforms.functional  # noqa: F401
 
-    for name in ("inspection", "job", "synthetic", "train_command"):
+    for name in ("cli.inspect", "training.attempt", "data.synthetic", "cli.train"):
         importlib.import_module(f"cifar_hpc.{name}")
     importlib.import_module("tests.chaos.verdict")
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import leftovers
 from PIL import Image
 
-from cifar_hpc.cli.figures.figure_style import PNG_DPI, new_figure, save_figure
+from cifar_hpc.cli.figures.style import PNG_DPI, new_figure, save_figure
 
 
 def draw(folder: Path, text: str = "a") -> list[Path]:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from matplotlib.patches import FancyBboxPatch
 
-from cifar_hpc.cli.figures.plot_architecture import Row, architecture_figure, rows_of
+from cifar_hpc.cli.figures.architecture import Row, architecture_figure, rows_of
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.models.summary import describe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from run_logs import Maker, metrics_row, series_of
 
-from cifar_hpc.cli.figures.figure_style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN
-from cifar_hpc.cli.figures.plot_curves import (
+from cifar_hpc.cli.figures.curves import (
     GREY,
     MOST_STYLES,
     OTHERS,
-    accuracy_figure,
     learning_rate_figure,
     looks,
-    loss_figure,
     merge_equal,
+    score_figure,
 )
+from cifar_hpc.cli.figures.series import Series
+from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN
 from cifar_hpc.runs.metrics import metrics_text
+
+
+def accuracy_figure(series: Sequence[Series]) -> Figure:
+    return score_figure(series, "accuracy")
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_a_single_run(make: Maker) -> None:
 
 
 def test_the_loss(make: Maker) -> None:
-    figure = loss_figure(series_of(make("a", [10, 30])))
+    figure = score_figure(series_of(make("a", [10, 30])), "loss")
     (axis,) = figure.axes
     assert curves(axis) == [[(1, 0.89), (2, 0.69)], [(1, 0.9), (2, 0.7)]]
     assert legend(figure) == ["test", "training"]
@@ -115,9 +120,9 @@ def test_more_groups_have_training_and_test_apart(make: Maker) -> None:
 
 def test_of_many_groups_the_best_have_a_style_each_and_the_others_are_grey(make: Maker) -> None:
     series = series_of(*(make(f"r{n:02}", [10, 20 + n], restarts=(2,), model={"dropout": n / 100}) for n in range(30)))
-    styles = [look for _, look in looks(series)]
+    styles = [style for _, style in looks(series)]
     assert styles[: 30 - MOST_STYLES] == [OTHERS] * (30 - MOST_STYLES)
-    assert len({(look.color, str(look.linestyle)) for look in styles}) == MOST_STYLES + 1
+    assert len({tuple(map(str, style.items())) for style in styles}) == MOST_STYLES + 1
     figure = accuracy_figure(series)
     texts = legend(figure)
     assert len(texts) == MOST_STYLES + 2
@@ -140,7 +145,7 @@ def test_the_steep_part_of_a_long_run_is_out_of_sight(make: Maker) -> None:
     accuracies = [10, 20, *(90 + epoch / 100 for epoch in range(98))]
     bottom, top = accuracy_figure(series_of(make("a", accuracies))).axes[0].get_ylim()
     assert 89 < bottom < 91 < 91.97 < top < 93
-    low, high = loss_figure(series_of(make("b", accuracies))).axes[0].get_ylim()
+    low, high = score_figure(series_of(make("b", accuracies)), "loss").axes[0].get_ylim()
     assert 0 < low < 0.08 < 0.1 < high < 0.12
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from cifar_hpc.cli.figures.figure_style import new_figure
-from cifar_hpc.cli.figures.plot_legend import LETTERS_AN_INCH, MOST_COLUMNS, ROW, Entry, add_legend, shorten
+from cifar_hpc.cli.figures.style import LETTERS_AN_INCH, MOST_COLUMNS, add_legend, new_figure, shorten
+
+LINE = Line2D([], [], color="red")
 
 
 @pytest.mark.parametrize(
@@ -19,32 +22,32 @@ def test_long_text_loses_its_middle(text: str, letters: int, short: str) -> None
 def test_figures_are_never_cut() -> None:
     figure = new_figure(3, 2)
     figure.subplots()
-    add_legend(figure, [Entry("x" * 200, {"color": "black"}, figures=": 95.00%")])
+    add_legend(figure, [(LINE, "x" * 200, ": 95.00%")])
     (text,) = figure.legends[0].get_texts()
     assert len(text.get_text()) < 3 * LETTERS_AN_INCH
     assert text.get_text().endswith("x: 95.00%")
 
 
-@pytest.mark.parametrize(("words", "rows"), [("ab", 5), ("a" * 30, 7), ("a" * 40, 10), ("a" * 70, 20)])
-def test_there_are_as_many_columns_as_fit(words: str, rows: int) -> None:
+@pytest.mark.parametrize(("words", "columns"), [("ab", 4), ("a" * 30, 3), ("a" * 40, 2), ("a" * 70, 1)])
+def test_there_are_as_many_columns_as_fit_and_the_axes_keep_their_height(words: str, columns: int) -> None:
     figure = new_figure(7, 2)
-    figure.subplots()
-    add_legend(figure, [Entry(words, {"color": "black"})] * 20)
-    assert figure.get_size_inches()[1] == pytest.approx(2 + ROW * rows)
-    assert rows >= 20 / MOST_COLUMNS
-
-
-def test_no_entries_are_no_legend() -> None:
-    figure = new_figure(3, 2)
-    add_legend(figure, [])
-    assert figure.legends == []
-    assert tuple(figure.get_size_inches()) == (3, 2)
+    axis = figure.subplots()
+    figure.draw_without_rendering()
+    before = axis.get_window_extent().height
+    add_legend(figure, [(LINE, words, "")] * 20)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert columns <= MOST_COLUMNS
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert axis.get_window_extent().height == pytest.approx(before, rel=0.03)
+    assert legend.get_window_extent().width <= figure.bbox.width
+    assert legend.get_window_extent().y1 <= axis.get_tightbbox().y0
 
 
 def test_samples_may_be_lines_bands_and_patches() -> None:
     figure = new_figure(3, 2)
     figure.subplots()
-    styles = [Entry("a", {"color": "red"}), Entry("b", {"color": "red"}, band=True), Entry("c", {"facecolor": "red"})]
-    add_legend(figure, styles, title="what")
+    patch = Patch(facecolor="red")
+    add_legend(figure, [(LINE, "a", ""), ((patch, LINE), "b", ""), (patch, "c", "")], title="what")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     assert figure.legends[0].get_title().get_text() == "what"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_logs import BEGIN, make_run
 
-from cifar_hpc.cli.figures.plot_timeline import in_words, timeline_figure
+from cifar_hpc.cli.figures.timeline import in_words, timeline_figure
 from cifar_hpc.runs.timeline import Mark, Span, Timeline
 
 ZERO = BEGIN.timestamp()

@@ -118,7 +118,7 @@ def test_of_several_local_submissions_one_starts_and_nothing_is_open_to_everybod
 # submit.py, killed as soon as it has forked the process that starts the controller.
 KILLED_AFTER_THE_FORK = f"""
 import os, signal, sys
-from cifar_hpc import submit
+from cifar_hpc.cli import submit
 fork = os.fork
 def forked():
     pid = fork()

@@ -1,1 +1,1 @@
-"""The command plot: figures of runs."""
+"""Figures of runs: the plot command, what it draws, and how figures look."""

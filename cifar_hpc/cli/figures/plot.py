@@ -1,20 +1,19 @@
-"""python -m cifar_hpc plot: the figures of runs, into files or in the terminal."""
+"""python -m cifar_hpc plot: figures of runs, into files or in the terminal."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cifar_hpc.cli.figures.figure_style import save_figure
-from cifar_hpc.cli.figures.plot_architecture import architecture_figure
-from cifar_hpc.cli.figures.plot_curves import accuracy_figure, learning_rate_figure, loss_figure
-from cifar_hpc.cli.figures.plot_data import Series, read_series
-from cifar_hpc.cli.figures.plot_terminal import draw
-from cifar_hpc.cli.figures.plot_timeline import MOST_ROWS, timeline_figure
-from cifar_hpc.cli.terminal import output_folder
+from cifar_hpc.cli.figures.architecture import architecture_figure
+from cifar_hpc.cli.figures.curves import learning_rate_figure, score_figure
+from cifar_hpc.cli.figures.series import Series, read_series
+from cifar_hpc.cli.figures.style import save_figure
+from cifar_hpc.cli.figures.terminal import draw
+from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
+from cifar_hpc.cli.terminal import output_folder, wanted
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.frozen_spec import read_frozen
@@ -26,17 +25,11 @@ from cifar_hpc.text import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 MOST_ARCHITECTURES = 8
-CURVES: dict[str, Callable[[Sequence[Series]], Figure]] = {
-    "accuracy": accuracy_figure,
-    "loss": loss_figure,
-    "learning_rate": learning_rate_figure,
-}
 
 
 def plot(runs: list[str], out: str, *, in_terminal: bool) -> int:
-    """Write the figures of `runs` into the folder `out`, and print their paths; or draw them in the terminal.
+    """Write the figures of `runs` into the folder `out` and print their paths, or draw them in the terminal.
 
     Args:
         runs: names or patterns.
@@ -48,19 +41,20 @@ def plot(runs: list[str], out: str, *, in_terminal: bool) -> int:
     found = find_runs(project_root(), runs)
     groups = group_runs(found)
     series = read_series(groups)
-    _say_what_is_missing(found, groups, series)
+    _report_missing(found, groups, series)
     if in_terminal:
-        _print(series)
+        size = shutil.get_terminal_size()
+        ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+        print(draw(series, size.columns, size.lines, colours=wanted(sys.stdout), ascii_only=ascii_only))
         return 0
     folder = output_folder(out)
-    title = _some([run.name for run in found])
     for name, figure in _figures(found, series):
-        for path in save_figure(figure, folder, name, title):
+        for path in save_figure(figure, folder, name, _some([run.name for run in found])):
             print(printable(str(path)), flush=True)
     return 0
 
 
-def _say_what_is_missing(runs: Sequence[RunPaths], groups: Sequence[Group], series: Sequence[Series]) -> None:
+def _report_missing(runs: Sequence[RunPaths], groups: Sequence[Group], series: Sequence[Series]) -> None:
     for group in groups:
         if group.problem:
             _note(f"{group.runs[0].name}: its spec cannot be read: {group.problem}")
@@ -83,49 +77,38 @@ def _note(text: str) -> None:
     print(f"NOTE {printable(text)}", file=sys.stderr, flush=True)
 
 
-def _print(series: Sequence[Series]) -> None:
-    size = shutil.get_terminal_size()
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-    print(draw(series, size.columns, size.lines, colours=colours, ascii_only=ascii_only))
-
-
 def _figures(runs: Sequence[RunPaths], series: Sequence[Series]) -> Iterator[tuple[str, Figure]]:
     """Each figure with the name of its file, one after the other: they take memory."""
     yield from _architectures(series)
-    for name, figure in CURVES.items():
-        yield name, figure(series)
+    yield "accuracy", score_figure(series, "accuracy")
+    yield "loss", score_figure(series, "loss")
+    yield "learning_rate", learning_rate_figure(series)
     yield from _timeline(runs)
 
 
 def _architectures(series: Sequence[Series]) -> Iterator[tuple[str, Figure]]:
     """One for each different model, named after the first run that has it."""
     models: dict[ModelSpec, str] = {}
-    for group in (one.group for one in series if not one.group.problem):
-        spec = read_frozen(group.runs[0])
-        if spec is not None:
-            models.setdefault(spec.model, group.runs[0].name)
+    for run in (one.group.runs[0] for one in series if not one.group.problem):
+        if spec := read_frozen(run):
+            models.setdefault(spec.model, run.name)
     if len(models) > MOST_ARCHITECTURES:
         _note(f"the runs have {len(models)} different models, of which {MOST_ARCHITECTURES} are drawn")
-    for model, run in list(models.items())[:MOST_ARCHITECTURES]:
+    for model, name in list(models.items())[:MOST_ARCHITECTURES]:
         try:
             figure = architecture_figure(model)
         except ImportError as error:
             _note(f"the architecture is left out, since drawing it takes PyTorch, which does not load here: {error}")
             return
-        yield ("architecture" if len(models) == 1 else f"architecture-{run}"), figure
+        yield ("architecture" if len(models) == 1 else f"architecture-{name}"), figure
 
 
 def _timeline(runs: Sequence[RunPaths]) -> Iterator[tuple[str, Figure]]:
     groups = group_runs(runs, each=True)
-    shown = [
-        (timeline, label)
-        for group, label in zip(groups[:MOST_ROWS], labels(groups)[:MOST_ROWS], strict=True)
-        if (timeline := read_timeline(group.runs[0])).end
-    ]
     left_out = max(0, len(groups) - MOST_ROWS)
     if left_out:
         _note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
+    rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
+    shown = [(timeline, label) for group, label in rows if (timeline := read_timeline(group.runs[0])).end]
     if shown:
-        timelines, names = zip(*shown, strict=True)
-        yield "timeline", timeline_figure(timelines, names, left_out)
+        yield "timeline", timeline_figure([timeline for timeline, _ in shown], [label for _, label in shown], left_out)
