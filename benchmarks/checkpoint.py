@@ -75,7 +75,7 @@ class Contest:
         }
 
     def _ours(self) -> None:
-        self.trainer._save()  # what the training loop calls
+        self.trainer.save()  # what the training loop calls
 
     def _torch_save(self) -> None:
         torch.save(self._state(), self.files[TORCH_SAVE])

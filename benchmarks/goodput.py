@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cifar_hpc.runs.history import Losses  # noqa: E402
-from cifar_hpc.training.checkpoints.interval import Costs, Pace, best_interval, mean_time_to_loss  # noqa: E402
+from cifar_hpc.training.checkpoints.interval import CheckpointPacer, Costs, best_interval, mean_time_to_loss  # noqa: E402
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
 EPOCH, AUTO, BEST, WARNED = "each epoch", "auto", "best known", "with warning"
@@ -63,10 +63,10 @@ def killed(fixed: float | None, setting: Setting, mean: float, rng: random.Rando
     while clock < setting.horizon:
         life = rng.expovariate(1 / mean)
         end = min(life, setting.horizon - clock) - setting.restart  # of training, or of our watching
-        pace = Pace(Losses(losses, seen_seconds), setting.restart, lambda line: None, 0.0)
+        pacer = CheckpointPacer(Losses(losses, seen_seconds), setting.restart, lambda line: None, 0.0)
         now = here = saved = known = stall = 0.0  # stall: of the checkpoint at the beginning of this stretch, if any
         while now < end:
-            wait = max(pace.interval(now) if fixed is None else fixed, stall)
+            wait = max(pacer.interval(now) if fixed is None else fixed, stall)
             if now + wait > end:
                 here += max(0.0, end - now - stall)
                 break
@@ -74,8 +74,8 @@ def killed(fixed: float | None, setting: Setting, mean: float, rng: random.Rando
             written = now + setting.write
             if written <= end:  # else it is killed with the file half written
                 saved, known = here, written
-                pace.saved(setting.stall, now + setting.stall)
-                pace.step(0.0, False, written)
+                pacer.saved(setting.stall, now + setting.stall)
+                pacer.step(0.0, False, written)
         if life > setting.horizon - clock:
             return (work + here) / setting.horizon
         work, seen_seconds, losses = work + saved, seen_seconds + known, losses + 1

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_bench import Bench, Report, Steps, Timed, figure, timed_engine
 from benchmarks.measure import alternate
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.format import to_host
 from cifar_hpc.training.engine import Engine
 
 AUGMENTATION_TARGET = "< 5 %"
@@ -77,8 +77,8 @@ def stall(bench: Bench, report: Report) -> None:
 
 def snapshot(engine: Engine) -> object:
     """What Trainer does before a checkpoint goes to its writer."""
-    sums = engine.gathered_sums()
-    return checkpoint.to_host({**engine.state(), "sums": sums})
+    engine.check_finite()
+    return to_host({**engine.state(), "sums": engine.epoch_sums()})
 
 
 def profiles(bench: Bench, report: Report) -> None:

@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from benchmarks import reduction
 from benchmarks.measure import Row, meets, quartiles, run_part
 from benchmarks.running import full_trainer, train
+from cifar_hpc.training.distributed.agreement import Request
 from cifar_hpc.training.engine import NO_BAD_STEP
 from cifar_hpc.training.trainer import Trainer
 
@@ -86,16 +87,18 @@ def _parts(trainer: Trainer, step: float) -> dict[str, float]:
 
     def agree() -> None:
         trainer.context.heart.beat(f"step {trainer.position.step}", trainer.position.step)
-        trainer.agreement.after_step(trainer._wish(time.monotonic() - step))
+        now = time.monotonic()
+        trainer._measure(step, now)
+        trainer.agreement.after_step(trainer._decide(now))
 
     def no_line() -> None:
         trainer._last_line = time.monotonic()
-        trainer._progress_line()
+        trainer._act(Request.GO_ON)
 
     def line() -> None:
         trainer._last_line = time.monotonic() - trainer.spec.train.log_seconds
         trainer._last_line_images = trainer._images_done() - 1
-        trainer._progress_line()
+        trainer._act(Request.GO_ON)
 
     if trainer.agreement.world_size > 1:
         dist.barrier()

@@ -12,7 +12,7 @@ from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.runs.history import Losses
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.training.checkpoints.interval import Pace
+from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.agreement import Agreement
@@ -45,7 +45,7 @@ def full_trainer(folder: Path, batch: int, rank: int = 0, world: int = 1) -> Tra
     store = CheckpointStore(paths.checkpoints, 3, lambda *what: None, _fail) if rank == 0 else None
     trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, device))
     if store is not None:
-        trainer.pace = Pace(Losses(), 0.0, context.log.line, time.monotonic())
+        trainer.pacer = CheckpointPacer(Losses(), 0.0, context.log.line, time.monotonic())
     return trainer
 
 

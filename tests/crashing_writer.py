@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import blank_state
 
-from cifar_hpc import files as jsonfile
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc import files
 from cifar_hpc.training.checkpoints import store
-from cifar_hpc.training.checkpoints import store as checkpoint_index
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, CheckpointStore, candidates, newest_good, read_index
 
-KEYS = [k for k in checkpoint.REQUIRED if k != "digest"]
 
-
-def state(step: int) -> dict[str, Any]:
-    return dict.fromkeys(KEYS, 0) | {"format": checkpoint.FORMAT, "step": step, "model": torch.full((50_000,), step)}
+def state(step: int) -> TrainingState:
+    return blank_state(step=step, model=torch.full((50_000,), step))
 
 
 def write_for_ever(folder: Path, first: int) -> None:
@@ -78,10 +76,10 @@ def verify(folder: Path, at_least: int, what: str) -> int:
     """The step of the newest checkpoint, after checking all that may lie in the folder."""
     for path in [*candidates(folder), folder / BEST]:
         if path.exists():
-            loaded = checkpoint.read(path)
-            assert (loaded["model"] == loaded["step"]).all()
+            loaded = read_checkpoint(path)
+            assert (loaded.model == loaded.step).all()
     found = newest_good(folder)
-    step = found.state["step"] if found else 0
+    step = found.state.step if found else 0
     assert found is None or found.bad == []
     assert step >= at_least, f"{what}: step {step} after {at_least} was on disk"
     read_index(folder)
@@ -97,7 +95,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     step = 0
     points = [(os, "fsync"), (os, "link"), (torch, "save"), (Path, "replace"), (Path, "unlink")]
-    points += [(store, "duplicate"), (checkpoint_index, "write_atomic"), (jsonfile, "sync_directory")]
+    points += [(store, "duplicate"), (store, "write_atomic"), (files, "sync_directory")]
     for owner, name in points:
         for call in (1, 2):
 

@@ -21,7 +21,7 @@ import torch
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.training import trainer
-from cifar_hpc.training.attempt import Job
+from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.engine import Engine
 
@@ -63,7 +63,7 @@ def _train(root: Path, name: str, faults: dict[int | str, Callable[[], object]],
         os.dup2(descriptor, stream)
     os.environ |= {"CIFAR_HPC_ROOT": str(root), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    init, step, run, evaluate = CheckpointStore.__init__, Engine.step, Job.run, trainer.evaluate
+    init, step, run, evaluate = CheckpointStore.__init__, Engine.step, Attempt.run, trainer.evaluate
 
     def remember(self: CheckpointStore, *args: Any) -> None:
         init(self, *args)
@@ -84,12 +84,12 @@ def _train(root: Path, name: str, faults: dict[int | str, Callable[[], object]],
         reach(f"evaluate:{epoch}")
         return evaluate(engine, epoch, *args)
 
-    def faulty_run(self: Job) -> int:
+    def faulty_run(self: Attempt) -> int:
         reach(-1)
         return run(self)
 
     released.set()
-    Job.run = faulty_run  # type: ignore[method-assign]
+    Attempt.run = faulty_run  # type: ignore[method-assign]
     CheckpointStore.__init__ = remember  # type: ignore[method-assign]
     Engine.step = faulty_step  # type: ignore[method-assign]
     trainer.evaluate = faulty_evaluate

@@ -20,6 +20,7 @@ from cifar_hpc.config.io import from_plain, merge
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.training.checkpoints.format import TrainingState, to_host
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch
@@ -55,6 +56,16 @@ def tiny_engine(spec: Spec, rank: int = 0, world: int = 1) -> Engine:
     configure_torch(spec, CPU)
     data = Dataset(*make_synthetic(spec.data.train_size or 64, spec.data.test_size or 64))
     return Engine(spec, CPU, ShardLayout(spec.train.shards or world, world, rank), data, spec.train.amp)
+
+
+def blank_state(**values: Any) -> TrainingState:
+    """A training state with these values, and zeros in the other fields."""
+    return TrainingState(**(dict.fromkeys(TrainingState.__dataclass_fields__, 0) | {"average": None} | values))
+
+
+def snapshot(engine: Engine) -> TrainingState:
+    """What a checkpoint holds of an engine."""
+    return blank_state(**to_host({**engine.state(), "sums": engine.epoch_sums()}))
 
 
 class Ranks:

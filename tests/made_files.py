@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import blank_state
 from PIL import Image
 
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.runs.metrics import metrics_text
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 
 BEST_EPOCHS = (1, 3)  # of epochs of 10 steps
 
 
-def state(step: int) -> dict[str, Any]:
+def state(step: int) -> TrainingState:
     """After `step` steps of a run whose epochs 1 and 3 are its best ones so far."""
     epoch = step // 10
     best = max((e for e in BEST_EPOCHS if e <= epoch), default=0)
-    keys = [k for k in checkpoint.REQUIRED if k != "digest"]
-    return dict.fromkeys(keys, 0) | {
-        "format": checkpoint.FORMAT,
-        "step": step,
-        "epoch": epoch,
-        "step_in_epoch": step % 10,
-        "model": torch.full((100,), step),
-        "history": metrics_text([{"epoch": e, "step": 10 * e} for e in range(1, epoch + 1)]),
-        "best": {"epoch": best, "test_accuracy": 10.0 * best},
-    }
+    return blank_state(
+        step=step,
+        epoch=epoch,
+        step_in_epoch=step % 10,
+        model=torch.full((100,), step),
+        history=metrics_text([{"epoch": e, "step": 10 * e} for e in range(1, epoch + 1)]),
+        best={"epoch": best, "test_accuracy": 10.0 * best},
+    )
 
 
 def save(folder: Path, *steps: int, keep: int = 9) -> None:

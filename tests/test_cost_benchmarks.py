@@ -44,7 +44,7 @@ def test_all_ways_save_the_training_state(tmp_path: Path, monkeypatch: pytest.Mo
     found = newest_good(contest.store.directory)
     assert found is not None
     saved = torch.load(contest.files[TORCH_SAVE], weights_only=True)
-    assert all(torch.equal(found.state["model"][name], weights[name]) for name in weights)
+    assert all(torch.equal(found.state.model[name], weights[name]) for name in weights)
     assert all(torch.equal(saved["model"][name], weights[name]) for name in weights)
     assert min(contest.sizes().values()) > 2 * 4 * 4_903_082
     assert len(contest.durable[OURS]) == len(contest.durable[ASYNC_SAVE]) == 1

@@ -140,7 +140,7 @@ def evaluate(run: str, data: str | None, weights: str, out: str | None, *, as_js
     files: list[Path] = []
     if folder is not None:
         name, share = trained.run or trained.path.name, f"{figures.accuracy:.2f}% of {len(images.labels):,} images"
-        title = f"{name}, epoch {trained.state['epoch']}: {share}"
+        title = f"{name}, epoch {trained.state.epoch}: {share}"
         files = draw(figures.matrix, images.classes, title, folder)
     if as_json:
         print(json.dumps(_report(trained, images, figures, logged, files), indent=1))
@@ -178,8 +178,8 @@ def _report(
     return {
         "run": trained.run,
         "file": str(trained.path),
-        "step": trained.state["step"],
-        "epoch": trained.state["epoch"],
+        "step": trained.state.step,
+        "epoch": trained.state.epoch,
         "weights": trained.weights,
         "data": data.source,
         "images": len(data.labels),

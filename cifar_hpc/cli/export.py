@@ -25,7 +25,6 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
-from cifar_hpc.training.checkpoints import format as checkpoint
 from cifar_hpc.training.trained_model import TrainedModel, load_trained, noted
 
 WRITTEN_BY = "Written by `python -m cifar_hpc export`"
@@ -163,7 +162,7 @@ def export(run: str, out: str, weights: str) -> int:
     card = metadata(trained, tensors, class_names(trained.spec.data, root))
     content = to_safetensors(tensors, card)
     sha256 = hashlib.sha256(content).hexdigest()
-    rows = [row for row in checkpoint.history(trained.state) if isinstance(row, dict)]
+    rows = [row for row in trained.state.rows if isinstance(row, dict)]
     text = model_card(path.name, sha256, card, rows).encode()
     card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
     write_atomic(path, content)
@@ -186,8 +185,8 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
 
     test_accuracy and test_loss are there only where the run has measured exactly these weights.
     """
-    state, spec, environment = trained.state, trained.spec, trained.state["environment"]
-    plain = state["spec"]
+    state, spec, environment = trained.state, trained.spec, trained.state.environment
+    plain = state.spec
     measured = {}
     for key in ("test_accuracy", "test_loss"):
         if trained.logged is not None and isinstance(trained.logged.get(key), (int, float)):
@@ -196,8 +195,8 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
         "format": "pt",
         **({"run": trained.run} if trained.run else {}),
         "checkpoint": trained.path.name,
-        "step": str(state["step"]),
-        "epoch": str(state["epoch"]),
+        "step": str(state.step),
+        "epoch": str(state.epoch),
         "epochs": str(spec.train.epochs),
         "weights": trained.weights,
         **measured,
@@ -213,8 +212,8 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "trained_on": f"{environment['device']}, {environment['amp']}, torch {environment['torch']}",
-        "checkpoint_digest": state["digest"],
-        "weights_sha256": str(checkpoint.sums(state)[f"{trained.weights}_weights"]),
+        "checkpoint_digest": state.digest,
+        "weights_sha256": str(state.digests()[f"{trained.weights}_weights"]),
     }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.runs.paths import find_run, project_root
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.training.checkpoints.format import FORMAT, TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import candidates, newest_good
 
 
@@ -34,29 +34,29 @@ def inspect(run: str, step: int | None, *, as_json: bool) -> int:
     return 0
 
 
-def describe(path: Path, state: dict[str, Any], skipped: list[str]) -> dict[str, Any]:
+def describe(path: Path, state: TrainingState, skipped: list[str]) -> dict[str, Any]:
     """What `inspect --json` prints; `skipped` names newer files that did not verify."""
-    rows = checkpoint.history(state)
+    rows = state.rows
     return {
         "file": str(path),
         "verified": True,
         "skipped": skipped,
-        "format": state["format"],
-        "step": state["step"],
-        "epoch": state["epoch"],
-        "step_in_epoch": state["step_in_epoch"],
-        "updates": state["updates"],
-        "shards": state["spec"]["train"]["shards"],
-        "best": state["best"],
-        "environment": state["environment"],
+        "format": FORMAT,
+        "step": state.step,
+        "epoch": state.epoch,
+        "step_in_epoch": state.step_in_epoch,
+        "updates": state.updates,
+        "shards": state.spec["train"]["shards"],
+        "best": state.best,
+        "environment": state.environment,
         "last_epoch": rows[-1] if rows else None,
-        "sums": checkpoint.sums(state),
-        "digest": state["digest"],
-        "spec": state["spec"],
+        "sums": state.digests(),
+        "digest": state.digest,
+        "spec": state.spec,
     }
 
 
-def _load(run: str, step: int | None) -> tuple[Path, dict[str, Any], list[str]]:
+def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
     if run.endswith(".pt"):
         return _read(Path(run))
     directory = find_run(project_root(), run).checkpoints
@@ -72,10 +72,10 @@ def _load(run: str, step: int | None) -> tuple[Path, dict[str, Any], list[str]]:
     return found.path, found.state, [f"{path.name}: {reason}" for path, reason in found.bad]
 
 
-def _read(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+def _read(path: Path) -> tuple[Path, TrainingState, list[str]]:
     if not os.path.lexists(path):
         raise SpecError(f"{path}: there is no such file.")
     try:
-        return path, checkpoint.read(path), []
-    except BadCheckpointError as error:
+        return path, read_checkpoint(path), []
+    except BadFileError as error:
         raise RunFailedError(f"{path}: {error}. HINT: without --step, inspect takes the newest good one.") from None

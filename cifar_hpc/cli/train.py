@@ -29,7 +29,7 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
     spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
 
     from cifar_hpc.data.cifar10 import fetch_cifar10
-    from cifar_hpc.training.attempt import Job
+    from cifar_hpc.training.attempt import Attempt
     from cifar_hpc.training.context import Context
     from cifar_hpc.training.process import Launch
 
@@ -43,7 +43,7 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
     launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
-    attempt = Job(Context(paths, spec, launch, stop, startup))
+    attempt = Attempt(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:
         sys.stdout.flush()

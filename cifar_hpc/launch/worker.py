@@ -43,7 +43,7 @@ class Task:
         import submitit
 
         from cifar_hpc.runs.frozen_spec import read_frozen
-        from cifar_hpc.training.attempt import Job
+        from cifar_hpc.training.attempt import Attempt
         from cifar_hpc.training.context import Context
         from cifar_hpc.training.process import Launch
 
@@ -55,18 +55,18 @@ class Task:
             sys.exit(f"error: {error}")
         if spec is None:
             sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
-        attempt = os.environ.get("SLURM_RESTART_COUNT") or "0"
+        restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
         launch = Launch(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
             scheduler="slurm" if environment.cluster == "slurm" else "local",
             job_id=environment.job_id,
-            rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{attempt}.json",
+            rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{restart}.json",
         )
-        job = Job(Context(paths, spec, launch, stop, startup))
-        status = job.run()
-        if not job.finished:
+        attempt = Attempt(Context(paths, spec, launch, stop, startup))
+        status = attempt.run()
+        if not attempt.finished:
             with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -1,11 +1,8 @@
-"""The training state on one rank, and one step of it."""
+"""Model, optimizer and sums of one rank, and the training step."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import platform
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,34 +22,35 @@ from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.models.layers import batch_norms
 from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
 from cifar_hpc.training.optim import Lookahead, WeightAverage, build_sgd
 
 NO_BAD_STEP = 2**62
-# GradScaler begins at 2**16 and halves at an overflow; only gradients that are NaN at any scale lead down to here.
+# GradScaler starts at 2**16 and halves at an overflow. Only gradients that are NaN at any scale get it down to here.
 LEAST_SCALE = 2.0**-24
 
 
-def _cpu_name() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
 class Engine:
-    """Model, optimizer and per-epoch sums of one rank.
+    """The part of the training state that one rank computes with.
 
     Args:
         spec: resolved, so train.shards is a number.
         device: of this rank.
-        layout: which shards it computes.
+        layout: the shards of this rank.
         data: on `device`.
         amp: bf16 | fp16 | fp32.
+
+    Attributes:
+        sums: float64 [shards, 2], this epoch's summed loss and correct predictions; zero for other ranks' shards.
+        bad_step: int64 [], the first step whose loss was NaN or infinite.
     """
 
     def __init__(self, spec: Spec, device: torch.device, layout: ShardLayout, data: Dataset, amp: str) -> None:
         self.spec, self.device, self.layout, self.data, self.amp = spec, device, layout, data, amp
         batch, images = spec.train.batch_size, len(data.train_images)
         rest = images % batch
-        # A last batch that cannot give every shard an image is left out.
+        # A last batch with fewer images than shards is left out.
         self.steps_per_epoch = images // batch + (1 if rest >= layout.shards else 0)
         if self.steps_per_epoch == 0:
             raise RunFailedError(f"the {images} training images do not give each of the {layout.shards} shards one.")
@@ -81,16 +79,16 @@ class Engine:
         self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
 
     def _count_update(self, *_: object) -> None:
-        self.updates += 1  # GradScaler does not call step() on an overflow, so a skipped step is not counted
+        self.updates += 1  # GradScaler skips step() at an overflow, so skipped steps do not count
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Autocast to the run's precision; no context at all for fp32."""
+        """Return the context of the run's precision; for fp32 an empty one."""
         if self.amp == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
 
     def step(self, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
-        """One update from the global batch `rows`, int64 [B] indices of training images on the device."""
+        """Make one update from the global batch `rows`, int64 [B] indices of training images on the device."""
         rate = learning_rate(self.spec, epoch, self.updates, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -119,7 +117,7 @@ class Engine:
         images = self.augmented(indices, mix(seed, Stream.AUGMENT, epoch, step))
         labels = self.data.train_labels[indices]
         mixed: Mixed | None = None
-        if self.spec.mixing.on:  # with images of the same shard, so that no rank needs another's
+        if self.spec.mixing.on:  # with images of the same shard, so that no rank needs those of another
             draws = uniform(mix(seed, Stream.MIX, epoch, step), indices, MIXING_DRAWS)
             mixed = mix_batch(images, labels, draws, self.spec.mixing)
             images = mixed.images
@@ -132,7 +130,7 @@ class Engine:
         self.scaler.scale(loss / len(rows)).backward()
         with torch.no_grad():
             finite = torch.isfinite(loss)
-            # An overflow under fp16 is GradScaler's to handle; it must not spoil the epoch's sum.
+            # GradScaler handles an overflow under fp16; it must not spoil the epoch's sum.
             self.sums[shard, 0] += torch.where(finite, loss, 0).double()
             right = (logits.argmax(1) == labels).sum() if mixed is None else mixed_correct(logits, mixed)
             self.sums[shard, 1] += right
@@ -141,7 +139,7 @@ class Engine:
                 self.bad_step = torch.minimum(self.bad_step, bad)
 
     def augmented(self, indices: Tensor, key: int) -> Tensor:
-        """Augmented, normalised training images [B, 3, 32, 32], channels_last."""
+        """Return augmented, normalised training images [B, 3, 32, 32], channels_last."""
         draws = uniform(key, indices, DRAWS)
         images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
         if self.spec.augment.trivial:
@@ -149,79 +147,83 @@ class Engine:
         return augment(images, draws, self.spec.augment, memory_format=torch.channels_last)
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross-entropy with label smoothing, in float32."""
+        """Return the summed cross-entropy with label smoothing, in float32."""
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.spec.train.label_smoothing, reduction="sum")
 
-    def check_finite(self) -> None:
-        """Stop on this rank's knowledge of a NaN or infinite loss.
+    def bad_loss(self) -> str | None:
+        """Describe a NaN or infinite loss on this rank; None if there is none. Waits for the device.
 
-        Raises:
-            RunFailedError: names the step (under fp16, where single overflows are no fault, the loss scale).
+        A single overflow under fp16 is no fault: there the loss scale shows whether any step still updates the weights.
         """
         step = int(self.bad_step)
         if step < NO_BAD_STEP:
-            raise RunFailedError(
+            return (
                 f"the training loss was NaN or infinite at step {step}, in epoch "
                 f"{(step - 1) // self.steps_per_epoch + 1}. The last good checkpoint is kept. "
                 "HINT: lower optimizer.lr, or set train.amp=fp32."
             )
         if self.amp == "fp16" and self.scaler.get_scale() < LEAST_SCALE:
-            raise RunFailedError(
-                f"fp16: the gradients overflow at every loss scale (by now {self.scaler.get_scale():g}), so no step "
+            return (
+                f"fp16: the gradients overflow at every loss scale (now {self.scaler.get_scale():g}), so no step "
                 "updates the weights any more. The checkpoints so far are kept. HINT: lower optimizer.lr, or set "
                 "train.amp=fp32."
             )
+        return None
 
-    def gathered_sums(self) -> Tensor:
-        """This epoch's sums of all shards, float64 [shards, 2] on the host. Collective, and ends on a bad loss.
+    def check_finite(self) -> None:
+        """Check the losses and weights of all ranks. Collective; waits for the device.
 
         Raises:
-            RunFailedError: on every rank, where any shard's loss was not finite.
+            RunFailedError: on every rank, if any loss or weight is NaN or infinite.
         """
-        mine = slice(self.layout.mine.start, self.layout.mine.stop)
-        sums = torch.zeros_like(self.sums)
-        sums[mine] = self.sums[mine]
         if self.layout.world_size > 1:
-            dist.all_reduce(sums)  # every row has one rank that is not zero: exact, whatever the order
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
-        try:
-            self.check_finite()
-            # A step of finite loss may leave weights that are not; a checkpoint of those would be no good one.
-            weights = [p.detach() for p in self.model.parameters()]
-            if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-                raise RunFailedError(
-                    f"the weights became NaN or infinite by update {self.updates}. The last good checkpoint is kept. "
-                    "HINT: lower optimizer.lr, or set train.amp=fp32."
-                )
-        except RunFailedError as error:
-            error.everywhere = True  # all ranks have the same sums and the same weights
-            raise
+        problem = self.bad_loss()
+        # A step with a finite loss may leave weights that are not finite; their checkpoint would not be a good one.
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if problem is None and not torch.stack(norms).isfinite().all():
+            problem = (
+                f"the weights became NaN or infinite by update {self.updates}. The last good checkpoint is kept. "
+                "HINT: lower optimizer.lr, or set train.amp=fp32."
+            )
+        if problem is not None:
+            error = RunFailedError(problem)
+            error.everywhere = True  # all ranks have the same bad step and the same weights
+            raise error
+
+    def epoch_sums(self) -> Tensor:
+        """Return this epoch's sums of all shards, float64 [shards, 2] on the host. Collective."""
+        sums = self.sums.clone()
+        if self.layout.world_size > 1:
+            dist.all_reduce(sums)  # in each row all ranks but one have zeros: exact, in any order
         return sums.cpu()
 
     def loss_so_far(self, images: int) -> tuple[float, float]:
-        """(mean loss, accuracy in %) of this rank's shards after `images` images of the epoch. Waits for the device."""
-        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        """Return (mean loss, accuracy in %) of this rank's shards after `images` images of the epoch.
+
+        Waits for the device.
+        """
         share = max(1.0, images * len(self.layout.mine) / self.layout.shards)
-        loss, correct = self.sums[mine].sum(0).tolist()
-        return (loss / share if math.isfinite(loss) else math.nan), 100 * correct / share
+        loss, correct = self.sums.sum(0).tolist()
+        return loss / share, 100 * correct / share
 
     @property
     def evaluates_fast_weights(self) -> bool:
-        """Whether evaluation takes the weights as training has them."""
+        """True if the weights to evaluate are those being trained."""
         return self.average is None and not isinstance(self.optimizer, Lookahead)
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[object]:
-        """Within the context the model has the weights to evaluate: their average, else the slow or the only ones."""
+        """Put the weights to evaluate into the model for the context: their average, else the slow or the only ones."""
         if self.average is not None:
             return self.average.averaged_weights()
         return self.optimizer.slow_weights() if isinstance(self.optimizer, Lookahead) else contextlib.nullcontext()
 
     def buffers(self) -> dict[str, Tensor]:
-        """BatchNorm's running statistics, those of shard 0 as rank 0 keeps them."""
+        """Return BatchNorm's running statistics, on rank 0 those of shard 0."""
         return dict(self.model.named_buffers())
 
     def state(self) -> dict[str, Any]:
-        """The part of a checkpoint that this class owns. Its buffers are right on rank 0 only."""
+        """Return the fields of `TrainingState` held here, without the sums. The buffers are valid on rank 0 only."""
         return {
             "model": dict(self.model.named_parameters()),
             "buffers": self.buffers(),
@@ -232,22 +234,25 @@ class Engine:
         }
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint, in place."""
+    def load(self, state: TrainingState) -> None:
+        """Copy a checkpoint into this engine."""
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(state["model"][name])
+            parameter.copy_(state.model[name])
         for name, buffer in self.model.named_buffers():
-            buffer.copy_(state["buffers"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            buffer.copy_(state.buffers[name])
+        self.optimizer.load_state_dict(state.optimizer)
         if self.average is not None:
-            self.average.load(state["average"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.updates = state["updates"]
-        self.sums.copy_(state["sums"])
+            assert state.average is not None
+            self.average.load(state.average)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
+        self.updates = state.updates
+        mine = slice(self.layout.mine.start, self.layout.mine.stop)
+        self.sums.zero_()
+        self.sums[mine] = state.sums[mine]
 
     def share_buffers(self) -> None:
-        """Give every rank rank 0's running statistics. Collective."""
+        """Copy rank 0's running statistics to every rank. Collective."""
         if self.layout.world_size > 1:
             for module in batch_norms(self.model):
                 for buffer in module.buffers():

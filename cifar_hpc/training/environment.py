@@ -13,7 +13,6 @@ import torch
 
 from cifar_hpc import __version__
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.training.engine import _cpu_name
 
 
 def resolve_amp(spec: Spec, device: torch.device) -> str:
@@ -47,7 +46,9 @@ def describe_environment(spec: Spec, device: torch.device) -> dict[str, Any]:
     """What, beside the spec, the bits depend on."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,

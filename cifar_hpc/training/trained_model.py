@@ -26,8 +26,8 @@ from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.errors import RunFailedError, SpecError, UserError
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.runs.paths import find_run, is_run_name
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
 from cifar_hpc.training.evaluation import BATCH
@@ -49,7 +49,7 @@ class TrainedModel:
 
     path: Path
     run: str | None
-    state: Mapping[str, Any]
+    state: TrainingState
     spec: Spec
     model: ImprovedResNet
     weights: str
@@ -81,14 +81,14 @@ class TrainedModel:
     def facts(self, root: Path) -> dict[str, str]:
         """What a user wants to see of it first, as pairs of words."""
         state, path = self.state, self.path
-        epochs = f"epoch {state['epoch']} of {self.spec.train.epochs}"
-        within = f", step {state['step_in_epoch']} of the next" if state["step_in_epoch"] else ""
+        epochs = f"epoch {state.epoch} of {self.spec.train.epochs}"
+        within = f", step {state.step_in_epoch} of the next" if state.step_in_epoch else ""
         where = describe_environment(_here(self.spec, state, self.device), self.device)
         threads = f", {where['threads']} thread{'s' * (where['threads'] > 1)}" if where["threads"] else ""
         return {
             "run": self.run or "-",
             "checkpoint": str(path.relative_to(root) if path.is_relative_to(root) else path),
-            "position": f"step {state['step']}, {epochs}{within}",
+            "position": f"step {state.step}, {epochs}{within}",
             "weights": _WEIGHTS[self.weights],
             "computed": f"{self.amp} on {where['device']}{threads}",
         }
@@ -124,12 +124,12 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
         RunFailedError: a checkpoint does not verify, or holds weights that are not finite.
     """
     path, state, notes = _find(root, run, fast=weights == FAST)
-    spec = from_plain(state["spec"])
+    spec = from_plain(state.spec)
     kind = FAST if weights == FAST else _evaluated(spec)
     if weights == FAST and _evaluated(spec) != FAST:
         logged = None
     else:
-        rows = checkpoint.history(state) if state["slow_buffers"] is not None else []
+        rows = state.rows if state.slow_buffers is not None else []
         logged = rows[-1] if rows else None
         if kind == FAST:
             notes.append("The run has neither Lookahead nor ema: it has but one set of weights.")
@@ -137,7 +137,7 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     device = torch.device("cuda" if wanted_gpu else "cpu")
     here = _here(spec, state, device)
     configure_torch(here, device)
-    own = state["environment"]
+    own = state.environment
     amp = own["amp"] if _same_kind(state, device) else resolve_amp(spec, device)
     if not _same_kind(state, device):
         notes.append(f"The run computed in {own['amp']} on {own['device']}: figures may differ in their last digits.")
@@ -163,14 +163,14 @@ def _evaluated(spec: Spec) -> str:
     return "slow" if spec.lookahead.enabled else FAST
 
 
-def _usable(state: Mapping[str, Any], fast: bool) -> bool:
+def _usable(state: TrainingState, fast: bool) -> bool:
     """Whether the checkpoint has the BatchNorm statistics of the weights that are asked for."""
-    spec = from_plain(state["spec"])
+    spec = from_plain(state.spec)
     measured = (_evaluated(spec) != FAST or spec.resizing.on) and spec.lookahead.bn_batches > 0
-    return fast or not measured or state["slow_buffers"] is not None
+    return fast or not measured or state.slow_buffers is not None
 
 
-def _find(root: Path, run: str, fast: bool) -> tuple[Path, dict[str, Any], list[str]]:
+def _find(root: Path, run: str, fast: bool) -> tuple[Path, TrainingState, list[str]]:
     if run.endswith(".pt") or "/" in run:
         path = Path(run).absolute()
         if not os.path.lexists(path):
@@ -190,11 +190,11 @@ def _find(root: Path, run: str, fast: bool) -> tuple[Path, dict[str, Any], list[
     notes = [f"{path.name} is newer, but does not verify: {reason}." for path, reason in found.bad]
     if _usable(found.state, fast):
         return found.path, found.state, notes
-    best: tuple[Path, dict[str, Any]] | None = None
+    best: tuple[Path, TrainingState] | None = None
     for path in [*candidates(directory), directory / BEST]:
         with contextlib.suppress(UserError):
             state = _read(path)
-            if _usable(state, fast) and (best is None or state["step"] > best[1]["step"]):
+            if _usable(state, fast) and (best is None or state.step > best[1].step):
                 best = path, state
     if best is None:
         raise SpecError(
@@ -207,19 +207,19 @@ def _find(root: Path, run: str, fast: bool) -> tuple[Path, dict[str, Any], list[
     return *best, notes
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> TrainingState:
     try:
-        return _checked(path, checkpoint.read(path))
-    except BadCheckpointError as error:
+        return _checked(path, read_checkpoint(path))
+    except BadFileError as error:
         raise RunFailedError(f"{path}: {error}. Allowed: a run's name, or a checkpoint that a run wrote.") from None
 
 
-def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _checked(path: Path, state: TrainingState) -> TrainingState:
     """The state, if a run can have written it: a digest says only that it is what somebody once wrote."""
     try:
-        from_plain(state["spec"])
-        rows, environment = checkpoint.history(state), state["environment"]
-        right = all(isinstance(state[key], int) for key in ("step", "epoch", "step_in_epoch"))
+        from_plain(state.spec)
+        rows, environment = state.rows, state.environment
+        right = all(isinstance(getattr(state, key), int) for key in ("step", "epoch", "step_in_epoch"))
         right = right and all(isinstance(row, dict) for row in rows)
         right = right and environment["amp"] in ("fp32", "bf16", "fp16") and {"cuda", "device"} <= environment.keys()
     except SpecError as error:
@@ -231,11 +231,11 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _same_kind(state: Mapping[str, Any], device: torch.device) -> bool:
-    return (state["environment"]["cuda"] is not None) == (device.type == "cuda")
+def _same_kind(state: TrainingState, device: torch.device) -> bool:
+    return (state.environment["cuda"] is not None) == (device.type == "cuda")
 
 
-def _here(spec: Spec, state: Mapping[str, Any], device: torch.device) -> Spec:
+def _here(spec: Spec, state: TrainingState, device: torch.device) -> Spec:
     """The run's spec; with all of this machine's cores where a GPU's run is on a CPU and no bits can be kept."""
     if _same_kind(state, device):
         return spec
@@ -243,17 +243,17 @@ def _here(spec: Spec, state: Mapping[str, Any], device: torch.device) -> Spec:
     return dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=cores))
 
 
-def _build(spec: Spec, state: Mapping[str, Any], kind: str, running: bool) -> ImprovedResNet:
+def _build(spec: Spec, state: TrainingState, kind: str, running: bool) -> ImprovedResNet:
     """The model with weights of that kind, and the running BatchNorm statistics or else those of the evaluation."""
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         model = ImprovedResNet(spec.model)
     names = [name for name, _ in model.named_parameters()]
     if kind == FAST:
-        values = dict(state["model"])
+        values = dict(state.model)
     else:
-        chosen = state["average"] if kind == "averaged" else state["optimizer"]["slow"]
+        chosen = (state.average or []) if kind == "averaged" else state.optimizer["slow"]
         values = dict(zip(names, chosen, strict=True))
-    buffers = state["buffers"] if running else state["slow_buffers"] or state["buffers"]
+    buffers = state.buffers if running else state.slow_buffers or state.buffers
     if any(values[name].dtype != torch.float32 for name in names):
         raise TypeError("the weights are not float32")
     model.load_state_dict({**values, **buffers}, assign=True)

@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, saving, stopping. Reads from top to bottom as what happens in a run."""
+"""The training loop: epochs, steps, checkpoints, stopping. Reads from top to bottom in the order of a run."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.schedule import epochs_left, learning_rate
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.randomness import permutation
-from cifar_hpc.runs.history import losses
-from cifar_hpc.runs.logs import read_jsonl, utc_now
+from cifar_hpc.runs.logs import utc_now
 from cifar_hpc.runs.metrics import metrics_text, restore_metrics, write_metrics
-from cifar_hpc.training.checkpoints import format as checkpoint
-from cifar_hpc.training.checkpoints.interval import Pace, seconds_alive
+from cifar_hpc.training.checkpoints.format import TrainingState, to_host
+from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import BEST, CheckpointStore
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.agreement import Agreement, Wish
-from cifar_hpc.training.engine import NO_BAD_STEP, Engine
+from cifar_hpc.training.distributed.agreement import Agreement, Request
+from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.evaluation import Result, evaluate
 
 
 @dataclass
 class Position:
-    """Where a run stands, always at a step boundary."""
+    """The position of a run, always at a step boundary. Its fields are those of `TrainingState`."""
 
-    epoch: int = 0  # epochs completed, evaluation and metrics row included
+    epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
-    epoch_seconds: float = 0.0  # training time of this epoch so far, over all restarts
-    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    epoch_seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "test_accuracy": -1.0})
-
-
-# What of it stands in a checkpoint as it is.
-STORED = ("epoch", "step_in_epoch", "step", "epoch_seconds", "best")
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
 
 
 class Trainer:
-    """Trains from a position to the last epoch, or until told to stop."""
+    """Trains from a position to the last epoch, or to a stop request.
+
+    Args:
+        store: on rank 0 only.
+        environment: recorded in checkpoints.
+
+    A loss that is not finite ends the run at the next progress line, checkpoint or end of an epoch: there the figures
+    are read anyway, and no other step waits for the device.
+    """
 
     def __init__(
         self,
@@ -54,108 +57,121 @@ class Trainer:
         environment: dict[str, Any],
     ) -> None:
         self.engine, self.context, self.spec = engine, context, engine.spec
-        self.agreement = agreement
-        self.store = store  # on rank 0 only
-        self.pace: Pace | None = None  # on rank 0 only, and only for checkpoint.every: auto
-        self.environment = environment
+        self.agreement, self.store, self.environment = agreement, store, environment
+        self.pacer: CheckpointPacer | None = None
         self.position = Position()
-        self.stored = True  # whether the position at which training stopped is on disk
-        self._saved: tuple[int, int] | None = None
-        self._suspect = self._slow = False
-        self._clock = self._last_line = self._last_save = time.monotonic()
-        self._last_line_images = 0
+        self.stored = True  # the position of a stop is on disk
+        self._saved: tuple[int, int] | None = None  # step and epoch of the newest checkpoint
+        self._save_seconds = self.spec.checkpoint.interval_seconds  # between two checkpoints; None: not by time
+        self._bad_loss = self._warned_slow = False
+        self._start_clocks()
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+    def resume(self, state: TrainingState) -> None:
+        """Continue from a checkpoint."""
         self.engine.load(state)
-        self.position = Position(**{key: state[key] for key in STORED}, history=checkpoint.history(state))
-        self._saved = (state["step"], state["epoch"])
+        self.position = Position(
+            state.epoch, state.step_in_epoch, state.step, state.epoch_seconds, state.best, state.rows
+        )
+        self._saved = (state.step, state.epoch)
 
-    def train(self) -> bool:
-        """True after the last epoch, with its state on disk; False if stopped on request, with its state on disk if
-        that was possible.
+    def train(self, pacer: CheckpointPacer | None = None) -> bool:
+        """Train to the last epoch. False after a stop request; `stored` then tells if the position is on disk.
+
+        Args:
+            pacer: on rank 0, for checkpoint.every: auto.
 
         Raises:
-            RunFailedError: on rank 0, where the final state could not be written; on any, where the loss is not finite.
+            RunFailedError: on rank 0, if the final state could not be written; on every rank, if the loss is not
+                finite.
         """
-        self._clock = self._last_line = self._last_save = time.monotonic()
-        self._last_line_images = self._images_done()
-        if self.store is not None and self.spec.checkpoint.automatic:
-            past = losses(read_jsonl(self.context.paths.events))
-            self.pace = Pace(past, seconds_alive(), self.context.log.line, self._clock)
+        self.pacer = pacer
+        self._start_clocks()
         while self.position.epoch < self.spec.train.epochs:
             if not (self._train_epoch() and self._end_epoch()):
-                self._save(queue=True)
-                self.stored = self._settle() is None  # if it is not, the older checkpoint has to do
+                self.save(queue=True)
+                self.stored = self._wait_until_stored() is None
                 return False
-        error = self._settle()
-        if self.store is not None:
-            self._check_stored(error)
+        self._finish()
         return True
 
-    def _check_stored(self, error: str | None) -> None:
-        what = "the last checkpoint"
-        if error is None and self.store is not None and self.store.best_error is not None:
-            what, error = BEST, self.store.best_error
-        try:
-            write_metrics(self.context.paths.metrics, self.position.history)
-        except OSError as problem:
-            what, error = (what, error) if error is not None else ("metrics.jsonl", str(problem))
-        if error is not None:
-            raise RunFailedError(
-                f"{what} could not be written: {error}. HINT: make room and submit again; the run goes on from the "
-                "newest checkpoint that is there."
-            )
+    def _start_clocks(self) -> None:
+        self._clock = self._last_save = time.monotonic()
+        self._restart_line_clock()
+
+    # ------------------------------------------------------------ an epoch
 
     def _train_epoch(self) -> bool:
-        position, engine, batch = self.position, self.engine, self.spec.train.batch_size
+        """Train to the end of the epoch. False if all ranks agreed to stop."""
+        position, engine = self.position, self.engine
         order = permutation(self.spec.train.seed, position.epoch, len(engine.data.train_images)).to(engine.device)
         while position.step_in_epoch < engine.steps_per_epoch:
-            began, first = time.monotonic(), position.step_in_epoch * batch
-            engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
-            position.step += 1
-            position.step_in_epoch += 1
-            self.context.heart.beat(f"step {position.step}", position.step)
-            if not self.context.startup.over:
-                engine.bad_step.item()  # waits for the device, this once
-                self.context.say_first_step(position.step)
-            answer = self.agreement.after_step(self._wish(began))
-            if answer is Wish.STOP:
+            began = time.monotonic()
+            self._step(order)
+            now = time.monotonic()
+            self._measure(now - began, now)
+            request = self._decide(now)
+            if request is Request.SAVE:
+                self._last_save = now  # one request is enough, also where it takes effect a step later
+            agreed = self.agreement.after_step(request)
+            if agreed is Request.STOP:
                 return False
-            every = self.spec.checkpoint.every_steps
-            if answer is Wish.SAVE or (every is not None and position.step % every == 0):
-                self._save()
-            self._progress_line()
+            self._act(agreed)
         return True
 
-    def _wish(self, began: float) -> Wish:
-        """What this rank asks for after a step that began at `began`. Rank 0 alone knows when a checkpoint is due."""
-        now = time.monotonic()
-        interval = self.spec.checkpoint.interval_seconds
-        if self.pace is not None and self.store is not None:
-            self.pace.step(now - began, self.store.busy, now)
-            interval = self.pace.interval(now)
+    def _step(self, order: Tensor) -> None:
+        position, batch = self.position, self.spec.train.batch_size
+        first = position.step_in_epoch * batch
+        self.engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
+        position.step += 1
+        position.step_in_epoch += 1
+        self.context.heart.beat(f"step {position.step}", position.step)
+        if not self.context.startup.over:
+            self.engine.bad_step.item()  # waits for the device, after the first step only
+            self.context.say_first_step(position.step)
+
+    def _measure(self, seconds: float, now: float) -> None:
+        """Update the checkpoint interval after a step, and warn of slow storage. Rank 0 only."""
+        if self.store is None:
+            return
+        if self.pacer is not None:
+            self.pacer.step(seconds, self.store.busy, now)
+            self._save_seconds = self.pacer.interval(now)
+        if self._save_due(now) and self.store.busy:
+            self._warn_slow()
+
+    def _decide(self, now: float) -> Request:
+        """Return this rank's request. Only rank 0, which has the store, asks for checkpoints."""
         if self.context.stop.requested:
-            return Wish.STOP
-        due = self.store is not None and interval is not None and now - self._last_save >= interval
-        if due and self.store is not None and self.store.busy:
-            self._say_slow()
-            due = False
-        if due:
-            self._last_save = now  # once is enough, also where the wish is heeded a step later
-        return Wish.SAVE if due or self._suspect else Wish.GO_ON
+            return Request.STOP
+        if self.store is not None and self._save_due(now) and not self.store.busy:
+            return Request.SAVE
+        return Request.CHECK if self._bad_loss else Request.GO_ON
+
+    def _save_due(self, now: float) -> bool:
+        return self._save_seconds is not None and now - self._last_save >= self._save_seconds
+
+    def _act(self, agreed: Request) -> None:
+        """Save, check and log after a step that is not the last one."""
+        every = self.spec.checkpoint.every_steps
+        if agreed is Request.SAVE or (every is not None and self.position.step % every == 0):
+            self.save()
+        elif agreed is Request.CHECK:
+            self.engine.check_finite()
+        if self._line_due():
+            self._bad_loss = self.engine.bad_loss() is not None
+            self._progress_line()
 
     def _end_epoch(self) -> bool:
-        """Evaluate, write the epoch's row, save. False if told to stop before the row was written."""
+        """Evaluate, add the epoch's row, save. False if all ranks agreed to stop during the evaluation."""
         position, engine = self.position, self.engine
-        sums = engine.gathered_sums()
+        engine.check_finite()
+        sums = engine.epoch_sums()
         self._tick()
-        started = time.monotonic()
-        result = evaluate(engine, position.epoch, self._between)
+        began = time.monotonic()
+        result = evaluate(engine, position.epoch, self._between_batches)
         if result is None:
             return False
-        row = self._row(sums, result, time.monotonic() - started)
-        position.history.append(row)
+        position.history.append(self._row(sums, result, time.monotonic() - began))
         position.epoch += 1
         position.step_in_epoch, position.epoch_seconds = 0, 0.0
         self._clock = time.monotonic()
@@ -164,19 +180,19 @@ class Trainer:
         if best:
             position.best = {"epoch": position.epoch, "test_accuracy": result.accuracy}
         if self.store is not None:
-            restore_metrics(self.context.paths.metrics, position.history)
-            self.context.emit(
-                "evaluated",
-                epoch=position.epoch,
-                step=position.step,
-                test_accuracy=result.accuracy,
-                test_loss=result.loss,
-            )
-            self._epoch_line(row)
+            self._report_epoch(position.history[-1])
         last = position.epoch == self.spec.train.epochs
         if last or best or position.epoch % self.spec.checkpoint.every_epochs == 0:
-            self._save(slow_buffers=result.buffers, best=best, queue=True)
+            self.save(slow_buffers=result.buffers, best=best, queue=True)
         return True
+
+    def _between_batches(self, text: str) -> bool:
+        """Report the progress of an evaluation. True if all ranks agreed to stop."""
+        self.context.heart.beat(text)
+        if self._line_due():
+            self.context.log.line(text)
+            self._restart_line_clock()
+        return self.agreement.now(Request.STOP if self.context.stop.requested else Request.GO_ON) is Request.STOP
 
     def _row(self, sums: Tensor, result: Result, evaluation_seconds: float) -> dict[str, Any]:
         position, engine = self.position, self.engine
@@ -200,87 +216,84 @@ class Trainer:
             "time": utc_now(),
         }
 
-    def _save(self, queue: bool = False, best: bool = False, slow_buffers: dict[str, Tensor] | None = None) -> None:
-        """Snapshot now and write in the background. Collective.
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, queue: bool = False, best: bool = False, slow_buffers: dict[str, Tensor] | None = None) -> None:
+        """Copy the training state and write it in the background. Collective.
 
         Args:
-            queue: write it after what is being written; otherwise, while something is, skip this one.
+            queue: write it after the one being written; otherwise this one is skipped while another is being written.
+
+        Raises:
+            RunFailedError: on every rank, if the loss or the weights are not finite.
         """
-        sums = self.engine.gathered_sums()
+        self.engine.check_finite()
+        sums = self.engine.epoch_sums()
         self._tick()
-        self._last_save = time.monotonic()
-        position, store = self.position, self.store
-        here = (position.step, position.epoch)
+        began = self._last_save = time.monotonic()
+        store, here = self.store, (self.position.step, self.position.epoch)
         if store is None:
             return
         if store.busy and not queue:
-            self._say_slow()
-        elif self._saved != here or not store.holds(position.step):  # a folder may be removed under a run
-            began = time.monotonic()
-            store.save(
-                checkpoint.to_host(
-                    {
-                        "format": checkpoint.FORMAT,
-                        "spec": to_plain(self.spec),
-                        **{key: getattr(position, key) for key in STORED},
-                        **self.engine.state(),
-                        "slow_buffers": slow_buffers,
-                        "sums": sums,
-                        "history": metrics_text(position.history),
-                        "environment": self.environment,
-                    }
-                ),
-                best,
-            )
+            self._warn_slow()
+        elif self._saved != here or not store.holds(self.position.step):  # the folder may have been removed
+            store.save(self._state(sums, slow_buffers), best)
             self._saved = here
-            if self.pace is not None:
+            if self.pacer is not None:
                 now = time.monotonic()
-                self.pace.saved(now - began, now)
+                self.pacer.saved(now - began, now)
 
-    def _say_slow(self) -> None:
-        if not self._slow:
+    def _state(self, sums: Tensor, slow_buffers: dict[str, Tensor] | None) -> TrainingState:
+        fields = {
+            "spec": to_plain(self.spec),
+            **vars(self.position),
+            "history": metrics_text(self.position.history),
+            **self.engine.state(),
+            "slow_buffers": slow_buffers,
+            "sums": sums,
+            "environment": self.environment,
+        }
+        return TrainingState(**to_host(fields))
+
+    def _warn_slow(self) -> None:
+        if not self._warned_slow:
             self.context.log.line(
-                "WARNING a checkpoint takes longer to write than the time to the next one: those that would come "
-                "meanwhile are left out, and training goes on (said once)"
+                "WARNING a checkpoint takes longer to write than the time to the next one: checkpoints that are due "
+                "meanwhile are skipped, and training continues (this warning comes once)"
             )
-        self._slow = True
+        self._warned_slow = True
 
-    def _settle(self) -> str | None:
-        """Wait, on every rank, until the last checkpoint is on disk; rank 0 gets the reason if it is not."""
+    def _wait_until_stored(self) -> str | None:
+        """Wait on every rank until the last checkpoint is on disk. Return the error on rank 0, if any."""
         heart = self.context.heart
         error = self.store.wait(lambda: heart.beat("writing a checkpoint")) if self.store is not None else None
-        self.agreement.now(Wish.GO_ON)
+        self.agreement.now(Request.GO_ON)  # as a barrier
         return error
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.position.epoch_seconds += now - self._clock
-        self._clock = now
-
-    def _images_done(self) -> int:
-        position, engine = self.position, self.engine
-        in_epoch = min(position.step_in_epoch * self.spec.train.batch_size, engine.images_per_epoch)
-        return position.epoch * engine.images_per_epoch + in_epoch
-
-    def _progress_line(self) -> None:
-        now = time.monotonic()
-        if now - self._last_line < self.spec.train.log_seconds:
+    def _finish(self) -> None:
+        """Wait until all results are on disk."""
+        errors = {"the last checkpoint": self._wait_until_stored()}
+        if self.store is None:
             return
-        # Once in log_seconds this waits for the device; the loop itself never does.
-        self._suspect = int(self.engine.bad_step) < NO_BAD_STEP
-        position, engine, done, images = self.position, self.engine, self._images_done(), self.engine.images_per_epoch
-        loss, accuracy = engine.loss_so_far(done - position.epoch * images)
-        rate = (done - self._last_line_images) / (now - self._last_line)
-        left = timedelta(seconds=round(epochs_left(self.spec, done / images) * images / rate))
-        lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
-        self.context.log.line(
-            f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
-            f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
-            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {left}"
-        )
-        self._last_line, self._last_line_images = now, done
+        errors[BEST] = self.store.best_error
+        try:
+            write_metrics(self.context.paths.metrics, self.position.history)
+        except OSError as error:
+            errors["metrics.jsonl"] = str(error)
+        for what, reason in errors.items():
+            if reason is not None:
+                raise RunFailedError(
+                    f"{what} could not be written: {reason}. HINT: free some space and submit again; the run continues "
+                    "from its newest checkpoint."
+                )
 
-    def _epoch_line(self, row: Mapping[str, Any]) -> None:
+    # ------------------------------------------------------------ reports
+
+    def _report_epoch(self, row: Mapping[str, Any]) -> None:
+        """Write the epoch to metrics.jsonl, events.jsonl and train.log. Rank 0 only."""
+        restore_metrics(self.context.paths.metrics, self.position.history)
+        figures = {key: row[key] for key in ("epoch", "step", "test_accuracy", "test_loss")}
+        self.context.emit("evaluated", **figures)
         best = self.position.best
         self.context.log.line(
             f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.4f} acc "
@@ -288,12 +301,34 @@ class Trainer:
             f"(best {best['test_accuracy']:.2f}% at {best['epoch']})  |  lr {row['lr']:.6f}  "
             f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.1f} img/s"
         )
+        self._restart_line_clock()
+
+    def _progress_line(self) -> None:
+        position, engine, done, images = self.position, self.engine, self._images_done(), self.engine.images_per_epoch
+        loss, accuracy = engine.loss_so_far(done - position.epoch * images)
+        rate = (done - self._last_line_images) / (time.monotonic() - self._last_line)
+        left = timedelta(seconds=round(epochs_left(self.spec, done / images) * images / rate))
+        lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
+        self.context.log.line(
+            f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
+            f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
+            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {left}"
+        )
+        self._restart_line_clock()
+
+    def _line_due(self) -> bool:
+        return time.monotonic() - self._last_line >= self.spec.train.log_seconds
+
+    def _restart_line_clock(self) -> None:
         self._last_line, self._last_line_images = time.monotonic(), self._images_done()
 
-    def _between(self, text: str) -> bool:
-        self.context.heart.beat(text)
-        answer = self.agreement.now(Wish.STOP if self.context.stop.requested else Wish.GO_ON)
-        if time.monotonic() - self._last_line >= self.spec.train.log_seconds:
-            self.context.log.line(text)
-            self._last_line = time.monotonic()
-        return answer is Wish.STOP
+    def _images_done(self) -> int:
+        position, engine = self.position, self.engine
+        in_epoch = min(position.step_in_epoch * self.spec.train.batch_size, engine.images_per_epoch)
+        return position.epoch * engine.images_per_epoch + in_epoch
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the epoch's training time."""
+        now = time.monotonic()
+        self.position.epoch_seconds += now - self._clock
+        self._clock = now

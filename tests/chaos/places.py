@@ -217,7 +217,7 @@ PLACES: dict[str, Place] = {
     "index": Place("checkpoint", _file_call("replace", r"index\.json", 1), only_first=True, unit="save"),
     "retention": Place("checkpoint", _file_call("unlink", CHECKPOINT), only_first=True, unit="save"),
     # the end
-    "settle": Place("shutdown", _before("cifar_hpc.training.trainer", "Trainer._settle")),
+    "settle": Place("shutdown", _before("cifar_hpc.training.trainer", "Trainer._wait_until_stored")),
     "finished": Place("shutdown", _before("cifar_hpc.training.exit", "finished")),
     "disconnect": Place("shutdown", _before("cifar_hpc.training.attempt", "disconnect")),
 }

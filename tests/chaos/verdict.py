@@ -11,7 +11,7 @@ from typing import Any
 VOLATILE = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
 # All of a checkpoint but the spec (checkpoint.* may differ), the times in it, and where it was computed.
 STATE = (
-    "format", "step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler",
+    "step", "epoch", "step_in_epoch", "updates", "model", "buffers", "slow_buffers", "optimizer", "scaler",
     "sums",
 )  # fmt: skip
 
@@ -19,7 +19,7 @@ STATE = (
 def describe(root: Path, name: str, out: Path) -> None:
     """Write the facts about the run `name` under `root` to `out`, as JSON. Imports torch: for a forked process."""
     from cifar_hpc import tensorfile
-    from cifar_hpc.training.checkpoints import format as checkpoint
+    from cifar_hpc.training.checkpoints.format import read_checkpoint
     from cifar_hpc.training.checkpoints.store import candidates
 
     folder = root / "checkpoints" / name
@@ -27,7 +27,7 @@ def describe(root: Path, name: str, out: Path) -> None:
     states = {}
     for path in [*candidates(folder), folder / "best.pt"]:
         try:
-            states[path.name] = checkpoint.read(path)
+            states[path.name] = read_checkpoint(path)
         except Exception as error:
             problems.append(f"{path.name}: {type(error).__name__}: {error}")
     report: dict[str, Any] = {"problems": problems}
@@ -35,12 +35,12 @@ def describe(root: Path, name: str, out: Path) -> None:
     for name, state in (("final", newest), ("best", states.get("best.pt"))):
         if state is not None:
             report[name] = {
-                **checkpoint.sums(state),
-                "state": tensorfile.digest({k: state[k] for k in STATE}),
-                "step": state["step"],
-                "epoch": state["epoch"],
-                "best": state["best"],
-                "rows": [_steady(row) for row in checkpoint.history(state)],
+                **state.digests(),
+                "state": tensorfile.digest({k: getattr(state, k) for k in STATE}),
+                "step": state.step,
+                "epoch": state.epoch,
+                "best": state.best,
+                "rows": [_steady(row) for row in state.rows],
             }
     out.write_text(json.dumps(report))
 

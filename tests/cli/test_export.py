@@ -25,7 +25,7 @@ from cifar_hpc.config.spec import DataSpec, ModelSpec
 from cifar_hpc.data.evaluation_set import own_images
 from cifar_hpc.data.synthetic import CLASSES
 from cifar_hpc.models.improved_resnet import build_model
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.trained_model import load_trained
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -91,27 +91,27 @@ def test_the_keys_are_the_models_own(root: Path, tmp_path: Path) -> None:
     model = build_model(ModelSpec(**json.loads(metadata["model"])), 0)
     tensors = load_file(path)
     assert model.load_state_dict(tensors, strict=True)
-    state = checkpoint.read(root / "checkpoints" / "tiny" / "step_00000018.pt")
-    for (name, _), slow in zip(model.named_parameters(), state["optimizer"]["slow"], strict=True):
+    state = read_checkpoint(root / "checkpoints" / "tiny" / "step_00000018.pt")
+    for (name, _), slow in zip(model.named_parameters(), state.optimizer["slow"], strict=True):
         assert torch.equal(tensors[name], slow)
-    for name, buffer in state["slow_buffers"].items():
+    for name, buffer in state.slow_buffers.items():
         assert torch.equal(tensors[name], buffer)
 
 
 def test_the_metadata_says_what_it_is(root: Path, tmp_path: Path, capsys: Any) -> None:
     _, card, metadata = exported(tmp_path)
     row = json.loads((root / "logs" / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
-    state = checkpoint.read(root / "checkpoints" / "tiny" / "step_00000018.pt")
+    state = read_checkpoint(root / "checkpoints" / "tiny" / "step_00000018.pt")
     assert {key: metadata[key] for key in ("run", "checkpoint", "step", "epoch", "epochs", "weights")} == {
         "run": "tiny", "checkpoint": "step_00000018.pt", "step": "18", "epoch": "2", "epochs": "2", "weights": "slow",
     }  # fmt: skip
     assert float(metadata["test_accuracy"]) == row["test_accuracy"]
     assert float(metadata["test_loss"]) == row["test_loss"]
     assert json.loads(metadata["classes"]) == list(CLASSES)
-    assert metadata["weights_sha256"] == checkpoint.sums(state)["slow_weights"]
-    assert metadata["checkpoint_digest"] == state["digest"]
+    assert metadata["weights_sha256"] == state.digests()["slow_weights"]
+    assert metadata["checkpoint_digest"] == state.digest
     spec = json.loads(metadata["spec"])
-    assert spec["model"] == state["spec"]["model"] and spec["optimizer"] == state["spec"]["optimizer"]
+    assert spec["model"] == state.spec["model"] and spec["optimizer"] == state.spec["optimizer"]
     assert "resources" not in spec and "root" not in spec["data"]
     assert f"| test accuracy | {row['test_accuracy']:.2f}% |" in card and metadata["weights_sha256"] in card
     out = capsys.readouterr().out

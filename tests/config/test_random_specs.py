@@ -13,7 +13,7 @@ from cifar_hpc.config.io import from_plain
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.frozen_spec import freeze, resolve
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.training.attempt import Job
+from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.process import Launch
 from cifar_hpc.training.signals import StopFlag
@@ -95,7 +95,7 @@ SECTIONS = st.fixed_dictionaries(
 )
 
 
-class Telling(Job):
+class Telling(Attempt):
     """A start of a run that hands its error on instead of writing it down."""
 
     def _failed(self, error: Exception) -> int:

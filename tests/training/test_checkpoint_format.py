@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -13,41 +14,47 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_engine, tiny_spec
+from helpers import snapshot, tiny_engine, tiny_spec
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from cifar_hpc.config.io import to_plain
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.tensorfile import digest, seal
-from cifar_hpc.training.checkpoints import format as checkpoint
-from cifar_hpc.training.checkpoints.format import read, sums, to_host
+from cifar_hpc.tensorfile import BadFileError, digest, seal
+from cifar_hpc.training.checkpoints.format import FORMAT, REQUIRED, TrainingState, read_checkpoint, to_host
+
+# In the order of the file, which has been the same since format 1.
+KEYS = (
+    "format", "spec", "epoch", "step_in_epoch", "step", "epoch_seconds", "best", "model", "buffers", "optimizer",
+    "scaler", "updates", "average", "slow_buffers", "sums", "history", "environment",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def state() -> dict[str, Any]:
+def training_state() -> TrainingState:
     """What a run with everything in it saves: Lookahead, momentum, GradScaler, averaged weights, history."""
     spec = tiny_spec(train={"amp": "fp16"}, ema={"decay": 0.9})
     engine = tiny_engine(spec)
     for step in range(4):
         engine.step(0, step, step, torch.arange(32) + 32 * step)
-    return to_host(  # type: ignore[no-any-return]
-        {
-            "format": checkpoint.FORMAT,
-            "spec": to_plain(spec),
-            "step": 4,
-            "epoch": 0,
-            "step_in_epoch": 4,
-            **engine.state(),
-            "slow_buffers": engine.buffers(),
-            "sums": engine.sums,
-            "epoch_seconds": 1.5,
-            "history": '{"epoch": 1}\n{"epoch": 2}\n',
-            "best": {"epoch": 2, "test_accuracy": 11.5},
-            "environment": {"device": "cpu", "cuda": None, "deterministic": True},
-        }
+    return dataclasses.replace(
+        snapshot(engine),
+        spec=to_plain(spec),
+        step=4,
+        epoch=0,
+        step_in_epoch=4,
+        slow_buffers=to_host(engine.buffers()),
+        epoch_seconds=1.5,
+        history='{"epoch": 1}\n{"epoch": 2}\n',
+        best={"epoch": 2, "test_accuracy": 11.5},
+        environment={"device": "cpu", "cuda": None, "deterministic": True},
     )
+
+
+@pytest.fixture(scope="module")
+def state(training_state: TrainingState) -> dict[str, Any]:
+    """The content of its file, before it is sealed."""
+    return {key: value for key, value in training_state.to_dict().items() if key != "digest"}
 
 
 @pytest.fixture
@@ -67,11 +74,27 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def test_round_trip_is_whole_and_needs_no_pickle(path: Path, state: dict[str, Any]) -> None:
     loaded = torch.load(path, weights_only=True)
-    assert set(loaded) == {*checkpoint.REQUIRED, "average"}
+    assert list(loaded) == [*KEYS, "digest"]
     assert digest({k: v for k, v in loaded.items() if k != "digest"}) == digest(state)
-    assert read(path)["digest"] == loaded["digest"]
-    assert checkpoint.history(loaded) == [{"epoch": 1}, {"epoch": 2}]
-    assert loaded["scaler"]["scale"] > 0
+    found = read_checkpoint(path)
+    assert found.digest == loaded["digest"]
+    assert digest(vars(found)) == digest({k: v for k, v in loaded.items() if k != "format"})
+    assert found.rows == [{"epoch": 1}, {"epoch": 2}]
+    assert found.scaler["scale"] > 0
+
+
+def test_without_an_average_the_file_has_no_such_key(tmp_path: Path, training_state: TrainingState) -> None:
+    plain = dataclasses.replace(training_state, average=None)
+    torch.save(plain.to_dict(), tmp_path / "plain.pt")
+    assert set(torch.load(tmp_path / "plain.pt", weights_only=True)) == {*KEYS, "digest"} - {"average"} == set(REQUIRED)
+    found = read_checkpoint(tmp_path / "plain.pt")
+    assert found.average is None
+    assert found.to_dict() == found.to_dict() | {"digest": found.digest}
+
+
+def test_keys_of_a_later_version_of_the_code_are_ignored(tmp_path: Path, state: dict[str, Any]) -> None:
+    torch.save(seal({**state, "more": 1}), tmp_path / "more.pt")
+    assert read_checkpoint(tmp_path / "more.pt").step == 4
 
 
 def test_one_flipped_bit_in_any_tensor_is_found(tmp_path: Path, path: Path) -> None:
@@ -89,17 +112,17 @@ def test_one_flipped_bit_in_any_tensor_is_found(tmp_path: Path, path: Path) -> N
             tensor.copy_(raw.view(tensor.dtype).view(shape).permute(0, 3, 1, 2))
         assert digest(loaded) != good, name
     torch.save(loaded, tmp_path / "flipped.pt")
-    with pytest.raises(BadCheckpointError, match="does not match its digest"):
-        read(tmp_path / "flipped.pt")
+    with pytest.raises(BadFileError, match="does not match its digest"):
+        read_checkpoint(tmp_path / "flipped.pt")
 
 
-@pytest.mark.parametrize("key", [k for k in checkpoint.REQUIRED if k not in ("digest", "format")])
+@pytest.mark.parametrize("key", [k for k in REQUIRED if k not in ("digest", "format")])
 def test_every_part_is_covered_by_the_digest(tmp_path: Path, path: Path, key: str) -> None:
     loaded = torch.load(path, weights_only=True)
     loaded[key] = "another"
     torch.save(loaded, tmp_path / "changed.pt")
-    with pytest.raises(BadCheckpointError, match="damaged"):
-        read(tmp_path / "changed.pt")
+    with pytest.raises(BadFileError, match="damaged"):
+        read_checkpoint(tmp_path / "changed.pt")
 
 
 @pytest.mark.parametrize(
@@ -118,16 +141,16 @@ def test_every_part_is_covered_by_the_digest(tmp_path: Path, path: Path, key: st
 )
 def test_damaged_files(path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(BadCheckpointError, match=message):
-        read(path)
+    with pytest.raises(BadFileError, match=message):
+        read_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A checkpoint of a few kilobytes, most of which are structure."""
-    keys = [k for k in checkpoint.REQUIRED if k != "digest"]
+    keys = [k for k in REQUIRED if k != "digest"]
     tree = dict.fromkeys(keys, 0) | {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "model": {"a": torch.arange(64.0), "b": torch.ones(3)},
     }
     path = tmp_path_factory.mktemp("flips") / "step_00000000.pt"
@@ -145,11 +168,11 @@ def test_one_flipped_bit_anywhere_in_the_file(small: tuple[Path, bytes], data: s
     flipped[bit // 8] ^= 1 << bit % 8
     path.write_bytes(flipped)
     try:
-        state = read(path)
-    except BadCheckpointError:
+        state = read_checkpoint(path)
+    except BadFileError:
         return
     path.write_bytes(whole)
-    assert digest(state) == digest(read(path))
+    assert digest(state) == digest(read_checkpoint(path))
 
 
 def test_a_flipped_bit_in_any_byte_that_counts_is_found(small: tuple[Path, bytes]) -> None:
@@ -164,8 +187,8 @@ def test_a_flipped_bit_in_any_byte_that_counts_is_found(small: tuple[Path, bytes
             flipped = bytearray(whole)
             flipped[byte] ^= 1 << byte % 8
             path.write_bytes(flipped)
-            with pytest.raises(BadCheckpointError, match=f"the sum of its record .*{name.partition('/')[2]} is wrong"):
-                read(path)
+            with pytest.raises(BadFileError, match=f"the sum of its record .*{name.partition('/')[2]} is wrong"):
+                read_checkpoint(path)
             found += 1
     assert found > 800
 
@@ -180,44 +203,44 @@ def test_nothing_is_interpreted_before_the_sums_are_right(
     path = tmp_path / "flipped.pt"
     path.write_bytes(content)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("interpreted"))
-    with pytest.raises(BadCheckpointError, match="the sum of its record"):
-        read(path)
+    with pytest.raises(BadFileError, match="the sum of its record"):
+        read_checkpoint(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpointError, match="there is no such file"):
-        read(tmp_path / "none.pt")
+    with pytest.raises(BadFileError, match="there is no such file"):
+        read_checkpoint(tmp_path / "none.pt")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     path = tmp_path / "step_00000004.pt"
     os.mkfifo(path)
-    with pytest.raises(BadCheckpointError, match="is no regular file but a FIFO"):  # and not: waits for a writer
-        read(path)
+    with pytest.raises(BadFileError, match="is no regular file but a FIFO"):  # and not: waits for a writer
+        read_checkpoint(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(BadCheckpointError, match="is no regular file but a directory"):
-        read(path)
+    with pytest.raises(BadFileError, match="is no regular file but a directory"):
+        read_checkpoint(path)
     path.rmdir()
     path.symlink_to(path)
-    with pytest.raises(BadCheckpointError, match="Too many levels of symbolic links"):
-        read(path)
+    with pytest.raises(BadFileError, match="Too many levels of symbolic links"):
+        read_checkpoint(path)
     path.unlink()
     path.symlink_to("nowhere")
-    with pytest.raises(BadCheckpointError, match="a link to nothing"):
-        read(path)
+    with pytest.raises(BadFileError, match="a link to nothing"):
+        read_checkpoint(path)
 
 
 def test_a_link_to_a_checkpoint_is_one(path: Path, tmp_path: Path) -> None:
     (tmp_path / "link.pt").symlink_to(path)
-    assert read(tmp_path / "link.pt")["step"] == 4
+    assert read_checkpoint(tmp_path / "link.pt").step == 4
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3)])
 def test_foreign_files(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "foreign.pt")
-    with pytest.raises(BadCheckpointError, match="not a checkpoint of cifar_hpc"):
-        read(tmp_path / "foreign.pt")
+    with pytest.raises(BadFileError, match="not a checkpoint of cifar_hpc"):
+        read_checkpoint(tmp_path / "foreign.pt")
 
 
 class Evil:
@@ -244,8 +267,8 @@ def test_code_in_a_file_is_not_run_and_is_named(
         if old
         else r"holds code \(pickle globals: posix\.mkdir\), which was not executed"
     )
-    with pytest.raises(BadCheckpointError, match=words):
-        read(Path("evil.pt"))
+    with pytest.raises(BadFileError, match=words):
+        read_checkpoint(Path("evil.pt"))
     assert not Path("evil").exists()
     pickle.loads(pickle.dumps(Evil()))
     assert Path("evil").exists(), "the payload is a real one"
@@ -256,25 +279,25 @@ def test_compressed_files_are_refused_unread(path: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for record in archive.infolist():
             packed.writestr(record.filename, archive.read(record))
-    with pytest.raises(BadCheckpointError, match="compressed"):
-        read(tmp_path / "z.pt")
+    with pytest.raises(BadFileError, match="compressed"):
+        read_checkpoint(tmp_path / "z.pt")
 
 
 def test_what_has_no_bytes_to_sum_up_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
     odd = {**seal(copy.deepcopy(state)), "model": torch.ones(3).to_sparse()}
     torch.save(odd, tmp_path / "odd.pt")
-    with pytest.raises(BadCheckpointError, match="holds what was never saved"):
-        read(tmp_path / "odd.pt")
+    with pytest.raises(BadFileError, match="holds what was never saved"):
+        read_checkpoint(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize(("version", "writer"), [(99, "a newer"), (0, "an older")])
 def test_another_format_version(tmp_path: Path, state: dict[str, Any], version: int, writer: str) -> None:
     torch.save(seal({**state, "format": version}), tmp_path / "new.pt")
-    # Not a BadCheckpointError: such a file is whole, and nobody should go back to an older one because of it.
+    # Not a BadFileError: such a file is whole, and nobody should go back to an older one because of it.
     with pytest.raises(
         RunFailedError, match=f"format version {version}, written by {writer} cifar_hpc; this one reads version 1. HINT"
     ):
-        read(tmp_path / "new.pt")
+        read_checkpoint(tmp_path / "new.pt")
 
 
 def test_a_file_of_somebody_else_is_no_damaged_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +306,7 @@ def test_a_file_of_somebody_else_is_no_damaged_one(path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(RunFailedError, match=r"cannot be read: Permission denied\. HINT"):
-        read(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -301,13 +324,13 @@ def test_what_says_nothing_about_the_file_does_not_condemn_it(
 
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(kind):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_a_missing_part_is_named(tmp_path: Path, state: dict[str, Any]) -> None:
     torch.save(seal({k: v for k, v in state.items() if k not in ("sums", "best")}), tmp_path / "short.pt")
-    with pytest.raises(BadCheckpointError, match="incomplete: sums, best missing"):
-        read(tmp_path / "short.pt")
+    with pytest.raises(BadFileError, match="incomplete: best, sums missing"):
+        read_checkpoint(tmp_path / "short.pt")
 
 
 def test_digests_do_not_depend_on_the_layout_in_memory() -> None:
@@ -334,29 +357,29 @@ def test_every_type_of_number_has_a_digest(dtype: torch.dtype) -> None:
     assert digest(torch.ones(0, dtype=dtype)) != digest(torch.ones(0, 1, dtype=dtype))
 
 
-def test_sums_name_the_five_parts(state: dict[str, Any]) -> None:
-    before = sums(state)
+def test_digests_name_the_five_parts(training_state: TrainingState) -> None:
+    before = training_state.digests()
     assert set(before) == {"fast_weights", "slow_weights", "averaged_weights", "momentum", "bn_buffers"}
     assert len(set(before.values())) == 5
-    changes: dict[str, Callable[[dict[str, Any]], Tensor]] = {
-        "fast_weights": lambda s: s["model"]["head.bias"],
-        "slow_weights": lambda s: s["optimizer"]["slow"][3],
-        "averaged_weights": lambda s: s["average"][5],
-        "momentum": lambda s: s["optimizer"]["inner"]["state"][2]["momentum_buffer"],
-        "bn_buffers": lambda s: s["buffers"]["stem.1.running_var"],
+    changes: dict[str, Callable[[Any], Tensor]] = {
+        "fast_weights": lambda s: s.model["head.bias"],
+        "slow_weights": lambda s: s.optimizer["slow"][3],
+        "averaged_weights": lambda s: s.average[5],
+        "momentum": lambda s: s.optimizer["inner"]["state"][2]["momentum_buffer"],
+        "bn_buffers": lambda s: s.buffers["stem.1.running_var"],
     }
     for part, choose in changes.items():
-        other = copy.deepcopy(state)
+        other = copy.deepcopy(training_state)
         choose(other).view(-1)[0] += 1
-        assert {k for k, v in sums(other).items() if v != before[k]} == {part}
+        assert {k for k, v in other.digests().items() if v != before[k]} == {part}
 
 
-def test_sums_of_a_plain_optimizer() -> None:
+def test_digests_of_a_plain_optimizer() -> None:
     engine = tiny_engine(tiny_spec(lookahead={"enabled": False}))
     engine.step(0, 0, 0, torch.arange(32))
-    found = sums(engine.state())
+    found = snapshot(engine).digests()
     assert found["slow_weights"] is None
-    assert found["momentum"] != sums(tiny_engine(tiny_spec(lookahead={"enabled": False})).state())["momentum"]
+    assert found["momentum"] != snapshot(tiny_engine(tiny_spec(lookahead={"enabled": False}))).digests()["momentum"]
 
 
 def test_a_copy_on_the_host_shares_nothing() -> None:

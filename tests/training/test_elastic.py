@@ -1,6 +1,6 @@
 """Any number of ranks up to the number of shards, another one at each restart: the same bits.
 
-Whole runs (the real Job: data, trainer, evaluation, files) on the pool of real processes, so that a start costs no
+Whole runs (the real Attempt: data, trainer, evaluation, files) on the pool of real processes, so that a start costs no
 import. DDP's buckets are made small here: there are many, and DDP cuts them anew after the first step of each start.
 """
 
@@ -28,8 +28,8 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import engine, evaluation
-from cifar_hpc.training.attempt import Job
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.attempt import Attempt
+from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.store import newest_good
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.shards import ShardReducer
@@ -96,11 +96,11 @@ def start(rank: int, world: int, root: str, sections: dict[str, Any], plan: Plan
     """One start of the run in `root`: this rank's exit status, and the sizes of its buckets in each step."""
     stop, cuts = StopFlag(), list[list[int]]()
     launch = Launch(rank, world, rank, None, None, Path(root) / "rendezvous" / "now.json")
-    job = Job(Context(RunPaths(Path(root), "run"), tiny_spec(**sections), launch, stop))
+    attempt = Attempt(Context(RunPaths(Path(root), "run"), tiny_spec(**sections), launch, stop))
     with patched(plan, stop, rank, cuts):
-        status = job.run()
-    job.lock.release()
-    del job
+        status = attempt.run()
+    attempt.lock.release()
+    del attempt
     gc.collect()  # the agreement's group goes with it
     return status, cuts
 
@@ -132,14 +132,14 @@ def run(
     assert [e["step"] for e in events[1:]] == [plan.stop + 1 for plan in stops if plan.stop is not None]
     found = newest_good(root / "checkpoints" / "run")
     assert found is not None
-    best = checkpoint.read(root / "checkpoints" / "run" / "best.pt")
+    best = read_checkpoint(root / "checkpoints" / "run" / "best.pt")
     rows = read_jsonl(root / "logs" / "run" / "metrics.jsonl")
     outcome = Outcome(
-        checkpoint.sums(found.state),
-        tensorfile.digest({k: found.state[k] for k in STATE}),
-        tensorfile.digest({k: best[k] for k in STATE}),
+        found.state.digests(),
+        tensorfile.digest({k: getattr(found.state, k) for k in STATE}),
+        tensorfile.digest({k: getattr(best, k) for k in STATE}),
         [{k: row[k] for k in SAME} for row in rows],
-        found.state["updates"],
+        found.state.updates,
     )
     return outcome, buckets
 

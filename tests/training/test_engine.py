@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, PLUS, tiny_engine, tiny_spec
+from helpers import CPU, PLUS, snapshot, tiny_engine, tiny_spec
 
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.tensorfile import digest
-from cifar_hpc.training.checkpoints.format import to_host
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import resolve_amp
@@ -109,13 +108,13 @@ def test_a_nan_loss_names_its_step(amp: str) -> None:
     engine.check_finite()
     run(engine, 0, 5)
     with pytest.raises(RunFailedError, match=r"NaN or infinite at step (\d+).* epoch 1\b") as caught:
-        engine.gathered_sums()
+        engine.check_finite()
     first = int(engine.bad_step)
     assert f"step {first}" in str(caught.value)
     assert 2 <= first <= 5
     before = tiny_engine(tiny_spec(optimizer={"lr": 1e30}, train={"amp": amp}))
     run(before, 0, first - 1)
-    before.check_finite()  # up to the named step all was well
+    assert before.bad_loss() is None, "up to the named step all was well"
 
 
 def test_an_overflow_under_fp16_counts_nothing_and_spoils_nothing() -> None:
@@ -129,7 +128,8 @@ def test_an_overflow_under_fp16_counts_nothing_and_spoils_nothing() -> None:
     assert digest(engine.optimizer.state_dict()["slow"]) == slow
     assert engine.updates == engine.optimizer.state_dict()["counter"] == updates
     assert engine.scaler.get_scale() == 2.0**99
-    assert torch.isfinite(engine.gathered_sums()).all()
+    engine.check_finite()
+    assert torch.isfinite(engine.epoch_sums()).all()
 
 
 def test_nan_weights_under_fp16_do_not_go_on_for_ever() -> None:
@@ -139,10 +139,10 @@ def test_nan_weights_under_fp16_do_not_go_on_for_ever() -> None:
         next(engine.model.parameters()).fill_(math.nan)
     engine.scaler.update(2.0**-22)
     run(engine, 1, 3)
-    engine.check_finite()  # so far they might be overflows
+    assert engine.bad_loss() is None, "so far they might be overflows"
     run(engine, 3, 4)
     with pytest.raises(RunFailedError, match=r"overflow at every loss scale .*optimizer\.lr"):
-        engine.gathered_sums()
+        engine.check_finite()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_loading_in_the_middle_gives_the_same_bits(sections: dict[str, Any]) -> 
     spec = tiny_spec(**sections)
     whole = tiny_engine(spec)
     run(whole, 0, 3)
-    saved = to_host({**whole.state(), "sums": whole.sums})
+    saved = snapshot(whole)
     run(whole, 3, 7)
     other = tiny_engine(spec)
     run(other, 0, 1)  # what it held before does not matter
@@ -206,7 +206,7 @@ def test_the_running_loss_of_the_log() -> None:
     engine = tiny_engine(tiny_spec())
     run(engine, 0, 2)
     loss, accuracy = engine.loss_so_far(64)
-    total, correct = engine.gathered_sums().sum(0).tolist()
+    total, correct = engine.epoch_sums().sum(0).tolist()
     assert (loss, accuracy) == pytest.approx((total / 64, 100 * correct / 64))
 
 

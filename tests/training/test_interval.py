@@ -18,8 +18,8 @@ from cifar_hpc.runs.history import Losses, losses
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints import interval
 from cifar_hpc.training.checkpoints.interval import (
+    CheckpointPacer,
     Costs,
-    Pace,
     best_interval,
     daly,
     expected_goodput,
@@ -118,9 +118,9 @@ def test_only_unannounced_ends_lose_work(rows: list[dict[str, Any]], expected: L
     assert losses(rows) == expected
 
 
-def pace(past: Losses | None = None) -> tuple[Pace, list[str]]:
+def pace(past: Losses | None = None) -> tuple[CheckpointPacer, list[str]]:
     lines: list[str] = []
-    return Pace(past or Losses(), 15, lines.append, 0), lines
+    return CheckpointPacer(past or Losses(), 15, lines.append, 0), lines
 
 
 def test_what_a_checkpoint_costs_is_measured() -> None:
@@ -251,7 +251,7 @@ def test_a_run_saves_at_its_own_pace_and_keeps_its_bits(tmp_path: Path, monkeypa
     found = [newest_good(tmp_path / "checkpoints" / name) for name in ("rarely", "often")]
     rarely, often = (f.state for f in found if f is not None)
     for key in ("model", "optimizer", "buffers", "slow_buffers", "sums"):
-        assert digest(rarely[key]) == digest(often[key]), key
+        assert digest(getattr(rarely, key)) == digest(getattr(often, key)), key
     log = (tmp_path / "logs" / "often" / "train.log").read_text()
     assert "(auto): taken to cost 1 s each until one is measured" in log
     assert "unannounced losses so far: 50 in " in log

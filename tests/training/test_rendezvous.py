@@ -16,7 +16,7 @@ from helpers import CPU, Ranks, tiny_spec
 from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.training.attempt import Job
+from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.rank_board import Board, Report
 from cifar_hpc.training.distributed.rendezvous import connect, disconnect, resolve_device
@@ -103,10 +103,10 @@ def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tup
     before = gloo_threads()
     paths = RunPaths(Path(root), "whole")
     launch = Launch(rank, world, rank, None, None, Path(root) / "slurm" / "rendezvous.json")
-    job = Job(Context(paths, tiny_spec(**sections), launch, StopFlag()))
+    attempt = Attempt(Context(paths, tiny_spec(**sections), launch, StopFlag()))
     gc.disable()  # so that none happens to run, as none may happen to run in a user's process
     try:
-        return job.run(), gloo_threads() - before
+        return attempt.run(), gloo_threads() - before
     finally:
         gc.enable()
 

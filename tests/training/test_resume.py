@@ -17,7 +17,7 @@ from processes import Runs
 from cifar_hpc import tensorfile
 from cifar_hpc.__main__ import main
 from cifar_hpc.runs.logs import read_jsonl
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.store import newest_good
 
 VOLATILE = {"epoch_seconds", "images_per_second", "world_size", "restart", "job_id", "time"}
@@ -50,12 +50,12 @@ def result(runs: Runs, name: str, capsys: pytest.CaptureFixture[str], monkeypatc
     assert leftovers(runs.root) == []
     found = newest_good(runs.root / "checkpoints" / name)
     assert found is not None
-    assert checkpoint.history(found.state) == rows
-    best = checkpoint.read(runs.root / "checkpoints" / name / "best.pt")
+    assert found.state.rows == rows
+    best = read_checkpoint(runs.root / "checkpoints" / name / "best.pt")
     return Result(
         report["sums"],
-        tensorfile.digest({k: found.state[k] for k in STATE}),
-        tensorfile.digest({k: best[k] for k in STATE}),
+        tensorfile.digest({k: getattr(found.state, k) for k in STATE}),
+        tensorfile.digest({k: getattr(best, k) for k in STATE}),
         [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows],
         (report["step"], report["epoch"]),
     )
@@ -135,8 +135,8 @@ def test_fp16_keeps_the_history_of_its_scale(runs: Runs, look: Any, monkeypatch:
     assert look(runs, "fp16-moved") == look(runs, "fp16")
     found = newest_good(runs.root / "checkpoints" / "fp16")
     assert found is not None
-    assert (found.state["step"], found.state["optimizer"]["counter"]) == (18, found.state["updates"])
-    assert 5 < found.state["updates"] < 18, "no step was skipped, so this test shows nothing"
+    assert (found.state.step, found.state.optimizer["counter"]) == (18, found.state.updates)
+    assert 5 < found.state.updates < 18, "no step was skipped, so this test shows nothing"
 
 
 def test_another_spec_and_a_second_writer_are_refused(runs: Runs, reference: str) -> None:

@@ -24,7 +24,7 @@ from helpers import TINY, leftovers
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import merge
 from cifar_hpc.runs.logs import read_jsonl
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.store import candidates, newest_good
 
 # 3 steps an epoch, 12 in all; checkpoints after steps 2, 4, 6, ... and after each epoch, 3.
@@ -71,17 +71,17 @@ class Run:
         found = newest_good(self.checkpoints)
         assert found is not None
         assert found.bad == []
-        best = checkpoint.read(self.checkpoints / "best.pt") if (self.checkpoints / "best.pt").exists() else None
+        best = read_checkpoint(self.checkpoints / "best.pt") if (self.checkpoints / "best.pt").exists() else None
         rows = read_jsonl(self.logs / "metrics.jsonl")
         assert (self.logs / "metrics.jsonl").read_text().count("\n") == len(rows) == 4, "each epoch exactly once"
-        assert checkpoint.history(found.state) == rows
+        assert found.state.rows == rows
         assert leftovers(self.root) == []
         assert len(self.events("finished")) == 1
         return {
             "file": found.path.name,
-            "sums": checkpoint.sums(found.state),
-            "state": tensorfile.digest({k: found.state[k] for k in STATE}),
-            "best": tensorfile.digest({k: best[k] for k in STATE}) if best is not None else None,
+            "sums": found.state.digests(),
+            "state": tensorfile.digest({k: getattr(found.state, k) for k in STATE}),
+            "best": tensorfile.digest({k: getattr(best, k) for k in STATE}) if best is not None else None,
             "rows": [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows],
         }
 
@@ -272,7 +272,7 @@ def test_storage_that_does_not_answer_stalls_no_step_and_no_epoch(run: Run, refe
     assert run.start({0: faulty.block_writing_until_the_end}) == 0, run.output
     assert run.result() == reference
     written = [e["step"] for e in run.events("checkpoint")]
-    best = checkpoint.read(run.checkpoints / "best.pt")["step"]
+    best = read_checkpoint(run.checkpoints / "best.pt").step
     assert written == sorted({2, best, 12}), "one in hand, the best one, the last one"
     assert run.log.count("takes longer to write than the time to the next one") == 1
 

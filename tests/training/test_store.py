@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import leftovers
+from helpers import blank_state, leftovers
 
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.training.checkpoints import format as checkpoint
-from cifar_hpc.training.checkpoints import store as checkpoint_index
+from cifar_hpc.training.checkpoints import store
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import (
     BEST,
     INDEX,
@@ -33,9 +33,8 @@ from cifar_hpc.training.checkpoints.store import (
 )
 
 
-def state(step: int) -> dict[str, Any]:
-    keys = [k for k in checkpoint.REQUIRED if k != "digest"]
-    return dict.fromkeys(keys, 0) | {"format": checkpoint.FORMAT, "step": step, "model": torch.full((100,), step)}
+def state(step: int, epoch: int = 0) -> TrainingState:
+    return blank_state(step=step, epoch=epoch, model=torch.full((100,), step))
 
 
 class Recorder(CheckpointStore):
@@ -110,7 +109,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (5, 10, 15, 100, 20):
         assert writer.put(step, best=step == 5) is None
     assert names(tmp_path) == [BEST, INDEX, "step_00000020.pt", "step_00000100.pt"]
-    assert checkpoint.read(tmp_path / BEST)["step"] == 5
+    assert read_checkpoint(tmp_path / BEST).step == 5
     assert [p.name for p in candidates(tmp_path)] == ["step_00000100.pt", "step_00000020.pt"]
     assert writer.written == [f"step_{s:08d}.pt" for s in (5, 10, 15, 100, 20)]
     assert writer.failed == []
@@ -158,7 +157,7 @@ def test_a_stale_index_is_mended_by_the_next_save(tmp_path: Path) -> None:
     writer.put(1, best=True)
     stale = (tmp_path / INDEX).read_bytes()
     writer.put(2, best=True)
-    writer.save({**state(1), "epoch": 7})  # another file under the name that the stale index knows
+    writer.save(state(1, epoch=7))  # another file under the name that the stale index knows
     writer.wait()
     (tmp_path / INDEX).write_bytes(stale)
     writer.put(3)
@@ -178,7 +177,7 @@ def test_an_index_that_cannot_be_read_or_written_loses_no_checkpoint(tmp_path: P
     writer = Recorder(tmp_path)
     assert writer.put(1, best=True) is None
     assert writer.written == ["step_00000001.pt"]
-    assert checkpoint.read(tmp_path / BEST)["step"] == 1
+    assert read_checkpoint(tmp_path / BEST).step == 1
     assert len(writer.notes) == (obstacle == "folder")  # a FIFO is simply replaced
     assert leftovers(tmp_path) == []
 
@@ -186,11 +185,11 @@ def test_an_index_that_cannot_be_read_or_written_loses_no_checkpoint(tmp_path: P
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     writer = Recorder(tmp_path)
     writer.put(4)
-    writer.save({**state(4), "epoch": 1})
+    writer.save(state(4, epoch=1))
     writer.wait()
     found = newest_good(tmp_path)
     assert found is not None
-    assert found.state["epoch"] == 1
+    assert found.state.epoch == 1
 
 
 def test_best_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +198,7 @@ def test_best_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "link", refuse)
     assert Recorder(tmp_path).put(3, best=True) is None
-    assert checkpoint.read(tmp_path / BEST)["step"] == 3
+    assert read_checkpoint(tmp_path / BEST).step == 3
     assert leftovers(tmp_path) == []
 
 
@@ -287,15 +286,15 @@ def test_a_look_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     """The only file is removed between the listing and the reading, since a newer one has come."""
     writer = Recorder(tmp_path, keep=1)
     writer.put(1)
-    read, looked = checkpoint.read, []
+    looked: list[str] = []
 
-    def late_read(path: Path) -> dict[str, Any]:
+    def late_read(path: Path) -> TrainingState:
         if not looked:
             looked.append(path.name)
             writer.put(2)
-        return read(path)
+        return read_checkpoint(path)
 
-    monkeypatch.setattr(checkpoint, "read", late_read)
+    monkeypatch.setattr(store, "read_checkpoint", late_read)
     found = newest_good(tmp_path)
     assert looked == ["step_00000001.pt"]
     assert found is not None
@@ -373,7 +372,7 @@ def test_a_failed_index_is_no_failed_checkpoint(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_index, "write_atomic", fail)
+    monkeypatch.setattr(store, "write_atomic", fail)
     writer = Recorder(tmp_path)
     assert writer.put(1) is None
     assert (writer.written, writer.failed) == (["step_00000001.pt"], [])
@@ -394,14 +393,14 @@ def test_a_best_one_that_found_no_room_is_written_with_the_next(tmp_path: Path) 
             ("step_00000002.pt", True), ("step_00000002.pt", True), ("step_00000003.pt", True),
         ]  # fmt: skip
         assert names(tmp_path) == [BEST, INDEX, "step_00000001.pt"]
-        assert checkpoint.read(tmp_path / BEST)["step"] == 1
+        assert read_checkpoint(tmp_path / BEST).step == 1
         assert writer.best_error is not None
         assert "File too large" in str(writer.wait())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, whole)
     assert writer.put(4) is None
     assert writer.written == ["step_00000001.pt", "step_00000002.pt", "step_00000004.pt"]
-    assert checkpoint.read(tmp_path / BEST)["step"] == 2
+    assert read_checkpoint(tmp_path / BEST).step == 2
     assert read_index(tmp_path)["best"]["step"] == 2
     assert writer.best_error is None
     assert leftovers(tmp_path) == []
@@ -429,7 +428,7 @@ def test_what_stands_in_the_way_of_best_holds_up_nothing_else(tmp_path: Path) ->
     (tmp_path / BEST).rmdir()
     assert writer.put(2) is None
     assert writer.best_error is None
-    assert checkpoint.read(tmp_path / BEST)["step"] == 1
+    assert read_checkpoint(tmp_path / BEST).step == 1
 
 
 def test_a_folder_that_is_removed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,9 +471,9 @@ class Slow:
 
         monkeypatch.setattr(torch, "save", slow_save)
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> TrainingState:
         made = state(step)
-        self.states.append(weakref.ref(made["model"]))
+        self.states.append(weakref.ref(made.model))
         return made
 
     def alive(self) -> int:
@@ -500,7 +499,7 @@ def test_slow_storage_stalls_nothing_and_piles_up_nothing(tmp_path: Path, monkey
     assert writer.wait() is None
     assert not writer.busy
     assert writer.written == [f"step_{s:08d}.pt" for s in (1, 20, 49)], "in order, the best one first, the newest last"
-    assert checkpoint.read(tmp_path / BEST)["step"] == 20
+    assert read_checkpoint(tmp_path / BEST).step == 20
     assert slow.alive() == 0
 
 
@@ -514,7 +513,7 @@ def test_a_newer_best_one_takes_the_place_of_both(tmp_path: Path, monkeypatch: p
     slow.go_on.release(2)
     assert writer.wait() is None
     assert writer.written == ["step_00000001.pt", "step_00000004.pt"]
-    assert checkpoint.read(tmp_path / BEST)["step"] == 4
+    assert read_checkpoint(tmp_path / BEST).step == 4
 
 
 def test_waiting_tells_that_the_writing_gets_on(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.models.improved_resnet import build_model
-from cifar_hpc.training.checkpoints import format as checkpoint
 from cifar_hpc.training.trained_model import load_trained, noted
 
 IMAGES = make_synthetic(264, 100)[2]
@@ -32,7 +31,7 @@ def root(tiny_run: Path, tmp_path: Path) -> Path:
 
 def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Write a checkpoint anew, whole, with another content."""
-    state = checkpoint.read(path)
+    state = tensorfile.load(path)
     edit(state)
     with path.open("wb") as file:
         tensorfile.save(tensorfile.seal(state), file)
@@ -50,7 +49,7 @@ def middle_of_an_epoch(root: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["slow", "fast"])
 def test_the_weights_are_those_of_a_model_put_together_by_hand(root: Path, weights: str) -> None:
-    state = checkpoint.read(newest(root))
+    state = tensorfile.load(newest(root))
     model = build_model(from_plain(state["spec"]).model, 0).eval()
     values = state["optimizer"]["slow"] if weights == "slow" else list(state["model"].values())
     with torch.no_grad():
@@ -113,7 +112,7 @@ def test_under_resizing_the_only_weights_go_with_statistics_of_whole_images(root
 
     change(root / "checkpoints" / "tiny" / "step_00000009.pt", edit)
     path = str(root / "checkpoints" / "tiny" / "step_00000009.pt")
-    state = checkpoint.read(Path(path))
+    state = tensorfile.load(Path(path))
     for weights, expected in (("slow", "slow_buffers"), ("fast", "buffers")):
         have = load_trained(root, path, weights).model.state_dict()
         assert all(torch.equal(have[name], value) for name, value in state[expected].items())

@@ -1,25 +1,14 @@
-"""What a checkpoint holds, and how one is read, verified and named by its sums.
+"""The training state, and the file that holds it.
 
-A checkpoint is one dict of tensors and plain values, written by torch.save and readable with weights_only=True:
-
-    format        version of this layout
-    spec          the frozen spec, as nested plain values
-    step, epoch, step_in_epoch, updates      the position: steps done, epochs completed, steps in this epoch, updates
-    model         fast weights, by parameter name
-    buffers       BatchNorm buffers that go with the fast weights
-    slow_buffers  BatchNorm statistics that the epoch was evaluated with, or None in the middle of an epoch
-    optimizer     Lookahead's state (slow weights, counter, inner state), or the plain optimizer's
-    average       the averaged weights, in the model's order; only where ema.decay is set
-    scaler        GradScaler's state; empty unless fp16
-    sums          float64 [shards, 2]: this epoch's summed loss and correct predictions of each shard
-    epoch_seconds, history (metrics rows so far, as JSON lines), best, environment
-    digest        sha256 over all of the above
+A checkpoint file is one dict of tensors and plain values, written by torch.save and readable with weights_only=True.
+Its keys are the fields of `TrainingState`, and `format`, the version of this layout.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,65 +17,119 @@ from torch import Tensor
 
 from cifar_hpc import tensorfile
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.tensorfile import digest
+from cifar_hpc.tensorfile import BadFileError
 
 FORMAT = 1
-REQUIRED = (
-    "format",
-    "spec",
-    "step",
-    "epoch",
-    "step_in_epoch",
-    "updates",
-    "model",
-    "buffers",
-    "slow_buffers",
-    "optimizer",
-    "scaler",
-    "sums",
-    "epoch_seconds",
-    "history",
-    "best",
-    "environment",
-    "digest",
-)
 
 
-def read(path: Path) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class TrainingState:
+    """The whole state of a run at a step boundary.
+
+    Attributes:
+        spec: the frozen spec, as nested plain values.
+        epoch, step_in_epoch, step: epochs completed, steps in this epoch, steps in all.
+        updates: of the weights, without the steps that GradScaler skipped.
+        epoch_seconds: training time of this epoch so far, over all attempts.
+        best: epoch and test_accuracy of the best epoch.
+        model: fast weights, by parameter name.
+        buffers: BatchNorm buffers that belong to the fast weights.
+        optimizer: Lookahead's state (slow weights, counter, inner state), or the plain optimizer's.
+        scaler: GradScaler's state; empty unless fp16.
+        average: the averaged weights, in the model's order; None without ema.decay, and then no key of the file.
+        slow_buffers: BatchNorm statistics of the epoch's evaluation; None in the middle of an epoch.
+        sums: float64 [shards, 2]: this epoch's summed loss and correct predictions of each shard.
+        history: the rows of metrics.jsonl so far, as JSON lines.
+        environment: hardware, libraries and data that the bits depend on.
+        digest: sha256 over all of the above; empty until the state is in a file.
+    """
+
+    spec: dict[str, Any]
+    epoch: int
+    step_in_epoch: int
+    step: int
+    epoch_seconds: float
+    best: dict[str, Any]
+    model: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    updates: int
+    average: list[Tensor] | None = None
+    slow_buffers: dict[str, Tensor] | None
+    sums: Tensor
+    history: str
+    environment: dict[str, Any]
+    digest: str = ""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl up to this state."""
+        return [json.loads(line) for line in self.history.splitlines()]
+
+    def digests(self) -> dict[str, str | None]:
+        """Return the sha256 of fast, slow and averaged weights, momentum and BatchNorm buffers, to compare two runs."""
+        inner = self.optimizer.get("inner", self.optimizer)
+        momentum = [entry.get("momentum_buffer") for _, entry in sorted(inner["state"].items())]
+        return {
+            "fast_weights": tensorfile.digest(self.model),
+            "slow_weights": tensorfile.digest(self.optimizer["slow"]) if "slow" in self.optimizer else None,
+            **({"averaged_weights": tensorfile.digest(self.average)} if self.average is not None else {}),
+            "momentum": tensorfile.digest(momentum),
+            "bn_buffers": tensorfile.digest(self.buffers),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint file, with its digest."""
+        content = {"format": FORMAT, **vars(self)}
+        if self.average is None:
+            del content["average"]
+        return tensorfile.seal(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainingState:
+        """Take the state from the content of a verified file."""
+        known: dict[str, Any] = {field.name: content.get(field.name) for field in fields(cls)}
+        return cls(**known)
+
+
+REQUIRED = ("format", *(field.name for field in fields(TrainingState) if field.name != "average"))
+
+
+def read_checkpoint(path: Path) -> TrainingState:
     """Read and verify a checkpoint.
 
     Raises:
-        BadCheckpointError: for a file that is damaged or foreign.
-        RunFailedError: for a file that may not be read, or of another format version; neither is damaged.
-        OSError, MemoryError: where it cannot be read just now.
+        BadFileError: the file is damaged or foreign.
+        RunFailedError: reading it is not permitted, or its format version is another one; it is not damaged.
+        OSError, MemoryError: it cannot be read at the moment.
     """
     try:
-        state = tensorfile.load(path)
+        content = tensorfile.load(path)
     except PermissionError as error:
         raise RunFailedError(
-            f"{path}: cannot be read: {error.strerror}. HINT: see to whom it belongs (ls -l), and train as that user."
+            f"{path}: cannot be read: {error.strerror}. HINT: see who owns it (ls -l), and train as that user."
         ) from None
-    version = state.get("format") if isinstance(state, dict) else None
+    version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int:
-        raise BadCheckpointError("not a checkpoint of cifar_hpc")
+        raise BadFileError("not a checkpoint of cifar_hpc")
     if version != FORMAT:
         writer = "a newer" if version > FORMAT else "an older"
         raise RunFailedError(
             f"{path}: is of format version {version}, written by {writer} cifar_hpc; this one reads version {FORMAT}. "
-            f"HINT: go on with the cifar_hpc that wrote it, or begin the run anew under another --name."
+            f"HINT: continue with the cifar_hpc that wrote it, or start a new run under another --name."
         )
-    missing = [key for key in REQUIRED if key not in state]
+    missing = [key for key in REQUIRED if key not in content]
     if missing:
-        raise BadCheckpointError(f"incomplete: {', '.join(missing)} missing")
-    tensorfile.check_seal(state)
-    return state  # type: ignore[no-any-return]
+        raise BadFileError(f"incomplete: {', '.join(missing)} missing")
+    tensorfile.check_seal(content)
+    return TrainingState.from_dict(content)
 
 
 def to_host(value: Any) -> Any:
-    """A copy of a tree whose tensors lie in host memory and share nothing with the training state.
+    """Copy a tree to host memory. The copy shares no tensor with the original.
 
-    From a GPU all are copied at once to page-locked memory, which PyTorch keeps for the next time, and waited for once.
+    From a GPU all tensors are copied at once to page-locked memory, which PyTorch reuses, with a single wait.
     """
     copy = _copy(value)
     if torch.cuda.is_initialized():
@@ -104,22 +147,3 @@ def _copy(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_copy(v) for v in value]
     return value
-
-
-def sums(state: Mapping[str, Any]) -> dict[str, str | None]:
-    """sha256 of the fast, slow and averaged weights, momentum and BatchNorm buffers: how anyone checks the promise."""
-    optimizer = state["optimizer"]
-    inner = optimizer.get("inner", optimizer)
-    momentum = [entry.get("momentum_buffer") for _, entry in sorted(inner["state"].items())]
-    return {
-        "fast_weights": digest(state["model"]),
-        "slow_weights": digest(optimizer["slow"]) if "slow" in optimizer else None,
-        **({"averaged_weights": digest(state["average"])} if "average" in state else {}),
-        "momentum": digest(momentum),
-        "bn_buffers": digest(state["buffers"]),
-    }
-
-
-def history(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the checkpoint."""
-    return [json.loads(line) for line in state["history"].splitlines()]

@@ -1,8 +1,8 @@
-"""How long to train between two checkpoints within an epoch: `checkpoint.every: auto`.
+"""The time between two checkpoints within an epoch, for `checkpoint.every: auto`.
 
-Work is lost only by an end that nobody announced: SIGKILL, a lost node, a crash, a hang. A stop with a warning saves at
-its own step and loses nothing, whatever the interval. So the interval that loses least balances what checkpoints cost
-while nothing happens against the work since the last one, each time that the run ends unannounced:
+Only an end without warning loses work: SIGKILL, a lost node, a crash, a hang. A stop with a warning saves at its own
+step and loses nothing, whatever the interval. The best interval therefore balances the cost of checkpoints against the
+work since the last one that each end without warning loses:
 
     J. W. Young, A first order approximation to the optimum checkpoint interval, Comm. ACM 17(9), 1974, 530-531:
         sqrt(2 C M)
@@ -10,59 +10,55 @@ while nothing happens against the work since the last one, each time that the ru
     Computer Systems 22(3), 2006, 303-312:
         sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + (C / 2M) / 9) - C,  and M itself where C >= 2M
 
-C is what a checkpoint costs, M the mean time between losses. Daly's form is used: it stays right where M comes near C
-(Young's is then far too long), and elsewhere the two are the same. What a restart costs is lost whatever the interval,
-and so is the work done while the last checkpoint was being written: neither has a place in the optimum.
+C is the cost of a checkpoint, M the mean time between losses. Daly's form is used: it stays right where M comes near C
+(Young's is then far too long), and elsewhere the two are the same. The cost of a restart does not depend on the
+interval, nor does the work done while the last checkpoint was being written: neither changes the optimum.
 
-Which moment a checkpoint is taken at never changes the bits of a run.
+The time of a checkpoint never changes the bits of a run.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 from cifar_hpc.runs.history import Losses
 
-# Before anything has been measured: a checkpoint costs a second. It is given up measurement by measurement, since the
-# first one may be far off on a machine that others use, too.
+# Before the first measurement a checkpoint is assumed to cost a second. This prior fades measurement by measurement,
+# since the first one may be far off on a shared machine.
 PRIOR_COST_SECONDS = 1.0
-# Before anything has been seen: one loss a day, a belief that weighs as much as an hour of watching, so that a few
-# losses are enough to give it up.
+# Prior of the losses: one a day, with the weight of an hour of observation, so that a few losses outweigh it.
 PRIOR_MEAN_SECONDS = 86_400.0
 PRIOR_WEIGHT_SECONDS = 3_600.0
-# Bounds of the interval. File systems are shared: writing is to take a tenth of the time at most.
+# Bounds of the interval. File systems are shared: writing may take a tenth of the time at most.
 LEAST_SECONDS = 10.0
 MOST_SECONDS = 30 * 60.0
 WRITES_APART = 10.0
-# How much is measured: the last so many steps and checkpoints, but not a start's first steps, which warm up.
+# Measurements kept: the last steps and checkpoints, without the first steps of an attempt, which warm up.
 STEPS_KEPT = 64
 CHECKPOINTS_KEPT = 8
 WARM_UP_STEPS = 3
-# Another line in the log where the interval has changed by this factor.
+# The log gets another line when the interval has changed by this factor.
 NOTICEABLE = 1.5
 
 
 def mean_time_to_loss(seen: Losses) -> float:
-    """M in seconds: (PRIOR_WEIGHT + time) / (PRIOR_WEIGHT / PRIOR_MEAN + losses), the mean of a Gamma prior on the rate
-    after what was seen; PRIOR_MEAN at most, since to hope for more could save next to nothing."""
+    """M in seconds: (PRIOR_WEIGHT + time) / (PRIOR_WEIGHT / PRIOR_MEAN + losses), the posterior mean under
+    a Gamma prior on the rate; at most PRIOR_MEAN, since a longer one would save next to nothing."""
     mean = (PRIOR_WEIGHT_SECONDS + seen.seconds) / (PRIOR_WEIGHT_SECONDS / PRIOR_MEAN_SECONDS + seen.count)
     return min(mean, PRIOR_MEAN_SECONDS)
 
 
 def young(cost: float, mean: float) -> float:
-    """Young's optimum in seconds, for a checkpoint's cost and the mean time between losses in seconds."""
+    """Return Young's optimum in seconds, for a checkpoint's cost and the mean time between losses in seconds."""
     return math.sqrt(2 * cost * mean)
 
 
 def daly(cost: float, mean: float) -> float:
-    """Daly's optimum in seconds of training between two checkpoints, the checkpoint's own cost not included."""
+    """Return Daly's optimum in seconds of training between two checkpoints, without the cost of a checkpoint."""
     if cost >= 2 * mean:
         return mean
     ratio = cost / (2 * mean)
@@ -71,10 +67,10 @@ def daly(cost: float, mean: float) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """What checkpoints were measured to cost, in seconds.
+    """Measured costs of a checkpoint, in seconds.
 
-    stall: what training loses to each: the snapshot, and the slow-down while it is written in the background.
-    write: from the snapshot to the file that a resume can use.
+    stall: training time lost to each: the snapshot, and the slow-down while it is written in the background.
+    write: from the snapshot to the durable file.
     """
 
     stall: float = PRIOR_COST_SECONDS
@@ -82,43 +78,43 @@ class Costs:
 
 
 def best_interval(costs: Costs, mean: float) -> float:
-    """Seconds from one checkpoint to the next: Daly's optimum, within the bounds at the top of this module."""
+    """Return the seconds from one checkpoint to the next: Daly's optimum, within the bounds above."""
     interval = min(daly(costs.stall, mean) + costs.stall, MOST_SECONDS)
     return max(interval, LEAST_SECONDS, WRITES_APART * costs.write)
 
 
 def expected_goodput(interval: float, costs: Costs, restart: float, mean: float) -> float:
-    """The share of its time in which a run computes what counts, 0 to 1 (Daly 2006, the complete model).
+    """Return the share of a run's time that is not lost, 0 to 1 (Daly 2006, the complete model).
 
     Args:
         interval: seconds from one checkpoint to the next.
         restart: seconds from a loss to the next step of training.
     """
-    lost = restart + costs.write  # what was computed during the last write is lost as well
+    lost = restart + costs.write  # the work done during the last write is lost as well
     if (interval + lost) / mean > 700:  # beyond what exp() can hold
         return 0.0
     return max(0.0, interval - costs.stall) / (mean * math.exp(lost / mean) * math.expm1(interval / mean))
 
 
-class Pace:
-    """Measures on rank 0, while a run trains, what its checkpoints cost, and says how far apart they are to be.
+class CheckpointPacer:
+    """Chooses the checkpoint interval on rank 0, from the cost of checkpoints measured during training.
 
     Args:
-        past: of the run's earlier starts.
-        restart: seconds that this start took before its first step.
-        say: told one line when the interval is chosen, and when it changes noticeably.
+        past: losses in the run's earlier attempts.
+        restart: seconds that this attempt took before its first step.
+        say: called with a line for the log when the interval is chosen, and when it changes noticeably.
         now: monotonic seconds, as in all its methods.
     """
 
     def __init__(self, past: Losses, restart: float, say: Callable[[str], None], now: float) -> None:
         self.past, self.restart, self.say = past, restart, say
         self._began = now
-        self._steps: deque[float] = deque(maxlen=STEPS_KEPT)  # seconds of steps beside which nothing was written
+        self._steps: deque[float] = deque(maxlen=STEPS_KEPT)  # seconds of steps during which nothing was written
         self._to_skip = WARM_UP_STEPS
-        self._stalls = deque([PRIOR_COST_SECONDS], CHECKPOINTS_KEPT)  # the prior counts as one until it is pushed out
+        self._stalls = deque([PRIOR_COST_SECONDS], CHECKPOINTS_KEPT)  # the prior counts as one measurement
         self._writes: deque[float] = deque(maxlen=CHECKPOINTS_KEPT)
         self._write_began: float | None = None
-        self._snapshots = self._slower = 0.0  # seconds since then: standing still, and by how much steps were slower
+        self._snapshots = self._slower = 0.0  # seconds since then: of snapshots, and of slower steps
         self._written = 0  # checkpoints begun since then
         self._said: float | None = None
 
@@ -128,14 +124,14 @@ class Pace:
         return Costs(fmean(self._stalls), fmean(self._writes)) if self._writes else Costs()
 
     def saved(self, snapshot: float, now: float) -> None:
-        """Training stood still for `snapshot` seconds until `now`; one more checkpoint is being written now."""
+        """Record a snapshot of `snapshot` seconds that ended at `now`, and whose checkpoint is now being written."""
         if self._write_began is None:
             self._write_began, self._snapshots, self._slower, self._written = now - snapshot, 0.0, 0.0, 0
         self._snapshots += snapshot
         self._written += 1
 
     def step(self, seconds: float, writing: bool, now: float) -> None:
-        """A step took `seconds`; `writing` tells whether a checkpoint is still being written at its end."""
+        """Record a step of `seconds`. `writing` is true if a checkpoint is still being written at its end."""
         if self._to_skip:
             self._to_skip -= 1
         elif self._write_began is None:
@@ -143,13 +139,13 @@ class Pace:
         elif self._steps:
             self._slower += seconds - fmean(self._steps)
         if self._write_began is not None and not writing:
-            # A slow-down below zero is noise. To take it for zero errs towards rarer checkpoints, which costs little.
+            # A slow-down below zero is noise. Taking it as zero errs towards rarer checkpoints, which costs little.
             self._stalls.append((self._snapshots + max(0.0, self._slower)) / self._written)
             self._writes.append(now - self._write_began)
             self._write_began = None
 
     def interval(self, now: float) -> float:
-        """Seconds from one checkpoint to the next."""
+        """Return the seconds from one checkpoint to the next, and log them where they are new."""
         seen = Losses(self.past.count, self.past.seconds + now - self._began)
         mean = mean_time_to_loss(seen)
         interval = best_interval(self.costs, mean)
@@ -177,12 +173,3 @@ def _amount(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def seconds_alive() -> float:
-    """Seconds since this process was started; 0 where the system does not tell (no Linux)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, see proc(5)
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except OSError:
-        return 0.0

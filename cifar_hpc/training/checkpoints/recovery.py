@@ -1,4 +1,4 @@
-"""Which checkpoint a start of a run goes on from, and putting the run's folders in order before it does."""
+"""Choosing the checkpoint that an attempt resumes from, and cleaning up the run's folders first."""
 
 from __future__ import annotations
 
@@ -16,38 +16,46 @@ from cifar_hpc.errors import RunFailedError
 from cifar_hpc.files import open_regular, remove_leftovers
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, Found, duplicate, misnamed, newest_good, step_name
 from cifar_hpc.training.context import Context
 
-# Damaged files that are kept for people to look at.
+# Damaged files that are kept for inspection.
 DAMAGED_KEPT = 3
-# How long a rank waits to see what rank 0 sees: an NFS client trusts its cache for up to a minute (nfs(5), acregmax).
+# A rank waits so long to see the file that rank 0 sees: an NFS client trusts its cache for up to a minute (nfs(5),
+# acregmax).
 PATIENCE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint that rank 0 has chosen: where it is, and the digest of its content."""
+    """The checkpoint that rank 0 has chosen: its path, the digest of its content, and on rank 0 the content itself."""
 
     path: Path
     digest: str
+    state: TrainingState | None = None
 
-    def read(self, patience_seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """The very state that rank 0 has read.
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the state out of what is sent to other ranks, which read the file themselves."""
+        return {**vars(self), "state": None}
+
+    def read(self, patience_seconds: float = PATIENCE_SECONDS) -> TrainingState:
+        """Return the same state on every rank.
 
         Raises:
             RunFailedError: this rank sees another file, or none.
         """
+        if self.state is not None:
+            return self.state
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
-                state = checkpoint.read(self.path)
-                if state["digest"] == self.digest:
+                state = read_checkpoint(self.path)
+                if state.digest == self.digest:
                     return state
-                reason = f"its digest is {state['digest'][:12]}..., that of rank 0's {self.digest[:12]}..."
-            except (BadCheckpointError, OSError) as error:
+                reason = f"its digest is {state.digest[:12]}..., that of rank 0's {self.digest[:12]}..."
+            except (BadFileError, OSError) as error:
                 reason = str(error)
             if time.monotonic() >= deadline:
                 raise RunFailedError(
@@ -59,8 +67,8 @@ class Choice:
                 os.listdir(self.path.parent)  # noqa: PTH208 - makes an NFS client look again
 
 
-def choose(context: Context) -> tuple[Choice, dict[str, Any]] | None:
-    """The newest good checkpoint and its state, or None in a new run. Puts what is bad aside, and says so.
+def choose(context: Context) -> Choice | None:
+    """Choose the newest good checkpoint; None in a new run. Damaged files are set aside and logged.
 
     Only for the process that holds the run's lock.
 
@@ -82,13 +90,13 @@ def choose(context: Context) -> tuple[Choice, dict[str, Any]] | None:
         context.log.line(
             f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
         )
-    _mend(context, found)
+    _mend_best(context, found)
     forget_damaged(directory)
-    return Choice(found.path, found.state["digest"]), found.state
+    return Choice(found.path, found.state.digest, found.state)
 
 
 def tidy_logs(paths: RunPaths) -> None:
-    """Remove temporary files that killed processes have left in logs/<run>, but none of a living one."""
+    """Remove the temporary files of killed processes from logs/<run>. Those of living processes stay."""
     for folder in (paths.logs, paths.slurm / "rendezvous"):
         remove_leftovers(folder)
     try:
@@ -96,7 +104,7 @@ def tidy_logs(paths: RunPaths) -> None:
     except OSError:
         return
     try:
-        # Copies of the code are folders, which not every file system can lock; whoever makes one holds this lock.
+        # Copies of the code are folders, which not every file system can lock. The process making one holds this lock.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for copy in paths.code.glob(".*.tmp"):
             shutil.rmtree(copy, ignore_errors=True)
@@ -107,8 +115,8 @@ def tidy_logs(paths: RunPaths) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file, out of the way of retention and of the next start; the new path, or the old one where
-    that cannot be done."""
+    """Rename a damaged file, so that retention and later attempts ignore it. Return the new path, or the old one if
+    renaming fails."""
     number, aside = 0, path.with_name(f"{path.name}.damaged")
     while os.path.lexists(aside):
         number += 1
@@ -120,14 +128,10 @@ def set_aside(path: Path) -> Path:
 
 
 def forget_damaged(directory: Path) -> None:
-    """Remove damaged files but the DAMAGED_KEPT that were set aside last. Folders are never removed."""
-    files = [(path.lstat().st_ctime_ns, path) for path in directory.glob("*.damaged") if not _is_folder(path)]
-    for _, path in sorted(files, reverse=True)[DAMAGED_KEPT:]:
+    """Remove all damaged files but the DAMAGED_KEPT newest ones. Folders are never removed."""
+    files = [path for path in directory.glob("*.damaged") if path.is_symlink() or not path.is_dir()]
+    for path in sorted(files, key=lambda path: path.lstat().st_ctime_ns, reverse=True)[DAMAGED_KEPT:]:
         path.unlink(missing_ok=True)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _check_new(context: Context) -> None:
@@ -141,25 +145,25 @@ def _check_new(context: Context) -> None:
         )
 
 
-def _mend(context: Context, found: Found) -> None:
-    """Make best.pt the checkpoint of the epoch that the state calls the best one, as in a run that nobody disturbed."""
+def _mend_best(context: Context, found: Found) -> None:
+    """Make best.pt the checkpoint of the best epoch of the state, as in a run without interruption."""
     directory, state = context.paths.checkpoints, found.state
     best = directory / BEST
     if found.path == best:
         with suppress(OSError):  # so that retention and `inspect` find it among the others
-            duplicate(best, directory / step_name(state["step"]))
+            duplicate(best, directory / step_name(state.step))
         return
-    epoch = state["best"]["epoch"]
-    step = checkpoint.history(state)[epoch - 1]["step"] if epoch else 0
+    epoch = state.best["epoch"]
+    step = state.rows[epoch - 1]["step"] if epoch else 0
     reason, damaged = _fault_of_best(best, step)
     if reason is None:
         return
     aside = set_aside(best).name if damaged else None
     source = directory / step_name(step)
     try:
-        checkpoint.read(source)
+        read_checkpoint(source)
         duplicate(source, best)
-    except (BadCheckpointError, RunFailedError, OSError):
+    except (BadFileError, RunFailedError, OSError):
         restored, then = None, f"no other file holds that epoch ({epoch}); {BEST} comes back with the next better one"
     else:
         restored, then = source.name, f"made again from {source.name}"
@@ -169,16 +173,16 @@ def _mend(context: Context, found: Found) -> None:
 
 
 def _fault_of_best(best: Path, step: int) -> tuple[str | None, bool]:
-    """Why best.pt does not hold the best epoch, and whether it is damaged.
+    """Return the reason why best.pt does not hold the best epoch, or None, and True if it is damaged.
 
     Args:
-        step: of the best epoch's checkpoint; 0 where there is no best epoch yet.
+        step: of the best epoch's checkpoint; 0 if there is no best epoch yet.
     """
     if not os.path.lexists(best):
         return ("is missing" if step else None), False
     try:
-        held = checkpoint.read(best)["step"]
-    except (BadCheckpointError, RunFailedError) as error:
+        held = read_checkpoint(best).step
+    except (BadFileError, RunFailedError) as error:
         return str(error), True
-    # A later one is of an epoch that will be computed again.
+    # If it is of a later step, its epoch will be computed again.
     return (f"is of step {held}, but the best epoch's is {step}" if held < step else None), False

@@ -1,4 +1,4 @@
-"""The checkpoint folder of a run: written in the background, atomic, indexed, read back newest good first."""
+"""The checkpoint folder of a run: its files, its index, and the thread that writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,141 +27,79 @@ from cifar_hpc.files import (
     write_atomic,
 )
 from cifar_hpc.runs.logs import utc_now
-from cifar_hpc.tensorfile import BadFileError as BadCheckpointError
-from cifar_hpc.training.checkpoints import format as checkpoint
+from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 
 BEST = "best.pt"
 INDEX = "index.json"
-_KINDS = {"step": int, "epoch": int, "step_in_epoch": int, "sha256": str, "bytes": int, "mtime_ns": int, "time": str}
 
-
-def read_index(directory: Path) -> dict[str, Any]:
-    """index.json, or as much of it as is one: {"checkpoints": {file name: entry}, "best": entry or None}."""
-    try:
-        index = json.loads(read_regular(directory / INDEX))
-        checkpoints, best = dict(index["checkpoints"]), index.get("best")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {"checkpoints": {}, "best": None}
-    return {
-        "checkpoints": {name: entry for name, entry in checkpoints.items() if _is_entry(entry)},
-        "best": best if _is_entry(best) else None,
-    }
-
-
-def update_index(directory: Path, names: Iterable[str], new: dict[str, dict[str, Any]]) -> None:
-    """Make index.json right for the checkpoints `names` and for best.pt.
-
-    Args:
-        new: entries known already, by file name. The others are taken over from the present index where they fit the
-            file, and else made anew from it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    old = read_index(directory)
-    known = {**old["checkpoints"], BEST: old["best"], **new}
-    entries = {name: _fitting(directory / name, known.get(name)) for name in [*sorted(names), BEST]}
-    best = entries.pop(BEST)
-    index = {
-        "checkpoints": {name: entry for name, entry in entries.items() if entry is not None},
-        "best": {"file": BEST, **best} if best is not None else None,
-    }
-    content = (json.dumps(index, indent=1) + "\n").encode()
-    with suppress(OSError):
-        if read_regular(directory / INDEX) == content:
-            return
-    write_atomic(directory / INDEX, content)
-
-
-def entry(path: Path, state: dict[str, Any], sha256: str, time: str) -> dict[str, Any]:
-    """What the index says about the file `path`. Size and mtime_ns tell later whether it is still the same file."""
-    status = path.stat()
-    position = {key: state[key] for key in ("step", "epoch", "step_in_epoch")}
-    return {**position, "sha256": sha256, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "time": time}
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _KINDS.items())
-
-
-def _fitting(path: Path, known: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The entry of a file: the known one if it is of this file, else one made from it; None where it is not good."""
-    with suppress(OSError, BadCheckpointError, RunFailedError):
-        status = path.stat()
-        if known is not None and (known["bytes"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-            return {key: known[key] for key in _KINDS}
-        state = checkpoint.read(path)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        written = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="milliseconds")
-        return entry(path, state, sha256, written.replace("+00:00", "Z"))
-    return None
+# ------------------------------------------------------------ files
 
 
 def step_name(step: int) -> str:
-    """The file name of the checkpoint after `step` steps."""
+    """Return the file name of the checkpoint after `step` steps."""
     return f"step_{step:08d}.pt"
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoint files by step, newest first. Only a name that a run writes counts: step_18.pt is none."""
-    return [path for step, path in sorted(_numbered(directory), reverse=True) if path.name == step_name(step)]
+    """List the checkpoint files by step, newest first. Files with a name that no run writes are left out."""
+    return [path for step, path in reversed(_numbered(directory)) if path.name == step_name(step)]
 
 
 def misnamed(directory: Path) -> list[Path]:
-    """Files such as step_18.pt, which claim a step under a name that no run writes: neither read nor removed."""
-    return [path for step, path in sorted(_numbered(directory)) if path.name != step_name(step)]
+    """List files such as step_18.pt, a name that no run writes. They are neither read nor removed."""
+    return [path for step, path in _numbered(directory) if path.name != step_name(step)]
 
 
 def _numbered(directory: Path) -> list[tuple[int, Path]]:
     try:
-        names = os.listdir(directory)  # noqa: PTH208 - what Path offers hides a folder that may not be read
+        names = os.listdir(directory)  # noqa: PTH208 - Path.glob hides that a folder is not readable
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunFailedError(
-            f"{directory}: cannot be read: {error.strerror}. HINT: the run's checkpoints should be there; it does not "
-            "start over without a look at them."
+            f"{directory}: cannot be read: {error.strerror}. HINT: this folder should hold the run's checkpoints; "
+            "without reading it the run does not start from step 0."
         ) from None
-    return [(int(m[1]), directory / name) for name in names if (m := re.fullmatch(r"step_([0-9]+)\.pt", name))]
+    return sorted((int(m[1]), directory / name) for name in names if (m := re.fullmatch(r"step_([0-9]+)\.pt", name)))
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that verifies, and the newer files that do not, each with the reason."""
+    """A verified checkpoint, and the newer files that failed verification, each with the reason."""
 
     path: Path
-    state: dict[str, Any]
+    state: TrainingState
     bad: list[tuple[Path, str]]
 
 
 def newest_good(directory: Path) -> Found | None:
-    """The newest checkpoint that verifies, or None in a new run. Changes nothing.
+    """Find the newest checkpoint that verifies; None in a new run. Changes nothing.
 
-    best.pt is a whole state, too, and is taken where it is newer than all step files that are good.
+    best.pt holds a whole state as well, and is used if it is newer than all good step files.
 
     Raises:
-        RunFailedError: where there are checkpoints and none is good. Starting over unasked would lose the run.
+        RunFailedError: there are checkpoints and none is good. A silent restart from step 0 would lose the run.
     """
     found: Found | None = None
     bad: list[tuple[Path, str]] = []
     paths = candidates(directory)
     for path in paths:
         try:
-            found = Found(path, _read(path), bad)
+            found = Found(path, _read_step(path), bad)
             break
-        except BadCheckpointError as error:
-            if os.path.lexists(path):  # else the run that writes here has removed it meanwhile
+        except BadFileError as error:
+            if os.path.lexists(path):  # otherwise the running job has removed it meanwhile
                 bad.append((path, str(error)))
-    best = directory / BEST
     if found is None and not bad and paths and candidates(directory):
-        return newest_good(directory)
+        return newest_good(directory)  # all were removed while newer ones were written
+    best = directory / BEST
     if (bad or found is None) and os.path.lexists(best):
         try:
-            state = checkpoint.read(best)
-            if found is None or state["step"] > found.state["step"]:
+            state = read_checkpoint(best)
+            if found is None or state.step > found.state.step:
                 return Found(best, state, bad)
-        except (BadCheckpointError, RunFailedError) as error:
+        except (BadFileError, RunFailedError) as error:
             if found is None:
                 bad.append((best, str(error)))
     if found is None:
@@ -175,18 +113,18 @@ def newest_good(directory: Path) -> Found | None:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    state = checkpoint.read(path)
-    if path.name != step_name(state["step"]):
-        raise BadCheckpointError(f"holds step {state['step']}, which is not what its name says")
+def _read_step(path: Path) -> TrainingState:
+    state = read_checkpoint(path)
+    if path.name != step_name(state.step):
+        raise BadFileError(f"holds step {state.step}, which is not what its name says")
     return state
 
 
 def duplicate(source: Path, target: Path) -> None:
-    """Make the file `target` the same as `source`, in the same folder; by a hard link where there are such.
+    """Make `target` the same file as `source`, in the same folder: a hard link, or a copy where links are not possible.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
     temporary = temporary_name(target)
     try:
@@ -196,43 +134,119 @@ def duplicate(source: Path, target: Path) -> None:
         with replacing(target) as copy, source.open("rb") as original:
             shutil.copyfileobj(original, copy)
     finally:
-        temporary.unlink(missing_ok=True)  # still there where both were the same file already, see rename(2)
+        temporary.unlink(missing_ok=True)  # left over where both were the same file already, see rename(2)
     sync_directory(target.parent)
+
+
+# ------------------------------------------------------------ index
+
+# A file's entry in index.json. Size and mtime_ns show later whether the file is still the same one.
+Entry = dict[str, Any]
+_TYPES = {"step": int, "epoch": int, "step_in_epoch": int, "sha256": str, "bytes": int, "mtime_ns": int, "time": str}
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Read index.json, leaving out damaged entries: {"checkpoints": {file name: entry}, "best": entry or None}."""
+    try:
+        index = json.loads(read_regular(directory / INDEX))
+        checkpoints, best = dict(index["checkpoints"]), index.get("best")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {"checkpoints": {}, "best": None}
+    return {
+        "checkpoints": {name: entry for name, entry in checkpoints.items() if _is_entry(entry)},
+        "best": best if _is_entry(best) else None,
+    }
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _TYPES.items())
+
+
+def update_index(directory: Path, names: Sequence[str], new: dict[str, Entry]) -> None:
+    """Make index.json list the checkpoints `names` and best.pt.
+
+    Args:
+        new: entries of files written just now. Other entries are kept where they match the file, and made from the
+            file otherwise.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    old = read_index(directory)
+    known = {**old["checkpoints"], BEST: old["best"], **new}
+    entries = {name: _current_entry(directory / name, known.get(name)) for name in [*sorted(names), BEST]}
+    best = entries.pop(BEST)
+    index = {
+        "checkpoints": {name: entry for name, entry in entries.items() if entry is not None},
+        "best": {"file": BEST, **best} if best is not None else None,
+    }
+    content = (json.dumps(index, indent=1) + "\n").encode()
+    with suppress(OSError):
+        if read_regular(directory / INDEX) == content:
+            return
+    write_atomic(directory / INDEX, content)
+
+
+def _current_entry(path: Path, known: Entry | None) -> Entry | None:
+    """Return the entry of a file: `known` if it matches the file, else a new one; None if the file is not good."""
+    with suppress(OSError, BadFileError, RunFailedError):
+        status = path.stat()
+        if known is not None and (known["bytes"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+            return {key: known[key] for key in _TYPES}
+        state = read_checkpoint(path)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        written = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="milliseconds")
+        return _make_entry(path, state, sha256, written.replace("+00:00", "Z"))
+    return None
+
+
+def _make_entry(path: Path, state: TrainingState, sha256: str, time: str) -> Entry:
+    status = path.stat()
+    position = {"step": state.step, "epoch": state.epoch, "step_in_epoch": state.step_in_epoch}
+    return {**position, "sha256": sha256, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "time": time}
+
+
+# ------------------------------------------------------------ writing
 
 
 @dataclass
 class _Snapshot:
-    """A state that is to become a file. `reason` says why it could not yet; it is tried again with the next one."""
+    """A state waiting to be written.
+
+    Attributes:
+        error: reason why its last write failed; it is tried again with the next checkpoint.
+        entry: its entry of the index, from the moment that its file is on disk.
+    """
 
     name: str
-    state: dict[str, Any]
+    state: TrainingState
     best: bool
-    reason: str | None = None
-    entry: dict[str, Any] | None = None  # once it is on disk, while best.pt is not
+    error: str | None = None
+    entry: Entry | None = None
 
 
 class CheckpointStore:
-    """Writes checkpoints from a thread of its own, one at a time, and never makes training wait. Rank 0 only.
+    """Writes checkpoints from a background thread, one at a time, without making training wait. Rank 0 only.
 
-    Two states can wait: the newest, whose place the next one takes, and the one that is to be best.pt, whose place only
-    a better one takes. The best one, which is the older of the two, is written first: a kill leaves no checkpoint
-    without the best.pt that belongs to it. One that could not be written waits to be tried again with the next. So host
-    memory holds three states at most (two that wait, one that is being written though its place is taken), beside the
-    one that the caller is about to hand over.
+    At most two states wait: the newest, which the next one replaces, and the next best.pt, which only a better one
+    replaces. The best one is the older of the two and is written first, so that no kill leaves a checkpoint without
+    the best.pt that belongs to it. A failed write is repeated with the next checkpoint. Host memory holds at most
+    three states (two waiting, and one being written after it was replaced), and the one that the caller hands over.
 
     Args:
         directory: checkpoints/<run>.
-        keep: newest files kept, beside best.pt.
-        on_written: told (file name, entry of the index) from the writing thread after each durable checkpoint.
-        on_failed: told (file name, reason) when one could not be written; training goes on.
-        on_note: told, in a line for people, of what else went wrong and was mended or left.
+        keep: newest files to keep, beside best.pt.
+        on_written: called with (file name, index entry) from the writing thread after each durable checkpoint.
+        on_failed: called with (file name, reason) after a failed write; training continues.
+        on_note: called with a line of text after any other problem.
     """
 
     def __init__(
         self,
         directory: Path,
         keep: int,
-        on_written: Callable[[str, dict[str, Any]], None],
+        on_written: Callable[[str, Entry], None],
         on_failed: Callable[[str, str], None],
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -248,23 +262,22 @@ class CheckpointStore:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return self._thread is not None
 
     @property
     def best_error(self) -> str | None:
-        """Why best.pt is not what it should be; None if it is, or still may become so."""
-        snapshot = self._best
-        return snapshot.reason if snapshot is not None else None
+        """Reason why best.pt is out of date; None if it is up to date, or not yet tried."""
+        return self._best.error if self._best is not None else None
 
     def holds(self, step: int) -> bool:
-        """Whether the checkpoint after `step` steps is on disk, or waits to be written."""
+        """Return True if the checkpoint after `step` steps is on disk, or waiting to be written."""
         name, newest = step_name(step), self._newest
         return (newest is not None and newest.name == name) or (self.directory / name).is_file()
 
-    def save(self, state: dict[str, Any], best: bool = False) -> None:
-        """Begin to write `state`, a tree of tensors in host memory that nobody changes any more. Never waits."""
-        snapshot = _Snapshot(step_name(state["step"]), state, best)
+    def save(self, state: TrainingState, best: bool = False) -> None:
+        """Start to write `state`, whose tensors lie in host memory and do not change any more. Returns at once."""
+        snapshot = _Snapshot(step_name(state.step), state, best)
         with self._lock:
             if best:
                 self._best = snapshot
@@ -272,13 +285,13 @@ class CheckpointStore:
             self._start()
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> str | None:
-        """Wait until nothing is being written, after one more try at what failed; the reason if the newest still does.
+        """Wait for the writing to end, after one more try of what failed. Return the error of the newest state, if any.
 
         Args:
-            alive: called now and then, as long as the writing gets on.
+            alive: called now and then while the writing makes progress.
         """
         with self._lock:
-            if any(s is not None and s.reason is not None for s in (self._best, self._newest)):
+            if any(snapshot.error is not None for snapshot in self._waiting()):
                 self._start()
         seen = -1
         while (thread := self._thread) is not None:
@@ -287,14 +300,16 @@ class CheckpointStore:
                 seen = self.bytes_written
                 alive()
         newest = self._newest
-        return newest.reason or "it was not tried" if newest is not None and newest.entry is None else None
+        return newest.error or "it was not tried" if newest is not None and newest.entry is None else None
+
+    def _waiting(self) -> list[_Snapshot]:
+        return [snapshot for snapshot in (self._best, self._newest) if snapshot is not None]
 
     def _start(self) -> None:
-        for snapshot in (self._best, self._newest):
-            if snapshot is not None:
-                snapshot.reason = None
+        for snapshot in self._waiting():
+            snapshot.error = None
         if self._thread is None:
-            # Not a daemon: an interpreter that ends on its own waits for the file.
+            # Not a daemon thread: the interpreter waits for the file before it exits.
             thread = threading.Thread(target=self._work, name="checkpoint")
             thread.start()
             self._thread = thread
@@ -302,12 +317,12 @@ class CheckpointStore:
     def _work(self) -> None:
         try:
             while (snapshot := self._next()) is not None:
-                reason = self._write(snapshot)
+                error = self._write(snapshot)
                 with self._lock:
-                    snapshot.reason = reason
-                    if reason is None and self._best is snapshot:
+                    snapshot.error = error
+                    if error is None and self._best is snapshot:
                         self._best = None
-                    if reason is None and self._newest is snapshot:
+                    if error is None and self._newest is snapshot:
                         self._newest = None
         finally:
             with self._lock:
@@ -316,34 +331,34 @@ class CheckpointStore:
 
     def _next(self) -> _Snapshot | None:
         with self._lock:
-            for snapshot in (self._best, self._newest):
-                if snapshot is not None and snapshot.reason is None:
+            for snapshot in self._waiting():
+                if snapshot.error is None:
                     return snapshot
             self._thread = None
             return None
 
     def _write(self, snapshot: _Snapshot) -> str | None:
-        """Write one; the reason if that failed."""
-        reason = None
+        """Write one state, and best.pt if it is the best one. Return the error, if any."""
+        error = None
         fresh = snapshot.entry is None or not (self.directory / snapshot.name).exists()
-        if fresh and (reason := self._attempt(snapshot.name, lambda: self._write_file(snapshot))) is not None:
-            return reason
+        if fresh and (error := self._try(snapshot.name, lambda: self._write_file(snapshot))) is not None:
+            return error
         if snapshot.best:
-            reason = self._attempt(BEST, lambda: duplicate(self.directory / snapshot.name, self.directory / BEST))
+            error = self._try(BEST, lambda: duplicate(self.directory / snapshot.name, self.directory / BEST))
         assert snapshot.entry is not None
-        best = {BEST: snapshot.entry} if snapshot.best and reason is None else {}
+        best = {BEST: snapshot.entry} if snapshot.best and error is None else {}
         self._tidy({snapshot.name: snapshot.entry, **best})
         if fresh:
             self.on_written(snapshot.name, snapshot.entry)
-        return reason
+        return error
 
-    def _attempt(self, name: str, work: Callable[[], None]) -> str | None:
+    def _try(self, name: str, work: Callable[[], None]) -> str | None:
         try:
             try:
                 work()
             except FileNotFoundError:  # the folder has just been removed
                 work()
-        except Exception as error:  # a full disk reaches us as OSError or as torch's RuntimeError
+        except Exception as error:  # a full disk shows up as OSError or as torch's RuntimeError
             reason = f"{type(error).__name__}: {error}"
             self.on_failed(name, reason)
             return reason
@@ -354,16 +369,15 @@ class CheckpointStore:
             self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
             self.on_note(f"{self.directory} was gone; it is made again. The checkpoints that were in it are lost")
         path = self.directory / snapshot.name
-        tensorfile.seal(snapshot.state)
         with replacing(path) as file:
-            sha256 = tensorfile.save(snapshot.state, file, self._advanced)
-        snapshot.entry = entry(path, snapshot.state, sha256, utc_now())
+            sha256 = tensorfile.save(snapshot.state.to_dict(), file, self._advanced)
+        snapshot.entry = _make_entry(path, snapshot.state, sha256, utc_now())
 
     def _advanced(self, count: int) -> None:
         self.bytes_written += count
 
-    def _tidy(self, new: dict[str, dict[str, Any]]) -> None:
-        """Bring index.json up to date and remove what is older than the newest `keep`. A failure here loses nothing."""
+    def _tidy(self, new: dict[str, Entry]) -> None:
+        """Update index.json, and remove all files but the newest `keep`. A failure here loses no checkpoint."""
         try:
             paths = candidates(self.directory)
             if paths:

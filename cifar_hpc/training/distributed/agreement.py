@@ -1,4 +1,4 @@
-"""How ranks agree to stop or to save after the same step, without a device sync in the hot loop."""
+"""Agreement of all ranks on what to do after the same step, without a device sync in the hot loop."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from cifar_hpc.errors import Interrupted, RanksLostError, UserError
 T = TypeVar("T")
 
 
-class Wish(IntEnum):
-    """What a rank asks of all; the largest wish of any rank is what all do."""
+class Request(IntEnum):
+    """A rank's request to all ranks after a step. All act on the largest one."""
 
     GO_ON = 0
-    SAVE = 1
-    STOP = 2
+    CHECK = 1  # the loss for NaN
+    SAVE = 2  # a checkpoint, which includes the check
+    STOP = 3
 
 
 class Agreement:
-    """One all-reduce(MAX) of an integer a step, over gloo on the CPU whatever the gradients travel on.
+    """One all-reduce(MAX) of an integer per step, over gloo on the CPU whatever the gradients travel on.
 
-    With `lag` 1 a step posts its wish and reads the answer to the step before, which has arrived meanwhile: no
-    waiting, and one more step until a wish is heeded. With `lag` 0 (steps so long that the round trip is nothing)
-    it waits for the answer. Either way all ranks read the same answer after the same step.
+    With `lag` 1 a step posts its request and reads the result of the step before, which has arrived meanwhile: no
+    waiting, and one more step until a request takes effect. With `lag` 0 (steps so long that the round trip does not
+    matter) it waits for its own result. In both cases all ranks read the same result after the same step.
     """
 
     def __init__(self, world_size: int, lag: int) -> None:
@@ -38,56 +39,78 @@ class Agreement:
         self._pending: deque[tuple[Tensor, dist.Work]] = deque()
 
     def from_rank_0(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank.
+        """Run `work` on rank 0 and return its result on every rank.
 
         Raises:
-            UserError, Interrupted: on every rank, where `work` raises one.
-            RanksLostError: on the others, where it raises anything else, for which rank 0 has the traceback.
+            UserError, Interrupted: on every rank, if `work` raises one.
+            RanksLostError: on the others, if it raises anything else, for which rank 0 has the traceback.
         """
         if self._group is None:
             return work()
-        box: list[Any] = [None, None]
-        original: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                box[0] = work()
-            except (UserError, Interrupted) as error:
-                box[1] = error
-            except Exception as error:  # any other may not be one that can be sent
-                original, box[1] = error, RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
-        dist.broadcast_object_list(box, 0, group=self._group)
-        if original is not None:
-            raise original
-        if isinstance(box[1], UserError):
-            box[1].everywhere = True
-        if box[1] is not None:
-            raise box[1]
-        return box[0]  # type: ignore[no-any-return]
+        result, error = _run(work) if dist.get_rank() == 0 else (None, None)
+        return self._broadcast(result, error)  # type: ignore[no-any-return]
 
-    def after_step(self, wish: Wish) -> Wish:
-        """The wish that all ranks heed after this step."""
-        if self._group is None:
-            return wish
-        self._post(wish)
-        return self._read() if len(self._pending) > self.lag else Wish.GO_ON
+    def rank_0_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the other ranks; each gets its own result.
 
-    def now(self, wish: Wish) -> Wish:
-        """The largest wish of all ranks, wishes still under way included."""
+        Raises:
+            Exception: what `work` raises; what it raises on rank 0 ends every rank, as in `from_rank_0`.
+        """
         if self._group is None:
-            return wish
-        self._post(wish)
-        answer = Wish.GO_ON
+            return work()
+        if dist.get_rank() != 0:
+            self._broadcast(None, None)
+            return work()
+        result, error = _run(work)
+        self._broadcast(None, error)
+        return result  # type: ignore[return-value]
+
+    def after_step(self, request: Request) -> Request:
+        """Return the request that all ranks act on after this step."""
+        if self._group is None:
+            return request
+        self._post(request)
+        return self._read() if len(self._pending) > self.lag else Request.GO_ON
+
+    def now(self, request: Request) -> Request:
+        """Return the largest request of all ranks, including those still under way. Waits for all ranks."""
+        if self._group is None:
+            return request
+        self._post(request)
+        agreed = Request.GO_ON
         while self._pending:
-            answer = max(answer, self._read())
-        return answer
+            agreed = max(agreed, self._read())
+        return agreed
 
-    def _post(self, wish: Wish) -> None:
-        value = torch.tensor([int(wish)])
+    def _broadcast(self, result: Any, error: Exception | None) -> Any:
+        sent = error
+        if error is not None and not isinstance(error, (UserError, Interrupted)):  # which may not be possible to send
+            sent = RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
+        box = [result, sent]
+        dist.broadcast_object_list(box, 0, group=self._group)
+        result, received = box
+        if error is not sent and error is not None:
+            raise error
+        if isinstance(received, UserError):
+            received.everywhere = True
+        if isinstance(received, Exception):
+            raise received
+        return result
+
+    def _post(self, request: Request) -> None:
+        value = torch.tensor([int(request)])
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._pending.append((value, work))
 
-    def _read(self) -> Wish:
+    def _read(self) -> Request:
         value, work = self._pending.popleft()
         work.wait()
-        return Wish(int(value))
+        return Request(int(value))
+
+
+def _run(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
