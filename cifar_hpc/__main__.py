@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from cifar_hpc.cli.parser import parser
-from cifar_hpc.errors import UserError, missing_package
+from cifar_hpc.errors import UserError, explain
 from cifar_hpc.text import printable
 
 
@@ -19,20 +19,14 @@ def main(argv: list[str] | None = None) -> int:
 
         keep_others_out()
         return COMMANDS[arguments.command](arguments)
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return UserError.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141  # the reader, such as head, has gone
-    except OSError as error:
-        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"error: {printable(words)}", file=sys.stderr)
-        return UserError.exit_code
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        message, status = explain(error)
+        print(f"error: {printable(message)}", file=sys.stderr)
+        return status
 
 
 def _train(arguments: argparse.Namespace) -> int:

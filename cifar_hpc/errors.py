@@ -47,11 +47,16 @@ class RunBusyError(UserError):
     exit_code = 4
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """The message for a package that is not installed where the user runs this."""
+def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]:
+    """(message, exit status) that a command shows in place of a traceback."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error), UserError.exit_code
     tracker = str(error.name).partition(".")[0] in ("tensorboard", "wandb")
     hint = "pip install -r requirements-trackers.txt" if tracker else "make setup && . .venv/bin/activate"
-    return f"the Python package '{error.name}' is not installed for {sys.executable}. HINT: {hint}"
+    message = f"the Python package '{error.name}' is not installed for {sys.executable}. HINT: {hint}"
+    return message, UserError.exit_code
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

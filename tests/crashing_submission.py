@@ -1,7 +1,7 @@
 """Submits at a stub sbatch: killed at every point of a submission, and several at once. Prints one line a case.
 
 python crashing_submission.py FOLDER. Run by test_submission.py in a process of its own. Each submission is a process,
-forked from this one, which has already imported what it takes: the login side starts no thread.
+forked from this one, which has already imported what it takes and runs no thread.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 from cifar_hpc.cli import submit
 from cifar_hpc.errors import RunBusyError
-from cifar_hpc.launch import executors as launcher
-from cifar_hpc.launch import preflight as checks
 from cifar_hpc.launch import snapshot
+from cifar_hpc.launch import submit as launch_submit
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
@@ -175,7 +174,7 @@ def at_once(folder: Path) -> None:
 def main(folder: Path) -> None:
     import submitit.slurm.slurm  # so that the forked ones need not
 
-    assert submitit and launcher and checks
+    assert submitit and launch_submit
     killed(folder)
     at_once(folder)
 

@@ -17,7 +17,7 @@ from crashing_submission import die_at, exit_status, on_deeds, void
 from stub_slurm import StubSlurm
 
 from cifar_hpc.cli import submit
-from cifar_hpc.launch import submit_sweep as sweep_submit
+from cifar_hpc.launch import submit as launch_submit
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
@@ -80,7 +80,7 @@ class Site:
 def main(folder: Path) -> None:
     import submitit.slurm.slurm  # so that the forked ones need not
 
-    assert submitit and sweep_submit
+    assert submitit and launch_submit
     whole = Site(folder / "whole")
     record = os.open(folder / "deeds", os.O_WRONLY | os.O_CREAT)
     assert whole.submit("60", on_deeds(lambda what: void(os.write(record, f"{what}\n".encode())))) == 0

@@ -10,8 +10,8 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from cifar_hpc.errors import UserError
-from cifar_hpc.launch.preflight import check_free
+from cifar_hpc.errors import RunBusyError
+from cifar_hpc.launch.preflight import why_busy
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
 
@@ -23,11 +23,10 @@ PATIENCE_SECONDS = 1800
 def main() -> int:
     """Run the demo; exit status 0 if the run was preempted, resumed and finished."""
     paths = RunPaths(project_root(), RUN)
-    try:
-        check_free(paths, on_slurm=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    reason = why_busy(paths, jobs={})
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return RunBusyError.exit_code
     for old in (paths.logs, paths.checkpoints):
         shutil.rmtree(old, ignore_errors=True)
     submit = [sys.executable, "submit.py", "jobs/demo.yaml", "--cluster", "local", "--name", RUN, "--follow"]

@@ -1,23 +1,25 @@
-"""The command line of submit.py: arguments -> spec -> launcher. Never imports torch."""
+"""submit.py: from arguments to an order, and from its outcome to text or JSON. Never imports torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_hpc.errors import SpecError, UserError, missing_package
+from cifar_hpc.errors import RunBusyError, SpecError, UserError, explain
+from cifar_hpc.runs.paths import PROJECT, RunPaths, check_run_name, keep_others_out, project_root
 from cifar_hpc.text import printable
 
 if TYPE_CHECKING:
-    from cifar_hpc.config.site import Site
-    from cifar_hpc.config.spec import Spec
+    from cifar_hpc.launch.submit import Order, Submission
 
-
-DEFAULT_JOB = Path(__file__).resolve().parents[2] / "jobs" / "improved_resnet.yaml"
+DEFAULT_JOB = PROJECT / "jobs" / "improved_resnet.yaml"
+SHOWN_REASONS = 10
+Answer = dict[str, Any]  # for --json
 
 # Flags that set a key of `resources` each: (flag, key, metavar, help).
 RESOURCE_FLAGS = (
@@ -116,93 +118,134 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return _submit(arguments)
-    except UserError as error:
-        if arguments.json:
-            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-        return _say(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        return _say(missing_package(error), SpecError.exit_code)
-    except BrokenPipeError:
-        return 141  # the reader, such as head, has gone
-    except OSError as error:
-        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), SpecError.exit_code)
     except KeyboardInterrupt:
         print("interrupted; python -m cifar_hpc status shows whether a job was submitted before", file=sys.stderr)
         return 130
-
-
-def _say(error: str, status: int) -> int:
-    print(f"error: {printable(error)}", file=sys.stderr)
-    return status
+    except BrokenPipeError:
+        return 141  # the reader, such as head, has gone
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        message, status = explain(error)
+        if arguments.json:
+            print(json.dumps({"error": message, "exit_code": status}))
+        print(f"error: {printable(message)}", file=sys.stderr)
+        return status
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from cifar_hpc.config.io import from_plain, load_values
-    from cifar_hpc.config.site import load_site
-    from cifar_hpc.runs.paths import keep_others_out
-
     keep_others_out()
+    order = _order(arguments)
+    from cifar_hpc.launch.submit import preview, submit
+
+    if arguments.dry_run or arguments.test_only:
+        print(preview(order, ask_slurm=not arguments.dry_run))
+        return 0
+    if order.sweep is not None:
+        answer, text = _sweep_answer(order, submit(order))
+        print(json.dumps(answer) if arguments.json else text, flush=True)
+        return 0
+    run = order.run(order.points[0])
+    seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
+    outcome = submit(order)
+    for reason in outcome.busy.values():
+        raise RunBusyError(reason)
+    answer, text = _run_answer(order, run, outcome)
+    print(json.dumps(answer) if arguments.json else text, flush=True)
+    if outcome.finished or not arguments.follow:
+        return 0
+    from cifar_hpc.cli.tail import follow
+
+    return follow(run, f"{_python()} tail {run.name}\n{answer['status']}\n{answer['cancel']}", seen)
+
+
+def _order(arguments: argparse.Namespace) -> Order:
+    from cifar_hpc.config.io import from_plain, load_values, run_name
+    from cifar_hpc.config.site import load_site
+    from cifar_hpc.config.sweep import Point, expand
+    from cifar_hpc.launch.preflight import on_slurm
+    from cifar_hpc.launch.submit import Order
+
     site, defaults = load_site(arguments.profile)
     job = Path(arguments.job) if arguments.job else DEFAULT_JOB
     values = load_values(job, arguments.overrides, {"resources": defaults}, {"resources": _resources(arguments)})
     section = values.pop("sweep", None)
     if section is None:
-        return _submit_run(arguments, job, from_plain(values), site)
-    from cifar_hpc.config.sweep import expand
-    from cifar_hpc.launch.submit_sweep import submit_sweep
+        spec, sweep, parallel = from_plain(values), None, None
+        points = [Point(check_run_name(arguments.name or run_name(job.stem, spec)), {}, spec)]
+    else:
+        if arguments.follow:
+            raise SpecError(
+                "--follow: a sweep is many runs, and this follows one. HINT: python -m cifar_hpc status --watch"
+            )
+        sweep = check_run_name(arguments.name or job.stem)
+        keys = [override.partition("=")[0].strip() for override in arguments.overrides]
+        points, parallel = expand(sweep, section, values, keys)
+        check_run_name(points[0].run)  # the names of all points have the same length
+    slurm = arguments.dry_run or on_slurm("slurm" if arguments.test_only else arguments.cluster)
+    return Order(project_root(), points, site, slurm, sweep, parallel)
 
-    set_keys = [override.partition("=")[0].strip() for override in arguments.overrides]
-    name = arguments.name or job.stem
-    return submit_sweep(arguments, name, expand(name, section, values, set_keys), site)
 
-
-def _submit_run(arguments: argparse.Namespace, job: Path, asked: Spec, site: Site) -> int:
-    from cifar_hpc.config.io import run_name
-    from cifar_hpc.launch import batch_script
-    from cifar_hpc.launch import executors as launcher
-    from cifar_hpc.launch import preflight as checks
-    from cifar_hpc.launch import submit as submission
-    from cifar_hpc.runs.frozen_spec import resolve
-    from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
-
-    name = check_run_name(arguments.name or run_name(job.stem, asked))
-    paths = RunPaths(project_root(), name)
-
-    if arguments.dry_run:
-        spec = resolve(paths, asked, *submission.processes(asked, local=False))
-        print(batch_script.batch_script(paths, spec, site))
-        return 0
-    slurm = checks.on_slurm("slurm" if arguments.test_only else arguments.cluster)
-
-    def resolved() -> Spec:
-        return resolve(paths, asked, *submission.processes(asked, local=not slurm))
-
-    spec = resolved()
-    if arguments.test_only:
-        print(launcher.test_only(batch_script.batch_script(paths, spec, site)))
-        return 0
-    done = submission.finished_epochs(paths)
-    if done >= spec.train.epochs:
-        submission.print_answer(
-            {"run": name, "state": "finished", "epochs": done, "logs": str(paths.logs)},
-            arguments.json,
-            f"run {name} has finished all {done} epochs; nothing to do. "
-            f"HINT: more epochs with --set train.epochs=N --name {name}, or another --name.",
+def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answer, str]:
+    """(answer for programs, answer for people) to the submission of a single run."""
+    if outcome.finished:
+        epochs = outcome.finished[run.name]
+        return {"run": run.name, "state": "finished", "epochs": epochs, "logs": str(run.logs)}, (
+            f"run {run.name} has finished all {epochs} epochs; nothing to do. "
+            f"HINT: more epochs with --set train.epochs=N --name {run.name}, or another --name."
         )
-        return 0
-    begin = paths.train_log.stat().st_size if paths.train_log.is_file() else 0
-    answer = submission.send(paths, resolved, site, slurm)
-    submission.print_answer(answer, arguments.json, "\n".join(f"{key:12} {value}" for key, value in answer.items()))
-    if not arguments.follow:
-        return 0
-    from cifar_hpc.cli.tail import follow
+    answer = {
+        "run": run.name,
+        "job_id": outcome.job_id,
+        "cluster": "slurm" if order.on_slurm else "local",
+        "logs": str(run.logs),
+        "checkpoints": str(run.checkpoints),
+        "tail": f"tail -F {shlex.quote(str(run.train_log))}",
+        "status": f"{_python()} status {run.name}",
+        "cancel": f"scancel {outcome.job_id}" if order.on_slurm else f"{_python()} cancel {run.name}",
+    }
+    return answer, _lines(answer)
 
-    hint = f"{submission.python()} tail {name}\n{answer['status']}\n{answer['cancel']}"
-    return follow(paths, hint, begin)
+
+def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
+    """(answer for programs, answer for people) to the submission of a sweep."""
+    job: Answer = {"job_id": outcome.job_id}
+    if outcome.folder is not None:
+        job |= {
+            "cluster": "slurm" if order.on_slurm else "local",
+            "logs": str(outcome.folder.logs),
+            "runs": str(order.root / "logs" / f"{order.sweep}-*"),
+            "status": f"{_python()} status {shlex.quote(f'{order.sweep}-*')}",
+            "cancel": f"{'scancel' if order.on_slurm else 'kill'} {outcome.job_id}",
+        }
+    index = {point.run: number for number, point in enumerate(outcome.submitted)}
+    rows = []
+    for point in order.points:
+        state = (
+            "finished" if point.run in outcome.finished else "left out" if point.run in outcome.busy else "submitted"
+        )
+        task = f"{outcome.job_id}_{index[point.run]}" if state == "submitted" and order.on_slurm else None
+        reason = {"reason": outcome.busy[point.run]} if point.run in outcome.busy else {}
+        rows.append({"run": point.run, "state": state, "job_id": task, "values": point.values, **reason})
+    total = len(order.points)
+    counts = [f"{len(outcome.submitted)} submitted" if outcome.submitted else "nothing is left to submit"]
+    counts += [f"{len(outcome.finished)} of {total} finished"] if outcome.finished else []
+    counts += [f"{len(outcome.busy)} of {total} queued, running or being submitted"] if outcome.busy else []
+    reasons = [_lines({"left out": reason}) for reason in outcome.busy.values()]
+    more = [_lines({"": f"and {len(reasons) - SHOWN_REASONS} more"})] if len(reasons) > SHOWN_REASONS else []
+    known = {key: value for key, value in job.items() if value is not None}
+    text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **known}), *reasons[:SHOWN_REASONS], *more]
+    return {"sweep": order.sweep, **job, "points": rows}, "\n".join(text)
+
+
+def _lines(answer: Answer) -> str:
+    return "\n".join(f"{key:12} {value}" for key, value in answer.items())
+
+
+def _python() -> str:
+    return f"{shlex.quote(sys.executable)} -m cifar_hpc"
 
 
 def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say, as values of the section `resources`: text as it is, since YAML would read it anew."""
+    """Values of the section `resources` from the flags; text stays text, which YAML would interpret."""
     resources: dict[str, Any] = {}
     for _, key, _, _ in RESOURCE_FLAGS:
         value = getattr(arguments, f"resources_{key}")

@@ -1,4 +1,4 @@
-"""Site profiles, slurm/clusters/*.yaml: what is true of a cluster and not of a job."""
+"""Site profiles, slurm/clusters/*.yaml: settings of a cluster, not of a job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Site:
     )
 
     def gpu_option(self, gpus: int) -> tuple[str, str]:
-        """The option of sbatch that asks for so many GPUs on each node, and its value."""
+        """(option of sbatch that requests so many GPUs on each node, its value)."""
         name, _, value = self.gpus.partition("=")
         return name, value.replace("{gpus}", str(gpus))
 
@@ -39,7 +39,7 @@ def clusters_directory() -> Path:
 
 
 def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
-    """A site and the resource keys it sets, as a layer below the job's own.
+    """Load a site profile; returns it and the resource keys that it sets, a layer below the job's own.
 
     Args:
         profile: a name in slurm/clusters, or a path; None is `default`.

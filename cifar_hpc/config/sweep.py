@@ -1,4 +1,4 @@
-"""Sweeps: the section `sweep` of a job file, and the runs it stands for."""
+"""Sweeps: the section `sweep` of a job file and its runs, the points."""
 
 from __future__ import annotations
 
@@ -38,16 +38,12 @@ class Point:
         return _words(self.values)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The points of a sweep, each once, and how many may train at the same time (None: all)."""
+def expand(
+    job: str, section: Any, base: Mapping[str, Any], set_keys: Iterable[str] = ()
+) -> tuple[list[Point], int | None]:
+    """(points of the section `sweep`, how many may train at the same time; None is no limit).
 
-    points: Sequence[Point]
-    parallel: int | None
-
-
-def expand(job: str, section: Any, base: Mapping[str, Any], set_keys: Iterable[str] = ()) -> Sweep:
-    """The points of the section `sweep`: each of the grid with each of zip, list and seeds; seeds change fastest.
+    Each point of the grid is combined with each of zip, list and seeds; seeds change fastest.
 
     Args:
         job: the first part of the runs' names.
@@ -83,7 +79,7 @@ def expand(job: str, section: Any, base: Mapping[str, Any], set_keys: Iterable[s
                 f"sweep: the points {other} and {point} are the same run, {point.run}: what they differ in is no part "
                 "of what a run computes. HINT: leave it out of the sweep, and set it for all with --set."
             )
-    return Sweep(list(points.values()), limits.parallel)
+    return list(points.values()), limits.parallel
 
 
 def _point(job: str, values: Values, base: Mapping[str, Any]) -> Point:
@@ -132,7 +128,7 @@ _PARTS = {"grid": _grid, "zip": _zip, "list": _list, "seeds": _seeds}
 
 
 def _lists(where: str, value: Any) -> dict[str, list[Any]]:
-    """A mapping of dotted keys to lists that are not empty."""
+    """Check a mapping of keys to lists that are not empty; returns it by dotted keys."""
     if not isinstance(value, dict) or not value:
         raise SpecError(f"{where}: {shown(value)} is not allowed; allowed: a mapping of keys to lists of values.")
     lists = _flat(where, value)
@@ -143,7 +139,7 @@ def _lists(where: str, value: Any) -> dict[str, list[Any]]:
 
 
 def _flat(where: str, value: dict[Any, Any]) -> Values:
-    """By dotted keys, whether the sections are written with dots or as mappings, as --set does."""
+    """Convert nested mappings to dotted keys, as --set does."""
     odd = [key for key in value if not isinstance(key, str)]
     if odd:
         raise SpecError(f"{where}: the key {shown(odd[0])} is not allowed; allowed: dotted keys, such as {SEED}.")
@@ -151,7 +147,7 @@ def _flat(where: str, value: dict[Any, Any]) -> Values:
 
 
 def _check_keys(axes: Sequence[Sequence[Values]], set_keys: Iterable[str]) -> None:
-    """Each key is varied once, by the sweep alone, and is one that may be."""
+    """Refuse keys that a sweep cannot vary, varies twice, or that --set has set."""
     keys_of = [sorted({key for values in axis for key in values}) for axis in axes]
     for number, keys in enumerate(keys_of):
         for key in keys:

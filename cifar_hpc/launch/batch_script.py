@@ -1,4 +1,4 @@
-"""The batch script of a job: options of sbatch, set-up, the task, the epilog."""
+"""Batch script of a job: options of sbatch, set-up, the tasks, the epilog."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
 from cifar_hpc.slurm.options import parse_time
 
-# Between a task's first instruction and its handlers, Python would die of a preemption's SIGTERM. See worker.
+# Before a task has installed its handlers, Python would die of a preemption's SIGTERM. See worker.
 IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
 
-ARRAY_PICKLE = "task.pkl"  # what all tasks of an array call
+ARRAY_PICKLE = "task.pkl"  # callable of all tasks of an array
 
-
-# A site may have srun kill the other tasks when one fails; they have yet to say why and to requeue the job (srun(1)).
+# By default srun may kill the other tasks when one fails; they still have to log why and to requeue the job (srun(1)).
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
-# Parts of GPUs, asked for in place of whole ones (https://slurm.schedmd.com/gres.html).
+# Parts of GPUs, requested instead of whole ones (https://slurm.schedmd.com/gres.html).
 INSTEAD_OF_GPUS = {"mps", "shard"}
 
 
 def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
-    """The spec's resources, but for dependencies, as submitit's parameters; what it has no word for goes as it is."""
+    """Convert the spec's resources, except dependencies, to submitit's parameters; other options pass unchanged."""
     resources = spec.resources
     gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
     further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
@@ -49,7 +48,8 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")
     named = {
-        "job_name": paths.job_name,
+        # The name of an array is no run's: no singleton waits for it.
+        "job_name": paths.name if isinstance(paths, RunPaths) else f"{paths.name}:sweep",
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
         "ntasks_per_node": resources.ntasks_per_node,
@@ -74,7 +74,7 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
 
 
 def _joined_gres(site: str, given: str) -> str:
-    """Both lists of sbatch's --gres as one; what is given takes the place of what the site calls by the same name."""
+    """Join two lists of sbatch's --gres; an item of `given` replaces that of the site with the same name."""
     names = {_gres_name(item) for item in given.split(",")}
     if names & INSTEAD_OF_GPUS:
         names.add("gpu")
@@ -87,68 +87,67 @@ def _gres_name(item: str) -> str:
 
 
 def in_script(value: Any) -> Any:
-    """A value for a line of `#SBATCH`, where sbatch, unlike a shell, takes a backslash within quotes as an escape."""
+    """Escape backslashes for a line of `#SBATCH`: unlike a shell, sbatch reads them as escapes within quotes."""
     return value.replace("\\", "\\\\") if isinstance(value, str) else value
 
 
 def warning_seconds(spec: Spec) -> int:
-    """resources.warning_seconds, or less under a time limit so short that the warning would come at the start."""
+    """resources.warning_seconds, or less if the time limit is so short that the warning would come at the start."""
     return min(spec.resources.warning_seconds, max(10, parse_time(spec.resources.time) // 4))
 
 
-def batch_script(paths: RunPaths, spec: Spec, site: Site) -> str:
-    """The very text that `submit_slurm` hands to sbatch."""
-    executor = _slurm_executor(paths, spec, site)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, uuid.uuid4().hex)
-    return text
-
-
-def array_script(paths: SweepPaths, spec: Spec, site: Site, points: int, parallel: int | None) -> str:
-    """The very text that `submit_array` hands to sbatch."""
-    executor = _array_executor(paths, spec, site, points, parallel)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, uuid.uuid4().hex)
-    return text
+def batch_script(
+    paths: RunPaths | SweepPaths, spec: Spec, site: Site, points: int = 1, parallel: int | None = None
+) -> str:
+    """Text that `submit_slurm` passes to sbatch."""
+    executor = slurm_executor(paths, spec, site, points, parallel)
+    return _text(executor, executor._submitit_command_str)
 
 
 def module_script(paths: RunPaths, spec: Spec, site: Site, arguments: Sequence[str]) -> str:
-    """A batch script whose tasks run `python -m` with these arguments, started as a run's tasks are."""
+    """Batch script whose tasks run `python -m` with these arguments, started as a run's tasks are."""
     executor = _bare_executor(paths, site)
     executor.update_parameters(**slurm_parameters(paths, spec, site))
-    text: str = executor._make_submission_file_text(f"{_python(site)} -u -m {shlex.join(arguments)}", uuid.uuid4().hex)
-    return text
+    return _text(executor, f"{_python(site)} -u -m {shlex.join(arguments)}")
 
 
-def _slurm_executor(paths: RunPaths, spec: Spec, site: Site) -> Any:
-    return _executor(paths, site, slurm_parameters(paths, spec, site) | _dependency("singleton", spec))
+def _text(executor: Any, command: str) -> str:
+    return str(executor._make_submission_file_text(command, uuid.uuid4().hex))
 
 
-def _array_executor(paths: SweepPaths, spec: Spec, site: Site, points: int, parallel: int | None) -> Any:
-    """A singleton would be of the array, not of the runs: these are held apart by their locks and by `checks`."""
-    pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
-    further = {
-        "array_parallelism": parallel or points,
-        "setup": [*site.setup, f"ln -sf {ARRAY_PICKLE} {pickle}"],  # where submitit looks for it
+def slurm_executor(
+    paths: RunPaths | SweepPaths, spec: Spec, site: Site, points: int = 1, parallel: int | None = None
+) -> Any:
+    """submitit's executor of a run, or of a sweep's job array.
+
+    A run's job is a singleton under its name. That of an array would hold back the sweep's next array, not a second
+    job of the same run: only the locks and the check of the queue keep a point to one writer.
+
+    Args:
+        points: tasks of the array.
+        parallel: how many may run at the same time; None is no limit.
+    """
+    array = isinstance(paths, SweepPaths)
+    target = str(paths.points) if isinstance(paths, SweepPaths) else paths.name
+    epilog = f"{_python(site)} -m cifar_hpc.launch.epilog {shlex.quote(str(paths.root))} {shlex.quote(target)}"
+    dependency = ",".join(filter(None, (None if array else "singleton", spec.resources.dependency)))
+    parameters = slurm_parameters(paths, spec, site) | {
+        "dependency": in_script(dependency or None),
+        "teardown": [
+            "# Where all tasks were killed at once, somebody else has to ask for another try.",
+            "status=$?",
+            f'[ "$status" -eq 0 ] || {epilog} "$status"',
+            'exit "$status"',
+        ],
     }
-    executor = _executor(paths, site, slurm_parameters(paths, spec, site) | _dependency("", spec) | further)
-    executor.parameters["map_count"] = points
-    return executor
-
-
-def _dependency(own: str, spec: Spec) -> dict[str, Any]:
-    return {"dependency": in_script(",".join(filter(None, (own, spec.resources.dependency))) or None)}
-
-
-def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, Any]) -> Any:
+    if array:
+        pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
+        parameters["array_parallelism"] = parallel or points
+        parameters["setup"] = [*site.setup, f"ln -sf {ARRAY_PICKLE} {pickle}"]  # where submitit looks for it
     executor = _bare_executor(paths, site)
-    what = paths.name if isinstance(paths, RunPaths) else str(paths.points)
-    last = f"{_python(site)} -m cifar_hpc.launch.epilog {shlex.quote(str(paths.root))} {shlex.quote(what)}"
-    teardown = [
-        "# Where all tasks were killed at once, somebody else has to ask for another try.",
-        "status=$?",
-        f'[ "$status" -eq 0 ] || {last} "$status"',
-        'exit "$status"',
-    ]
-    executor.update_parameters(**parameters, teardown=teardown)
+    executor.update_parameters(**parameters)
+    if array:
+        executor.parameters["map_count"] = points
     return executor
 
 
@@ -156,7 +155,7 @@ def _bare_executor(paths: RunPaths | SweepPaths, site: Site) -> Any:
     import submitit
 
     class AnywhereSlurmExecutor(submitit.SlurmExecutor):
-        """Builds its script also where there is no srun: a dry run works on a laptop."""
+        """Executor that needs no srun for its script: a dry run works on a laptop."""
 
         @classmethod
         def affinity(cls) -> int:

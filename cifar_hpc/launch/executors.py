@@ -1,21 +1,23 @@
-"""From a frozen spec to a job, through submitit's Slurm and local executors."""
+"""Start jobs: sbatch, and submitit's Slurm and local executors."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
+import shlex
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cifar_hpc.config.site import Site
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SchedulerError, SpecError
-from cifar_hpc.launch.batch_script import ARRAY_PICKLE, _array_executor, _slurm_executor, warning_seconds
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.launch.batch_script import ARRAY_PICKLE, slurm_executor, warning_seconds
 from cifar_hpc.launch.worker import ArrayTask, Task
+from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
 from cifar_hpc.slurm import client as slurm
 from cifar_hpc.slurm.options import parse_time
@@ -23,50 +25,45 @@ from cifar_hpc.slurm.options import parse_time
 ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
 
 
-def submit_slurm(paths: RunPaths, spec: Spec, site: Site, code: Path) -> str:
-    """Submit to Slurm from inside the code snapshot; returns the job id.
+def submit_slurm(
+    folder: RunPaths | SweepPaths, spec: Spec, site: Site, code: Path, points: int, parallel: int | None
+) -> str:
+    """Submit a run, or a sweep's points as one job array, from inside the code snapshot; returns the job id.
 
-    Raises:
-        SchedulerError: with sbatch's own words.
-    """
-    executor = _slurm_executor(paths, spec, site)
-    with contextlib.chdir(code), _tidy_on_failure(paths.slurm), _refusals():
-        job_id: str = executor.submit(Task(str(paths.root), paths.name)).job_id
-    return job_id
-
-
-def submit_array(paths: SweepPaths, spec: Spec, site: Site, code: Path, points: int, parallel: int | None) -> str:
-    """Submit a sweep's points as one job array from inside the code snapshot; returns the array's job id.
-
-    submitit's map_array writes a pickle for each task, under names that it knows only after sbatch. Here all tasks
-    share one, which is there before: a job whose submission was killed finds all it needs.
+    submitit's map_array writes a pickle for each task of an array, under names that it knows only after sbatch. Here
+    all tasks share one that exists before: a job whose submission was killed finds all it needs.
 
     Args:
-        spec: of any of the points, for the resources that they share.
+        spec: for the resources, which all points share.
         parallel: how many points may run at the same time; None is no limit.
 
     Raises:
         SchedulerError: with sbatch's own words.
     """
-    from submitit.core.utils import DelayedSubmission
+    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
-    executor = _array_executor(paths, spec, site, points, parallel)
-    DelayedSubmission(ArrayTask(str(paths.root), str(paths.points))).dump(paths.slurm / ARRAY_PICKLE)
-    with contextlib.chdir(code), _refusals(ARRAY_HINT):
-        job_id: str = executor._submit_command(executor._submitit_command_str).job_id
-    return job_id
+    executor = slurm_executor(folder, spec, site, points, parallel)
+    try:
+        # submitit prints what it then raises.
+        with contextlib.chdir(code), contextlib.redirect_stderr(io.StringIO()):
+            if isinstance(folder, RunPaths):
+                return str(executor.submit(Task(str(folder.root), folder.name)).job_id)
+            DelayedSubmission(ArrayTask(str(folder.root), str(folder.points))).dump(folder.slurm / ARRAY_PICKLE)
+            return str(executor._submit_command(executor._submitit_command_str).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        hint = ARRAY_HINT if isinstance(folder, SweepPaths) and "job array" in words else ""
+        raise SchedulerError(f"sbatch refused the job: {words}{hint}") from None
 
 
 def test_only(script: str) -> str:
-    """What `sbatch --test-only` says about a batch script: when and where its job would start.
+    """Answer of `sbatch --test-only` to a batch script: when and where its job would start.
 
     Raises:
         SchedulerError: with sbatch's own words.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
-        file.flush()
-        return slurm.command(["sbatch", "--test-only", file.name], stderr_too=True).strip()
+    with _script_file(script) as file:
+        return slurm.command(["sbatch", "--test-only", file], stderr_too=True).strip()
 
 
 def submit_script(script: str, code: Path) -> str:
@@ -75,69 +72,25 @@ def submit_script(script: str, code: Path) -> str:
     Raises:
         SchedulerError: with sbatch's own words.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, contextlib.chdir(code):
-        file.write(script)
-        file.flush()
+    with _script_file(script) as file, contextlib.chdir(code):
         try:
-            return slurm.command(["sbatch", "--parsable", file.name]).strip().partition(";")[0]
+            return slurm.command(["sbatch", "--parsable", file]).strip().partition(";")[0]
         except SchedulerError as error:
             raise SchedulerError(
                 f"sbatch refused the job: {str(error).partition(' was refused: ')[2] or error}"
             ) from None
 
 
-def submit_local(paths: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
-    """Start the run on this machine through submitit's local executor; returns its controller's process id.
-
-    The controller is started from a session of its own and writes to a file, so that neither Ctrl-C nor a closed
-    terminal or pipe reaches it.
+def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
+    """Start a run on this machine from the code snapshot, the current folder, and record it; returns submitit's job.
 
     Args:
-        record: told that id in the new session, so that also a start whose submission was killed is recorded.
-
-    Raises:
-        SpecError: where more than one node was asked for.
+        command: command line of the submission.
     """
-    check_one_node(spec)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setsid()
-            _redirect(paths.slurm / "controller.log")
-            job_id = _start_local(paths, spec, code)
-            record(job_id)
-            os.write(writer, job_id.encode())
-            status = 0
-        except BaseException:
-            os.write(2, traceback.format_exc().encode(errors="backslashreplace"))  # controller.log
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as answer:
-        job_id = answer.read()
-    os.waitpid(pid, 0)
-    if not job_id:
-        raise SchedulerError(f"submitit's local executor did not start; see {paths.slurm / 'controller.log'}.")
-    return job_id
-
-
-def check_one_node(spec: Spec) -> None:
-    """Refuse a local run on several nodes.
-
-    Raises:
-        SpecError: names the key.
-    """
-    if spec.resources.max_nodes > 1:
-        raise SpecError(f"resources.nodes: {spec.resources.nodes} needs Slurm; allowed with --cluster local: 1.")
-
-
-def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
     import submitit
 
     resources = spec.resources
-    executor = submitit.LocalExecutor(folder=paths.slurm)
+    executor = submitit.LocalExecutor(folder=run.slurm)
     executor.update_parameters(
         timeout_min=parse_time(resources.time) / 60,
         tasks_per_node=resources.ntasks_per_node,
@@ -145,45 +98,38 @@ def _start_local(paths: RunPaths, spec: Spec, code: Path) -> str:
         signal_delay_s=warning_seconds(spec),
         stderr_to_stdout=True,
     )
-    with contextlib.chdir(code):
-        job_id: str = executor.submit(Task(str(paths.root), paths.name)).job_id
-    return job_id
+    job = executor.submit(Task(str(run.root), run.name))
+    record_submitted(run, job.job_id, "local", Path.cwd(), command)
+    return job
+
+
+def record_submitted(
+    run: RunPaths, job_id: str, scheduler: str, code: Path, command: str | None = None, **details: Any
+) -> None:
+    """Append the event `submitted`, and a line to train.log for readers who wait for the start.
+
+    Args:
+        code: the code snapshot.
+        command: command line of the submission; None is that of this process.
+    """
+    append_event(
+        run.events,
+        "submitted",
+        job_id=job_id,
+        restart=None,
+        world_size=None,
+        scheduler=scheduler,
+        code=code.name,
+        command=command or shlex.join(sys.argv),
+        **details,
+    )
+    where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
+    TrainLog(run.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")
 
 
 @contextlib.contextmanager
-def _refusals(array_hint: str = "") -> Iterator[None]:
-    """What sbatch has refused, in its own words."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
-            yield
-    except (FailedJobError, FailedSubmissionError) as error:
-        words = _words(error)
-        hint = array_hint if "job array" in words else ""
-        raise SchedulerError(f"sbatch refused the job: {words}{hint}") from None
-
-
-@contextlib.contextmanager
-def _tidy_on_failure(folder: Path) -> Iterator[None]:
-    """Remove what a refused submission has left in submitit's folder."""
-    before = set(folder.iterdir()) if folder.exists() else set()
-    try:
-        yield
-    except BaseException:
-        for path in set(folder.iterdir()) - before:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _redirect(path: Path) -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-    sys.stdout.flush()
-
-
-def _words(error: Exception) -> str:
-    """sbatch's own message, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _script_file(script: str) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        yield file.name

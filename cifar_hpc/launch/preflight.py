@@ -1,4 +1,4 @@
-"""What is checked on the submitting machine, before anything is queued."""
+"""Checks on the submitting machine, before anything is queued."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pathlib import Path
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.image_folder import list_folder
-from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
-from cifar_hpc.runs import lock as runlock
-from cifar_hpc.runs import queue as run_queue
-from cifar_hpc.runs.lock import local_controller
+from cifar_hpc.errors import SchedulerError, SpecError
+from cifar_hpc.files import read_regular
+from cifar_hpc.runs.lock import describe, holder, local_controller
+from cifar_hpc.runs.logs import parse_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths
 from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm.client import QueuedJob
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def check_data(spec: Spec, root: Path) -> None:
-    """Make sure that the images are there, so that no job waits for days only to find that they are not.
+    """Check that the images exist, so that no job waits for days and then fails.
 
     Raises:
-        SpecError: names what is missing.
+        SpecError: names the missing folder or file.
     """
     folder = root / spec.data.root
     if spec.data.source == "folder":
@@ -42,54 +43,60 @@ def check_data(spec: Spec, root: Path) -> None:
             raise SpecError(result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "data check failed")
 
 
-def check_local_gpus(spec: Spec) -> None:
-    """Refuse a local run that asks for GPUs on a machine that has none.
+def check_this_machine(spec: Spec) -> None:
+    """Refuse a run on this machine that asks for several nodes, or for GPUs where there are none.
 
     Raises:
-        SpecError: with the way to ask for the CPU.
+        SpecError: names the key.
     """
-    wants_gpu = spec.train.device != "cpu" and (spec.resources.gpus_per_node > 0 or spec.train.device != "auto")
+    resources = spec.resources
+    if resources.max_nodes > 1:
+        raise SpecError(f"resources.nodes: {resources.nodes} needs Slurm; allowed with --cluster local: 1.")
+    wants_gpu = spec.train.device != "cpu" and (resources.gpus_per_node > 0 or spec.train.device != "auto")
     if wants_gpu and shutil.which("nvidia-smi") is None and not NVIDIA_DEVICE.exists():
         raise SpecError(
-            f"train.device: {spec.train.device} with resources.gpus_per_node: {spec.resources.gpus_per_node} asks for "
+            f"train.device: {spec.train.device} with resources.gpus_per_node: {resources.gpus_per_node} asks for "
             "GPUs, and this machine has none. HINT: --set train.device=cpu trains on the CPU; --cluster slurm submits."
         )
 
 
-def check_free(paths: RunPaths, on_slurm: bool) -> None:
-    """At most one writer a run.
+def finished_epochs(paths: RunPaths) -> int:
+    """Epochs of a finished run; 0 for any other."""
+    try:
+        lines = read_regular(paths.events).split(b"\n")
+    except OSError:
+        return 0
+    # A long run has thousands of events, and a sweep thousands of runs: only candidate lines are parsed.
+    rows = parse_jsonl(b"\n".join(line for line in lines if b"finished" in line))
+    return int(next((row["epoch"] for row in reversed(rows) if row.get("event") == "finished"), 0))
 
-    Raises:
-        RunBusyError: names the job that is queued for the run or trains it.
-    """
-    check_free_beside(paths, run_queue.queue(paths.root) if on_slurm else {})
 
-
-def check_free_beside(paths: RunPaths, jobs: Mapping[str, slurm.QueuedJob]) -> None:
-    """`check_free`, where the queue is known.
+def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> str | None:
+    """Reason why a run must not be submitted now, since a run has at most one writer; None if there is none.
 
     Args:
-        jobs: as `slurm.queue` returns them.
+        jobs: by run, as `runs.queue.queue` returns them.
     """
-    owner = runlock.holder(paths.lock)
+    owner = holder(paths.lock)
     if owner is not None:
-        raise RunBusyError(f"run {paths.name} is being trained by {runlock.describe(owner)}.")
+        return f"run {paths.name} is being trained by {describe(owner)}."
     job = jobs.get(paths.name)
     if job is not None:
-        raise RunBusyError(
+        return (
             f"run {paths.name} is already in the queue as job {job.job_id} ({job.state}). "
             f"HINT: python -m cifar_hpc cancel {paths.name}"
         )
     controller = local_controller(paths)
     if controller is not None:
-        raise RunBusyError(f"run {paths.name} is already running on this machine as job {controller}.")
+        return f"run {paths.name} is already running on this machine as job {controller}."
+    return None
 
 
 def on_slurm(cluster: str) -> bool:
-    """What --cluster means here.
+    """Meaning of --cluster on this machine.
 
     Raises:
-        SchedulerError: where Slurm was asked for and is not here.
+        SchedulerError: if Slurm is asked for and does not answer.
     """
     if cluster == "local":
         return False

@@ -1,4 +1,4 @@
-"""A copy of the code for each submission, so that editing the project never changes a queued job."""
+"""Code snapshot of a submission: later changes of the project never reach a queued job."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 from cifar_hpc.files import sync_directory, temporary_name
 from cifar_hpc.runs.paths import PACKAGE, RunPaths, SweepPaths
 
-# Nobody edits a snapshot; its folders stay writable to their owner, so that it can be removed.
+# A snapshot is never edited; its folders stay writable to their owner, so that it can be removed.
 FILE_MODE, DIRECTORY_MODE = 0o444, 0o755
 
 
 def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
-    """Copy the package to logs/<run>/code/<digest>/cifar_hpc and return the folder above it, from which jobs run.
+    """Copy the package to logs/<run>/code/<digest>/cifar_hpc; returns the folder above it, in which jobs run.
 
-    All points of a sweep run from one copy, that of the sweep's submission. A snapshot that is already there is used
-    again only if it is what it would be now, to the byte. The caller sees to it that nobody else takes one of the same
-    run meanwhile, and that no job of the run is there.
+    All points of a sweep run from one copy, that of the sweep's submission. An existing snapshot is used again only if
+    it equals the package to the byte. The caller holds the lock of submissions, and no job of the run exists.
     """
-    # Read once: what is copied is what the digest is of, even while somebody edits the project.
+    # Read once: the digest is that of the copied content, even if the project is edited meanwhile.
     files = {
         f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}": file.read_bytes()
         for file in sorted(PACKAGE.rglob("*.py"))
@@ -38,7 +37,7 @@ def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
     temporary = temporary_name(target)
     _write(temporary, files)
     if os.path.lexists(target):
-        target.rename(temporary_name(target))  # torn, edited, or none of ours: never run
+        target.rename(temporary_name(target))  # incomplete or modified: never executed
     temporary.rename(target)
     sync_directory(paths.code)
     _remove_leftovers(paths.code)
@@ -46,9 +45,9 @@ def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
 
 
 def _is(target: Path, files: dict[str, bytes]) -> bool:
-    """Whether `target` holds exactly `files`, and only its owner and group may write there."""
+    """Check that `target` holds exactly `files`, and that only its owner and group may write there."""
     for cache in list(target.rglob("__pycache__")):
-        _remove(cache)  # of earlier jobs; compiled code is not compared, so it is not trusted either
+        _remove(cache)  # of earlier jobs; compiled code is not compared, so not trusted
     found: dict[str, bytes] = {}
     for path in [target, *target.rglob("*")]:
         try:
@@ -71,7 +70,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a submission that was killed, or a snapshot that was replaced, has left."""
+    """Remove the files of a killed submission or of a replaced snapshot."""
     for path in folder.glob(".*.tmp"):
         _remove(path)
 

@@ -1,157 +1,242 @@
-"""The act of submitting: what is checked, frozen and copied before a job exists, and how it is recorded."""
+"""Submit runs: check, lock, freeze, snapshot, start, record. A refused submission leaves everything as it was.
+
+A single run is submitted as a sweep of one point, and a job on this machine as one on Slurm.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shlex
+import resource
+import shutil
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from cifar_hpc.config.site import Site
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import RunBusyError
-from cifar_hpc.files import read_regular, remove_leftovers, write_atomic
-from cifar_hpc.launch import executors as launcher
-from cifar_hpc.launch import preflight as checks
+from cifar_hpc.config.sweep import Point
+from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, write_atomic
+from cifar_hpc.launch import local, preflight
+from cifar_hpc.launch.batch_script import batch_script
+from cifar_hpc.launch.executors import record_submitted, submit_slurm, test_only
 from cifar_hpc.launch.snapshot import take_snapshot
-from cifar_hpc.runs.events import append_event
-from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.lock import RunLock
-from cifar_hpc.runs.logs import TrainLog, parse_jsonl
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.frozen_spec import freeze, resolve
+from cifar_hpc.runs.lock import RunLock, read_owner
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
+from cifar_hpc.runs.queue import queue
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+THREADS = 16  # on shared file systems most of the time passes in waiting for each small file
+SPARE_FILES = 200  # open files besides the locks of the runs
 
 
-def processes(spec: Spec, local: bool) -> tuple[int, int]:
-    """(processes at most, threads of each where the spec leaves them open) of a start with these resources."""
-    tasks = spec.resources.max_nodes * spec.resources.ntasks_per_node
-    share = (os.cpu_count() or 1) // tasks if local else 1
-    return tasks, spec.resources.cpus_per_task or max(1, share)
+@dataclass(frozen=True)
+class Order:
+    """Runs to submit together: one run, or the points of the sweep named `sweep` as one job array.
+
+    parallel: how many points may run at the same time; None is no limit (on this machine: 1).
+    """
+
+    root: Path
+    points: Sequence[Point]
+    site: Site
+    on_slurm: bool
+    sweep: str | None = None
+    parallel: int | None = None
+
+    def run(self, point: Point) -> RunPaths:
+        """Files of a point's run."""
+        return RunPaths(self.root, point.run)
+
+    def resolve(self, point: Point) -> Spec:
+        """Spec of a point with what its run fixes at its first start (`frozen_spec.resolve`)."""
+        resources = point.spec.resources
+        tasks = resources.max_nodes * resources.ntasks_per_node
+        share = 1 if self.on_slurm else max(1, (os.cpu_count() or 1) // tasks)
+        return resolve(self.run(point), point.spec, tasks, resources.cpus_per_task or share)
 
 
-def finished_epochs(paths: RunPaths) -> int:
-    """The epochs that a finished run has; 0 for any other."""
-    try:
-        lines = read_regular(paths.events).split(b"\n")
-    except OSError:
-        return 0
-    # A long run has thousands of events, and a sweep thousands of runs: only lines that may tell are parsed.
-    finished = [
-        e
-        for e in parse_jsonl(b"\n".join(line for line in lines if b"finished" in line))
-        if e.get("event") == "finished"
-    ]
-    return int(finished[-1]["epoch"]) if finished else 0
+@dataclass(frozen=True)
+class Submission:
+    """Outcome of an order.
+
+    submitted: by index in the job array.
+    finished: epochs of the runs that need no job, by name.
+    busy: reasons why the other runs were not submitted, by name.
+    job_id: of the job or the job array; on this machine the process id of its controller.
+    folder: of the job.
+    """
+
+    submitted: Sequence[Point] = ()
+    finished: Mapping[str, int] = field(default_factory=dict)
+    busy: Mapping[str, str] = field(default_factory=dict)
+    job_id: str | None = None
+    folder: RunPaths | SweepPaths | None = None
 
 
-def send(paths: RunPaths, resolved: Callable[[], Spec], site: Site, on_slurm: bool) -> dict[str, Any]:
-    """Check, freeze, snapshot, submit. Nothing of an earlier start is touched before the checks have passed.
+def preview(order: Order, ask_slurm: bool) -> str:
+    """Batch script of the job, or Slurm's estimate of its start; writes nothing and ignores the queue.
 
     Args:
-        resolved: the run's spec as it stands (`freeze.resolve`).
-
-    Returns:
-        what submit.py prints.
+        ask_slurm: return what `sbatch --test-only` answers.
     """
-    spec = resolved()
-    if not on_slurm:
-        checks.check_local_gpus(spec)
-    checks.check_data(spec, paths.root)
-    paths.create()
-    with one_submission(paths.logs, f"run {paths.name}"):
-        checks.check_free(paths, on_slurm)
-        remove_leftovers(paths.logs)  # of a submission that was killed
-        spec = resolved()  # once more, since another submission may have come before this one
-        code = take_snapshot(paths)
-        with frozen(paths, spec):
-            if on_slurm:
-                job_id = launcher.submit_slurm(paths, spec, site, code)
-                record(paths, job_id, "slurm", code.name)
+    spec = order.resolve(order.points[0])  # all points share the resources
+    if order.sweep is None:
+        script, rows = batch_script(order.run(order.points[0]), spec, order.site), []
+    else:
+        left, _ = _split_finished(order)
+        folder = SweepPaths(order.root, order.sweep)
+        script = batch_script(folder, spec, order.site, max(1, len(left)), order.parallel)
+        rows = [f"# {index} {point.run} {point}" for index, point in enumerate(left)]
+    return test_only(script) if ask_slurm else "\n".join([script, *rows])
+
+
+def submit(order: Order) -> Submission:
+    """Submit the runs that have not finished and are not busy. No file changes before the input checks have passed."""
+    first = order.resolve(order.points[0])
+    left, finished = _split_finished(order)
+    if not left:
+        return Submission(finished=finished)
+    if not order.on_slurm:
+        preflight.check_this_machine(first)
+    for data in {(point.spec.data.source, point.spec.data.root): point.spec for point in left}.values():
+        preflight.check_data(data, order.root)
+    with contextlib.ExitStack() as locks:
+        sweep = SweepPaths(order.root, order.sweep) if order.sweep else None
+        held = []
+        if sweep is not None:
+            sweep.sweep.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            held.append(_lock(locks, sweep.sweep, f"sweep {sweep.name}"))
+        locked, busy = _lock_free(locks, order, left)
+        free = [point for point in left if point.run in locked]
+        if not free:
+            return Submission(finished=finished, busy=busy)
+        runs = [order.run(point) for point in free]
+        specs = _each(order.resolve, free)  # again: another submission may have come first
+        _each(lambda run: remove_leftovers(run.logs), runs)
+        folder = runs[0] if sweep is None else _new_folder(sweep)
+        with _undone_on_refusal(folder, runs):
+            code = take_snapshot(folder)
+            if isinstance(folder, SweepPaths):
+                write_points(folder, [run.name for run in runs])
+            _each(lambda pair: freeze(*pair), list(zip(runs, specs, strict=True)))
+            if order.on_slurm:
+                job_id = submit_slurm(folder, specs[0], order.site, code, len(runs), order.parallel)
             else:
-                job_id = launcher.submit_local(paths, spec, code, lambda job: record(paths, job, "local", code.name))
-    return {
-        "run": paths.name,
-        "job_id": job_id,
-        "cluster": "slurm" if on_slurm else "local",
-        "logs": str(paths.logs),
-        "checkpoints": str(paths.checkpoints),
-        "tail": f"tail -F {shlex.quote(str(paths.train_log))}",
-        "status": f"{python()} status {paths.name}",
-        "cancel": f"scancel {job_id}" if on_slurm else f"{python()} cancel {paths.name}",
-    }
+                job_id = local.start(folder, code, [*held, *locked.values()], order.parallel or 1)
+        if order.on_slurm:
+            _each(lambda item: _record(folder, item[1], item[0], job_id, code), list(enumerate(runs)))
+    return Submission(free, finished, busy, job_id, folder)
 
 
-def record(paths: RunPaths, job_id: str, scheduler: str, code: str, command: str | None = None, **details: Any) -> None:
-    """Write the event `submitted`, and a line for whoever watches train.log while nothing runs yet.
-
-    Args:
-        command: what the user called; None is this process's own command line.
-    """
-    append_event(
-        paths.events,
-        "submitted",
-        job_id=job_id,
-        restart=None,
-        world_size=None,
-        scheduler=scheduler,
-        code=code,
-        command=command or shlex.join(sys.argv),
-        **details,
-    )
-    where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
-    TrainLog(paths.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")
+def _split_finished(order: Order) -> tuple[list[Point], dict[str, int]]:
+    """(points with epochs left, epochs of the others by run)."""
+    epochs = _each(lambda point: preflight.finished_epochs(order.run(point)), order.points)
+    done = {p.run: n for p, n in zip(order.points, epochs, strict=True) if n >= p.spec.train.epochs}
+    return [point for point in order.points if point.run not in done], done
 
 
-def python() -> str:
-    """The beginning of a command line for people, such as `python -m cifar_hpc`."""
-    return f"{shlex.quote(sys.executable)} -m cifar_hpc"
-
-
-def print_answer(answer: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print the answer for programs, or the text for people."""
-    print(json.dumps(answer) if as_json else text, flush=True)
-
-
-@contextlib.contextmanager
-def one_submission(logs: Path, what: str, patience_seconds: float = 0.0) -> Iterator[None]:
-    """At most one submission at a time of what has its logs there; the kernel ends one that is killed.
-
-    Args:
-        patience_seconds: how long to wait for another one.
+def _lock(locks: contextlib.ExitStack, logs: Path, what: str) -> RunLock:
+    """Take the lock of submissions in `logs`; the kernel drops it when its last holder ends.
 
     Raises:
-        RunBusyError: where another process submits `what`.
+        RunBusyError: if another process has it.
     """
     lock = RunLock(logs / "submit.lock")
     try:
-        lock.acquire({"pid": os.getpid(), "host": socket.gethostname()}, patience_seconds)
+        lock.acquire({"pid": os.getpid(), "host": socket.gethostname()})
     except RunBusyError:
+        owner = read_owner(lock.path)
+        if owner.get("controller"):
+            raise RunBusyError(
+                f"{what} is being run by process {owner.get('pid', '?')} on {owner.get('host', '?')}. "
+                "HINT: wait for it, or kill that process, which saves and stops its runs."
+            ) from None
         raise RunBusyError(f"{what} is being submitted by another process right now.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    locks.callback(lock.release)
+    return lock
+
+
+def _lock_free(
+    locks: contextlib.ExitStack, order: Order, points: Sequence[Point]
+) -> tuple[dict[str, RunLock], dict[str, str]]:
+    """(locks of the runs that may be submitted, reasons against the others), by run."""
+    _allow_open_files(len(points) + SPARE_FILES)
+    order.run(points[0]).create()  # the shared folders once: the threads would race for them
+    _each(lambda point: order.run(point).create(), points)
+    locked, busy = {}, {}
+    for point in points:
+        try:
+            locked[point.run] = _lock(locks, order.run(point).logs, f"run {point.run}")
+        except RunBusyError as error:
+            busy[point.run] = str(error)
+    jobs = queue(order.root) if order.on_slurm else {}
+    reasons = _each(lambda run: preflight.why_busy(RunPaths(order.root, run), jobs), list(locked))
+    busy |= {run: reason for run, reason in zip(locked, reasons, strict=True) if reason is not None}
+    return {run: lock for run, lock in locked.items() if run not in busy}, busy
+
+
+def _allow_open_files(number: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < number:
+            raise SpecError(
+                f"sweep: needs {number} open files, one for each point, and {hard} are allowed here (ulimit -Hn). "
+                "HINT: submit it in parts."
+            )
+
+
+def _new_folder(sweep: SweepPaths) -> SweepPaths:
+    """Folder of this submission of a sweep, beside those of earlier ones, whose jobs may still run."""
+    numbers = [int(path.name) for path in sweep.sweep.iterdir() if path.name.isdigit()]
+    for earlier in (SweepPaths(sweep.root, sweep.name, number) for number in numbers):
+        if not earlier.points.exists():  # killed before it submitted anything
+            shutil.rmtree(earlier.logs)
+    new = SweepPaths(sweep.root, sweep.name, max(numbers, default=0) + 1)
+    new.create()
+    return new
+
+
+def _record(folder: RunPaths | SweepPaths, run: RunPaths, index: int, job_id: str, code: Path) -> None:
+    """Record a job on Slurm, and link a task's output: Slurm writes that of an array into one folder."""
+    if isinstance(folder, RunPaths):
+        return record_submitted(run, job_id, "slurm", code)
+    task = f"{job_id}_{index}"
+    record_submitted(run, task, "slurm", code, sweep=str(folder.logs.relative_to(folder.root)))
+    output = f"{task}_0_log.out"
+    with contextlib.suppress(OSError):
+        (run.slurm / output).symlink_to(os.path.relpath(folder.slurm / output, run.slurm))
 
 
 @contextlib.contextmanager
-def frozen(paths: RunPaths, spec: Spec) -> Iterator[None]:
-    """Freeze `spec`, since the job may start at once; a refused submission puts back what was frozen before."""
-    before = paths.spec.read_bytes() if paths.spec.exists() else None
-    freeze(paths, spec)
+def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) -> Iterator[None]:
+    """Put back the frozen specs of `runs` and remove the files of the job if the block raises an exception."""
+    specs = _each(lambda run: run.spec.read_bytes() if run.spec.exists() else None, runs)
+    files = set(folder.slurm.iterdir())
     try:
         yield
     except Exception:
-        put_back(paths, before)
+        for run, content in zip(runs, specs, strict=True):
+            if content is None:
+                run.spec.unlink(missing_ok=True)
+            else:
+                write_atomic(run.spec, content)
+        if isinstance(folder, SweepPaths):
+            shutil.rmtree(folder.logs)
+        else:
+            for path in set(folder.slurm.iterdir()) - files:
+                path.unlink()
         raise
 
 
-def put_back(paths: RunPaths, before: bytes | None) -> None:
-    """Make logs/<run>/spec.yaml what it was before it was frozen."""
-    if before is None:
-        paths.spec.unlink(missing_ok=True)
-    else:
-        write_atomic(paths.spec, before)
+def _each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))

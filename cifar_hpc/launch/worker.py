@@ -1,8 +1,8 @@
-"""The bridge: what submitit unpickles and calls in every task of a job.
+"""Tasks of a job: the callables that submitit unpickles and calls in every process.
 
-Importing this module is cheap on purpose. Signals are taken over before anything slow, such as importing torch. Until
-then the batch script ignores them (launcher.IGNORE_SIGNALS), since Python would die of them and its job with it: what
-came in that moment is found out by asking Slurm.
+Importing this module is cheap on purpose: signals are handled before anything slow, such as the import of torch. Until
+then the batch script ignores them (batch_script.IGNORE_SIGNALS), because Python would die of them and end the job. A
+signal that was ignored is found by asking Slurm.
 """
 
 from __future__ import annotations
@@ -24,75 +24,76 @@ from cifar_hpc.training.signals import StopFlag
 
 @dataclass(frozen=True)
 class Task:
-    """Train the run `name` under `root`; the spec is read from logs/<run>/spec.yaml at every start."""
+    """Train the run `name` under `root`."""
 
     root: str
     name: str
 
     def __call__(self) -> str:
-        """Run one task. Returns only after the last epoch; otherwise the process ends with the run's exit status."""
-        return self.train(StopFlag().install())
-
-    def train(self, stop: StopFlag) -> str:
-        """As `__call__`, with the signals already taken over."""
-        startup = Stopwatch()
-        keep_others_out()
-        job_id = slurm.own_job_id()
-        if job_id and os.environ.get("SLURM_PROCID") == "0":
-            threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
-        import submitit
-
-        from cifar_hpc.runs.frozen_spec import read_frozen
-        from cifar_hpc.training.attempt import Attempt
-        from cifar_hpc.training.context import Context
-        from cifar_hpc.training.process import Launch
-
-        environment = submitit.JobEnvironment()
-        paths = RunPaths(Path(self.root), self.name)
-        try:
-            spec = read_frozen(paths)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        if spec is None:
-            sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
-        restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        launch = Launch(
-            rank=environment.global_rank,
-            world_size=environment.num_tasks,
-            local_rank=environment.local_rank,
-            scheduler="slurm" if environment.cluster == "slurm" else "local",
-            job_id=environment.job_id,
-            rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{restart}.json",
-        )
-        attempt = Attempt(Context(paths, spec, launch, stop, startup))
-        status = attempt.run()
-        if not attempt.finished:
-            with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(status)  # at once: tearing down process groups can take longer than a grace time
-        stop.ignore()
-        return f"run {self.name} finished"
+        """Train as `train` does."""
+        return train(RunPaths(Path(self.root), self.name), StopFlag().install())
 
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """Train the run that this task of a sweep's job array stands for, by its index in the file `points`."""
+    """Train the run of a sweep that has this task's index in the file `points`."""
 
     root: str
     points: str
 
     def __call__(self) -> str:
-        """As Task."""
+        """Train as `train` does."""
         stop = StopFlag().install()
         try:
-            run = run_at(Path(self.points), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+            name = run_at(Path(self.points), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
         except UserError as error:
             sys.exit(f"error: {error}")
-        return Task(self.root, run).train(stop)
+        return train(RunPaths(Path(self.root), name), stop)
+
+
+def train(paths: RunPaths, stop: StopFlag) -> str:
+    """Run one attempt; returns after the last epoch, and otherwise ends the process with the attempt's exit status."""
+    startup = Stopwatch()
+    keep_others_out()
+    job_id = slurm.own_job_id()
+    if job_id and os.environ.get("SLURM_PROCID") == "0":
+        threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
+    import submitit
+
+    from cifar_hpc.runs.frozen_spec import read_frozen
+    from cifar_hpc.training.attempt import Attempt
+    from cifar_hpc.training.context import Context
+    from cifar_hpc.training.process import Launch
+
+    try:
+        spec = read_frozen(paths)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if spec is None:
+        sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
+    environment = submitit.JobEnvironment()
+    restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    launch = Launch(
+        rank=environment.global_rank,
+        world_size=environment.num_tasks,
+        local_rank=environment.local_rank,
+        scheduler="slurm" if environment.cluster == "slurm" else "local",
+        job_id=environment.job_id,
+        rendezvous=paths.slurm / "rendezvous" / f"{environment.job_id}-{restart}.json",
+    )
+    attempt = Attempt(Context(paths, spec, launch, stop, startup))
+    status = attempt.run()
+    if not attempt.finished:
+        with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)  # at once: closing process groups can take longer than a grace time
+    stop.ignore()
+    return f"run {paths.name} finished"
 
 
 def _ask_slurm(job_id: str, stop: StopFlag) -> None:
+    """Raise the flag if Slurm was already ending the job before the signal handlers existed."""
     with contextlib.suppress(SchedulerError):
         if told_before(slurm.job_fields(job_id)):
             stop.raise_flag()

@@ -1,4 +1,4 @@
-"""Freezing a run's spec: what it was started under is what every later start must fit."""
+"""Frozen spec of a run: every later start must compute the same."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cifar_hpc.runs.paths import RunPaths
 
 
 def read_frozen(paths: RunPaths) -> Spec | None:
-    """The spec in logs/<run>/spec.yaml, or None in a new run.
+    """Read logs/<run>/spec.yaml; None in a new run.
 
     Raises:
-        SpecError: where it cannot be read, or is no spec.
+        SpecError: if it cannot be read or is no spec.
     """
     if not paths.spec.exists():
         return None
@@ -27,24 +27,21 @@ def read_frozen(paths: RunPaths) -> Spec | None:
 
 
 def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
-    """Fill in what a run fixes at its first start, and check `spec` against what it has fixed.
+    """Fill in what the first start of a run fixes, and check `spec` against it.
 
     Args:
-        tasks: processes of this start; the number of shards if this is the first.
+        tasks: processes of this start; the number of shards if it is the first and the spec leaves that open.
         cpu_threads: threads of a process; likewise.
 
     Raises:
-        SpecError: where the run was started under a spec that computes something else, or has fewer shards than tasks.
+        SpecError: if the run was started under a spec that computes something else, or has fewer shards than tasks.
     """
-    old = read_frozen(paths) if _begun(paths) else None
+    # A submission that was killed half-way leaves a frozen spec, but fixes nothing.
+    begun = paths.events.exists() or any(paths.checkpoints.glob("step_*"))
+    old = read_frozen(paths) if begun else None
     if old is not None:
         check_resumable(old, spec, paths.name)
-    return complete(spec, old or spec, tasks, cpu_threads)
-
-
-def complete(spec: Spec, first: Spec, tasks: int, cpu_threads: int) -> Spec:
-    """`resolve`, for a run whose first start was under `first`."""
-    fixed = first.train
+    fixed = (old or spec).train
     train = dataclasses.replace(
         spec.train,
         shards=spec.train.shards or fixed.shards or tasks,
@@ -59,11 +56,6 @@ def complete(spec: Spec, first: Spec, tasks: int, cpu_threads: int) -> Spec:
             f"--set train.shards={tasks} and another --name."
         )
     return check(dataclasses.replace(spec, train=train))
-
-
-def _begun(paths: RunPaths) -> bool:
-    """Whether there has been a submission or a start; a submission that was killed half-way fixes nothing."""
-    return paths.events.exists() or any(paths.checkpoints.glob("step_*"))
 
 
 def freeze(paths: RunPaths, spec: Spec) -> None:

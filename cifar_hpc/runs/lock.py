@@ -1,4 +1,4 @@
-"""At most one writer a run: a lock that the kernel drops with the process that holds it, however it ends."""
+"""Lock for at most one writer a run; the kernel drops it with the process that holds it, however that ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ OWNER_BYTES = 10_000
 
 
 class RunLock:
-    """flock(2) on a file that also says who holds it."""
+    """flock(2) on a file that names its holder. A process that inherits `descriptor` holds the lock as well."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path, self.descriptor = path, descriptor
 
     def acquire(self, owner: dict[str, Any], patience_seconds: float = 0.0) -> None:
         """Take the lock and write `owner` into it.
@@ -36,7 +35,7 @@ class RunLock:
 
         Raises:
             RunBusyError: names the holder.
-            SpecError: where something else than a file of ours stands in the lock's place.
+            SpecError: if the path is not a regular file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
@@ -48,23 +47,28 @@ class RunLock:
                     f"{self.path}: the run is already being trained by {describe(read_owner(self.path))}."
                 )
             time.sleep(0.2)
-        self._descriptor = descriptor
-        with contextlib.suppress(OSError):  # on a full disk the lock holds as well without its owner's name
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        self.descriptor = descriptor
+        self.sign(owner)
+
+    def sign(self, owner: dict[str, Any]) -> None:
+        """Write who holds the lock."""
+        assert self.descriptor is not None
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
 
     def release(self) -> None:
-        """Let go; the file stays."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Close the file, and so release the lock unless another process inherited it; the file stays."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock right now, or None.
+    """Owner of a lock that is held now, or None.
 
     Raises:
-        SpecError: where something else than a file of ours stands in the lock's place.
+        SpecError: if the path is not a regular file.
     """
     try:
         descriptor = _open(path, os.O_RDONLY)
@@ -77,25 +81,20 @@ def holder(path: Path) -> dict[str, Any] | None:
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """What the last holder wrote about itself."""
+    """Owner that the last holder wrote into the lock."""
     try:
-        descriptor = _open(path, os.O_RDONLY)
-    except (OSError, SpecError):
+        with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+            owner = json.loads(file.read(OWNER_BYTES))
+    except (OSError, SpecError, ValueError, RecursionError):
         return {}
-    try:
-        owner = json.loads(os.pread(descriptor, OWNER_BYTES, 0))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    finally:
-        os.close(descriptor)
     return owner if isinstance(owner, dict) else {}
 
 
 def holder_pid(path: Path) -> int | None:
-    """The process on this machine that holds the lock, if it is one of this user's.
+    """Process on this machine that holds the lock, if it is one of this user's.
 
-    What the file says is checked with the kernel, since a signal will go there: a process of that number must have
-    this very file open.
+    The number in the file is checked with the kernel, since a signal will go there: the process must have this file
+    open.
     """
     owner = holder(path)
     pid = owner.get("pid") if owner is not None else None
@@ -109,16 +108,16 @@ def holder_pid(path: Path) -> int | None:
 
 
 def describe(owner: dict[str, Any]) -> str:
-    """`job 17 (pid 4242 on node1)`, as far as it is known."""
+    """`job 17 (pid 4242 on node1)`, as far as known."""
     job = f"job {owner['job_id']}" if owner.get("job_id") else "a process outside any job"
     return f"{job} (pid {owner.get('pid', '?')} on {owner.get('host', '?')})"
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open a lock's file, which others may have planted something else for.
+    """Open a lock's file; others may have put something else in its place.
 
     Raises:
-        SpecError: where `path` is no regular file; nothing has been changed then.
+        SpecError: if `path` is no regular file; nothing has been changed then.
         OSError: for any other reason.
     """
     try:
@@ -133,7 +132,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def local_controller(paths: RunPaths) -> int | None:
-    """The process id of submitit's local controller, if this run's last one is alive on this machine."""
+    """Process id of submitit's local controller, if that of the run's last submission is alive on this machine."""
     submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
     return controller_of(paths, submitted[-1]) if submitted else None
 
@@ -145,11 +144,6 @@ def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
     try:
         pid = int(submitted["job_id"])
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-    ):  # a line of events.jsonl that is not ours, a process that is gone
+    except (KeyError, TypeError, ValueError, OSError):  # a damaged line of events.jsonl, a process that has ended
         return None
     return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None

@@ -14,31 +14,15 @@ from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.files import DIRECTORY_MODE, read_regular, write_atomic
 from cifar_hpc.text import control_character, shown
 
-
-def check_run_name(name: str) -> str:
-    """`name`, if it can name a run.
-
-    Raises:
-        SpecError: says what is allowed.
-    """
-    if is_run_name(name):
-        return name
-    raise SpecError(
-        f"--name: {shown(name)} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
-        f"beginning with a letter or a digit, but not {SWEEPS}. "
-        "HINT: without --name it is made from the job file's name."
-    )
-
-
 PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parent  # or, in a job, the folder of the run's code snapshot
 
 
 def project_root() -> Path:
-    """The folder that holds checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the one that holds the package.
+    """Folder of checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the folder that holds the package.
 
     Raises:
-        SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot hold.
+        SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot contain.
     """
     root = Path(os.environ.get("CIFAR_HPC_ROOT") or PROJECT).resolve()
     if control_character(str(root)) is not None or "%" in str(root) or "\\" in str(root):
@@ -52,21 +36,36 @@ def project_root() -> Path:
 
 
 def keep_others_out() -> None:
-    """Make sure that not everybody may write what this process and its children create, whatever the umask was."""
+    """Restrict the umask: other users may not write files of this process and its children."""
     os.umask(os.umask(0o077) | 0o002)
 
 
-SWEEPS = "sweeps"  # the folder of logs/ that is of no run
+SWEEPS = "sweeps"  # the only folder of logs/ that belongs to no run
 
 
 def is_run_name(name: str) -> bool:
-    """Whether `name` can be a directory, a Slurm job name and a word in a shell alike."""
+    """Check that `name` can be a directory, a Slurm job name and a word in a shell."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name != SWEEPS
+
+
+def check_run_name(name: str) -> str:
+    """Return `name` if it can name a run.
+
+    Raises:
+        SpecError: says which names are allowed.
+    """
+    if is_run_name(name):
+        return name
+    raise SpecError(
+        f"--name: {shown(name)} is not allowed; allowed: up to 100 letters, digits, '.', '_' and '-', "
+        f"beginning with a letter or a digit, but not {SWEEPS}. "
+        "HINT: without --name it is made from the job file's name."
+    )
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of one run."""
+    """Files of one run."""
 
     root: Path
     name: str
@@ -111,22 +110,18 @@ class RunPaths:
     def tracking(self) -> Path:
         return self.logs / "tracking"
 
-    @property
-    def job_name(self) -> str:
-        return self.name
-
     def create(self) -> None:
-        """Make the directories.
+        """Create the directories.
 
         Raises:
-            SpecError: names the directory that cannot be made or written.
+            SpecError: names the directory that cannot be created or written.
         """
         _make(self.logs, self.checkpoints, self.slurm)
 
 
 @dataclass(frozen=True)
 class SweepPaths:
-    """The files of one submission of a sweep. Those of its points are those of any run."""
+    """Files of one submission of a sweep; its points have those of any run."""
 
     root: Path
     name: str
@@ -152,17 +147,13 @@ class SweepPaths:
     def slurm(self) -> Path:
         return self.logs / "slurm"
 
-    @property
-    def job_name(self) -> str:
-        return f"{self.name}:sweep"  # which is no run's, so that no run's singleton waits for it
-
     def create(self) -> None:
-        """Make the directories; as `RunPaths.create`."""
+        """Create the directories, as `RunPaths.create`."""
         _make(self.logs, self.slurm)
 
 
 def points_file(root: Path, directory: str) -> Path | None:
-    """points.json of the submission of a sweep whose jobs work in `directory`; None for any other directory."""
+    """Path of points.json for a sweep's jobs, which run in `directory`; None for the directory of any other job."""
     above = root / "logs" / SWEEPS
     if not Path(directory).is_relative_to(above):
         return None
@@ -183,16 +174,16 @@ def _make(*directories: Path) -> None:
 
 
 def all_runs(root: Path) -> list[RunPaths]:
-    """Every run that has a spec, by name."""
+    """List the runs that have a spec, by name."""
     names = (p.parent.name for p in sorted((root / "logs").glob("*/spec.yaml")))
     return [RunPaths(root, name) for name in names if is_run_name(name)]
 
 
 def find_run(root: Path, name: str) -> RunPaths:
-    """The run called `name`.
+    """Find the run `name`.
 
     Raises:
-        SpecError: lists the nearest name where there is none.
+        SpecError: if there is none; lists the runs and the nearest name.
     """
     paths = RunPaths(root, name)
     if is_run_name(name) and (paths.logs.is_dir() or paths.checkpoints.is_dir()):
@@ -203,13 +194,13 @@ def find_run(root: Path, name: str) -> RunPaths:
 
 
 def find_runs(root: Path, patterns: Sequence[str]) -> list[RunPaths]:
-    """The runs that any of `patterns` means, each once, by name.
+    """Find the runs that match any of `patterns`, each once, by name.
 
     Args:
         patterns: names, as `find_run` takes them, or patterns with *, ? and [...] as in fnmatch(3).
 
     Raises:
-        SpecError: for a pattern that no run matches.
+        SpecError: if no run matches a pattern.
     """
     names = {run.name for run in all_runs(root)} if any(map(is_pattern, patterns)) else set()
     found: set[str] = set()
@@ -220,20 +211,20 @@ def find_runs(root: Path, patterns: Sequence[str]) -> list[RunPaths]:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether `text` stands for runs by a pattern; no run's name holds such characters."""
+    """Check for characters of a pattern, which no run's name contains."""
     return any(character in text for character in "*?[")
 
 
 def write_points(paths: SweepPaths, runs: Sequence[str]) -> None:
-    """Say which runs the array's indexes 0, 1, 2 ... stand for."""
+    """Write the names of the runs that the indexes 0, 1, 2, ... of a job array train."""
     write_atomic(paths.points, (json.dumps(list(runs), indent=0) + "\n").encode())
 
 
 def read_points(file: Path) -> list[str]:
-    """The names of the runs, by index.
+    """Read the names of the runs, by index.
 
     Raises:
-        SpecError: where the file is missing or is no such list.
+        SpecError: if the file is missing or is no such list.
     """
     try:
         names = json.loads(read_regular(file))
@@ -245,13 +236,13 @@ def read_points(file: Path) -> list[str]:
 
 
 def run_at(file: Path, index: str) -> str:
-    """The run that a task of the array trains.
+    """Read the name of the run that a task of the array trains.
 
     Args:
-        index: as SLURM_ARRAY_TASK_ID has it.
+        index: SLURM_ARRAY_TASK_ID.
 
     Raises:
-        SpecError: as `read_points`, and where there is no such point.
+        SpecError: as `read_points`, and if there is no such point.
     """
     names = read_points(file)
     if not (index.isascii() and index.isdigit() and int(index) < len(names)):

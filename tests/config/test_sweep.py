@@ -18,7 +18,7 @@ BASE = {"data": {"source": "synthetic"}, "train": {"epochs": 3}}
 
 def values_of(text: str, **more: Any) -> list[dict[str, Any]]:
     """What the points of a section change."""
-    return [point.values for point in expand("job", parse_yaml(text, "text"), merge(BASE, more)).points]
+    return [point.values for point in expand("job", parse_yaml(text, "text"), merge(BASE, more))[0]]
 
 
 def test_grid_zip_list_and_seeds_are_multiplied_and_seeds_change_fastest() -> None:
@@ -41,7 +41,7 @@ list: [{optimizer.lr: 0.1}, {optimizer.lr: 0.2, optimizer.nesterov: true}]
 
 def test_a_point_is_written_as_set_takes_it() -> None:
     section = {"list": [{"optimizer.nesterov": True, "resizing.initial": None, "model.blocks": [1, 2, 3]}]}
-    (point,) = expand("job", section, {}).points
+    (point,) = expand("job", section, {})[0]
     assert str(point) == "optimizer.nesterov=true resizing.initial=null model.blocks=[1, 2, 3]"
 
 
@@ -53,11 +53,11 @@ def test_a_point_is_named_and_specified_as_if_it_were_submitted_alone(tmp_path: 
     job = tmp_path / "job.yaml"
     job.write_text("train: {epochs: 7}\nsweep: {grid: {model.dropout: [0.1, 0.3]}, seeds: 2, parallel: 4}\n")
     values = load_values(job)
-    sweep = expand(job.stem, values.pop("sweep"), values)
+    points, parallel = expand(job.stem, values.pop("sweep"), values)
     alone = load_spec(job, ["sweep=null", "model.dropout=0.3", "train.seed=1"])
-    last = sweep.points[-1]
+    last = points[-1]
     assert last.spec == alone and last.run == run_name("job", alone) and str(last) == "model.dropout=0.3 train.seed=1"
-    assert sweep.parallel == 4 and len({point.run for point in sweep.points}) == 4
+    assert parallel == 4 and len({point.run for point in points}) == 4
 
 
 def test_a_point_that_stands_there_twice_is_one_run() -> None:
@@ -74,9 +74,9 @@ def test_set_reaches_into_the_sweep(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("sweep: {grid: {model.dropout: [0.1, 0.3]}, seeds: 2}\n")
     values = load_values(job, ["sweep.grid.model.dropout=[0.5]", "sweep.parallel=2", "sweep.seeds=[9]"])
-    sweep = expand("job", values.pop("sweep"), values)
-    assert [point.values for point in sweep.points] == [{"model.dropout": 0.5, "train.seed": 9}]
-    assert sweep.parallel == 2
+    points, parallel = expand("job", values.pop("sweep"), values)
+    assert [point.values for point in points] == [{"model.dropout": 0.5, "train.seed": 9}]
+    assert parallel == 2
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_a_command_for_one_run_names_the_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize("job", sorted((JOBS / "sweeps").glob("*.yaml")), ids=lambda job: job.stem)
 def test_the_sweeps_of_the_project(job: Path) -> None:
     values = load_values(job)
-    sweep = expand(job.stem, values.pop("sweep"), values)
-    seeds = {point.values["train.seed"] for point in sweep.points}
-    assert len(seeds) == 3 and len(sweep.points) % 3 == 0 and len(sweep.points) >= 6
+    points, _ = expand(job.stem, values.pop("sweep"), values)
+    seeds = {point.values["train.seed"] for point in points}
+    assert len(seeds) == 3 and len(points) % 3 == 0 and len(points) >= 6
     # A recipe as it stands is among the points, so that each question is asked against it.
     base = load_spec(JOBS / ("improved_resnet_fast.yaml" if job.stem == "resizing" else "improved_resnet.yaml"))
-    assert any(point.spec == base for point in sweep.points)
+    assert any(point.spec == base for point in points)
     assert f"python submit.py jobs/sweeps/{job.name}" in job.read_text()
 
 

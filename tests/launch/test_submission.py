@@ -115,23 +115,23 @@ def test_of_several_local_submissions_one_starts_and_nothing_is_open_to_everybod
     assert [p for p in everything[1:] if not p.is_symlink() and p.lstat().st_mode & stat.S_IWOTH] == []
 
 
-# submit.py, killed as soon as it has forked the process that starts the controller.
-KILLED_AFTER_THE_FORK = f"""
-import os, signal, sys
+# submit.py, killed as soon as it has started the controller.
+KILLED_AFTER_THE_START = f"""
+import os, signal, subprocess
 from cifar_hpc.cli import submit
-fork = os.fork
-def forked():
-    pid = fork()
-    if pid:
+popen = subprocess.Popen
+def start(command, *arguments, **options):
+    process = popen(command, *arguments, **options)
+    if "cifar_hpc.launch.local" in command:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return pid
-os.fork = forked
+    return process
+subprocess.Popen = start
 submit.main()
 """
 
 
 def test_a_local_run_whose_submission_was_killed_is_known_to_the_next_one(local: Local) -> None:
-    killed = local.submit("-c", KILLED_AFTER_THE_FORK)
+    killed = local.submit("-c", KILLED_AFTER_THE_START)
     assert killed.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     killed.communicate()
     again = local.submit()

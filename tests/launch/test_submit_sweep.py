@@ -24,7 +24,6 @@ from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs, run_at
-from cifar_hpc.slurm import client as slurm
 
 JOB = """
 train: {epochs: 2}
@@ -127,27 +126,6 @@ def test_the_script_puts_the_task_where_submitit_looks_for_it(
     with (sweep.slurm / "1_2_submitted.pkl").open("rb") as file:
         task = pickle.load(file).function
     assert task == worker.ArrayTask(str(sweep.root), str(sweep.points))
-
-
-def test_a_task_trains_the_run_of_its_index_and_asks_slurm_about_itself(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    points = project.points()
-    trained: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(worker.Task, "train", lambda self, stop: trained.append((self.name, slurm.own_job_id())))
-    task = worker.ArrayTask(str(project.root), str(SweepPaths(project.root, "job", 1).points))
-    monkeypatch.setenv("SLURM_JOB_ID", "1")  # the last task of an array to start has the array's own number
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "1")
-    for index in ("0", "3"):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", index)
-        task()
-    assert trained == [(points[0]["run"], "1_0"), (points[3]["run"], "1_3")]
-    for wrong in ("4", "", "-1", "²"):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
-        with pytest.raises(SystemExit, match="has 4 points and none of index"):
-            task()
-    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
-    assert slurm.own_job_id() == "1"
 
 
 def test_only_what_is_left_is_submitted(project: Project) -> None:

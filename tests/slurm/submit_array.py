@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cifar_hpc.config.io import load_spec
 from cifar_hpc.config.site import load_site
-from cifar_hpc.launch import batch_script
+from cifar_hpc.launch.batch_script import slurm_executor
 from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.frozen_spec import freeze, resolve
@@ -27,6 +27,6 @@ for name in names:
     paths.create()
     spec = resolve(paths, load_spec(Path(job), [f"resources.{key}" for key in keys], {}), 1, 1)
     freeze(paths, spec)
-executor = batch_script._slurm_executor(paths, spec, site)
+executor = slurm_executor(paths, spec, site)
 os.chdir(take_snapshot(paths))
 print(*(job.job_id for job in executor.map_array(operator.call, [Task(str(root), name) for name in names])))

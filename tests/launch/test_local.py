@@ -1,4 +1,4 @@
-"""A sweep on this machine: how many points run at once, with stand-ins for them, and a real one, told to stop."""
+"""A sweep on this machine: how many points run at once, with stand-ins for them, and a real one that is stopped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import pytest
 from helpers import end_processes
 
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import RunBusyError, SchedulerError
-from cifar_hpc.launch import executors as launcher
-from cifar_hpc.launch import local_sweep
-from cifar_hpc.launch import submit as submission
-from cifar_hpc.runs import lock as run_lock
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.launch import local as launch_local
+from cifar_hpc.launch.local import Controller
+from cifar_hpc.launch.preflight import finished_epochs
 from cifar_hpc.runs.events import append_event
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.lock import RunLock
+from cifar_hpc.runs.lock import RunLock, holder
 from cifar_hpc.runs.logs import read_jsonl
-from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
+from cifar_hpc.runs.paths import RunPaths, SweepPaths
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 180  # only bounds how long a hang lasts
@@ -39,26 +38,36 @@ sweep: {seeds: 3}
 """
 
 
+class Job:
+    """Stand-in for submitit's job."""
+
+    def __init__(self, stand_ins: StandIns, name: str) -> None:
+        self.job_id, self._stand_ins = str(1000 + len(stand_ins.started)), stand_ins
+        stand_ins.alive[name] = int(self.job_id)
+
+    def done(self) -> bool:
+        return int(self.job_id) not in self._stand_ins.alive.values()
+
+
 class StandIns:
-    """Points that end by themselves a moment after they were started, or when they are told to."""
+    """Points that end by themselves a moment after their start, or when they get a signal."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started: list[str] = []
         self.alive: dict[str, int] = {}
         self.most, self.told = 0, []  # type: int, list[int]
         self.endless = False
-        monkeypatch.setattr(launcher, "submit_local", self.start)
-        monkeypatch.setattr(run_lock, "local_controller", lambda run: self.alive.get(run.name))
-        monkeypatch.setattr(local_sweep.os, "kill", self.kill)
-        monkeypatch.setattr(local_sweep.time, "sleep", self.sleep)
-        monkeypatch.setattr(local_sweep.signal, "signal", lambda number, handler: None)
+        monkeypatch.setattr(launch_local, "start_here", self.start)
+        monkeypatch.setattr(launch_local.os, "kill", self.kill)
+        monkeypatch.setattr(launch_local.time, "sleep", self.sleep)
+        monkeypatch.setattr(launch_local.signal, "signal", lambda number, handler: None)
         self.at_sleep: Callable[[], None] = lambda: None
 
-    def start(self, run: RunPaths, spec: Spec, code: Path, record: Callable[[str], None]) -> str:
+    def start(self, run: RunPaths, spec: Spec, command: str) -> Job:
         self.started.append(run.name)
-        self.alive[run.name] = 1000 + len(self.started)
+        job = Job(self, run.name)
         self.most = max(self.most, len(self.alive))
-        return str(self.alive[run.name])
+        return job
 
     def kill(self, pid: int, number: int) -> None:
         assert number == signal.SIGTERM
@@ -77,61 +86,68 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> SweepPaths:
-    """A submission of five frozen points."""
-    paths = SweepPaths(tmp_path, "job", 1)
-    paths.create()
-    names = [f"job-{i}" for i in range(5)]
-    for name in names:
-        run = RunPaths(tmp_path, name)
+def locks(tmp_path: Path) -> dict[RunPaths, RunLock]:
+    """Held locks of five frozen runs."""
+    runs = [RunPaths(tmp_path, f"job-{i}") for i in range(5)]
+    for run in runs:
         run.create()
         freeze(run, Spec())
-    write_points(paths, names)
-    return paths
+    held = {run: RunLock(run.logs / "submit.lock") for run in runs}
+    for lock in held.values():
+        lock.acquire({})
+    return held
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 9])
-def test_at_most_so_many_at_once_and_all_in_the_end(sweep: SweepPaths, stand_ins: StandIns, parallel: int) -> None:
-    local_sweep.Controller(sweep, parallel, "submit.py sweep.yaml").run()
+def test_at_most_so_many_at_once_and_all_in_the_end(
+    locks: dict[RunPaths, RunLock], stand_ins: StandIns, parallel: int
+) -> None:
+    Controller(locks, parallel, "submit.py sweep.yaml").run()
     assert stand_ins.started == [f"job-{i}" for i in range(5)]
     assert stand_ins.most == min(parallel, 5)
-    local_sweep.check_none(sweep)  # the lock is free again
+    assert [holder(lock.path) for lock in locks.values()] == [None] * 5
+
+
+def test_the_lock_of_a_point_is_held_until_it_has_started(locks: dict[RunPaths, RunLock], stand_ins: StandIns) -> None:
+    seen: list[list[bool]] = []
+    stand_ins.at_sleep = lambda: seen.append([holder(lock.path) is not None for lock in locks.values()])
+    Controller(locks, 2, "submit.py sweep.yaml").run()
+    assert seen[0] == [False, False, True, True, True]
 
 
 def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
-    sweep: SweepPaths, stand_ins: StandIns, capsys: pytest.CaptureFixture[str]
+    locks: dict[RunPaths, RunLock], stand_ins: StandIns, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [RunPaths(sweep.root, f"job-{i}") for i in range(5)]
+    runs = list(locks)
     append_event(runs[0].events, "finished", job_id="1", restart=0, world_size=1, epoch=Spec().train.epochs)
     lock = RunLock(runs[1].lock)
     lock.acquire({"job_id": "7", "pid": 1, "host": "n1"})
     runs[2].spec.unlink()
-    local_sweep.Controller(sweep, 2, "submit.py sweep.yaml").run()
+    Controller(locks, 2, "submit.py sweep.yaml").run()
     lock.release()
     assert stand_ins.started == ["job-3", "job-4"]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "job-1: not started: run job-1 is being trained by job 7" in said and "job-2: not started" in said
 
 
-def test_told_to_stop_it_tells_its_points_once_and_starts_no_more(sweep: SweepPaths, stand_ins: StandIns) -> None:
-    controller = local_sweep.Controller(sweep, 2, "submit.py sweep.yaml")
+def test_a_stopped_controller_signals_its_points_once_and_starts_no_more(
+    locks: dict[RunPaths, RunLock], stand_ins: StandIns
+) -> None:
+    controller = Controller(locks, 2, "submit.py sweep.yaml")
     stand_ins.endless = True
     stand_ins.at_sleep = lambda: controller._stop(signal.SIGTERM, None)
     controller.run()
     assert stand_ins.started == ["job-0", "job-1"] and sorted(stand_ins.told) == [1001, 1002]
 
 
-def test_one_controller_of_a_sweep_at_a_time(sweep: SweepPaths) -> None:
-    lock = RunLock(sweep.sweep / "local.lock")
-    lock.acquire({"pid": 4242, "host": "n1"})
-    with pytest.raises(RunBusyError, match="sweep job is being run by process 4242 on n1"):
-        local_sweep.check_none(sweep)
-    lock.release()
-
-
-def test_a_controller_that_does_not_start_says_why(sweep: SweepPaths, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_controller_that_does_not_start_says_why(
+    tmp_path: Path, locks: dict[RunPaths, RunLock], number: int | None
+) -> None:
+    folder = SweepPaths(tmp_path, "job", 1) if number else next(iter(locks))
+    folder.create()
     with pytest.raises(SchedulerError, match=r"did not start: .*No module named .*cifar_hpc"):
-        local_sweep.start(sweep, tmp_path, 1)  # where there is no snapshot
+        launch_local.start(folder, tmp_path, locks.values(), 1)  # where there is no snapshot
 
 
 class Local:
@@ -183,6 +199,10 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     assert f"being run by process {answer['job_id']}" in local.submit(expect=4)["error"]
 
     assert local.events(second) == []
+    alone = ["--set", "sweep=null", "train.seed=1", "--cluster", "local"]
+    assert f"being run by process {answer['job_id']}" in local.command(
+        "submit.py", str(local.job), *alone, "--json", expect=4
+    )
     local.command("-m", "cifar_hpc", "cancel", first)
     local.wait("the second point", lambda: "started" in local.events(second))
     assert local.events(first)[-1] in ("left", "cancelled")
@@ -195,4 +215,4 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     (code,) = SweepPaths(local.root, "endless", 1).code.iterdir()
     assert (submitted["event"], submitted["scheduler"], submitted["code"]) == ("submitted", "local", code.name)
     assert submitted["command"] == f"submit.py {local.job} --cluster local --json"
-    assert submission.finished_epochs(RunPaths(local.root, first)) == 0
+    assert finished_epochs(RunPaths(local.root, first)) == 0

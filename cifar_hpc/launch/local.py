@@ -1,0 +1,145 @@
+"""Jobs on this machine: a controller process starts runs, a few at a time, through submitit's local executor.
+
+The controller runs from the code snapshot and outlives the terminal and Ctrl-C. It inherits the locks of the
+submission, and so holds them even if submit.py is killed. That of a single run ends when the run has started; that of
+a sweep stays until all points have ended.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cifar_hpc.errors import SchedulerError, SpecError, UserError
+from cifar_hpc.launch.executors import start_here
+from cifar_hpc.launch.preflight import finished_epochs, why_busy
+from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.lock import RunLock
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
+
+POLL_SECONDS = 1.0
+
+
+def start(folder: RunPaths | SweepPaths, code: Path, locks: Iterable[RunLock], parallel: int) -> str:
+    """Start the controller of frozen runs; returns the job id of a run, or for a sweep the controller's process id.
+
+    Args:
+        folder: of the run, or of the submission of the sweep.
+        locks: those of the submission: the sweep's, if it is one, and that of each run.
+        parallel: how many points train at the same time.
+
+    Raises:
+        SchedulerError: if the controller ends without an answer; holds the last line of its output.
+    """
+    log = folder.slurm / "controller.log"
+    number = folder.number if isinstance(folder, SweepPaths) else 0
+    descriptors = [lock.descriptor for lock in locks if lock.descriptor is not None]
+    arguments = [folder.root, folder.name, number, parallel, shlex.join(sys.argv), ",".join(map(str, descriptors))]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cifar_hpc.launch.local", *map(str, arguments)],
+            cwd=code,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            pass_fds=descriptors,
+            start_new_session=True,
+            text=True,
+        )
+    assert process.stdout is not None
+    with process.stdout as answer:
+        job_id = answer.readline().strip()
+    if not job_id:
+        process.wait()
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise SchedulerError("the controller of the job did not start: " + " ".join(last))
+    process.returncode = 0  # it is not waited for
+    return job_id
+
+
+class Controller:
+    """Starts the points of a sweep while there is room, until all have ended or a signal stops it.
+
+    locks: the inherited locks of the runs' submissions; each is released when its run has started.
+    command: command line of the submission, for the event `submitted`.
+    """
+
+    def __init__(self, locks: dict[RunPaths, RunLock], parallel: int, command: str) -> None:
+        self.locks, self.parallel, self.command = locks, parallel, command
+        self.stopping = False
+
+    def run(self) -> None:
+        """Start the points one after the other; on SIGTERM stop those that run, and return when they have ended."""
+        signal.signal(signal.SIGTERM, self._stop)
+        waiting, stopped = list(self.locks), False
+        running: list[Any] = []
+        while running or (waiting and not self.stopping):
+            if waiting and len(running) < self.parallel and not self.stopping:
+                running += self._start(waiting.pop(0))
+                continue
+            time.sleep(POLL_SECONDS)
+            running = [job for job in running if not job.done()]
+            if self.stopping and not stopped:
+                for job in running:
+                    os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it to every task: the run saves and ends
+                stopped = True
+
+    def _start(self, run: RunPaths) -> list[Any]:
+        """[submitit's job] of a point; nothing if it need not or cannot start."""
+        try:
+            if (reason := why_busy(run, {})) is not None:
+                raise UserError(reason)
+            spec = read_frozen(run)
+            if spec is None:
+                raise SpecError(f"{run.spec} is missing. HINT: submit the sweep again.")
+            if finished_epochs(run) >= spec.train.epochs:
+                return []
+            job = start_here(run, spec, self.command)
+        except (UserError, OSError) as error:
+            print(f"{run.name}: not started: {error}", file=sys.stderr, flush=True)
+            return []
+        finally:
+            self.locks[run].release()
+        print(f"{run.name}: started as job {job.job_id}", file=sys.stderr, flush=True)
+        return [job]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a controller: ROOT NAME NUMBER PARALLEL COMMAND DESCRIPTORS, as `start` passes them.
+
+    NUMBER is that of a sweep's submission, or 0 for a single run. The answer is the first line on standard output.
+    """
+    root, name, number, parallel, command, descriptors = arguments
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # jobs inherit the log, not the pipe to submit.py
+        inherited = [int(descriptor) for descriptor in descriptors.split(",")]
+        if number == "0":
+            run = RunPaths(Path(root), name)
+            spec = read_frozen(run)
+            assert spec is not None
+            answer.write(start_here(run, spec, command).job_id)
+            return
+        sweep = SweepPaths(Path(root), name, int(number))
+        runs = [RunPaths(Path(root), run) for run in read_points(sweep.points)]
+        folders = [sweep.sweep, *(run.logs for run in runs)]
+        locks = [RunLock(logs / "submit.lock", fd) for logs, fd in zip(folders, inherited, strict=True)]
+        for lock in locks:
+            lock.sign({"pid": os.getpid(), "host": socket.gethostname(), "controller": True})
+        answer.write(str(os.getpid()))
+    Controller(dict(zip(runs, locks[1:], strict=True)), int(parallel), command).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
