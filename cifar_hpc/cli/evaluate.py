@@ -19,14 +19,14 @@ from cifar_hpc.data.evaluation_set import LabelledImages, other_images, own_imag
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
 from cifar_hpc.training.evaluation import BATCH
-from cifar_hpc.training.trained_model import TrainedModel, batches, load_trained, noted
+from cifar_hpc.training.trained_model import TrainedModel, batches, load_trained, summary
 
 NAME_WIDTH = 12
 Matrix = list[list[int]]
 
 
 def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
-    """Count the images of each true class (row) by predicted class (column).
+    """Counts of images by true class (row) and predicted class (column).
 
     Args:
         labels, predicted: int64 [N] of classes 0 to 9.
@@ -37,7 +37,7 @@ def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
 
 
 def class_accuracy(matrix: Matrix, label: int) -> float | None:
-    """Percentage of the class's images that were recognised; None where there is no image of it."""
+    """Per cent of the class's images that were recognised; None where there is no image of it."""
     images = sum(matrix[label])
     return 100 * matrix[label][label] / images if images else None
 
@@ -48,7 +48,8 @@ def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
     head = "".join(f"{label:{width}}" for label in range(CLASSES))
     lines = [f"{'':{NAME_WIDTH + 11}}predicted", f"{'true':{NAME_WIDTH + 2}} accuracy{head}"]
     for label, row in enumerate(matrix):
-        share = "-" if (accuracy := class_accuracy(matrix, label)) is None else f"{accuracy:.2f}%"
+        accuracy = class_accuracy(matrix, label)
+        share = "-" if accuracy is None else f"{accuracy:.2f}%"
         counts = "".join(f"{count or '.':>{width}}" for count in row)
         lines.append(f"{label} {short(names[label]):{NAME_WIDTH}}{share:>9}{counts}")
     return lines
@@ -61,16 +62,16 @@ def short(name: str) -> str:
 
 
 def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[str]:
-    """The most frequent confusions of two classes, such as `12.1% of cat taken for dog`."""
+    """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
     shares = [
-        (-100 * images / sum(row), true, predicted)
-        for true, row in enumerate(matrix)
-        for predicted, images in enumerate(row)
-        if predicted != true and images
+        (100 * matrix[true][predicted] / sum(matrix[true]), true, predicted)
+        for true in range(CLASSES)
+        for predicted in range(CLASSES)
+        if predicted != true and matrix[true][predicted]
     ]
+    worst = sorted(shares, key=lambda entry: (-entry[0], entry[1:]))[:count]
     return [
-        f"{-share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}"
-        for share, true, predicted in sorted(shares)[:count]
+        f"{share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}" for share, true, predicted in worst
     ]
 
 
@@ -90,13 +91,16 @@ def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list
     labels = [short(name) for name in names]
     axes.set_xticks(range(CLASSES), labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(CLASSES), labels)
-    axes.set(xlabel="predicted class", ylabel="true class", title=printable(title))
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(printable(title))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="images of the true class, %")
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     ticks = (0, 1, 5, 10, 25, 50, 100)
     bar.set_ticks([share**0.5 for share in ticks], labels=[str(share) for share in ticks])
+    bar.set_label("images of the true class, %")
     bar.outline.set_visible(False)
     return save_figure(figure, folder, "confusion", printable(title))
 
@@ -111,13 +115,13 @@ class Figures:
 
 
 def evaluate(run: str, data: str | None, weights: str, out: str | None, *, as_json: bool) -> int:
-    """Measure a run's model on its test images, or on those in `data`, and print what comes out.
+    """Measure a run's model on its test images, or on those in `data`, and print the result.
 
     With `as_json`, one object:
 
         run, file, step, epoch     which model; run is null for a file that lies in no run's folder
         weights                    averaged | slow | fast
-        data, images               what was measured on, and how many images that is
+        data, images               the images measured on, and their number
         accuracy, loss             in %, and the mean with the run's label smoothing
         logged                     {"epoch", "test_accuracy", "test_loss"} of the run's own evaluation of this model on
                                    these images; null where there was none
@@ -128,24 +132,26 @@ def evaluate(run: str, data: str | None, weights: str, out: str | None, *, as_js
         figures, notes             files written for --out; sentences that a user should know
 
     Raises:
-        UserError: names the run, file or folder that is not what it should be.
+        UserError: names the run, file or folder that is wrong.
     """
     root = project_root()
     folder = output_folder(out) if out is not None else None
     trained = load_trained(root, run, weights)
     spec = trained.spec.data
     images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
-    figures = measure(trained, images)
-    logged = _logged(trained.logged) if data is None else None
-    files: list[Path] = []
+    report = _report(trained, images, measure(trained, images))
+    if data is None:
+        report["logged"] = trained.logged
     if folder is not None:
-        name, share = trained.run or trained.path.name, f"{figures.accuracy:.2f}% of {len(images.labels):,} images"
-        title = f"{name}, epoch {trained.state.epoch}: {share}"
-        files = draw(figures.matrix, images.classes, title, folder)
+        title = (
+            f"{trained.run or trained.path.name}, epoch {report['epoch']}: "
+            f"{report['accuracy']:.2f}% of {report['images']:,} images"
+        )
+        report["figures"] = [str(path) for path in draw(report["confusion"], images.classes, title, folder)]
     if as_json:
-        print(json.dumps(_report(trained, images, figures, logged, files), indent=1))
+        print(json.dumps(report, indent=1))
     else:
-        print(printable("\n".join(_lines(trained.facts(root), trained, images, figures, logged, files))))
+        print(_text(report, trained, images.classes, root))
     return 0
 
 
@@ -165,16 +171,8 @@ def measure(trained: TrainedModel, data: LabelledImages) -> Figures:
     return Figures(100 * correct / count, loss / count, confusion(data.labels, predicted))
 
 
-def _logged(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    keys = ("epoch", "test_accuracy", "test_loss")
-    if row is None or not all(isinstance(row.get(key), (int, float)) for key in keys):
-        return None
-    return {key: row[key] for key in keys}
-
-
-def _report(
-    trained: TrainedModel, data: LabelledImages, figures: Figures, logged: dict[str, Any] | None, files: list[Path]
-) -> dict[str, Any]:
+def _report(trained: TrainedModel, data: LabelledImages, figures: Figures) -> dict[str, Any]:
+    matrix = figures.matrix
     return {
         "run": trained.run,
         "file": str(trained.path),
@@ -185,51 +183,45 @@ def _report(
         "images": len(data.labels),
         "accuracy": figures.accuracy,
         "loss": figures.loss,
-        "logged": logged,
+        "logged": None,
         "classes": [
             {
                 "label": label,
                 "name": name,
-                "images": sum(figures.matrix[label]),
-                "correct": figures.matrix[label][label],
-                "accuracy": class_accuracy(figures.matrix, label),
+                "images": sum(matrix[label]),
+                "correct": matrix[label][label],
+                "accuracy": class_accuracy(matrix, label),
             }
             for label, name in enumerate(data.classes)
         ],
-        "confusion": figures.matrix,
+        "confusion": matrix,
         "device": trained.device.type,
         "amp": trained.amp,
-        "figures": [str(path) for path in files],
+        "figures": [],
         "notes": [*trained.notes, *data.notes],
     }
 
 
-def _lines(
-    facts: Mapping[str, str],
-    trained: TrainedModel,
-    data: LabelledImages,
-    figures: Figures,
-    logged: dict[str, Any] | None,
-    files: list[Path],
-) -> list[str]:
+def _text(report: Mapping[str, Any], trained: TrainedModel, classes: tuple[str, ...], root: Path) -> str:
     smoothing = trained.spec.train.label_smoothing
-    said = {
-        **facts,
-        "images": f"{len(data.labels):,} test images, {data.source}",
-        "accuracy": f"{figures.accuracy:.2f}%{_beside(figures.accuracy, logged, 'test_accuracy', '.2f', '%')}",
-        "loss": f"{figures.loss:.4f}{_beside(figures.loss, logged, 'test_loss', '.4f', '')}"
+    facts = {
+        **trained.facts(root),
+        "images": f"{report['images']:,} test images, {report['data']}",
+        "accuracy": f"{report['accuracy']:.2f}%{_beside(report, 'accuracy', '.2f', '%')}",
+        "loss": f"{report['loss']:.4f}{_beside(report, 'loss', '.4f', '')}"
         + (f", with label smoothing {smoothing:g}" if smoothing else ""),
     }
-    lines = [f"{key:11} {value}" for key, value in said.items()]
-    lines += ["", *table(figures.matrix, data.classes), ""]
-    lines += most_confused(figures.matrix, data.classes)
-    lines += noted((*trained.notes, *data.notes))
-    return lines + [f"wrote {path}" for path in files]
+    matrix = report["confusion"]
+    body = ["", *table(matrix, classes), "", *most_confused(matrix, classes)]
+    return summary(facts, body, report["notes"], [f"wrote {path}" for path in report["figures"]])
 
 
-def _beside(value: float, logged: Mapping[str, Any] | None, key: str, form: str, unit: str) -> str:
+def _beside(report: Mapping[str, Any], key: str, form: str, unit: str) -> str:
+    """The run's own figure, in brackets, where there is one."""
+    logged = report["logged"]
     if logged is None:
         return ""
-    if value == logged[key]:
+    value = logged[f"test_{key}"]
+    if value == report[key]:
         return f" (the same as logged after epoch {logged['epoch']})"
-    return f" (logged after epoch {logged['epoch']}: {logged[key]:{form}}{unit})"
+    return f" (logged after epoch {logged['epoch']}: {value:{form}}{unit})"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
 
 from cifar_hpc import __version__
 from cifar_hpc.cli.terminal import output_file
-from cifar_hpc.config.io import NOT_IN_NAME
+from cifar_hpc.config.io import NOT_IN_NAME, covered
 from cifar_hpc.config.spec import DataSpec
 from cifar_hpc.config.yaml_loader import Dumper
 from cifar_hpc.data.augment.color import CIFAR10_MEAN, CIFAR10_STD
@@ -25,7 +25,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
-from cifar_hpc.training.trained_model import TrainedModel, load_trained, noted
+from cifar_hpc.training.trained_model import TrainedModel, load_trained, summary
 
 WRITTEN_BY = "Written by `python -m cifar_hpc export`"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -57,20 +57,27 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         card: its metadata.
         rows: of metrics.jsonl, up to the exported model.
     """
-    title = card.get("run") or file
-    accuracy = f"{float(card['test_accuracy']):.2f}%" if "test_accuracy" in card else "not measured"
-    kind = _evaluation(card)
-    classes = ", ".join(_plain(name) for name in json.loads(card["classes"]))
+    name, spec = _plain(file), json.loads(card["spec"])
+    # Figures of images held out of the training images are no test figures.
+    kind = "test" if spec.get("data", {}).get("holdout") is None else "held-out"
+    accuracy = "not measured"
+    loss = "not measured: the run measures other weights, or has not come to an epoch's end"
+    if "test_accuracy" in card:
+        accuracy = f"{float(card['test_accuracy']):.2f}%"
+        loss = f"{float(card['test_loss']):.4f} (label smoothing {card['label_smoothing']})"
+    spec_yaml = yaml.dump(spec, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100).replace(
+        "```", "'''"
+    )
     parts = [
-        f"# {_plain(title)}",
+        f"# {_plain(card['run']) if 'run' in card else name}",
         f"{WRITTEN_BY} (cifar_hpc {card['cifar_hpc']}); exporting again replaces it.\n",
         f"ImprovedResNet, a bottleneck ResNet for images of 32x32 pixels: {int(card['parameters']):,} parameters, "
         f"{card['weights']} weights after epoch {card['epoch']} of {card['epochs']} (step {card['step']}).\n",
         "| | |\n|---|---|",
         f"| {kind} accuracy | {accuracy} |",
-        f"| {kind} loss | {_loss(card)} |",
+        f"| {kind} loss | {loss} |",
         f"| measured on | {_plain(card['data'])} |",
-        f"| classes 0 to 9 | {classes} |",
+        f"| classes 0 to 9 | {', '.join(_plain(label) for label in json.loads(card['classes']))} |",
         f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
         "| output | logits [B, 10] |\n",
         "## Load it",
@@ -78,62 +85,42 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         f"```python\n{_LOAD.format(file=json.dumps(file))}```\n",
         *_curve(rows, kind),
         "## Spec",
-        f"```yaml\n{_spec(card['spec'])}```\n",
+        f"```yaml\n{spec_yaml}```\n",
         "## Where it comes from",
         "| | |\n|---|---|",
         f"| checkpoint | {_plain(card['checkpoint'])} |",
-        *(f"| {key.replace('_', ' ')} | `{card[key]}` |" for key in ("checkpoint_digest", "weights_sha256")),
-        f"| sha256 of {_plain(file)} | `{sha256}` |",
+        f"| checkpoint digest | `{card['checkpoint_digest']}` |",
+        f"| weights sha256 | `{card['weights_sha256']}` |",
+        f"| sha256 of {name} | `{sha256}` |",
         f"| trained on | {_plain(card['trained_on'])} |",
         f"| versions | cifar_hpc {card['cifar_hpc']}, torch {_plain(card['torch'])}, python {card['python']} |",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _evaluation(card: Mapping[str, str]) -> str:
-    """What the run's figures are called: those of images held out of the training images are no test figures."""
-    data = json.loads(card["spec"]).get("data", {})
-    return "test" if data.get("holdout") is None else "held-out"
-
-
-def _loss(card: Mapping[str, str]) -> str:
-    if "test_loss" not in card:
-        return "not measured: the run measures other weights, or has not come to an epoch's end"
-    return f"{float(card['test_loss']):.4f} (label smoothing {card['label_smoothing']})"
-
-
 def _plain(text: str) -> str:
-    """Text of unknown origin as words of one line that markdown takes as they are."""
-    words = " ".join(printable(text).split())
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|#" else character for character in words)
-
-
-def _spec(text: str) -> str:
-    values: str = yaml.dump(json.loads(text), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
-    return values.replace("```", "'''")
+    """Text of unknown origin as words of one line, escaped for markdown."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
     """The accuracy of the run's evaluations over the epochs: a line of bars, and a table of up to ten epochs."""
-    keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    good = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in ("epoch", *keys))]
+    keys = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    good = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in keys)]
     if not good:
         return []
-    number = min(_CURVE_ROWS, len(good))
-    chosen = sorted({round(index * (len(good) - 1) / max(1, number - 1)) for index in range(number)})
-    lines = [
+    last = len(good) - 1
+    chosen = sorted({round(number * last / (_CURVE_ROWS - 1)) for number in range(_CURVE_ROWS)})
+    form = "| {epoch} | {train_loss:.4f} | {train_accuracy:.2f}% | {test_loss:.4f} | {test_accuracy:.2f}% |"
+    return [
         "## Curve",
         f"{kind.capitalize()} accuracy from epoch {good[0]['epoch']} to {good[-1]['epoch']}: "
         f"`{sparkline([row['test_accuracy'] for row in good])}`\n",
         f"| epoch | train loss | train accuracy | {kind} loss | {kind} accuracy |",
         "|---:|---:|---:|---:|---:|",
+        *(form.format_map(good[index]) for index in chosen),
+        "",
     ]
-    for row in (good[index] for index in chosen):
-        lines.append(
-            f"| {row['epoch']} | {row['train_loss']:.4f} | {row['train_accuracy']:.2f}% | {row['test_loss']:.4f} "
-            f"| {row['test_accuracy']:.2f}% |"
-        )
-    return [*lines, ""]
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
@@ -152,18 +139,20 @@ def export(run: str, out: str, weights: str) -> int:
     """Write a run's model to `out` and its card beside it, as .md. The same checkpoint gives the same bytes.
 
     Raises:
-        UserError: names the run or the file that is not what it should be.
+        UserError: names the run or the file that is wrong.
     """
     root, path = project_root(), output_file(out, SUFFIX)
     card_path = output_file(str(path.with_suffix(".md")))
-    _check_card(card_path)
+    if card_path.exists() and WRITTEN_BY.encode() not in read_regular(card_path)[:1000]:  # such as a README.md
+        raise SpecError(
+            f"--out: {card_path}, where the card would go, is there already and is no card. HINT: another name."
+        )
     trained = load_trained(root, run, weights)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
-    card = metadata(trained, tensors, class_names(trained.spec.data, root))
+    card = metadata(trained, class_names(trained.spec.data, root))
     content = to_safetensors(tensors, card)
     sha256 = hashlib.sha256(content).hexdigest()
-    rows = [row for row in trained.state.rows if isinstance(row, dict)]
-    text = model_card(path.name, sha256, card, rows).encode()
+    text = model_card(path.name, sha256, card, trained.state.rows).encode()
     card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
     write_atomic(path, content)
     write_atomic(card_path, text)
@@ -174,23 +163,18 @@ def export(run: str, out: str, weights: str) -> int:
     facts["accuracy"] = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured"
     facts["parameters"] = f"{int(card['parameters']):,}"
     facts["sha256"] = sha256
-    lines = [f"{key:11} {value}" for key, value in facts.items()]
     written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
-    print(printable("\n".join([*lines, *noted(trained.notes), *written])))
+    print(summary(facts, [], trained.notes, written))
     return 0
 
 
-def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tuple[str, ...]) -> dict[str, str]:
-    """What the file says of itself. All values are text; lists and the spec are JSON.
+def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
+    """The file's metadata. All values are text; lists and the spec are JSON.
 
     test_accuracy and test_loss are there only where the run has measured exactly these weights.
     """
     state, spec, environment = trained.state, trained.spec, trained.state.environment
-    plain = state.spec
-    measured = {}
-    for key in ("test_accuracy", "test_loss"):
-        if trained.logged is not None and isinstance(trained.logged.get(key), (int, float)):
-            measured[key] = repr(trained.logged[key])
+    logged = trained.logged or {}
     return {
         "format": "pt",
         **({"run": trained.run} if trained.run else {}),
@@ -199,15 +183,15 @@ def metadata(trained: TrainedModel, tensors: Mapping[str, Tensor], classes: tupl
         "epoch": str(state.epoch),
         "epochs": str(spec.train.epochs),
         "weights": trained.weights,
-        **measured,
+        **{key: repr(logged[key]) for key in ("test_accuracy", "test_loss") if key in logged},
         "label_smoothing": f"{spec.train.label_smoothing:g}",
         "data": _measured_on(spec.data),
         "parameters": str(sum(p.numel() for p in trained.model.parameters())),
         "classes": json.dumps(classes),
         "mean": json.dumps(CIFAR10_MEAN),
         "std": json.dumps(CIFAR10_STD),
-        "model": json.dumps(plain["model"]),
-        "spec": json.dumps(_what_decides(plain)),
+        "model": json.dumps(state.spec["model"]),
+        "spec": json.dumps(_what_decides(state.spec)),
         "cifar_hpc": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -228,15 +212,12 @@ def _measured_on(data: DataSpec) -> str:
 
 
 def _what_decides(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec without what does not change the model, such as accounts and folders: that is nobody else's concern."""
-    sections: dict[str, Any] = json.loads(json.dumps(spec))
-    for key in NOT_IN_NAME:
-        section, _, name = key.partition(".")
-        if name:
-            sections.get(section, {}).pop(name, None)
-        else:
-            sections.pop(section, None)
-    return sections
+    """The spec without what does not change the model, such as accounts and folders, which stay private."""
+    return {
+        section: {key: value for key, value in values.items() if not covered(f"{section}.{key}", NOT_IN_NAME)}
+        for section, values in spec.items()
+        if section not in NOT_IN_NAME
+    }
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -245,14 +226,10 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     The layout: eight bytes for the header's length, the header as JSON, padded with spaces to a multiple of eight, and
     the tensors (https://github.com/huggingface/safetensors#format).
     """
+    import safetensors.torch
+
     content = safetensors.torch.save(dict(tensors), dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def _check_card(path: Path) -> None:
-    """A file of that name that is no card, such as README.md, is not to be lost."""
-    if path.exists() and WRITTEN_BY.encode() not in read_regular(path)[:1000]:
-        raise SpecError(f"--out: {path}, where the card would go, is there already and is no card. HINT: another name.")

@@ -13,8 +13,7 @@ from cifar_hpc.data.datasets import class_names
 from cifar_hpc.data.image_input import open_images
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.paths import project_root
-from cifar_hpc.text import printable
-from cifar_hpc.training.trained_model import batches, load_trained, noted
+from cifar_hpc.training.trained_model import batches, load_trained, summary
 
 COLUMNS = ("ID", "Labels")
 
@@ -23,7 +22,7 @@ def predict(run: str, input: str, out: str, weights: str) -> int:
     """Write a CSV of the columns ID and Labels (0 to 9), one row an image in the input's order, and print a summary.
 
     Raises:
-        UserError: names the run, the file or the folder that is not what it should be; `out` is then as it was.
+        UserError: names the run, the file or the folder that is wrong; `out` is then unchanged.
     """
     root, path = project_root(), output_file(out)
     images = open_images(Path(input).expanduser())
@@ -40,16 +39,12 @@ def predict(run: str, input: str, out: str, weights: str) -> int:
     facts = trained.facts(root)
     left_out = f", and {images.left_out} left out that are no images by name" if images.left_out else ""
     facts["images"] = f"{len(labels):,} in {input}{left_out}"
-    lines = [f"{key:11} {value}" for key, value in facts.items()]
-    lines += ["", *_summary(labels, class_names(trained.spec.data, root)), "", *noted(trained.notes)]
-    print(printable("\n".join([*lines, f"wrote {path}: {','.join(COLUMNS)}, IDs {images.ids[0]} to {images.ids[-1]}"])))
-    return 0
-
-
-def _summary(labels: list[int], names: tuple[str, ...]) -> list[str]:
     counts = Counter(labels)
-    rows = [
+    table = [
         f"{label} {short(name):12}{counts[label]:>9,}{100 * counts[label] / len(labels):>8.2f}%"
-        for label, name in enumerate(names)
+        for label, name in enumerate(class_names(trained.spec.data, root))
     ]
-    return [f"{'class':14}{'images':>9}{'share':>9}", *rows]
+    body = ["", f"{'class':14}{'images':>9}{'share':>9}", *table, ""]
+    written = f"wrote {path}: {','.join(COLUMNS)}, IDs {images.ids[0]} to {images.ids[-1]}"
+    print(summary(facts, body, trained.notes, [written]))
+    return 0

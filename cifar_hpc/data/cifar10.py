@@ -33,7 +33,7 @@ META_MD5 = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
 
 
 def fetch_cifar10(folder: Path) -> None:
-    """Download CIFAR-10 into `folder`, where a file of it is missing there.
+    """Download CIFAR-10 into `folder`, unless all its files are there.
 
     Raises:
         SpecError: it cannot be downloaded.
@@ -71,7 +71,7 @@ def read_cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     for name, md5 in META_MD5.items():
         _verified(folder, name, md5)  # as torchvision does, though nothing of it is needed
-    with ThreadPoolExecutor() as pool:  # sums are computed side by side
+    with ThreadPoolExecutor() as pool:  # the checksums are computed in parallel
         train = list(pool.map(partial(_read_batch, folder), TRAIN_MD5, TRAIN_MD5.values()))
         test = list(pool.map(partial(_read_batch, folder), TEST_MD5, TEST_MD5.values()))
     return *_joined(train), *_joined(test)
@@ -83,13 +83,12 @@ def _joined(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def _read_batch(folder: Path, name: str, md5: str) -> dict[str, Any]:
-    # The sum is that of the very bytes that are unpickled, so they are CIFAR-10's own.
+    # Exactly the bytes that are unpickled have been verified, so only CIFAR-10's own pickles are executed.
     return pickle.loads(_verified(folder, name, md5), encoding="latin1")  # type: ignore[no-any-return]
 
 
 def _verified(folder: Path, name: str, md5: str) -> bytes:
     path = folder / FOLDER / name
-    content: bytes | None = None
     try:
         content = read_regular(path)
     except FileNotFoundError:
@@ -98,10 +97,10 @@ def _verified(folder: Path, name: str, md5: str) -> bytes:
             f"{ARCHIVE} into {folder} and unpack it."
         ) from None
     except NotRegularError:
-        pass
+        content = b""  # nor is that the original
     except OSError as error:
         raise SpecError(f"data.root: {path} cannot be read: {error.strerror}.") from None
-    if content is None or hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise SpecError(
             f"data.root: {path} is truncated or not the original (its md5 should be {md5}). "
             "HINT: delete it and submit again."
@@ -110,7 +109,7 @@ def _verified(folder: Path, name: str, md5: str) -> bytes:
 
 
 def main(folder: str) -> int:
-    """Exit status 0 where CIFAR-10 stands in `folder`, whole."""
+    """Exit status 0 where `folder` holds a complete CIFAR-10 afterwards."""
     try:
         fetch_cifar10(Path(folder))
         check_cifar10(Path(folder))

@@ -8,21 +8,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cifar_hpc import tensorfile
-from cifar_hpc.config.spec import CLASSES, DataSpec
+from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE, DataSpec
+from cifar_hpc.data import synthetic
 from cifar_hpc.data.cifar10 import read_cifar10
-from cifar_hpc.data.image_folder import IMAGE_FORMATS, list_folder
+from cifar_hpc.data.image_folder import list_folder
+from cifar_hpc.data.image_input import decode
+from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, replacing
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
+_DECODED_AT_ONCE = 500
 Progress = Callable[[str], bool]
 
 
@@ -37,9 +40,7 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The same on `device`."""
-        return Dataset(
-            *(t.to(device) for t in (self.train_images, self.train_labels, self.test_images, self.test_labels))
-        )
+        return Dataset(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: False) -> Dataset:
@@ -47,30 +48,39 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
 
     Args:
         root: the project's root; relative data.root start there.
-        progress: called with a line of text now and then; if it returns true, reading is left.
+        progress: called now and then with a line for the log, or an empty one; returns true to interrupt reading.
 
     Raises:
         SpecError: names the file or folder that is missing or wrong.
-        Interrupted: where `progress` said so.
+        Interrupted: where `progress` returned true.
     """
-    if spec.source == "synthetic":
-        from cifar_hpc.data.synthetic import make_synthetic
-
-        made = make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE)
-        return _hold_out(Dataset(*made), spec.holdout)
-    folder = root / spec.root
-    whole = Dataset(*read_cifar10(folder)) if spec.source == "cifar10" else _read_folder(folder, root, progress)
+    whole = _read(spec, root, progress)
     chosen = Dataset(
         *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
         *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
     )
-    return _hold_out(chosen, spec.holdout)
+    return chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
 
 
-def _hold_out(data: Dataset, count: int | None) -> Dataset:
+def _read(spec: DataSpec, root: Path, progress: Progress) -> Dataset:
+    if spec.source == "cifar10":
+        return Dataset(*read_cifar10(root / spec.root))
+    if spec.source == "folder":
+        return _read_folder(root / spec.root, root, progress)
+    return Dataset(*make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE))
+
+
+def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
+    if size is None or size == len(images):
+        return images, labels
+    if size > len(images):
+        raise SpecError(f"{key}: {size} is more than the {len(images)} images there are.")
+    rows = permutation(0, 0, len(images))[:size].sort().values
+    return images[rows], labels[rows]
+
+
+def _hold_out(data: Dataset, count: int) -> Dataset:
     """`count` training images in place of the test images; the same ones for every seed of a run."""
-    if count is None:
-        return data
     if count >= len(data.train_images):
         raise SpecError(
             f"data.holdout: {count} is not allowed; allowed: less than the {len(data.train_images)} training images."
@@ -78,15 +88,6 @@ def _hold_out(data: Dataset, count: int | None) -> Dataset:
     order = permutation(mix(Stream.SPLIT), 0, len(data.train_images))
     kept, held = order[count:].sort().values, order[:count].sort().values
     return Dataset(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
-
-
-def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
-    if size is None:
-        return images, labels
-    if size > len(images):
-        raise SpecError(f"{key}: {size} is more than the {len(images)} images there are.")
-    rows = permutation(0, 0, len(images))[:size].sort().values
-    return images[rows], labels[rows]
 
 
 def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
@@ -98,12 +99,17 @@ def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
             return _read_cache(cache)
         except (BadFileError, OSError) as error:  # no reason to stop: it is only a cache
             progress(f"WARNING data cache {cache}: {error}; decoding again")
-    tensors: dict[str, Any] = {}
+    tensors: list[Tensor] = []
     for split in ("train", "test"):
-        tensors[f"{split}_images"] = _decode(files[split], progress)
-        tensors[f"{split}_labels"] = torch.tensor(labels[split])
-    _write_cache(cache, tensors, progress)
-    return Dataset(**tensors)
+        tensors += _decode(files[split], progress), torch.tensor(labels[split])
+    data = Dataset(*tensors)
+    try:
+        cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        with replacing(cache) as file:
+            tensorfile.save(tensorfile.seal({**vars(data), "name": cache.name}), file)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        progress(f"WARNING data cache {cache} cannot be written ({error}); the next start decodes again")
+    return data
 
 
 def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
@@ -121,10 +127,10 @@ def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
 
 
 def _read_cache(path: Path) -> Dataset:
-    """What `_write_cache` wrote, to the last bit.
+    """The images in a cache.
 
     Raises:
-        BadFileError: it is something else.
+        BadFileError: it is damaged, or not the cache of this folder.
     """
     content = tensorfile.load(path)
     names = [field.name for field in fields(Dataset)]
@@ -135,47 +141,29 @@ def _read_cache(path: Path) -> Dataset:
 
 
 def _decode(files: list[Path], progress: Progress) -> Tensor:
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    images = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
-    said = time.monotonic()
-    for number, path in enumerate(files):
+    images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    last_said = time.monotonic()
+    for first in range(0, len(files), _DECODED_AT_ONCE):
+        part = files[first : first + _DECODED_AT_ONCE]
         try:
-            with Image.open(path, formats=IMAGE_FORMATS) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # PIL has many
-            raise SpecError(f"data.root: {path} is not a readable image: {error}.") from None
-        if image.size != (32, 32):
-            raise SpecError(
-                f"data.root: {path} is {image.size[0]}x{image.size[1]} pixels; allowed: 32x32. "
-                "HINT: resize the images first."
-            )
-        images[number] = pil_to_tensor(image)
-        if number % 500 == 0:
-            text = ""
-            if time.monotonic() - said > 10:
-                text, said = f"decoding images: {number} of {len(files)} in {path.parent.parent}", time.monotonic()
-            if progress(text):
-                raise Interrupted
+            images[first : first + len(part)] = decode(part)
+        except SpecError as error:
+            raise SpecError(f"data.root: {error}") from None
+        text = ""
+        if time.monotonic() - last_said > 10:
+            text = f"decoding images: {first + len(part)} of {len(files)} in {part[0].parent.parent}"
+            last_said = time.monotonic()
+        if progress(text):
+            raise Interrupted
     return images
 
 
-def _write_cache(path: Path, tensors: dict[str, Any], progress: Progress) -> None:
-    try:
-        path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-        with replacing(path) as file:
-            tensorfile.save(tensorfile.seal({**tensors, "name": path.name}), file)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        progress(f"WARNING data cache {path} cannot be written ({error}); the next start decodes again")
-
-
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 
 
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
-    """The names in the order of the labels; "class 0" and so on where a folder of images is not there any more.
+    """The names in the order of the labels; "class 0" and so on where a folder of images no longer exists.
 
     Args:
         root: the project's root; a relative data.root starts there.
@@ -183,9 +171,7 @@ def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
     if data.source == "cifar10":
         return CIFAR10
     if data.source == "synthetic":
-        from cifar_hpc.data.synthetic import CLASSES as SYNTHETIC
-
-        return SYNTHETIC
+        return synthetic.CLASSES
     return folder_classes(root / data.root / "train") or folder_classes(root / data.root / "test") or UNKNOWN
 
 

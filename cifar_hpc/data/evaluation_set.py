@@ -18,7 +18,7 @@ from cifar_hpc.errors import SpecError
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Test images uint8 [N, 3, 32, 32] and labels int64 [N], the classes' names, what they are, and what to know."""
+    """Test images uint8 [N, 3, 32, 32], labels int64 [N], names of the classes, a description, notes for the user."""
 
     images: Tensor
     labels: Tensor
@@ -43,7 +43,7 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
     """All test images of `folder`: CIFAR-10 as torchvision keeps it, or files in test/<class>/ or <class>/.
 
     Args:
-        data: of the run, whose classes' order counts.
+        data: of the run; the labels follow the order of its classes.
 
     Raises:
         SpecError: it holds neither, or a file in it is wrong.
@@ -67,12 +67,12 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
 
 
 def _in_order(found: LabelledImages, known: tuple[str, ...]) -> LabelledImages:
-    """The labels by the run's classes: by their names where those are the same, else by their order."""
+    """Labels in the order of the run's classes: matched by name where the names are the same, else by position."""
     if sorted(found.classes) == sorted(known):
         order = torch.tensor([known.index(name) for name in found.classes])
         return replace(found, labels=order[found.labels], classes=known)
     note = (
-        f"The classes there ({', '.join(found.classes)}) are not those of the run ({', '.join(known)}): they are taken "
-        "for one another in this order."
+        f"The classes there ({', '.join(found.classes)}) are not those of the run ({', '.join(known)}): they are "
+        "matched by their order."
     )
     return replace(found, notes=(note,))

@@ -1,14 +1,16 @@
-"""Images to predict, from whatever they lie in: a folder, an array file, or a pickle such as CIFAR-10's batches."""
+"""Images to predict, from a folder, an array file, or a pickle such as CIFAR-10's batches."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE
 from cifar_hpc.data.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES
-from cifar_hpc.data.unpickle import read_pickle
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import NotRegularError, open_regular
+from cifar_hpc.text import shown
 
-LARGEST_BYTES = 2**33  # of what is read as a whole
+LARGEST_BYTES = 2**33  # of a file that is read as a whole
 _SHAPES = "[N, 32, 32, 3], [N, 3, 32, 32] or CIFAR's rows [N, 3072]"
 _CONTENT = "a .npy or .npz file, a CIFAR pickle (protocol 2 or later), or a folder of images"
 
@@ -42,7 +44,7 @@ class ImageInput:
 
 
 def open_images(path: Path) -> ImageInput:
-    """Find out what `path` is, by its content and not by its name.
+    """Open a folder of images or a file, whose kind is found by its first bytes and not by its name.
 
     Raises:
         SpecError: names the file, what is wrong with it, and what is allowed; `ImageInput.read` does the same.
@@ -57,20 +59,26 @@ def open_images(path: Path) -> ImageInput:
         raise SpecError(f"{path}: {error.strerror}; allowed: {_CONTENT}.") from None
     with os.fdopen(descriptor, "rb") as file:
         start = file.read(6)
-        if start == b"\x93NUMPY":
-            return _from_array(path, _load_npy(path), None)
-        if start[:4] == b"PK\3\4":
-            return _open_npz(path)
-        if start[:1] == b"\x80":
-            _check_size(path, os.fstat(file.fileno()).st_size)
-            file.seek(0)
-            return _open_pickle(path, file.read())
+        file.seek(0)
+        try:
+            if start == b"\x93NUMPY":  # read from disk a part at a time
+                return _from_array(path, np.load(path, mmap_mode="r", allow_pickle=False), None)
+            if start[:4] == b"PK\3\4":
+                return _open_npz(path, file)
+            if start[:1] == b"\x80":
+                _check_size(path, os.fstat(file.fileno()).st_size)
+                return _open_pickle(path, file.read())
+        except SpecError:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib have many for a damaged file
+            kind = "arrays" if start[:4] == b"PK\3\4" else "an array"
+            raise SpecError(f"{path}: cannot be read as {kind}: {error}.") from None
     what = f"it begins with {start!r}" if start else "it is empty"
     raise SpecError(f"{path}: is none of the files that can be read ({what}); allowed: {_CONTENT}.")
 
 
 def decode(files: Sequence[Path]) -> Tensor:
-    """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB, as in training.
+    """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB.
 
     Raises:
         SpecError: names the file that is no image, or of another size.
@@ -81,15 +89,15 @@ def decode(files: Sequence[Path]) -> Tensor:
     for number, path in enumerate(files):
         try:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                size = image.size
-                if size == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
+                width, height = image.size
+                if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
                     images[number] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except Exception as error:  # PIL has many
             raise SpecError(f"{path}: is not a readable image: {error}.") from None
-        if size != (IMAGE_SIZE, IMAGE_SIZE):
+        if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
             raise SpecError(
-                f"{path}: is {size[0]}x{size[1]} pixels; allowed: {IMAGE_SIZE}x{IMAGE_SIZE}, what the model was "
-                "trained on. HINT: resize the images first."
+                f"{path}: is {width}x{height} pixels; allowed: {IMAGE_SIZE}x{IMAGE_SIZE}. "
+                "HINT: resize the images first."
             )
     return images
 
@@ -116,43 +124,29 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def _load_npy(path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)  # read from disk a part at a time
-        return array
-    except Exception as error:  # numpy has many for a damaged file
-        raise SpecError(f"{path}: cannot be read as an array: {error}.") from None
-
-
-def _open_npz(path: Path) -> ImageInput:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_size(path, sum(record.file_size for record in archive.infolist()))
-        with np.load(path, allow_pickle=False) as arrays:
-            members = arrays.zip.namelist()
-            names = [name for name in arrays.files if f"{name}.npy" in members]
-            if not names:
-                raise SpecError(f"{path}: a ZIP archive without arrays; allowed: what numpy.savez writes.")
-            images = [n for n in names if n in ("data", "images")] or [n for n in names if n not in ("ids", "labels")]
-            if len(images) != 1:
-                raise SpecError(
-                    f"{path}: which of its arrays holds the images? {', '.join(names)}. Allowed: one array, or one "
-                    "called data or images; ids may stand beside it."
-                )
-            return _from_array(path, arrays[images[0]], arrays["ids"] if "ids" in names else None)
-    except SpecError:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib have many for a damaged file
-        raise SpecError(f"{path}: cannot be read as arrays: {error}.") from None
+def _open_npz(path: Path, file: BinaryIO) -> ImageInput:
+    with np.load(file, allow_pickle=False) as arrays:
+        _check_size(path, sum(record.file_size for record in arrays.zip.infolist()))
+        names = [name for name in arrays.files if f"{name}.npy" in arrays.zip.namelist()]
+        if not names:
+            raise SpecError(f"{path}: a ZIP archive without arrays; allowed: what numpy.savez writes.")
+        images = [n for n in names if n in ("data", "images")] or [n for n in names if n not in ("ids", "labels")]
+        if len(images) != 1:
+            raise SpecError(
+                f"{path}: which of its arrays holds the images? {', '.join(names)}. Allowed: one array, or one "
+                "called data or images; a second one called ids is allowed."
+            )
+        return _from_array(path, arrays[images[0]], arrays["ids"] if "ids" in names else None)
 
 
 def _open_pickle(path: Path, content: bytes) -> ImageInput:
     values = read_pickle(path, content)
     data = values.get("data")
     if not isinstance(data, np.ndarray):
+        held = ", ".join(values)[:200] or "nothing"
         raise SpecError(
-            f"{path}: a pickle without an array called data; it holds: {', '.join(values) or 'nothing'}. Allowed: "
-            "CIFAR's layout, a dictionary with data and, if you like, ids."
+            f"{path}: a pickle without an array called data; it holds: {held}. Allowed: CIFAR's layout, a dictionary "
+            "with data and, if you like, ids."
         )
     return _from_array(path, data, values.get("ids"))
 
@@ -198,3 +192,134 @@ def _check_size(path: Path, size: int) -> None:
             f"{path}: holds {size:,} bytes; allowed: up to {LARGEST_BYTES:,}, since it is read as a whole. HINT: a "
             ".npy file of any size is read a part at a time."
         )
+
+
+def read_pickle(path: Path, content: bytes) -> dict[str, Any]:
+    """The dictionary in a pickle of protocol 2 or later, without executing code.
+
+    Keys of bytes become text; arrays among the values become numpy's.
+
+    Args:
+        path: for error messages.
+
+    Raises:
+        SpecError: it is damaged, no dictionary, or asks for more than numbers, text, lists and arrays of numbers.
+    """
+    try:
+        values = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        if not isinstance(values, dict):
+            raise UnpicklingError("it holds no dictionary")
+        return {_text(key): value.value if isinstance(value, _Array) else value for key, value in values.items()}
+    except Exception as error:  # pickle and numpy have many for damaged files
+        reason = str(error) if isinstance(error, UnpicklingError) else f"{type(error).__name__}: {shown(str(error))}"
+        raise SpecError(
+            f"{path}: a pickle that cannot be read: {reason}; nothing in it was executed. Allowed: a dictionary of "
+            "arrays, lists, numbers and text. HINT: save the images with numpy.save instead."
+        ) from None
+
+
+class _Dictionary(dict[Any, Any]):
+    """A dictionary that refuses keys whose hash may be expensive."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # Hashing a tuple never ends if it repeats itself at each of many levels, and overflows the stack if it is deep.
+        if not isinstance(key, (str, bytes, int)):
+            raise UnpicklingError("a dictionary in it has other keys than text and numbers")
+        super().__setitem__(key, value)
+
+
+class _Dtype:
+    """Takes the calls of a pickled numpy.dtype: the name of a type, then its byte order."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        text = _text(name) if isinstance(name, (str, bytes)) else "without a name"
+        if re.fullmatch(r"[<>|=]?[uif][1248]|[|]?b1", text) is None:
+            raise UnpicklingError(f"an array in it is of type {shown(text)}")
+        self.value = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        _, order, *fields = state
+        if order not in ("<", ">", "|", "=") or any(field is not None for field in fields[:3]):
+            raise UnpicklingError("an array in it holds other things than numbers")
+        self.value = self.value.newbyteorder(order)
+
+
+class _Array:
+    """Takes the calls of a pickled numpy.ndarray: an empty one, then its content."""
+
+    def __init__(self, value: NDArray[Any] | None = None) -> None:
+        self.value = value
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_columns, content = state
+        self.value = _array(content, kind, shape, "F" if by_columns else "C")
+
+
+def _array(content: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
+    """A view of `content`, which takes no memory of its own, whatever the shape."""
+    data = content.encode("latin-1") if isinstance(content, str) else content
+    numbers = isinstance(kind, _Dtype) and isinstance(data, bytes) and isinstance(shape, tuple)
+    if not numbers or order not in ("C", "F") or any(type(n) is not int or n < 0 for n in shape):
+        raise UnpicklingError("an array in it holds other things than numbers")
+    return np.frombuffer(data, kind.value).reshape(shape, order=order)
+
+
+def _scalar(kind: Any, content: Any) -> Any:
+    return _array(content, kind, (1,), "C")[0].item()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Bytes as Python 3 writes them in protocol 2."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise UnpicklingError("it encodes text other than as latin1")
+    return text.encode("latin-1")
+
+
+def _text(key: str | bytes | int) -> str:
+    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds numbers, text, lists, dictionaries and arrays of numbers, and calls only functions of this module.
+
+    Derived from the Unpickler written in Python: the one in C allocates up to 64 GiB for a memo index of five bytes.
+    """
+
+    stack: list[Any]
+    constructors: ClassVar[dict[str, Any]] = {
+        "numpy.ndarray": None,
+        "numpy.dtype": _Dtype,
+        "numpy.core.multiarray._reconstruct": lambda *_: _Array(),  # type and shape come again with the content
+        "numpy.core.multiarray.scalar": _scalar,
+        "numpy.core.numeric._frombuffer": lambda *arguments: _Array(_array(*arguments)),
+        "_codecs.encode": _encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as numpy 2 calls it
+        if known not in self.constructors:
+            raise UnpicklingError(f"it names {module[:100]}.{name[:100]}, which could be any code")
+        return self.constructors[known]
+
+    def _dictionary(self) -> None:
+        self.stack.append(_Dictionary())
+
+    def _unhashed(self) -> None:
+        raise UnpicklingError("it holds a set, or a dictionary of protocol 0")
+
+    def _state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, (_Dtype, _Array)):  # attributes of functions could be set, too
+            raise UnpicklingError("it sets the state of something other than an array")
+        target.__setstate__(state)
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_DICT[0]: _dictionary,
+        pickle.BUILD[0]: _state,
+        # Bytes are read before memory is allocated; a bytearray is allocated in the size that the file claims.
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+        **dict.fromkeys((pickle.DICT[0], pickle.ADDITEMS[0], pickle.FROZENSET[0]), _unhashed),
+    }

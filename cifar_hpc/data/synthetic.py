@@ -15,18 +15,7 @@ from torch import Tensor
 
 from cifar_hpc.randomness import Stream, mix, permutation, uniform
 
-CLASSES = (
-    "disc",
-    "ring",
-    "square",
-    "triangle",
-    "cross",
-    "horizontal",
-    "vertical",
-    "diagonal",
-    "checkerboard",
-    "dots",
-)
+CLASSES = tuple("disc ring square triangle cross horizontal vertical diagonal checkerboard dots".split())
 
 _SIZE = 32
 _ONE = 1024  # fixed point: units of one pixel
@@ -84,7 +73,7 @@ def _draw(samples: Tensor, labels: Tensor, key: int) -> Tensor:
 
 
 def _masks(labels: Tensor, bits: Tensor) -> Tensor:
-    """Where the foreground is: bool [B, 32, 32]."""
+    """Masks of the foreground, bool [B, 32, 32]."""
 
     def number(column: int, low: int, high: int) -> Tensor:
         """A whole number in low..high of each image, [B, 1, 1]."""

@@ -36,7 +36,7 @@ def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
 
     BatchNorm statistics belong to the weights and the size of images they were measured under. The running ones follow
     the fast weights on training's images, so under averaged or slow weights, or where training's images are smaller
-    (resizing), they are measured anew over lookahead.bn_batches training batches, augmented as in training but whole
+    (resizing), they are measured again over lookahead.bn_batches training batches, augmented as in training but whole
     and not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back
     after.
 
@@ -69,7 +69,7 @@ def _kept_buffers(engine: Engine) -> Iterator[None]:
 
 
 def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
-    """Set the running statistics to the mean over training batches; False if told to stop."""
+    """Set the running statistics to the mean over training batches; False if `between` said to stop."""
     spec, layout = engine.spec, engine.layout
     size = min(spec.train.batch_size, len(engine.data.train_images))
     batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
@@ -115,7 +115,7 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
 
 
 def _test_sums(engine: Engine, between: Round) -> Tensor | None:
-    """float64 [2] on the host: summed loss and correct predictions over the test set; None if told to stop."""
+    """float64 [2] on the host: summed loss and correct predictions of the test set; None if `between` said stop."""
     images, labels, layout = engine.data.test_images, engine.data.test_labels, engine.layout
     batches = -(-len(images) // BATCH)
     table = torch.zeros(batches, 2, dtype=torch.float64, device=engine.device)

@@ -27,12 +27,13 @@ from cifar_hpc.errors import RunFailedError, SpecError, UserError
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.runs.paths import find_run, is_run_name
 from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.text import printable
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
 from cifar_hpc.training.evaluation import BATCH
 
-FAST = "fast"
+_LOGGED = ("epoch", "test_accuracy", "test_loss")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class TrainedModel:
     Attributes:
         run: None for a file that lies in no run's folder.
         weights: averaged | slow | fast: which of the checkpoint's weights these are.
-        logged: the row of metrics.jsonl that was measured with exactly this model, if one was.
+        logged: epoch, test_accuracy and test_loss of the run's own evaluation of exactly this model, if there was one.
         device, amp: where and in what precision `logits` computes.
-        notes: what a user should know, each a sentence.
+        environment: of the device, as `describe_environment` gives it.
+        notes: sentences that a user should know.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class TrainedModel:
     logged: Mapping[str, Any] | None
     device: torch.device
     amp: str
+    environment: Mapping[str, Any]
     notes: tuple[str, ...]
 
     @torch.no_grad()
@@ -66,10 +69,8 @@ class TrainedModel:
             RunFailedError: they are NaN or infinite.
         """
         pixels = normalize(images.to(self.device), memory_format=torch.channels_last)
-        precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.amp != "fp32":
-            precision = torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
-        with precision:
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.amp != "fp32"):
             logits: Tensor = self.model(pixels)
         if not logits.isfinite().all():
             raise RunFailedError(
@@ -79,26 +80,24 @@ class TrainedModel:
         return logits.float()
 
     def facts(self, root: Path) -> dict[str, str]:
-        """What a user wants to see of it first, as pairs of words."""
-        state, path = self.state, self.path
-        epochs = f"epoch {state.epoch} of {self.spec.train.epochs}"
+        """The first lines of a command's summary, as pairs of words."""
+        state, path, here = self.state, self.path, self.environment
+        kind = {"averaged": "averaged (ema)"}.get(self.weights, self.weights)
         within = f", step {state.step_in_epoch} of the next" if state.step_in_epoch else ""
-        where = describe_environment(_here(self.spec, state, self.device), self.device)
-        threads = f", {where['threads']} thread{'s' * (where['threads'] > 1)}" if where["threads"] else ""
+        threads = f", {here['threads']} thread{'s' * (here['threads'] > 1)}" if here["threads"] else ""
         return {
             "run": self.run or "-",
             "checkpoint": str(path.relative_to(root) if path.is_relative_to(root) else path),
-            "position": f"step {state.step}, {epochs}{within}",
-            "weights": _WEIGHTS[self.weights],
-            "computed": f"{self.amp} on {where['device']}{threads}",
+            "position": f"step {state.step}, epoch {state.epoch} of {self.spec.train.epochs}{within}",
+            "weights": kind if kind == "fast" else f"{kind}, as the run evaluates",
+            "computed": f"{self.amp} on {here['device']}{threads}",
         }
 
 
-_WEIGHTS = {
-    "averaged": "averaged (ema), as the run evaluates",
-    "slow": "slow, as the run evaluates",
-    "fast": "fast",
-}
+def summary(facts: Mapping[str, str], body: Iterable[str], notes: Iterable[str], written: Iterable[str]) -> str:
+    """The text that a command prints: facts in two columns, its own lines, notes, and the files written."""
+    lines = [f"{key:11} {value}" for key, value in facts.items()]
+    return printable("\n".join([*lines, *body, *noted(notes), *written]))
 
 
 def noted(notes: Iterable[str]) -> list[str]:
@@ -116,61 +115,59 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     Args:
         root: the project's root.
         run: a run's name, or the path of a file.
-        weights: fast, or slow: those that the run itself evaluates. They are averaged ones under ema.decay, and the
-            fast ones where the run has neither that nor Lookahead.
+        weights: fast, or slow for those that the run itself evaluates: the averaged ones under ema.decay, and the fast
+            ones where the run has neither that nor Lookahead.
 
     Raises:
-        SpecError: there is no such run, file or checkpoint, or it lacks what is asked for.
+        SpecError: there is no such run, file or checkpoint, or it lacks the weights' BatchNorm statistics.
         RunFailedError: a checkpoint does not verify, or holds weights that are not finite.
     """
-    path, state, notes = _find(root, run, fast=weights == FAST)
+    fast = weights == "fast"
+    path, state, notes = _find(root, run, fast)
     spec = from_plain(state.spec)
-    kind = FAST if weights == FAST else _evaluated(spec)
-    if weights == FAST and _evaluated(spec) != FAST:
-        logged = None
-    else:
-        rows = state.rows if state.slow_buffers is not None else []
-        logged = rows[-1] if rows else None
-        if kind == FAST:
-            notes.append("The run has neither Lookahead nor ema: it has but one set of weights.")
-    wanted_gpu = spec.train.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if wanted_gpu else "cpu")
-    here = _here(spec, state, device)
-    configure_torch(here, device)
+    evaluated = _evaluated(spec)
+    kind = "fast" if fast else evaluated
+    logged = None
+    if kind == evaluated and state.slow_buffers is not None:
+        rows = state.rows
+        if rows and all(isinstance(rows[-1].get(key), (int, float)) for key in _LOGGED):
+            logged = {key: rows[-1][key] for key in _LOGGED}
+    if evaluated == "fast":
+        notes.append("The run has neither Lookahead nor ema: it has but one set of weights.")
     own = state.environment
-    amp = own["amp"] if _same_kind(state, device) else resolve_amp(spec, device)
-    if not _same_kind(state, device):
+    device = torch.device("cuda" if spec.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    here, amp = spec, own["amp"]
+    if (own["cuda"] is not None) != (device.type == "cuda"):
+        # The bits cannot be kept, so this machine's own precision and all its cores are used.
+        amp = resolve_amp(spec, device)
+        threads = len(os.sched_getaffinity(0))
+        here = dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=threads))
         notes.append(f"The run computed in {own['amp']} on {own['device']}: figures may differ in their last digits.")
-    try:
-        model = _build(spec, state, kind, running=weights == FAST)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise RunFailedError(
-            f"{path}: does not hold the weights of the model that its spec describes: {words}."
-        ) from None
-    if not all(t.isfinite().all() for t in model.state_dict().values()):
-        raise RunFailedError(f"{path}: its {kind} weights or their BatchNorm statistics are NaN or infinite.")
+    configure_torch(here, device)
+    model = _build(path, spec, state, kind, state.buffers if fast else state.slow_buffers or state.buffers)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     name = path.parent.name
     known = name if is_run_name(name) and path.parent.parent.name == "checkpoints" else None
-    return TrainedModel(path, known, state, spec, model, kind, logged, device, amp, tuple(notes))
+    environment = describe_environment(here, device)
+    return TrainedModel(path, known, state, spec, model, kind, logged, device, amp, environment, tuple(notes))
 
 
 def _evaluated(spec: Spec) -> str:
-    """Which weights the run evaluates: `Engine.evaluated_weights`."""
+    """The weights that the run evaluates, as `Engine.evaluated_weights`."""
     if spec.ema.decay is not None:
         return "averaged"
-    return "slow" if spec.lookahead.enabled else FAST
+    return "slow" if spec.lookahead.enabled else "fast"
 
 
 def _usable(state: TrainingState, fast: bool) -> bool:
-    """Whether the checkpoint has the BatchNorm statistics of the weights that are asked for."""
+    """True if the checkpoint has the BatchNorm statistics of the requested weights."""
     spec = from_plain(state.spec)
-    measured = (_evaluated(spec) != FAST or spec.resizing.on) and spec.lookahead.bn_batches > 0
+    measured = (_evaluated(spec) != "fast" or spec.resizing.on) and spec.lookahead.bn_batches > 0
     return fast or not measured or state.slow_buffers is not None
 
 
 def _find(root: Path, run: str, fast: bool) -> tuple[Path, TrainingState, list[str]]:
+    """Path and state of the newest usable checkpoint, or of the given file, and notes for the user."""
     if run.endswith(".pt") or "/" in run:
         path = Path(run).absolute()
         if not os.path.lexists(path):
@@ -215,48 +212,45 @@ def _read(path: Path) -> TrainingState:
 
 
 def _checked(path: Path, state: TrainingState) -> TrainingState:
-    """The state, if a run can have written it: a digest says only that it is what somebody once wrote."""
+    """The state, if a run can have written it; its digest proves only that it is unchanged since it was written."""
     try:
         from_plain(state.spec)
         rows, environment = state.rows, state.environment
-        right = all(isinstance(getattr(state, key), int) for key in ("step", "epoch", "step_in_epoch"))
-        right = right and all(isinstance(row, dict) for row in rows)
-        right = right and environment["amp"] in ("fp32", "bf16", "fp16") and {"cuda", "device"} <= environment.keys()
+        if not (
+            all(isinstance(getattr(state, key), int) for key in ("step", "epoch", "step_in_epoch"))
+            and all(isinstance(row, dict) for row in rows)
+            and environment["amp"] in ("fp32", "bf16", "fp16")
+            and {"cuda", "device"} <= environment.keys()
+        ):
+            raise ValueError
     except SpecError as error:
         raise RunFailedError(f"{path}: its spec: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
-        right = False
-    if not right:
-        raise RunFailedError(f"{path}: is whole, but not what a run writes.")
+        raise RunFailedError(f"{path}: is whole, but not what a run writes.") from None
     return state
 
 
-def _same_kind(state: TrainingState, device: torch.device) -> bool:
-    return (state.environment["cuda"] is not None) == (device.type == "cuda")
-
-
-def _here(spec: Spec, state: TrainingState, device: torch.device) -> Spec:
-    """The run's spec; with all of this machine's cores where a GPU's run is on a CPU and no bits can be kept."""
-    if _same_kind(state, device):
-        return spec
-    cores = len(os.sched_getaffinity(0))
-    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=cores))
-
-
-def _build(spec: Spec, state: TrainingState, kind: str, running: bool) -> ImprovedResNet:
-    """The model with weights of that kind, and the running BatchNorm statistics or else those of the evaluation."""
-    with torch.device("meta"):  # takes no memory before the shapes are known to fit
-        model = ImprovedResNet(spec.model)
-    names = [name for name, _ in model.named_parameters()]
-    if kind == FAST:
-        values = dict(state.model)
-    else:
-        chosen = (state.average or []) if kind == "averaged" else state.optimizer["slow"]
-        values = dict(zip(names, chosen, strict=True))
-    buffers = state.buffers if running else state.slow_buffers or state.buffers
-    if any(values[name].dtype != torch.float32 for name in names):
-        raise TypeError("the weights are not float32")
-    model.load_state_dict({**values, **buffers}, assign=True)
+def _build(path: Path, spec: Spec, state: TrainingState, kind: str, buffers: Mapping[str, Any]) -> ImprovedResNet:
+    """The model with weights of that kind and the given BatchNorm statistics."""
+    try:
+        with torch.device("meta"):  # takes no memory before the shapes are known to fit
+            model = ImprovedResNet(spec.model)
+        names = [name for name, _ in model.named_parameters()]
+        if kind == "fast":
+            weights = dict(state.model)
+        else:
+            chosen = (state.average or []) if kind == "averaged" else state.optimizer["slow"]
+            weights = dict(zip(names, chosen, strict=True))
+        if any(weights[name].dtype != torch.float32 for name in names):
+            raise TypeError("the weights are not float32")
+        model.load_state_dict({**weights, **buffers}, assign=True)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise RunFailedError(
+            f"{path}: does not hold the weights of the model that its spec describes: {words}."
+        ) from None
+    if not all(t.isfinite().all() for t in model.state_dict().values()):
+        raise RunFailedError(f"{path}: its {kind} weights or their BatchNorm statistics are NaN or infinite.")
     return model
 
 
@@ -268,11 +262,11 @@ def batches(
 ) -> Iterator[tuple[int, Tensor]]:
     """Logits of the images 0 to `count`, in the batches of the trainer's evaluation: (index of the first, logits).
 
-    Says on standard error how far it is, where it takes long.
+    Prints its progress to standard error every SAY_SECONDS.
 
     Args:
         read: gives the images from one index up to another, uint8 [n, 3, 32, 32].
-        what: the first word of that line.
+        what: the first word of the progress line.
     """
     said = time.monotonic()
     for first in range(0, count, BATCH):

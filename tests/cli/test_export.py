@@ -151,7 +151,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(root: Path, tmp_path: Path) ->
 def test_it_says_which_images_its_figures_are_of(root: Path, data: dict[str, Any], words: str) -> None:
     trained = load_trained(root, "tiny", "slow")
     trained = dataclasses.replace(trained, spec=dataclasses.replace(trained.spec, data=DataSpec(**data)))
-    assert metadata(trained, {}, CLASSES)["data"] == words
+    assert metadata(trained, CLASSES)["data"] == words
 
 
 def test_an_export_that_is_cut_short_leaves_no_card_of_another_model(

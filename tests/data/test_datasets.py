@@ -140,7 +140,7 @@ def test_an_image_of_another_format_than_the_suffixes_is_not_opened(
 ) -> None:
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("a program was started"))
     Image.new("RGB", (32, 32)).save(root / "images" / "train" / "class0" / "0.png", kind)
-    with pytest.raises(SpecError, match=r"class0/0\.png is not a readable image: cannot identify"):
+    with pytest.raises(SpecError, match=r"class0/0\.png: is not a readable image: cannot identify"):
         load_dataset(FOLDER, root)
 
 
