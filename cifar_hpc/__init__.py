@@ -1,3 +1,17 @@
 """cifar_hpc: preemptible CIFAR-10 training on Slurm that ends in the same bits whatever happens on the way."""
 
+from __future__ import annotations
+
+import typing
+
+if typing.TYPE_CHECKING:
+    from cifar_hpc.models.exported import ExportedModel
+
 __version__ = "0.1.0"
+
+
+def load(file: str) -> ExportedModel:
+    """Load a model that `python -m cifar_hpc export` has written; see `models.exported.load_exported`."""
+    from cifar_hpc.models.exported import load_exported  # torch is loaded only here
+
+    return load_exported(file)

@@ -31,21 +31,14 @@ WRITTEN_BY = "Written by `python -m cifar_hpc export`"
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_ROWS = 10
 _LOAD = """\
-import json, torch
-from cifar_hpc.models.improved_resnet import ImprovedResNet
-from cifar_hpc.config.spec import ModelSpec
-from safetensors import safe_open
+import cifar_hpc, torch
 
-file = safe_open({file}, "pt")
-card = file.metadata()
-model = ImprovedResNet(ModelSpec(**json.loads(card["model"]))).to(memory_format=torch.channels_last).eval()
-model.load_state_dict({{name: file.get_tensor(name) for name in file.keys()}})
-mean, std = (torch.tensor(json.loads(card[key])).view(3, 1, 1) for key in ("mean", "std"))
+model = cifar_hpc.load({file})  # an nn.Module in evaluation mode; model.card has the metadata
 
 images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # yours: RGB, 0 to 255
 with torch.no_grad():
-    logits = model((images / 255 - mean) / std)
-print(json.loads(card["classes"])[logits[0].argmax()])
+    logits = model(images)
+print(model.classes[logits[0].argmax()])
 """
 
 

@@ -49,7 +49,7 @@ the input. A CIFAR pickle is read without executing anything in it.""",
     "export": """\
 Writes the weights as safetensors, which hold tensors and text and no code,
 with spec, accuracy and versions in the metadata, and a model card beside it
-that says how to load them in five lines.""",
+that says how to load them with cifar_hpc.load.""",
     "plot": """\
 Draws architecture, accuracy, loss, learning rate and timeline (waiting,
 training, preemptions), each as PNG and SVG. Several runs share the axes; runs
