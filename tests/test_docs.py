@@ -20,7 +20,7 @@ from cifar_hpc.cli.parser import parser
 from cifar_hpc.config.sweep import _PARTS
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.state import RunState
-from cifar_hpc.training.checkpoints.store import _KINDS
+from cifar_hpc.training.checkpoints.store import _TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (ROOT / "docs" / "formats.md").read_text()
@@ -113,7 +113,7 @@ def json_of(root: Path, words: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_each_field_of_the_index_is_described() -> None:
-    assert set(_KINDS) <= first_cells(section("checkpoints/&lt;run&gt;/index.json"))
+    assert set(_TYPES) <= first_cells(section("checkpoints/&lt;run&gt;/index.json"))
 
 
 def test_each_command_that_a_page_shows_is_one() -> None:
@@ -149,3 +149,22 @@ def trained(runs: Runs) -> Path:
     """The logs of a small run that has finished."""
     runs.finish("run", 1)
     return runs.root / "logs" / "run"
+
+
+def test_architecture_names_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert len(text.splitlines()) <= 150
+    package = ROOT / "cifar_hpc"
+    rooms = {path.name for path in package.iterdir() if path.is_dir()}
+    for file in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
+        assert (package / file).exists() or (ROOT / file).exists(), file
+    for name in re.findall(r"`(\w+(?:\.\w+)+)`", text):
+        parts = name.split(".")
+        if parts[0] not in rooms and not (package / f"{parts[0]}.py").exists():
+            continue  # a key of the spec, a file name
+        depth = next(n for n in range(len(parts), 0, -1) if package.joinpath(*parts[:n]).with_suffix(".py").exists())
+        scope: ast.AST = ast.parse(package.joinpath(*parts[:depth]).with_suffix(".py").read_text())
+        for part in parts[depth:]:
+            found = [n for n in getattr(scope, "body", []) if getattr(n, "name", "") == part]
+            assert found, f"{name}: {part} is not there"
+            scope = found[0]

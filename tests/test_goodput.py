@@ -66,7 +66,7 @@ def test_fixed_intervals_come_out_as_in_daly_s_model(minutes: float, seconds: fl
 
 
 def test_auto_is_nearly_as_good_as_knowing_the_rate() -> None:
-    assert goodput.Pace is interval.Pace
+    assert goodput.CheckpointPacer is interval.CheckpointPacer
     for requeue in (0.0, 121.0):
         curves = {name: [q[1] for q in points] for name, points in goodput.measure(Setting(requeue=requeue), 8).items()}
         for i, minutes in enumerate(goodput.MEANS):

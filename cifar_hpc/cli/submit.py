@@ -21,22 +21,22 @@ DEFAULT_JOB = PROJECT / "jobs" / "improved_resnet.yaml"
 SHOWN_REASONS = 10
 Answer = dict[str, Any]  # for --json
 
-# Flags that set a key of `resources` each: (flag, key, metavar, help).
+# Keys of `resources` with a flag of the same name: (key, metavar, help).
 RESOURCE_FLAGS = (
-    ("--partition", "partition", "P", "partition (leave out where a site's router chooses)"),
-    ("--account", "account", "A", "account to charge"),
-    ("--qos", "qos", "Q", "quality of service"),
-    ("--time", "time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"),
-    ("--nodes", "nodes", "N|MIN-MAX", "nodes; a range lets Slurm choose, the weights do not depend on it"),
-    ("--gpus-per-node", "gpus_per_node", "G", "GPUs, and so processes, on each node"),
-    ("--cpus-per-task", "cpus_per_task", "C", "CPU cores of each process"),
-    ("--mem", "mem", "M", "memory of a node, such as 32G"),
-    ("--constraint", "constraint", "F", "node features"),
-    ("--exclude", "exclude", "L", "nodes to avoid"),
-    ("--nodelist", "nodelist", "L", "nodes to use"),
-    ("--reservation", "reservation", "R", "reservation"),
-    ("--dependency", "dependency", "D", "further dependencies, beside singleton"),
-    ("--comment", "comment", "S", "comment; some sites read wishes from it, such as preemption=yes;requeue=true"),
+    ("partition", "P", "partition (leave out where a site's router chooses)"),
+    ("account", "A", "account to charge"),
+    ("qos", "Q", "quality of service"),
+    ("time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"),
+    ("nodes", "N|MIN-MAX", "nodes; a range lets Slurm choose, the weights do not depend on it"),
+    ("gpus_per_node", "G", "GPUs, and so processes, on each node"),
+    ("cpus_per_task", "C", "CPU cores of each process"),
+    ("mem", "M", "memory of a node, such as 32G"),
+    ("constraint", "F", "node features"),
+    ("exclude", "L", "nodes to avoid"),
+    ("nodelist", "L", "nodes to use"),
+    ("reservation", "R", "reservation"),
+    ("dependency", "D", "further dependencies, beside singleton"),
+    ("comment", "S", "comment; some sites read wishes from it, such as preemption=yes;requeue=true"),
 )
 
 DESCRIPTION = """\
@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where it is")
     where.add_argument("--profile", metavar="NAME", help="site profile in slurm/clusters (default: default)")
-    for flag, key, metavar, text in RESOURCE_FLAGS:
-        where.add_argument(flag, dest=f"resources_{key}", metavar=metavar, help=text)
+    for key, metavar, text in RESOURCE_FLAGS:
+        where.add_argument(f"--{key.replace('_', '-')}", dest=f"resources_{key}", metavar=metavar, help=text)
     where.add_argument(
         "--sbatch",
         metavar="KEY=VALUE",
@@ -146,8 +146,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     run = order.run(order.points[0])
     seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
     outcome = submit(order)
-    for reason in outcome.busy.values():
-        raise RunBusyError(reason)
+    if outcome.busy:
+        raise RunBusyError(outcome.busy[run.name])
     answer, text = _run_answer(order, run, outcome)
     print(json.dumps(answer) if arguments.json else text, flush=True)
     if outcome.finished or not arguments.follow:
@@ -216,24 +216,31 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
             "status": f"{_python()} status {shlex.quote(f'{order.sweep}-*')}",
             "cancel": f"{'scancel' if order.on_slurm else 'kill'} {outcome.job_id}",
         }
+    total = len(order.points)
+    counts = [f"{len(outcome.submitted)} submitted" if outcome.submitted else "nothing is left to submit"]
+    others = ((outcome.finished, "finished"), (outcome.busy, "queued, running or being submitted"))
+    counts += [f"{len(runs)} of {total} {words}" for runs, words in others if runs]
+    known = {key: value for key, value in job.items() if value is not None}
+    text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **known})]
+    text += [_lines({"left out": reason}) for reason in list(outcome.busy.values())[:SHOWN_REASONS]]
+    if len(outcome.busy) > SHOWN_REASONS:
+        text.append(_lines({"": f"and {len(outcome.busy) - SHOWN_REASONS} more"}))
+    return {"sweep": order.sweep, **job, "points": _point_rows(order, outcome)}, "\n".join(text)
+
+
+def _point_rows(order: Order, outcome: Submission) -> list[Answer]:
     index = {point.run: number for number, point in enumerate(outcome.submitted)}
     rows = []
     for point in order.points:
-        state = (
-            "finished" if point.run in outcome.finished else "left out" if point.run in outcome.busy else "submitted"
-        )
-        task = f"{outcome.job_id}_{index[point.run]}" if state == "submitted" and order.on_slurm else None
-        reason = {"reason": outcome.busy[point.run]} if point.run in outcome.busy else {}
-        rows.append({"run": point.run, "state": state, "job_id": task, "values": point.values, **reason})
-    total = len(order.points)
-    counts = [f"{len(outcome.submitted)} submitted" if outcome.submitted else "nothing is left to submit"]
-    counts += [f"{len(outcome.finished)} of {total} finished"] if outcome.finished else []
-    counts += [f"{len(outcome.busy)} of {total} queued, running or being submitted"] if outcome.busy else []
-    reasons = [_lines({"left out": reason}) for reason in outcome.busy.values()]
-    more = [_lines({"": f"and {len(reasons) - SHOWN_REASONS} more"})] if len(reasons) > SHOWN_REASONS else []
-    known = {key: value for key, value in job.items() if value is not None}
-    text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **known}), *reasons[:SHOWN_REASONS], *more]
-    return {"sweep": order.sweep, **job, "points": rows}, "\n".join(text)
+        row: Answer = {"run": point.run, "state": "submitted", "job_id": None, "values": point.values}
+        if point.run in outcome.finished:
+            row["state"] = "finished"
+        elif point.run in outcome.busy:
+            row |= {"state": "left out", "reason": outcome.busy[point.run]}
+        elif order.on_slurm:
+            row["job_id"] = f"{outcome.job_id}_{index[point.run]}"
+        rows.append(row)
+    return rows
 
 
 def _lines(answer: Answer) -> str:
@@ -247,7 +254,7 @@ def _python() -> str:
 def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
     """Values of the section `resources` from the flags; text stays text, which YAML would interpret."""
     resources: dict[str, Any] = {}
-    for _, key, _, _ in RESOURCE_FLAGS:
+    for key, _, _ in RESOURCE_FLAGS:
         value = getattr(arguments, f"resources_{key}")
         if value is not None:
             number = key in ("gpus_per_node", "cpus_per_task") and re.fullmatch("[0-9]{1,9}", value)

@@ -23,6 +23,10 @@ ARRAY_PICKLE = "task.pkl"  # callable of all tasks of an array
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
 # Parts of GPUs, requested instead of whole ones (https://slurm.schedmd.com/gres.html).
 INSTEAD_OF_GPUS = {"mps", "shard"}
+# Resources that submitit has a parameter of the same name for.
+SUBMITIT_NAMES = (
+    "ntasks_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "exclude", "nodelist", "comment",
+)  # fmt: skip
 
 
 def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
@@ -36,10 +40,7 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         further["gres"] = _joined_gres(gpu_option["gres"], given)
     plain = {
         **gpu_option,
-        "nodes": resources.nodes,
-        "time": resources.time,
-        "mem": resources.mem,
-        "reservation": resources.reservation,
+        **{key: getattr(resources, key) for key in ("nodes", "time", "mem", "reservation")},
         "requeue" if resources.requeue else "no-requeue": True,
         **further,
     }
@@ -52,15 +53,7 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         "job_name": paths.name if isinstance(paths, RunPaths) else f"{paths.name}:sweep",
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
-        "ntasks_per_node": resources.ntasks_per_node,
-        "cpus_per_task": resources.cpus_per_task,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-        "exclude": resources.exclude,
-        "nodelist": resources.nodelist,
-        "comment": resources.comment,
+        **{key: getattr(resources, key) for key in SUBMITIT_NAMES},
     }
     return {
         "wckey": None,  # submitit would set its own name

@@ -19,7 +19,7 @@ from cifar_hpc.launch.worker import ArrayTask, Task
 from cifar_hpc.runs.events import append_event
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import parse_time
 
 ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
@@ -63,7 +63,7 @@ def test_only(script: str) -> str:
         SchedulerError: with sbatch's own words.
     """
     with _script_file(script) as file:
-        return slurm.command(["sbatch", "--test-only", file], stderr_too=True).strip()
+        return client.command(["sbatch", "--test-only", file], stderr_too=True).strip()
 
 
 def submit_script(script: str, code: Path) -> str:
@@ -74,7 +74,7 @@ def submit_script(script: str, code: Path) -> str:
     """
     with _script_file(script) as file, contextlib.chdir(code):
         try:
-            return slurm.command(["sbatch", "--parsable", file]).strip().partition(";")[0]
+            return client.command(["sbatch", "--parsable", file]).strip().partition(";")[0]
         except SchedulerError as error:
             raise SchedulerError(
                 f"sbatch refused the job: {str(error).partition(' was refused: ')[2] or error}"

@@ -7,6 +7,7 @@ a sweep stays until all points have ended.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -57,7 +58,7 @@ def start(folder: RunPaths | SweepPaths, code: Path, locks: Iterable[RunLock], p
         )
     assert process.stdout is not None
     with process.stdout as answer:
-        job_id = answer.readline().strip()
+        job_id = answer.read()
     if not job_id:
         process.wait()
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -119,26 +120,30 @@ class Controller:
 def main(arguments: Sequence[str]) -> None:
     """Run a controller: ROOT NAME NUMBER PARALLEL COMMAND DESCRIPTORS, as `start` passes them.
 
-    NUMBER is that of a sweep's submission, or 0 for a single run. The answer is the first line on standard output.
+    NUMBER is that of a sweep's submission, or 0 for a single run. The answer, a job id, goes to standard output.
     """
     root, name, number, parallel, command, descriptors = arguments
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # jobs inherit the log, not the pipe to submit.py
-        inherited = [int(descriptor) for descriptor in descriptors.split(",")]
-        if number == "0":
-            run = RunPaths(Path(root), name)
-            spec = read_frozen(run)
-            assert spec is not None
-            answer.write(start_here(run, spec, command).job_id)
-            return
-        sweep = SweepPaths(Path(root), name, int(number))
-        runs = [RunPaths(Path(root), run) for run in read_points(sweep.points)]
-        folders = [sweep.sweep, *(run.logs for run in runs)]
-        locks = [RunLock(logs / "submit.lock", fd) for logs, fd in zip(folders, inherited, strict=True)]
-        for lock in locks:
-            lock.sign({"pid": os.getpid(), "host": socket.gethostname(), "controller": True})
-        answer.write(str(os.getpid()))
+    pipe = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # jobs inherit the log, not the pipe to submit.py
+    if number == "0":
+        run = RunPaths(Path(root), name)
+        spec = read_frozen(run)
+        assert spec is not None
+        return _answer(pipe, start_here(run, spec, command).job_id)
+    sweep = SweepPaths(Path(root), name, int(number))
+    runs = [RunPaths(Path(root), run) for run in read_points(sweep.points)]
+    folders = [sweep.sweep, *(run.logs for run in runs)]
+    locks = [RunLock(logs / "submit.lock", int(fd)) for logs, fd in zip(folders, descriptors.split(","), strict=True)]
+    for lock in locks:
+        lock.sign({"pid": os.getpid(), "host": socket.gethostname(), "controller": True})
+    _answer(pipe, str(os.getpid()))
     Controller(dict(zip(runs, locks[1:], strict=True)), int(parallel), command).run()
+
+
+def _answer(pipe: int, job_id: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # submit.py was killed; its job runs nevertheless
+        os.write(pipe, job_id.encode())
+    os.close(pipe)
 
 
 if __name__ == "__main__":

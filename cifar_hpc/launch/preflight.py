@@ -15,7 +15,7 @@ from cifar_hpc.files import read_regular
 from cifar_hpc.runs.lock import describe, holder, local_controller
 from cifar_hpc.runs.logs import parse_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
@@ -100,7 +100,7 @@ def on_slurm(cluster: str) -> bool:
     """
     if cluster == "local":
         return False
-    if slurm.answers():
+    if client.answers():
         return True
     if cluster == "slurm":
         reason = "sbatch is not on PATH" if shutil.which("sbatch") is None else "squeue does not answer"

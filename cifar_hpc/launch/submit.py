@@ -20,7 +20,7 @@ from cifar_hpc.config.site import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
 from cifar_hpc.errors import RunBusyError, SpecError
-from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, write_atomic
+from cifar_hpc.files import remove_leftovers, write_atomic
 from cifar_hpc.launch import local, preflight
 from cifar_hpc.launch.batch_script import batch_script
 from cifar_hpc.launch.executors import record_submitted, submit_slurm, test_only
@@ -86,15 +86,14 @@ def preview(order: Order, ask_slurm: bool) -> str:
     Args:
         ask_slurm: return what `sbatch --test-only` answers.
     """
-    spec = order.resolve(order.points[0])  # all points share the resources
-    if order.sweep is None:
-        script, rows = batch_script(order.run(order.points[0]), spec, order.site), []
-    else:
-        left, _ = _split_finished(order)
-        folder = SweepPaths(order.root, order.sweep)
-        script = batch_script(folder, spec, order.site, max(1, len(left)), order.parallel)
-        rows = [f"# {index} {point.run} {point}" for index, point in enumerate(left)]
-    return test_only(script) if ask_slurm else "\n".join([script, *rows])
+    first = order.points[0]  # for the resources, which all points share
+    folder = order.run(first) if order.sweep is None else SweepPaths(order.root, order.sweep)
+    left, _ = _split_finished(order)
+    script = batch_script(folder, order.resolve(first), order.site, max(1, len(left)), order.parallel)
+    if ask_slurm:
+        return test_only(script)
+    rows = [f"# {index} {point.run} {point}" for index, point in enumerate(left)] if order.sweep else []
+    return "\n".join([script, *rows])
 
 
 def submit(order: Order) -> Submission:
@@ -107,12 +106,9 @@ def submit(order: Order) -> Submission:
         preflight.check_this_machine(first)
     for data in {(point.spec.data.source, point.spec.data.root): point.spec for point in left}.values():
         preflight.check_data(data, order.root)
+    sweep = SweepPaths(order.root, order.sweep) if order.sweep else None
     with contextlib.ExitStack() as locks:
-        sweep = SweepPaths(order.root, order.sweep) if order.sweep else None
-        held = []
-        if sweep is not None:
-            sweep.sweep.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            held.append(_lock(locks, sweep.sweep, f"sweep {sweep.name}"))
+        held = [_lock(locks, sweep.sweep, f"sweep {sweep.name}")] if sweep else []
         locked, busy = _lock_free(locks, order, left)
         free = [point for point in left if point.run in locked]
         if not free:
@@ -120,7 +116,7 @@ def submit(order: Order) -> Submission:
         runs = [order.run(point) for point in free]
         specs = _each(order.resolve, free)  # again: another submission may have come first
         _each(lambda run: remove_leftovers(run.logs), runs)
-        folder = runs[0] if sweep is None else _new_folder(sweep)
+        folder = _new_folder(sweep) if sweep else runs[0]
         with _undone_on_refusal(folder, runs):
             code = take_snapshot(folder)
             if isinstance(folder, SweepPaths):

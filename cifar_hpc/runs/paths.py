@@ -63,12 +63,31 @@ def check_run_name(name: str) -> str:
     )
 
 
+class _InLogs:
+    """Attribute of a class with `logs`: the path of a file or folder in there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, paths: RunPaths | SweepPaths, owner: type) -> Path:
+        return paths.logs / self.name
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Files of one run."""
 
     root: Path
     name: str
+
+    spec = _InLogs("spec.yaml")
+    train_log = _InLogs("train.log")
+    metrics = _InLogs("metrics.jsonl")
+    events = _InLogs("events.jsonl")
+    lock = _InLogs("run.lock")
+    code = _InLogs("code")
+    slurm = _InLogs("slurm")
+    tracking = _InLogs("tracking")
 
     @property
     def logs(self) -> Path:
@@ -77,38 +96,6 @@ class RunPaths:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints" / self.name
-
-    @property
-    def spec(self) -> Path:
-        return self.logs / "spec.yaml"
-
-    @property
-    def train_log(self) -> Path:
-        return self.logs / "train.log"
-
-    @property
-    def metrics(self) -> Path:
-        return self.logs / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.logs / "events.jsonl"
-
-    @property
-    def lock(self) -> Path:
-        return self.logs / "run.lock"
-
-    @property
-    def code(self) -> Path:
-        return self.logs / "code"
-
-    @property
-    def slurm(self) -> Path:
-        return self.logs / "slurm"
-
-    @property
-    def tracking(self) -> Path:
-        return self.logs / "tracking"
 
     def create(self) -> None:
         """Create the directories.
@@ -127,6 +114,10 @@ class SweepPaths:
     name: str
     number: int = 1  # of the submission
 
+    points = _InLogs("points.json")
+    code = _InLogs("code")
+    slurm = _InLogs("slurm")
+
     @property
     def sweep(self) -> Path:
         return self.root / "logs" / SWEEPS / self.name
@@ -134,18 +125,6 @@ class SweepPaths:
     @property
     def logs(self) -> Path:
         return self.sweep / str(self.number)
-
-    @property
-    def points(self) -> Path:
-        return self.logs / "points.json"
-
-    @property
-    def code(self) -> Path:
-        return self.logs / "code"
-
-    @property
-    def slurm(self) -> Path:
-        return self.logs / "slurm"
 
     def create(self) -> None:
         """Create the directories, as `RunPaths.create`."""

@@ -118,7 +118,7 @@ class Attempt:
         agreement.now(Request.GO_ON)
         context.heart.beat("setting up the model")
         engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
-        trainer = self.trainer = Trainer(engine, context, agreement, self._open_store(), environment)
+        trainer = self.trainer = Trainer(engine, context, agreement, self._checkpoint_store(), environment)
         if state is not None:
             trainer.resume(state)
         context.startup.lap("model")
@@ -131,11 +131,11 @@ class Attempt:
     def _join_ranks(self) -> torch.device:
         """Find the other ranks, start the watchdog, and form the process group. Return this rank's device."""
         context, launch, words = self.context, self.context.launch, self.last_words
-        store = meet(launch, context.stop)
-        board = words.board = Board(store, launch.rank, launch.world_size)
+        tcp_store = meet(launch, context.stop)
+        board = words.board = Board(tcp_store, launch.rank, launch.world_size)
         if launch.rank == 0:
             board.tell("token", words.token)
-        elif store is not None:
+        elif tcp_store is not None:
             words.token = board.wait_for("token")
         words.met = True
         limit = 60 * context.spec.train.watchdog_minutes
@@ -143,7 +143,7 @@ class Attempt:
         device = resolve_device(context.spec, launch.local_rank)
         configure_torch(context.spec, device)
         context.heart.beat("meeting the other ranks")
-        connect(launch, device, store, board, context.stop)
+        connect(launch, device, tcp_store, board, context.stop)
         return device
 
     def _open_run(self) -> int:
@@ -201,7 +201,7 @@ class Attempt:
         past = losses(read_jsonl(context.paths.events))
         return CheckpointPacer(past, process_age(), context.log.line, time.monotonic())
 
-    def _open_store(self) -> CheckpointStore | None:
+    def _checkpoint_store(self) -> CheckpointStore | None:
         if not self.context.first:
             return None
         return CheckpointStore(

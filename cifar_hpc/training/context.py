@@ -1,4 +1,4 @@
-"""What every part of one start of a run shares: which run, which process, and where to say things."""
+"""The context of an attempt, shared by all its parts: run, process, logs and events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from cifar_hpc.training.signals import StopFlag
 
 
 class Context:
-    """One start of one run, as seen by one rank."""
+    """An attempt at a run, on one rank.
+
+    Attributes:
+        first: true on rank 0.
+        speaks: true on the rank that writes the run's logs and calls Slurm: rank 0, or another one once that is gone.
+    """
 
     def __init__(
         self, paths: RunPaths, spec: Spec, launch: Launch, stop: StopFlag, startup: Stopwatch | None = None
@@ -24,12 +29,12 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heart()
-        self.speaks = self.first  # whether this rank writes the run's logs and talks to Slurm
+        self.speaks = self.first
         self._restart: int | None = None
 
     @property
     def restart(self) -> int:
-        """How often the run had been started before; what events.jsonl says until all ranks know the same."""
+        """Number of earlier attempts; from events.jsonl until all ranks have agreed on it."""
         return count_starts(read_jsonl(self.paths.events)) if self._restart is None else self._restart
 
     @restart.setter
@@ -37,18 +42,18 @@ class Context:
         self._restart = number
 
     def speak(self) -> None:
-        """Let this rank write the logs in rank 0's place."""
+        """Let this rank write the logs in place of rank 0."""
         self.speaks = self.log.enabled = True
 
     def say_first_step(self, step: int) -> None:
-        """The start is over. Its first step takes longer than others: it loads kernels, and compiles if asked to."""
+        """Report the first step, which takes longer than others: it loads kernels, and may compile the model."""
         self.startup.lap(FIRST_STEP)
         self.emit("first_step", step=step, startup=self.startup.plain())
         own = self.startup.seconds[FIRST_STEP]
         self.log.line(f"first step done after {self.startup.total:.1f} s, {own:.1f} s of them its own")
 
     def emit(self, event: str, **details: Any) -> None:
-        """Append to events.jsonl; silent on every rank but the one that speaks for the run, rank 0 as a rule."""
+        """Append to events.jsonl, on the rank that `speaks`."""
         if self.speaks:
             append_event(
                 self.paths.events,

@@ -1,4 +1,4 @@
-"""The machine and the libraries of an attempt: precision, switches of PyTorch, memory, and what is recorded of them."""
+"""Hardware and libraries of an attempt: precision, switches of PyTorch, memory, and the record of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cifar_hpc.config.spec import Spec
 
 
 def resolve_amp(spec: Spec, device: torch.device) -> str:
-    """bf16, fp16 or fp32: what train.amp means on this device."""
+    """Return the precision on this device: bf16, fp16 or fp32."""
     if spec.train.amp != "auto":
         return spec.train.amp
     if device.type == "cuda":
@@ -25,12 +25,12 @@ def resolve_amp(spec: Spec, device: torch.device) -> str:
 
 
 def configure_torch(spec: Spec, device: torch.device) -> None:
-    """Global switches of PyTorch that decide about the bits."""
+    """Set the global switches of PyTorch that influence the bits, and keep freed memory on a CPU."""
     if spec.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if spec.train.compile:
             torch.use_deterministic_algorithms(True)
-        else:  # the same for all but torch.compile, which the other call imports: most of a second
+        else:  # the same, without importing torch.compile's modules, which takes most of a second
             torch.set_deterministic_debug_mode("error")
         # Every buffer is written before it is read, so filling them first would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
 
 
 def describe_environment(spec: Spec, device: torch.device) -> dict[str, Any]:
-    """What, beside the spec, the bits depend on."""
+    """Return all that the bits depend on beside the spec and the data."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device)
@@ -64,14 +64,13 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed, instead of giving it back and asking for it again.
+    """Make malloc keep freed memory instead of returning it to the kernel (mallopt(3)).
 
-    A training step on a CPU frees and allocates gigabytes of activations. glibc maps each large one anew, and the
-    kernel fills it with zeros page by page, which took a third of a step (mallopt(3)). The process then keeps the
-    memory of its largest moment.
+    A training step on a CPU frees and allocates gigabytes of activations. glibc maps each large block again, and the
+    kernel fills it with zeros page by page, which took a third of a step. With this the process keeps its peak memory.
 
     Returns:
-        Whether that is possible here; elsewhere than in glibc it is not, and changes nothing.
+        False where it is not possible, without glibc; then nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -80,7 +79,7 @@ def keep_freed_memory() -> bool:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor's name, and the versions of what computes beside PyTorch; null where one is not known."""
+    """Return the processor's name, and versions of the software beside PyTorch; None for an unknown one."""
     return {
         "processor": processor_name(),
         "cifar_hpc": __version__,
@@ -90,7 +89,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """As /proc/cpuinfo calls the first processor (proc_cpuinfo(5)); None where it does not say."""
+    """Return the first processor's name in /proc/cpuinfo (proc_cpuinfo(5)); None if it has none."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Evaluation on the averaged or slow weights, the same figures for every number of ranks."""
+"""Evaluation of the averaged or slow weights, with the same figures for every number of ranks."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.training.engine import Engine
 
 BATCH = 500
-# Called once a round on every rank, with a text for the log; true if all ranks are to stop.
-Round = Callable[[str], bool]
+# Called between batches on every rank, with a text for the log. True if all ranks stop.
+Between = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Mean test loss (label smoothing as in training), test accuracy in %, and the buffers they were made with."""
+    """Mean test loss (label smoothing as in training), test accuracy in %, and the BatchNorm buffers used for them."""
 
     loss: float
     accuracy: float
     buffers: dict[str, Tensor]
 
 
-def evaluate(engine: Engine, epoch: int, between: Round) -> Result | None:
+def evaluate(engine: Engine, epoch: int, between: Between) -> Result | None:
     """Evaluate `engine.evaluated_weights` on the test set. Collective.
 
-    BatchNorm statistics belong to the weights and the size of images they were measured under. The running ones follow
-    the fast weights on training's images, so under averaged or slow weights, or where training's images are smaller
-    (resizing), they are measured again over lookahead.bn_batches training batches, augmented as in training but whole
-    and not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). The running ones come back
-    after.
+    BatchNorm statistics are valid for the weights and the image size they were measured with. The running ones follow
+    the fast weights on training's images. For averaged or slow weights, and where training's images are smaller
+    (resizing), statistics are therefore estimated over lookahead.bn_batches training batches, augmented as in training
+    but in full size and not mixed, without dropout (Izmailov et al. 2018, arXiv:1803.05407, section 3.2). Afterwards
+    the running ones are restored.
 
     Returns:
-        The result, or None where `between` said to stop.
+        The result, or None if `between` returned true.
     """
     engine.share_buffers()
     with torch.no_grad(), engine.evaluated_weights(), _kept_buffers(engine):
@@ -68,8 +68,8 @@ def _kept_buffers(engine: Engine) -> Iterator[None]:
             buffer.copy_(saved[name])
 
 
-def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
-    """Set the running statistics to the mean over training batches; False if `between` said to stop."""
+def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
+    """Set the running statistics to the mean over training batches. False if `between` returned true."""
     spec, layout = engine.spec, engine.layout
     size = min(spec.train.batch_size, len(engine.data.train_images))
     batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
@@ -81,7 +81,7 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
     momenta = [n.momentum for n in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0  # the running statistics become the batch's own
+        norm.momentum = 1.0  # the running statistics become those of the batch
     engine.model.set_update_statistics(True)
     try:
         for first in range(0, batches, layout.world_size):
@@ -114,8 +114,8 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Round) -> bool:
     return True
 
 
-def _test_sums(engine: Engine, between: Round) -> Tensor | None:
-    """float64 [2] on the host: summed loss and correct predictions of the test set; None if `between` said stop."""
+def _test_sums(engine: Engine, between: Between) -> Tensor | None:
+    """Return the summed loss and correct predictions over the test set, float64 [2] on the host; None after a stop."""
     images, labels, layout = engine.data.test_images, engine.data.test_labels, engine.layout
     batches = -(-len(images) // BATCH)
     table = torch.zeros(batches, 2, dtype=torch.float64, device=engine.device)

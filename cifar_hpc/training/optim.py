@@ -28,10 +28,10 @@ class SGD(torch.optim.SGD):
 
 
 def build_sgd(model: nn.Module, spec: OptimizerSpec) -> SGD:
-    """SGD over all parameters of `model`, in the model's order, with weight decay on all or on those of layers alone.
+    """Return SGD over all parameters of `model`, in the model's order, with weight decay on all or on layers only.
 
-    Parameters of one dimension are BatchNorm's and biases. To spare them in a group of their own would change the order
-    of parameters, in which checkpoints hold momentum and slow weights.
+    Parameters of one dimension are BatchNorm's and biases. A group of their own without decay would change the order of
+    parameters, in which checkpoints hold momentum and slow weights.
     """
     decay = spec.weight_decay if spec.decay_all else 0.0
     sgd = SGD(model.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=decay, nesterov=spec.nesterov)
@@ -54,8 +54,8 @@ class Lookahead(Optimizer):
     parameters at construction. `param_groups` and `state` are the inner optimizer's own, so learning rate schedulers
     and GradScaler act on it directly. A step that GradScaler skips never reaches `step`, and so does not count.
 
-    BatchNorm statistics are not parameters: they follow the fast weights' activations. Whoever evaluates under
-    `slow_weights` decides what to do about them (`evaluation.py` re-estimates them).
+    BatchNorm statistics are not parameters: they follow the fast weights' activations. Code that evaluates under
+    `slow_weights` has to provide others (`evaluation.py` estimates them).
 
     Args:
         inner: any torch optimizer, already constructed.
@@ -90,7 +90,7 @@ class Lookahead(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of the fast weights and, at every k-th, a sync."""
+        """Update the fast weights and, at every k-th update, sync."""
         loss = self.inner.step(closure) if closure is not None else self.inner.step()
         self.counter += 1
         if self.counter % self.k == 0:
@@ -103,7 +103,7 @@ class Lookahead(Optimizer):
         torch._foreach_copy_(fast, self._slow)
 
     def slow_weights(self) -> AbstractContextManager[None]:
-        """Within the context the parameters hold the slow weights; afterwards the fast ones again, bit for bit."""
+        """Put the slow weights into the parameters for the context. Afterwards the fast ones are back, bit for bit."""
         return replaced(self._parameters(), self._slow)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -111,16 +111,16 @@ class Lookahead(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer; its slow weights start as its parameters are now."""
+        """Add a group to the inner optimizer. Its slow weights start as a copy of its parameters."""
         if any(param_group is g for g in self.inner.param_groups):
-            self.param_groups.append(param_group)  # the base class taking over the inner groups
+            self.param_groups.append(param_group)  # called by the base class for the inner groups
             return
         self.inner.add_param_group(param_group)
         self._share_inner()
         self._slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """{"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates so far, "k", "alpha"}."""
+        """Return {"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates, "k", "alpha"}."""
         return {
             "inner": self.inner.state_dict(),
             "slow": list(self._slow),
@@ -130,15 +130,15 @@ class Lookahead(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, by copy.
+        """Copy a saved state into this optimizer.
 
         Raises:
-            ValueError: where the slow weights' number or shapes do not fit the parameters.
+            ValueError: number or shapes of the slow weights do not fit the parameters.
         """
         shapes = [s.shape for s in self._slow]
         if [s.shape for s in state_dict["slow"]] != shapes:
             raise ValueError("the slow weights' shapes do not fit the parameters")
-        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # by itself torch would share the momentum
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # torch itself would share the momentum
         self._share_inner()
         with torch.no_grad():
             for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
@@ -148,7 +148,7 @@ class Lookahead(Optimizer):
 
 @contextmanager
 def replaced(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
-    """Within the context `parameters` hold `values`; afterwards their own again, bit for bit."""
+    """Put `values` into `parameters` for the context. Afterwards their own are back, bit for bit."""
     with torch.no_grad():
         own = [p.detach().clone() for p in parameters]
         torch._foreach_copy_(parameters, values)
@@ -160,14 +160,14 @@ def replaced(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
 
 
 class WeightAverage:
-    """The average of `parameters`, which begins as their clone.
+    """Exponential moving average of `parameters`, which starts as their clone.
 
     After update number n it is average + (1 - d) * (weights - average) with d = min(decay, (1 + n) / (10 + n)), so that
-    the initial weights, which mean nothing, are soon forgotten (tf.train.ExponentialMovingAverage, num_updates).
+    the random initial weights soon lose their influence (tf.train.ExponentialMovingAverage, num_updates).
 
     Args:
-        parameters: of the model, whose values others change.
-        decay: share that an update keeps, in (0, 1).
+        parameters: of the model, which an optimizer changes.
+        decay: share of the average that an update keeps, in (0, 1).
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
@@ -179,16 +179,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the weights as they are after update number `updates`, from 1."""
+        """Include the weights after update number `updates`, counted from 1."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_add_(self.average, torch._foreach_sub(self._parameters, self.average), alpha=1 - decay)
 
     @torch.no_grad()
     def load(self, average: Sequence[Tensor]) -> None:
-        """Take over a saved average, by copy.
+        """Copy a saved average into this one.
 
         Raises:
-            ValueError: where its shapes do not fit.
+            ValueError: its shapes do not fit.
         """
         if [a.shape for a in average] != [a.shape for a in self.average]:
             raise ValueError("the averaged weights' shapes do not fit the parameters")
@@ -196,5 +196,5 @@ class WeightAverage:
             mine.copy_(saved)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Within the context the parameters hold the average; afterwards their own values again, bit for bit."""
+        """Put the average into the parameters for the context. Afterwards their own values are back, bit for bit."""
         return replaced(self._parameters, self.average)

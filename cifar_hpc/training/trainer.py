@@ -163,27 +163,33 @@ class Trainer:
 
     def _end_epoch(self) -> bool:
         """Evaluate, add the epoch's row, save. False if all ranks agreed to stop during the evaluation."""
-        position, engine = self.position, self.engine
-        engine.check_finite()
-        sums = engine.epoch_sums()
+        self.engine.check_finite()
+        sums = self.engine.epoch_sums()
         self._tick()
         began = time.monotonic()
-        result = evaluate(engine, position.epoch, self._between_batches)
+        result = evaluate(self.engine, self.position.epoch, self._between_batches)
         if result is None:
             return False
-        position.history.append(self._row(sums, result, time.monotonic() - began))
+        row = self._row(sums, result, time.monotonic() - began)
+        best = self._complete_epoch(row)
+        if self.store is not None:
+            self._report_epoch(row)
+        epoch = self.position.epoch
+        if best or epoch == self.spec.train.epochs or epoch % self.spec.checkpoint.every_epochs == 0:
+            self.save(slow_buffers=result.buffers, best=best, queue=True)
+        return True
+
+    def _complete_epoch(self, row: dict[str, Any]) -> bool:
+        """Move the position to the start of the next epoch. True if this epoch is the best one so far."""
+        position = self.position
+        position.history.append(row)
         position.epoch += 1
         position.step_in_epoch, position.epoch_seconds = 0, 0.0
+        self.engine.sums.zero_()
         self._clock = time.monotonic()
-        engine.sums.zero_()
-        best = result.accuracy > position.best["test_accuracy"]
-        if best:
-            position.best = {"epoch": position.epoch, "test_accuracy": result.accuracy}
-        if self.store is not None:
-            self._report_epoch(position.history[-1])
-        last = position.epoch == self.spec.train.epochs
-        if last or best or position.epoch % self.spec.checkpoint.every_epochs == 0:
-            self.save(slow_buffers=result.buffers, best=best, queue=True)
+        if row["test_accuracy"] <= position.best["test_accuracy"]:
+            return False
+        position.best = {"epoch": position.epoch, "test_accuracy": row["test_accuracy"]}
         return True
 
     def _between_batches(self, text: str) -> bool:

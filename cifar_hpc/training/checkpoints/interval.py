@@ -52,17 +52,12 @@ def mean_time_to_loss(seen: Losses) -> float:
     return min(mean, PRIOR_MEAN_SECONDS)
 
 
-def young(cost: float, mean: float) -> float:
-    """Return Young's optimum in seconds, for a checkpoint's cost and the mean time between losses in seconds."""
-    return math.sqrt(2 * cost * mean)
-
-
 def daly(cost: float, mean: float) -> float:
     """Return Daly's optimum in seconds of training between two checkpoints, without the cost of a checkpoint."""
     if cost >= 2 * mean:
         return mean
     ratio = cost / (2 * mean)
-    return young(cost, mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+    return math.sqrt(2 * cost * mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
 
 
 @dataclass(frozen=True)

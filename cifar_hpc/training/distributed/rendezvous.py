@@ -1,4 +1,4 @@
-"""Processes of a run: who they are, how they find each other, and on which device they compute."""
+"""Rendezvous of a run's processes: they find rank 0, form the process group, and choose their devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -24,19 +25,19 @@ from cifar_hpc.training.process import Launch
 from cifar_hpc.training.signals import StopFlag
 
 RENDEZVOUS_SECONDS = 300
-# Ranks that are told to stop before all have met wait for the others this much longer, so as to leave together.
+# After a stop request before all ranks have met, they wait for the others so much longer, to leave together.
 STOP_ALONE_SECONDS = 30
-# Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds what is stuck.
+# Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds hangs.
 TIMEOUT = timedelta(minutes=60)
 
 _BEGIN, _STOP = "begin", "stop"
 
 
 def resolve_device(spec: Spec, local_rank: int) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Raises:
-        RunFailedError: where GPUs were asked for and CUDA is not usable; training never moves to the CPU unasked.
+        RunFailedError: the spec asks for GPUs, and CUDA is not usable. Training never falls back to the CPU.
     """
     wanted, gpus = spec.train.device, spec.resources.gpus_per_node
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
@@ -68,17 +69,17 @@ def resolve_device(spec: Spec, local_rank: int) -> torch.device:
 
 
 def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
-    """Find the other processes: the store that all of them share; None for one process.
+    """Find the other processes. Return the TCPStore that all of them share; None for a single process.
 
     Raises:
-        RanksLostError: where rank 0 is not found within RENDEZVOUS_SECONDS.
-        Interrupted: where this process is told to stop meanwhile.
+        RanksLostError: rank 0 was not found within RENDEZVOUS_SECONDS.
+        Interrupted: there was a stop request meanwhile.
     """
     if launch.world_size == 1:
         return None
     if launch.rendezvous is None:
         if launch.rank != 0:
-            _wait_for_rank_0(stop)  # the store's own constructor would wait without heeding `stop`
+            _wait_for_rank_0(stop)  # TCPStore's constructor would wait and ignore `stop`
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
         return store  # type: ignore[no-any-return]
     if launch.rank == 0:
@@ -87,16 +88,16 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
 
 
 def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: Board, stop: StopFlag) -> None:
-    """Start the default process group (NCCL or gloo); nothing to do for one process.
+    """Start the default process group (NCCL or gloo), unless there is a single process.
 
     Raises:
-        RanksLostError: where another rank fails, or does not come up within RENDEZVOUS_SECONDS.
-        Interrupted: where this process is told to stop before all have come up.
+        RanksLostError: another rank failed, or did not come up within RENDEZVOUS_SECONDS.
+        Interrupted: there was a stop request before all ranks had come up.
     """
     if store is None:
         return
-    # DDP needs it. Imported later, modules would take the default group for that of their functions' default arguments,
-    # and so keep it, with its threads, beyond `disconnect`.
+    # DDP needs it. If it were imported later, default arguments of its functions would hold the default group, and so
+    # keep the group's threads alive beyond `disconnect`.
     import torch._dynamo  # noqa: F401
 
     _wait_for_all(store, launch, board, stop)
@@ -116,13 +117,13 @@ def connect(launch: Launch, device: torch.device, store: dist.Store | None, boar
 
 
 def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFlag) -> None:
-    # Setting up a process group waits for missing ranks without end; one that has failed or was told to stop on its
-    # way here must not hold the others' GPUs.
+    # Setting up a process group waits for missing ranks without end. A rank that failed or stopped on its way here
+    # must not block the others' GPUs.
     store.set(f"here/{launch.rank}", "")
     missing = [f"here/{rank}" for rank in range(launch.world_size)]
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while missing := [key for key in missing if not store.check([key])]:
-        # Whoever comes first decides for all: a rank that left by itself would be missed in the middle of the set-up.
+        # The first rank to set the key decides for all: one that left alone would be missed during the set-up.
         if (stop.requested and board.settle(_BEGIN, _STOP) == _STOP) or board.ask(_BEGIN) == _STOP:
             _leave_together(store, launch)
         if (failure := board.failure()) is not None:
@@ -139,41 +140,36 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
 
 def _leave_together(store: dist.Store, launch: Launch) -> NoReturn:
     store.set(f"heard/{launch.rank}", "")
-    # The store goes with rank 0. Under Slurm, whose grace time is short, the requeue ends the others anyway.
+    # The store ends with rank 0. Under Slurm, with its short grace time, the requeue ends the others anyway.
     deadline = time.monotonic() + (STOP_ALONE_SECONDS if launch.rank == 0 and launch.scheduler != "slurm" else 0)
     heard = [f"heard/{rank}" for rank in range(launch.world_size)]
-    while time.monotonic() < deadline and not store.check(heard):  # in this order: to the others it may be gone already
+    while time.monotonic() < deadline and not store.check(heard):  # in this order: for the others it may be gone
         time.sleep(0.05)
     raise Interrupted
 
 
-class _Patience:
-    """For how long a rank looks for rank 0, which may have been told to stop, too, and be gone already."""
+def _until_found(stop: StopFlag) -> Iterator[None]:
+    """Yield every 50 ms for RENDEZVOUS_SECONDS, while a rank looks for rank 0.
 
-    def __init__(self, stop: StopFlag) -> None:
-        self.stop, self.end, self.told = stop, time.monotonic() + RENDEZVOUS_SECONDS, 0.0
-
-    def is_over(self) -> bool:
-        """Whether rank 0 should have been found by now.
-
-        Raises:
-            Interrupted: this rank was told to stop STOP_ALONE_SECONDS ago.
-        """
-        now = time.monotonic()
-        if self.stop.requested:
-            self.told = self.told or now
-            if now - self.told > STOP_ALONE_SECONDS:
-                raise Interrupted
-        return now > self.end
+    Raises:
+        Interrupted: STOP_ALONE_SECONDS after a stop request, since rank 0 may have had it, too, and be gone already.
+    """
+    end = time.monotonic() + RENDEZVOUS_SECONDS
+    while time.monotonic() < end:
+        yield
+        if stop.requested:
+            end = min(end, time.monotonic() + STOP_ALONE_SECONDS)
+        time.sleep(0.05)
+    if stop.requested:
+        raise Interrupted
 
 
 def _wait_for_rank_0(stop: StopFlag) -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = _Patience(stop)
-    while not _reachable(*address):
-        if patience.is_over():
-            raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
-        time.sleep(0.05)
+    for _ in _until_found(stop):
+        if _reachable(*address):
+            return
+    raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
 
 
 def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
@@ -188,8 +184,7 @@ def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
 
 
 def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
-    patience = _Patience(stop)
-    while not patience.is_over():
+    for _ in _until_found(stop):
         list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())
@@ -198,10 +193,9 @@ def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
                     store = dist.TCPStore(
                         host, address["port"], launch.world_size, False, TIMEOUT, wait_for_workers=False
                     )
-                    # The file may be left over from an attempt that was killed, and its port be somebody else's now.
+                    # The file may be left over from a killed attempt, and another process may use its port now.
                     if store.check([address["token"]]):
                         return store
-        time.sleep(0.05)
     raise RanksLostError(
         f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within "
         f"{RENDEZVOUS_SECONDS} s through {path}. HINT: is the folder shared between the nodes?"
@@ -209,16 +203,16 @@ def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
 
 
 def clear_rendezvous(folder: Path) -> None:
-    """Remove what starts that were killed have left in `folder`; only for the holder of the run's lock."""
+    """Remove the files of killed attempts from `folder`. Only for the holder of the run's lock."""
     for path in folder.glob("*"):
         path.unlink(missing_ok=True)
 
 
 def _addresses() -> list[str]:
-    """Names and addresses of this host, the most general first."""
+    """Return names and addresses of this host, the most general first."""
     host = socket.gethostname()
     found = [host]
-    with contextlib.suppress(OSError):  # a host may not resolve its own name; its peers may, or share its loopback
+    with contextlib.suppress(OSError):  # a host may fail to resolve its own name
         found += sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     return [*found, "127.0.0.1"]
 
@@ -232,11 +226,11 @@ def _reachable(host: str, port: int) -> bool:
 
 
 def disconnect() -> None:
-    """End the process groups of a run that came to its end, with their threads.
+    """End the process groups of a finished run, with their threads.
 
     A gloo thread that still frees a tensor while the interpreter shuts down aborts the process (SIGABRT instead of exit
-    status 0). Its threads end with the last reference to its group, so the caller must hold none (engine, agreement).
+    status 0). The threads end with the last reference to their group, so the caller must hold none (engine, agreement).
     """
     if dist.is_initialized():
-        gc.collect()  # DDP stands in reference cycles
+        gc.collect()  # DDP is part of reference cycles
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Logical shards: a global batch in a fixed number of parts, whose gradients are added in one fixed order."""
+"""Logical shards: a global batch is cut into a fixed number of parts, whose gradients are added in a fixed order."""
 
 # No postponed annotations here: DDP reads those of the hook and wants the classes themselves.
 
@@ -15,7 +15,7 @@ from cifar_hpc.errors import RunFailedError
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Which rank computes which shards: consecutive ones, as even as can be, rank 0 always shard 0."""
+    """Assignment of shards to ranks: consecutive ones, as even as possible, shard 0 always on rank 0."""
 
     shards: int
     world_size: int
@@ -30,7 +30,7 @@ class ShardLayout:
             )
 
     def of_rank(self, rank: int) -> range:
-        """The shards of `rank`."""
+        """Return the shards of `rank`."""
         return range(rank * self.shards // self.world_size, (rank + 1) * self.shards // self.world_size)
 
     @property
@@ -39,24 +39,24 @@ class ShardLayout:
         return self.of_rank(self.rank)
 
     def chunk(self, rank: int, size: int) -> slice:
-        """The part that `rank` adds up of rows of `size` elements."""
+        """Return the part of rows of `size` elements that `rank` adds up."""
         return slice(rank * size // self.world_size, (rank + 1) * size // self.world_size)
 
     def bounds(self, shard: int, size: int) -> slice:
-        """The rows of `shard` in a global batch of `size` images."""
+        """Return the rows of `shard` in a global batch of `size` images."""
         return slice(shard * size // self.shards, (shard + 1) * size // self.shards)
 
 
 class ShardSum:
-    """A sum of rows in shard order over all ranks, while it is under way.
+    """A sum of rows over all ranks, in shard order, in progress.
 
     Each rank adds up one chunk of all shards' rows and sends the sum to the others: with one shard a rank, the traffic
-    of a ring all-reduce. Messages of several sums may be under way at once, as long as all ranks begin and `add` them
-    in one order. The rows travel from where they lie and the sum takes the place of the last: nothing is copied.
+    of a ring all-reduce. Several sums may be in progress at once, as long as all ranks begin and `add` them in the same
+    order. Rows are sent from where they are in memory, and the sum replaces the last one: nothing is copied.
 
     Args:
         rows: [n] each, this rank's shards; contiguous. All of them are overwritten.
-        received: at least `room(n, layout)` elements for what the others send.
+        received: at least `room(n, layout)` elements, for the other ranks' rows.
     """
 
     def __init__(self, rows: Sequence[Tensor], layout: ShardLayout, received: Tensor) -> None:
@@ -76,12 +76,12 @@ class ShardSum:
 
     @staticmethod
     def room(size: int, layout: ShardLayout) -> int:
-        """Elements that a rank receives for a sum of rows of `size` elements."""
+        """Return the number of elements that a rank receives for a sum of rows of `size` elements."""
         chunk = layout.chunk(layout.rank, size)
         return (layout.shards - len(layout.mine)) * int(chunk.stop - chunk.start)
 
     def add(self) -> None:
-        """Add up this rank's chunk, once the others' rows have come, and send it to them."""
+        """Wait for the others' rows, add up this rank's chunk, and send it to them."""
         self._wait()
         total, target = self._parts[0], self._total[self._chunks[self.layout.rank]]
         last = self.layout.shards - 1
@@ -92,7 +92,7 @@ class ShardSum:
         )
 
     def result(self) -> Tensor:
-        """[n], the same bits on every rank, for every number of ranks; on CUDA once the current stream is there."""
+        """Return the sum, [n], the same bits for every number of ranks; on CUDA in the order of the current stream."""
         self._wait()
         return self._total
 
@@ -103,18 +103,18 @@ class ShardSum:
 
 
 def _exchange(receive: Sequence[tuple[Tensor, int]], send: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
-    """Begin to receive and to send (tensor, rank) pairs. Between two ranks, messages are matched in their order."""
+    """Start to receive and send (tensor, rank) pairs. Between two ranks, messages are matched in their order."""
     messages = [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in receive if len(tensor)]
     messages += [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in send if len(tensor)]
     return dist.batch_isend_irecv(messages) if messages else []
 
 
 class ShardReducer:
-    """A DDP communication hook that joins a rank's kept shard gradients with the last one's.
+    """A DDP communication hook that adds the gradients of all shards in shard order.
 
-    For each step: `keep` after each shard but the last of this rank, run under DDP's `no_sync`; then the last
-    shard's backward pass calls the hook for one bucket after the other. A bucket's rows travel while the backward pass
-    computes the next bucket; they are added when that is there.
+    In each step: `keep` after each shard of this rank but the last, run under DDP's `no_sync`. Then the last shard's
+    backward pass calls the hook for each bucket. A bucket's rows are sent while the backward pass computes the next
+    bucket, and added when that one is complete.
     """
 
     def __init__(self, model: DistributedDataParallel, layout: ShardLayout) -> None:
@@ -122,14 +122,14 @@ class ShardReducer:
         self._parameters = list(model.parameters())
         self._kept: list[dict[Tensor, Tensor]] = []
         self._under_way: list[tuple[ShardSum, torch.futures.Future[Tensor]]] = []
-        self._buffers: dict[int, Tensor] = {}  # by bucket; memory that is new in each step costs page faults
+        self._buffers: dict[int, Tensor] = {}  # by bucket; new memory in each step would cost page faults
         device = self._parameters[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
         model.register_comm_hook(state=None, hook=self._hook)
 
     def keep(self) -> None:
-        """Set this shard's gradients aside and clear the parameters' ones."""
+        """Set this shard's gradients aside and clear those of the parameters."""
         kept: dict[Tensor, Tensor] = {}
         for parameter in self._parameters:
             assert parameter.grad is not None
@@ -138,13 +138,13 @@ class ShardReducer:
         self._kept.append(kept)
 
     def end_step(self) -> None:
-        """Forget the kept gradients; the hook has used them."""
+        """Drop the kept gradients, which the hook has used."""
         self._kept.clear()
 
     def _hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if self._stream is None:
             return self._reduce(bucket, torch.futures.Future())
-        # On CUDA the sum runs on a stream of its own, beside the rest of the backward pass.
+        # On CUDA the sum runs on a stream of its own, in parallel with the rest of the backward pass.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             return self._reduce(bucket, torch.futures.Future(devices=[self._device]))
@@ -162,10 +162,10 @@ class ShardReducer:
         return future
 
     def _rows(self, bucket: dist.GradBucket) -> tuple[list[Tensor], Tensor]:
-        """This rank's shards, each row laid out in memory like the bucket, which is the last; and room to receive.
+        """Return this rank's rows in the memory layout of the bucket, which is the last one, and a buffer to receive.
 
-        DDP lays a gradient out with its parameter's strides (channels_last ones, too), but `bucket.gradients()` shows
-        the same memory with contiguous strides: only the offsets of those views are to be trusted.
+        DDP stores a gradient with its parameter's strides, also with channels_last ones, but `bucket.gradients()` shows
+        the same memory with contiguous strides: only the offsets of those views are right.
         """
         last = bucket.buffer()
         size, kept = last.numel(), len(self._kept)
