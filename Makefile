@@ -1,6 +1,7 @@
 # make setup        .venv with what requirements.txt lists; TORCH=keep uses the PyTorch that is already there
 # make demo         a run from end to end on this machine, with a preemption on the way
 # make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
+# make test-quick   the tests that need no process of their own: about a minute, and no Slurm
 # make lint         ruff and mypy
 # make bench        everything beside what one would run instead: a table, JSON, a chart in docs/; QUICK=1 for a glance
 # make cluster-up   a real one-machine Slurm to play with; make cluster-down stops it
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench cluster-up cluster-down slurm-packages clean
+.PHONY: setup demo test test-quick lint bench cluster-up cluster-down slurm-packages clean
 
 setup: .venv/.run
 	@echo "ready: . .venv/bin/activate"
@@ -18,6 +19,9 @@ demo: .venv/.run
 
 test: .venv/.dev slurm-packages
 	$(BIN)/python -m tests.side_by_side
+
+test-quick: .venv/.dev
+	$(BIN)/python -m pytest -m "not process"
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import Ranks
+from helpers import TESTS, Ranks
 from processes import Runs
 
 from cifar_hpc.training.signals import STOP_SIGNALS
@@ -53,3 +56,70 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     for process in made.processes:
         process.kill()
         process.wait()
+
+
+# ------------------------------------------------------------------------------------------- which tests run where
+
+STARTING = {"ranks", "runs", "tiny_run"}  # fixtures that start processes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=Path, help="a folder: run the modules that no other pytest that has it has begun")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses a fixture that starts processes, or a real Slurm."""
+    for item in items:
+        if STARTING.intersection(getattr(item, "fixturenames", ())) or item.get_closest_marker("slurm"):
+            item.add_marker("process")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With --share: run a module after the other, those that start processes first since they take longest."""
+    folder = session.config.option.share
+    if folder is None or session.testsfailed:
+        return None
+    modules = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    modules.sort(key=lambda items: -sum("process" in item.keywords for item in items))
+    mine = (item for items in modules if begin(folder, items[0].path) for item in items)
+    item = next(mine, None)
+    while item is not None:
+        following = next(mine, None)  # decides which fixtures end with this test
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True
+
+
+def begin(folder: Path, module: Path) -> bool:
+    """Whether no other pytest has begun this module; from now on, none does."""
+    try:
+        (folder / module.relative_to(TESTS).as_posix().replace("/", "-")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def watch_starts(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: only tests that are marked may start Python."""
+    if event == "os.fork" or (event == "subprocess.Popen" and arguments[0] == sys.executable):
+        assert running is None or "process" in running.keywords, f"{running.nodeid} is to be marked with process"
+
+
+running: pytest.Item | None = None
+sys.addaudithook(watch_starts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global running
+    running = item
+    try:
+        return (yield)
+    finally:
+        running = None

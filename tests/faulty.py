@@ -1,23 +1,19 @@
 """A run in a process of its own, to whose storage something happens right before given steps.
 
-The processes are forked from a server that has imported torch once (multiprocessing's forkserver), so a start costs
-little. Before each step the run waits for its checkpoint to be written, so what a fault meets depends on no timing.
+Before each step the run waits for its checkpoint to be written, so what a fault meets depends on no timing.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
+import nursery
 import torch
+from interrupted import remember_stores, settle
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.training import trainer
@@ -25,10 +21,8 @@ from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.engine import Engine
 
-TESTS = Path(__file__).parent
 LIMIT_SECONDS = 200  # only bounds how long a hang lasts
 Faults = Mapping[int | str, Callable[[], object]]
-stores: list[CheckpointStore] = []
 released = threading.Event()
 
 
@@ -40,39 +34,18 @@ def start(root: Path, name: str, faults: Faults, out: Path | None = None) -> int
             "evaluate:E" before the evaluation of epoch E, counted from 0.
         out: where the process's output is appended.
     """
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server looks for what to preload there only
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))
-        context.set_forkserver_preload(["faulty", "torchvision.datasets.folder", "cifar_hpc.data.synthetic"])
-        multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
-    process = context.Process(target=_train, args=(root, name, dict(faults), out or root / f"{name}.out"))
-    process.start()
-    process.join(LIMIT_SECONDS)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    status = process.exitcode
-    process.close()
-    assert status is not None
-    return status
+    environment = os.environ | nursery.THREADS | {"CIFAR_HPC_ROOT": str(root)}
+    what = nursery.Start(_train, (root, name, dict(faults)), environment, out or root / f"{name}.out")
+    (process,) = nursery.start([what])
+    return process.wait(LIMIT_SECONDS)
 
 
-def _train(root: Path, name: str, faults: dict[int | str, Callable[[], object]], out: Path) -> None:
-    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.environ |= {"CIFAR_HPC_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    init, step, run, evaluate = CheckpointStore.__init__, Engine.step, Attempt.run, trainer.evaluate
-
-    def remember(self: CheckpointStore, *args: Any) -> None:
-        init(self, *args)
-        stores.append(self)
+def _train(root: Path, name: str, faults: dict[int | str, Callable[[], object]]) -> int:
+    step, run, evaluate = Engine.step, Attempt.run, trainer.evaluate
 
     def reach(place: int | str) -> None:
-        for store in stores:
-            while store.busy and released.is_set():
-                time.sleep(0.001)
+        if released.is_set():
+            settle()
         if fault := faults.get(place):
             fault()
 
@@ -90,10 +63,10 @@ def _train(root: Path, name: str, faults: dict[int | str, Callable[[], object]],
 
     released.set()
     Attempt.run = faulty_run  # type: ignore[method-assign]
-    CheckpointStore.__init__ = remember  # type: ignore[method-assign]
+    remember_stores()
     Engine.step = faulty_step  # type: ignore[method-assign]
     trainer.evaluate = faulty_evaluate
-    sys.exit(main(["train", str(root / "job.yaml"), "--name", name]))
+    return main(["train", str(root / "job.yaml"), "--name", name])
 
 
 def block_writing() -> None:

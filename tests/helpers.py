@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import nursery
 import torch
 import torch.distributed as dist
 
@@ -25,6 +25,7 @@ from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch
 
+PROJECT, TESTS = nursery.PROJECT, nursery.TESTS  # their folders
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
     "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "dropout": 0.1},
@@ -72,16 +73,16 @@ class Ranks:
     """Real processes that are started once and then run functions together, as the ranks of a gloo group."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+        environment = {**os.environ, **nursery.THREADS, "GLOO_SOCKET_IFNAME": "lo"}
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._folder = tempfile.TemporaryDirectory()
+        with Listener(f"{self._folder.name}/socket", "AF_UNIX") as listener:
+            for rank in range(size):
+                out = Path(self._folder.name) / f"{rank}.out"
+                start = nursery.Start(_serve, (rank, str(listener.address)), environment, out)
+                self._processes += nursery.start([start])
+                self._pipes.append(listener.accept())
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, group: bool = True) -> list[Any]:
         """What `function(rank, world, *args)` returned on each rank; an error of any rank fails the test.
@@ -106,15 +107,12 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(10)
-            process.kill()
-            process.join()
-            process.close()
+            process.wait(10)
+        self._folder.cleanup()
 
 
-def _serve(rank: int, pipe: Connection) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
+def _serve(rank: int, address: str) -> None:
+    pipe = Client(address)
     while True:
         try:
             world, function, args, store = pipe.recv()

@@ -1,5 +1,7 @@
 """python -m cifar_hpc ..., with a signal to itself at one precise place: no test has to guess a moment.
 
+Before it, the process waits for its checkpoints to be written, so that no outcome depends on the disk.
+
 INTERRUPT=SIGNAL@step:N       before step N (counted from 0)
 INTERRUPT=SIGNAL@evaluate:E   before the evaluation of epoch E (counted from 0)
 INTERRUPT=SIGNAL@step:N/RANK  the same, on that rank only
@@ -14,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +24,27 @@ import torch
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.training import trainer
+from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.engine import Engine
+
+stores: list[CheckpointStore] = []  # those of this process
+
+
+def remember_stores() -> None:
+    """From now on `settle` knows each store that is made."""
+    init = CheckpointStore.__init__
+
+    def remember(self: CheckpointStore, *args: Any) -> None:
+        init(self, *args)
+        stores.append(self)
+
+    CheckpointStore.__init__ = remember  # type: ignore[method-assign]
+
+
+def settle() -> None:
+    """Wait until every checkpoint is written."""
+    while any(store.busy for store in stores):
+        time.sleep(0.001)
 
 
 def fault(name: str) -> None:
@@ -40,12 +63,14 @@ def interrupt(rule: str) -> None:
     name, place, number, rank = match.groups()
     if rank is not None and rank != os.environ.get("RANK", "0"):
         return
+    remember_stores()
 
     def before(owner: Any, attribute: str, count: int) -> None:
         original: Callable[..., Any] = getattr(owner, attribute)
 
         def wrapper(*args: Any) -> Any:
             if args[count] == int(number):
+                settle()
                 fault(name)
             return original(*args)
 
@@ -57,9 +82,15 @@ def interrupt(rule: str) -> None:
         before(trainer, "evaluate", 1)  # (engine, epoch, between)
 
 
-if __name__ == "__main__":
+def play(arguments: list[str]) -> int:
+    """Run the command with what the environment asks for; returns its exit status."""
+    sys.argv = [__file__, *arguments]
     if rule := os.environ.get("INTERRUPT"):
         interrupt(rule)
     if scale := os.environ.get("INITIAL_SCALE"):
         torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=float(scale))
-    sys.exit(main())
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(play(sys.argv[1:]))

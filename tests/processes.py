@@ -1,30 +1,31 @@
-"""Runs as their users start them: one process a rank, each importing everything anew."""
+"""Runs as their users start them, one process a rank: forks of the nursery, which cost no import."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import interrupted
+import nursery
 import yaml
-from helpers import TINY
+from helpers import PROJECT, TINY
 
 from cifar_hpc.config.io import merge
 from cifar_hpc.runs.logs import read_jsonl
 
-TESTS = Path(__file__).parent
-SCRIPT = TESTS / "interrupted.py"
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # by the signal that a rank got
 # 264 images are 8 whole batches and one of 8 images: 9 steps an epoch, 18 in all; Lookahead syncs every 5.
 JOB = merge(TINY, {"checkpoint": {"every_steps": 4}})
 LIMIT_SECONDS = 150  # only bounds how long a hang lasts
+Process = nursery.Process | subprocess.Popen[bytes]
 
 
 @dataclass
@@ -32,39 +33,45 @@ class Runs:
     """A project root with runs in it, and the processes that are started there."""
 
     root: Path
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
 
     def start(self, name: str, world: int, *overrides: str, interrupt: str = "", torchrun: bool = False) -> list[int]:
-        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own)."""
+        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own).
+
+        Args:
+            torchrun: start the ranks with it, each as a new interpreter.
+        """
         self.root.mkdir(exist_ok=True)
         job = self.root / "tiny.yaml"
         job.write_text(yaml.safe_dump(JOB))
         arguments = ["train", str(job), "--name", name, *(word for o in overrides for word in ("--set", o))]
-        common = os.environ | {
-            "CIFAR_HPC_ROOT": str(self.root), "PYTHONPATH": str(TESTS.parent), "INTERRUPT": interrupt,
-            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        common = os.environ | nursery.THREADS | {
+            "CIFAR_HPC_ROOT": str(self.root), "PYTHONPATH": str(PROJECT), "INTERRUPT": interrupt,
+            "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
+        started: list[Process] = []
         if torchrun:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            commands = [([*launcher, str(SCRIPT), *arguments], common)]
+            with (self.root / f"{name}.0.out").open("a") as out:
+                command = [*launcher, interrupted.__file__, *arguments]
+                started.append(subprocess.Popen(command, env=common, stdout=out, stderr=out))
         else:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                port = server.getsockname()[1]
+            port = nursery.free_port()
             place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            commands = [
-                ([sys.executable, str(SCRIPT), *arguments], common | place | {"RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(world)
-            ]
-        started = []
-        for rank, (command, environment) in enumerate(commands):
-            with (self.root / f"{name}.{rank}.out").open("a") as out:
-                started.append(
-                    subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+            starts = [
+                nursery.Start(
+                    interrupted.play,
+                    (arguments,),
+                    common | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    self.root / f"{name}.{rank}.out",
                 )
+                for rank in range(world)
+            ]
+            started += nursery.start(starts)
         self.processes += started
         return self.wait(started)
 
-    def wait(self, started: list[subprocess.Popen[str]]) -> list[int]:
+    def wait(self, started: list[Process]) -> list[int]:
         """Their exit statuses; a process that stopped itself is killed once all others have ended."""
         end = time.monotonic() + LIMIT_SECONDS
         while any(process.poll() is None and not stopped(process.pid) for process in started):
@@ -106,6 +113,14 @@ class Runs:
 
     def log(self, name: str) -> str:
         return (self.root / "logs" / name / "train.log").read_text()
+
+
+def command(root: Path, *arguments: str) -> tuple[int, str]:
+    """python -m cifar_hpc ARGUMENTS as one process, with `root` as CIFAR_HPC_ROOT; its exit status and output."""
+    environment = os.environ | nursery.THREADS | {"CIFAR_HPC_ROOT": str(root)}
+    with tempfile.NamedTemporaryFile("r") as out:
+        (process,) = nursery.start([nursery.Start(interrupted.play, (list(arguments),), environment, Path(out.name))])
+        return process.wait(), out.read()
 
 
 def stopped(pid: int) -> bool:

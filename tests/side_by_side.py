@@ -1,6 +1,6 @@
-"""All tests: those on a real Slurm, which mostly wait for it, beside the others. What `make test` runs.
+"""All tests: two sessions that share them, and beside them those on a real Slurm, which mostly wait for it.
 
-python -m tests.side_by_side
+python -m tests.side_by_side: what `make test` runs.
 """
 
 from __future__ import annotations
@@ -9,28 +9,38 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-HERE = Path(__file__).parent
-SLURM = str(HERE / "slurm")
-PYTEST = [sys.executable, "-m", "pytest"]
+TESTS = Path(__file__).resolve().parent
+SLURM = str(TESTS / "slurm")
+PYTEST = [sys.executable, "-m", "pytest", "-o", "console_output_style=classic"]  # no session knows its percentage
 
 
 def main() -> int:
-    """Exit status 0 where all pass. The output of those on Slurm comes last, in one piece."""
-    with tempfile.TemporaryFile() as output:
-        beside = subprocess.Popen([*PYTEST, SLURM], cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            print("tests/slurm runs beside these tests; what it says comes at the end", flush=True)
-            status = subprocess.run([*PYTEST, f"--ignore={SLURM}"], cwd=HERE.parent).returncode
-            beside.wait()
-        finally:
-            if beside.poll() is None:
-                beside.send_signal(signal.SIGINT)  # its clusters are to be brought down
-                beside.wait()
-        output.seek(0)
-        print(output.read().decode(errors="replace"), flush=True)
-    return status or beside.returncode
+    """Exit status 0 where all pass. The first session's output is shown at once, that of the others at the end."""
+    with tempfile.TemporaryDirectory() as shared, ExitStack() as stack:
+        part = [*PYTEST, str(TESTS), f"--ignore={SLURM}", f"--share={shared}"]
+        beside = []
+        for command in ([*part, "-p", "no:cacheprovider"], [*PYTEST, SLURM, "-p", "no:cacheprovider"]):
+            output = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(command, cwd=TESTS.parent, stdout=output, stderr=subprocess.STDOUT)
+            stack.callback(end, process)
+            beside.append((process, output))
+        print("one of three sessions that run side by side; the output of the other two comes at the end", flush=True)
+        statuses = [subprocess.run(part, cwd=TESTS.parent).returncode]
+        for process, output in beside:
+            statuses.append(process.wait())
+            output.seek(0)
+            print(output.read().decode(errors="replace"), flush=True)
+    return max(statuses, key=abs)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt what still runs, so that it brings its clusters and processes down."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        process.wait()
 
 
 if __name__ == "__main__":

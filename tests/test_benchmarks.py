@@ -155,6 +155,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 def test_a_part_that_fails_is_a_row_and_the_others_still_run(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = parts / "out.json"
     assert suite.main(["--only", "bad,good", "--quick", "--out", str(out)]) == 1
@@ -165,10 +166,12 @@ def test_a_part_that_fails_is_a_row_and_the_others_still_run(parts: Path, capsys
     assert "failed: ValueError: no such thing" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_the_exit_status_is_0_where_no_part_failed(parts: Path) -> None:
     assert suite.main(["--only", "good", "--out", str(parts / "out.json")]) == 0
 
 
+@pytest.mark.process
 def test_a_part_that_hangs_is_ended(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "PATIENCE_SECONDS", 2)  # where interrupts are ignored, as in a shell's background
     assert suite.run_part("slow", quick=False, limit=2)[0].what == "failed: took longer than 2 s"

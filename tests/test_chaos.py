@@ -24,6 +24,7 @@ LIMIT_SECONDS = 600  # only bounds a hang
 LAST = EPOCHS * STEPS_PER_EPOCH
 
 
+@pytest.mark.process
 def test_thirty_faults(tmp_path: Path) -> None:
     # A seed under which nearly every place and every kind has its turn, kills around best.pt and the index included.
     folder, figures = tmp_path / "runs", tmp_path / "figures.json"
@@ -56,6 +57,7 @@ def test_the_plan_of_a_run_depends_on_the_seed_and_its_number_only() -> None:
         assert not images or what.spec == "images"
 
 
+@pytest.mark.process
 def test_every_place_is_there() -> None:
     """A hook whose function has been renamed would never catch anything."""
     code = "from tests.chaos.places import PLACES\nfor place in PLACES.values(): place.hang(lambda: None)"
@@ -78,7 +80,7 @@ def good(tmp_path: Path) -> Chapter:
     out = tmp_path / "0.out"
     out.write_text("run run\n")
     process = subprocess.Popen(["true"])
-    ranks = [Rank(number, process.pid, out, None) for number in range(2)]
+    ranks = [Rank(number, process.pid, out) for number in range(2)]
     process.wait()
     for rank in ranks:
         os.close(rank.pidfd)

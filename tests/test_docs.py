@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import PROJECT
 from processes import Runs
 from spec_page import PAGE, page
 
@@ -22,10 +23,9 @@ from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.state import RunState
 from cifar_hpc.training.checkpoints.store import _TYPES
 
-ROOT = Path(__file__).resolve().parent.parent
-FORMATS = (ROOT / "docs" / "formats.md").read_text()
+FORMATS = (PROJECT / "docs" / "formats.md").read_text()
 FOLDERS = ("", "docs", "benchmarks", "checkpoints", "logs", "slurm/minicluster")
-PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+PAGES = sorted(page for folder in FOLDERS for page in (PROJECT / folder).glob("*.md"))
 
 
 def test_spec_page_is_the_specs() -> None:
@@ -56,7 +56,7 @@ def test_each_event_is_described() -> None:
 def emitted_events() -> set[str]:
     """The names of events that the package writes."""
     names: set[str] = set()
-    for path in (ROOT / "cifar_hpc").rglob("*.py"):
+    for path in (PROJECT / "cifar_hpc").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -127,11 +127,11 @@ def test_each_command_that_a_page_shows_is_one() -> None:
 
 
 def test_each_part_of_a_sweep_is_described() -> None:
-    text = (ROOT / "docs" / "sweeps.md").read_text()
+    text = (PROJECT / "docs" / "sweeps.md").read_text()
     assert {*_PARTS, "parallel"} <= first_cells(text)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=[str(p.relative_to(PROJECT)) for p in PAGES])
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if not target.startswith(("http://", "https://")):
@@ -139,8 +139,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_docs_lists_its_pages() -> None:
-    listed = (ROOT / "docs" / "README.md").read_text()
-    for path in (ROOT / "docs").glob("*.md"):
+    listed = (PROJECT / "docs" / "README.md").read_text()
+    for path in (PROJECT / "docs").glob("*.md"):
         assert path.name == "README.md" or f"]({path.name})" in listed, path.name
 
 
@@ -152,12 +152,12 @@ def trained(runs: Runs) -> Path:
 
 
 def test_architecture_names_files_and_functions_that_are_there() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
+    text = (PROJECT / "ARCHITECTURE.md").read_text()
     assert len(text.splitlines()) <= 150
-    package = ROOT / "cifar_hpc"
+    package = PROJECT / "cifar_hpc"
     rooms = {path.name for path in package.iterdir() if path.is_dir()}
     for file in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
-        assert (package / file).exists() or (ROOT / file).exists(), file
+        assert (package / file).exists() or (PROJECT / file).exists(), file
     for name in re.findall(r"`(\w+(?:\.\w+)+)`", text):
         parts = name.split(".")
         if parts[0] not in rooms and not (package / f"{parts[0]}.py").exists():

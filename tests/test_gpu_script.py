@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import nursery
 import pytest
 import torch
 
@@ -24,10 +26,11 @@ def options(folder: Path, *words: str) -> Namespace:
     return gpu._options(["--device", "cpu", "--quick", "--out", str(folder), *words])
 
 
+@pytest.mark.process
 def test_rehearsal(tmp_path: Path) -> None:
-    """Pieces of each module; what the others measure differs by what it is given."""
+    """Two pieces, each in a process of its own, as on a GPU."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OUT", "CIFAR_HPC_TEST_IMAGES")}
-    pieces = ["no_syncs", "stall", "graph", "profiles", "peers"]
+    pieces = ["no_syncs", "peers"]
     command = [str(ROOT / "benchmarks/gpu.sh"), "--device", "cpu", "--quick", "--out", str(tmp_path)]
     ended = subprocess.run(
         [*command, "--only", ",".join(pieces)],
@@ -45,6 +48,23 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert "naive, 2 workers" in (tmp_path / "gpu.md").read_text()
 
 
+def rehearse(name: str, folder: Path) -> None:
+    report = Report(folder / f"{name}.json")
+    report.add()
+    getattr(importlib.import_module(f"benchmarks.{gpu.PIECES[name][0]}"), name)(QUICK, report)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["stall", "graph", "profiles"])
+def test_other_pieces(name: str, tmp_path: Path) -> None:
+    """With the two above, pieces of each module; what the others measure differs by what it is given."""
+    start = nursery.Start(rehearse, (name, tmp_path), os.environ | nursery.THREADS, tmp_path / "out")
+    (process,) = nursery.start([start])
+    assert process.wait() == 0, (tmp_path / "out").read_text()
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["rows"] or found["text"]
+
+
 def test_every_piece_exists() -> None:
     for name, (module, limit) in gpu.PIECES.items():
         assert hasattr(
@@ -53,6 +73,7 @@ def test_every_piece_exists() -> None:
         assert limit > gpu.LEAST_SECONDS
 
 
+@pytest.mark.process
 def test_a_piece_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "python"))
     script = tmp_path / "python"

@@ -126,11 +126,13 @@ def test_importing_has_no_circles() -> None:
         visit(name, ())
 
 
+@pytest.mark.process
 def test_the_login_side_loads_no_torch() -> None:
     names = everything("errors", "files", "text", "slurm", "config", "runs", "launch")
     assert not loaded_by(names) & {"torch", "torchvision", "numpy", "submitit", "rich"}
 
 
+@pytest.mark.process
 def test_the_help_of_submit_py_and_the_commands_parser_load_nothing_heavy() -> None:
     heavy = {"torch", "torchvision", "numpy", "submitit", "rich", "cloudpickle", "yaml"}
     run = "sys.argv[1:] = ['--help']\nimport runpy\ntry: runpy.run_path('submit.py', None, '__main__')"
@@ -140,12 +142,14 @@ def test_the_help_of_submit_py_and_the_commands_parser_load_nothing_heavy() -> N
     assert not loaded_by("import cifar_hpc, cifar_hpc.__main__") & heavy
 
 
+@pytest.mark.process
 def test_the_compute_side_loads_neither_submitit_nor_rich() -> None:
     loaded = loaded_by(everything(*COMPUTE))
     assert "torch" in loaded
     assert not loaded & {"submitit", "rich", "cloudpickle", "matplotlib"}
 
 
+@pytest.mark.process
 def test_figures_load_a_drawing_library_only_when_they_draw() -> None:
     assert not loaded_by(everything_below("figures")) & {"matplotlib", "plotext", "numpy", "torch"}
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.logs import read_jsonl
 
-ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "CIFAR_HPC_ROOT=results python -m cifar_hpc compare "
 COMMANDS = [
     line.removeprefix(BEGIN)
-    for line in (ROOT / "results" / "README.md").read_text().splitlines()
+    for line in (PROJECT / "results" / "README.md").read_text().splitlines()
     if line.startswith(BEGIN)
 ]
 
@@ -25,24 +24,24 @@ COMMANDS = [
 def test_a_table_is_made_from_the_logs(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CIFAR_HPC_ROOT", str(ROOT / "results"))
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(PROJECT / "results"))
     monkeypatch.setattr(run_queue, "queue", lambda *_: {})
     assert main(["compare", *shlex.split(command)]) == 0
     table, _, _ = capsys.readouterr().out.partition("\n\n")
     assert len(table.splitlines()) > 2
-    assert table in (ROOT / "RESULTS.md").read_text()
+    assert table in (PROJECT / "RESULTS.md").read_text()
 
 
 def test_each_run_is_in_a_table_and_says_nothing_of_its_machines_folders() -> None:
-    text = (ROOT / "RESULTS.md").read_text().replace("\\", "")
-    for logs in sorted((ROOT / "results" / "logs").iterdir()):
+    text = (PROJECT / "RESULTS.md").read_text().replace("\\", "")
+    for logs in sorted((PROJECT / "results" / "logs").iterdir()):
         assert logs.name in text
         for path in logs.iterdir():
             assert re.search(r'[" =](/[a-z]+){2}', path.read_text()) is None, path
 
 
 def test_each_run_has_finished_and_has_each_epoch_once() -> None:
-    for logs in sorted((ROOT / "results" / "logs").iterdir()):
+    for logs in sorted((PROJECT / "results" / "logs").iterdir()):
         rows, events = read_jsonl(logs / "metrics.jsonl"), read_jsonl(logs / "events.jsonl")
         assert events[-1]["event"] == "finished"
         assert [row["epoch"] for row in rows] == list(range(1, events[-1]["epoch"] + 1)), logs.name

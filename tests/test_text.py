@@ -139,6 +139,7 @@ def test_watching_takes_no_text_for_markup(
 def test_tail_prints_no_control_characters(
     paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
     failed(paths)
     paths.train_log.write_bytes(f"one\ttwo {ESCAPE}\n".encode() + b"\xff\n")
     assert tail.tail("run", epochs_only=False) == 1
@@ -163,7 +164,10 @@ def test_tail_ends_where_a_run_is_unreadable(
     assert "[unreadable: its files make no sense" in capsys.readouterr().err
 
 
-def test_tail_of_epochs_leaves_out_what_is_no_row(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tail_of_epochs_leaves_out_what_is_no_row(
+    paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
     failed(paths)
     write_lines(paths.metrics, ROW, ROW | {"lr": ESCAPE}, {"epoch": 2}, [1], ROW | {"epoch": "3"}, ROW | {"epoch": 4})
     assert tail.tail("run", epochs_only=True) == 1

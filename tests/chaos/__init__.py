@@ -4,7 +4,6 @@
 
     plan       what will be done to which run: a pure function of the seed
     places     where a rank can be caught: the hooks that hold it there
-    nursery    a process that has imported torch and forks the ranks
     ranks      the processes of one start, and signals to them
     show       one start: strikes it, waits for its end
     play       one run from its first start to its last, checked after each

@@ -15,7 +15,7 @@ from tests.chaos import report
 from tests.chaos.cluster import Cluster
 from tests.chaos.plan import SHARDS, plan
 from tests.chaos.play import Played, Stage
-from tests.chaos.ranks import Nursery
+from tests.nursery import nursery
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     began = time.monotonic()
-    nursery = Nursery()
-    stage = Stage(folder, nursery)
+    nursery()  # before there are threads that could each start one
+    stage = Stage(folder)
     played: list[Played] = []
     numbers = range(arguments.runs) if arguments.only is None else [arguments.only]
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                 _say(arguments, played[-1], time.monotonic() - began)
         finally:
             pool.shutdown(cancel_futures=True)
-            nursery.close()
+            nursery().close()
     figures = report.totals(played, time.monotonic() - began)
     print(f"\n{report.table(played)}\n")
     if figures["places_never_reached"] and cluster is None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from tests.chaos import plan, ranks, story, verdict
 from tests.chaos.plan import Fault, RunPlan
-from tests.chaos.ranks import Nursery
 from tests.chaos.show import HANG_SECONDS, Show, Struck, wait
 from tests.chaos.story import Chapter
+from tests.nursery import Start
 
 RUN = "run"  # the name of every run; each has a root of its own
 
@@ -34,10 +34,10 @@ class Played:
 
 
 class Stage:
-    """Where runs are played, several at once: a folder for them, the nursery, and one undisturbed run of each spec."""
+    """Where runs are played, several at once: a folder for them, and one undisturbed run of each spec."""
 
-    def __init__(self, folder: Path, nursery: Nursery) -> None:
-        self.folder, self.nursery = folder, nursery
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._references: dict[str, tuple[dict[str, Any], float]] = {}
         self._referring = threading.Lock()
 
@@ -50,7 +50,7 @@ class Stage:
         if spec not in self._references:
             root = self.root(f"reference-{spec}", RunPlan(-1, spec, {"every_steps": 3}, (), 1))
             began = time.monotonic()
-            show = Show(self.nursery, root, spec, 1, 0)
+            show = Show(root, spec, 1, 0)
             problems = story.check(self._start(show, root, 0, 0))
             seconds = time.monotonic() - began
             facts: dict[str, Any] = {}
@@ -83,7 +83,7 @@ class Stage:
         while not played.problems:
             group = groups.pop(0) if groups else []
             world = max((fault.world for fault in group), default=what.last_world)
-            show = Show(self.nursery, root, what.spec, world, number)
+            show = Show(root, what.spec, world, number)
             step = story.newest_step(root / "checkpoints" / RUN) or 0
             for fault in group:
                 place, count = plan.nth(fault, world, step, len(groups), what.checkpoint.get("every_steps"), best)
@@ -118,12 +118,11 @@ class Stage:
 
     def facts(self, root: Path, name: str = RUN) -> dict[str, Any]:
         """The facts about the run `name` under `root`."""
-        out = root / "facts.json"
-        argv = ["verdict", str(root), name, str(out)]
-        (rank,) = ranks.start(self.nursery, argv, 1, {}, root / "verdict", [], fresh=False)
+        out, said = root / "facts.json", root / "verdict.out"
+        (rank,) = ranks.fork([Start(verdict.describe, (root, name, out), ranks.clean_environment(), said)])
         wait([rank], HANG_SECONDS)
         if rank.status != 0:
-            return {"problems": [f"verdict: {(root / 'verdict' / '0.out').read_text()}"]}
+            return {"problems": [f"verdict: {said.read_text()}"]}
         facts: dict[str, Any] = json.loads(out.read_text())
         return facts
 

@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.nursery import STACKS, WORDS
+from tests.nursery import PROJECT, STACKS, THREADS, Start, free_port, nursery
 
-PROJECT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 300  # limits only bound a hang
+COME_UP_SECONDS = 30  # a fork comes up at once; a rank that died before it did so must not cost minutes
 
 
 def clean_environment() -> dict[str, str]:
     """Ours, without what would make a rank believe that it runs in somebody's job, and without thread pools."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SUBMITIT", "TORCHELASTIC"))}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return kept | threads | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(PROJECT)}
-
-
-class Nursery:
-    """The other end of nursery.py."""
-
-    def __init__(self) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._channel.settimeout(READY_SECONDS)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.nursery", str(theirs.fileno())],
-                cwd=PROJECT,
-                env=clean_environment(),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._ready = False
-        self._one_at_a_time = threading.Lock()
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Its answer; from any thread."""
-        with self._one_at_a_time:
-            while not self._ready:
-                self._ready = self._receive()["ready"]
-            self._channel.send(json.dumps(request).encode())
-            return self._receive()
-
-    def _receive(self) -> dict[str, Any]:
-        message = self._channel.recv(WORDS)
-        if not message:
-            raise RuntimeError("the nursery has died; its words are above")
-        answer: dict[str, Any] = json.loads(message)
-        return answer
-
-    def close(self) -> None:
-        """End it; what it forked dies with it."""
-        self._channel.close()
-        self.process.wait(READY_SECONDS)
+    return kept | THREADS | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(PROJECT)}
 
 
 @dataclass
@@ -80,7 +37,6 @@ class Rank:
     number: int
     pid: int
     out: Path
-    nursery: Nursery | None
     process: subprocess.Popen[bytes] | None = None
     status: int | None = None
     sent: list[signal.Signals] = field(default_factory=list)
@@ -103,8 +59,7 @@ class Rank:
         if self.process is not None:
             self.status = self.process.wait()
         else:
-            assert self.nursery is not None
-            self.status = self.nursery.ask({"reap": self.pid})["status"]
+            self.status = nursery().reap(self.pid)
         self.ended = time.monotonic()
         os.close(self.pidfd)
 
@@ -115,7 +70,6 @@ class Rank:
 
 
 def start(
-    nursery: Nursery,
     argv: list[str],
     world: int,
     environment: dict[str, str],
@@ -131,38 +85,40 @@ def start(
         fresh: as new interpreters, which know no halts, instead of forks.
     """
     out.mkdir(parents=True, exist_ok=True)
-    port = str(_free_port())
+    port = str(free_port())
     environments, outs = [], [out / f"{number}.out" for number in range(world)]
     for number in range(world):
         place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         places = {k: str(v) for k, v in place.items()}
-        environments.append(environment | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        environments.append(
+            clean_environment() | environment | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        )
     if not fresh:
-        request = [
-            {"argv": argv, "env": environments[r], "out": str(outs[r]), "halts": [h for h in halts if h["rank"] == r]}
-            for r in range(world)
-        ]
-        pids = nursery.ask({"start": request})["pids"]
-        return [Rank(number, pid, outs[number], nursery) for number, pid in enumerate(pids)]
+        mine = [[halt for halt in halts if halt["rank"] == number] for number in range(world)]
+        return fork([Start(be, (argv, mine[r]), environments[r], outs[r]) for r in range(world)])
     ranks = []
     for number in range(world):
         with outs[number].open("a") as file:
             process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-m", "cifar_hpc", *argv],
-                cwd=PROJECT, env=clean_environment() | environments[number], stdout=file, stderr=file,
+                cwd=PROJECT, env=environments[number], stdout=file, stderr=file,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        ranks.append(Rank(number, process.pid, outs[number], None, process))
+        ranks.append(Rank(number, process.pid, outs[number], process))
     return ranks
 
 
-def _free_port() -> int:
-    # Below the range that the kernel hands out, where another test's sockets are.
-    for port in iter(lambda: 10_000 + int.from_bytes(os.urandom(2)) % 20_000, None):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError
+def fork(starts: list[Start]) -> list[Rank]:
+    """Processes from the nursery."""
+    return [Rank(number, pid, starts[number].out) for number, pid in enumerate(nursery().start(starts))]
+
+
+def be(argv: list[str], halts: list[dict[str, Any]]) -> int:
+    """In a fork: python -m cifar_hpc ARGV, held where `halts` say."""
+    from cifar_hpc.training.distributed import rendezvous as distributed
+    from tests.chaos.places import install
+    from tests.interrupted import play
+
+    install(halts)
+    distributed.RENDEZVOUS_SECONDS = COME_UP_SECONDS
+    return play(argv)

@@ -12,9 +12,9 @@ from signal import SIGCONT, SIGKILL
 from typing import Any
 
 from tests.chaos import plan, ranks
-from tests.chaos.nursery import STACKS
 from tests.chaos.plan import KINDS, RANDOM, Fault
-from tests.chaos.ranks import Nursery, Rank
+from tests.chaos.ranks import Rank
+from tests.nursery import STACKS
 
 HANG_SECONDS = 150  # only bounds how long a hang lasts, on however busy a machine
 # New interpreters are watched as srun and torchrun watch them: where one dies the others are ended after a while. Forks
@@ -39,8 +39,8 @@ class Struck:
 class Show:
     """One start: arm it, run it, and look at its `ranks`, what was `struck`, and whether it `hung`."""
 
-    def __init__(self, nursery: Nursery, root: Path, spec: str, world: int, number: int) -> None:
-        self.nursery, self.root, self.spec, self.world = nursery, root, spec, world
+    def __init__(self, root: Path, spec: str, world: int, number: int) -> None:
+        self.root, self.spec, self.world = root, spec, world
         self.out = root / f"start-{number}"
         self.ranks: list[Rank] = []
         self.struck: list[Struck] = []
@@ -86,7 +86,7 @@ class Show:
         environment = {"CIFAR_HPC_ROOT": str(self.root)}
         if self.spec == "fp16":
             environment["INITIAL_SCALE"] = plan.INITIAL_SCALE
-        self.ranks = ranks.start(self.nursery, argv, self.world, environment, self.out, self._halts, self.fresh)
+        self.ranks = ranks.start(argv, self.world, environment, self.out, self._halts, self.fresh)
         began = time.monotonic()
         span = seconds * RANDOM_SPREAD + IMPORT_SECONDS * self.fresh
         timed = sorted((began + share * span, index, rank) for share, index, rank in self._timed)

@@ -8,12 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.cli import completion
 from cifar_hpc.cli.completion import script, spec_keys
 from cifar_hpc.errors import SpecError
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

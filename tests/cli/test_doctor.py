@@ -635,6 +635,7 @@ def test_lines_are_folded_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(len(line) for line in lines[1:]) <= 80 and all(line.startswith("  ") for line in lines[1:])
 
 
+@pytest.mark.process
 def test_a_machine_without_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import PROJECT
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -28,8 +29,6 @@ from cifar_hpc.data.synthetic import CLASSES
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.trained_model import load_trained
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers import leftovers
+from helpers import PROJECT, leftovers
 from run_logs import event, make_run, write_events, write_metrics
 
 from cifar_hpc.__main__ import main
@@ -173,7 +173,7 @@ def in_a_terminal(*arguments: str, **environment: str) -> str:
     os.set_blocking(ours, True)
     command = [sys.executable, "-m", "cifar_hpc", "plot", *arguments]
     variables = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
-    here = Path(__file__).parents[2]
+    here = PROJECT
     done = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=here, env=variables)
     os.close(theirs)
     written = b""
@@ -187,6 +187,7 @@ def in_a_terminal(*arguments: str, **environment: str) -> str:
     return written.decode()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )

@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 import pytest
+from helpers import PROJECT
 
 from benchmarks.many_runs import KINDS, make_runs
 from cifar_hpc.cli import status
@@ -27,7 +28,6 @@ from cifar_hpc.runs.frozen_spec import freeze, read_frozen
 from cifar_hpc.runs.history import read_facts
 from cifar_hpc.runs.paths import RunPaths, all_runs
 
-PROJECT = Path(__file__).resolve().parents[2]
 RUNS = 2 * len(KINDS)
 
 
@@ -245,6 +245,7 @@ def test_the_pace_of_any_other_spec_is_that_of_yaml(tmp_path: Path) -> None:
         assert run_state._pace(paths) is None
 
 
+@pytest.mark.process
 def test_help_and_status_load_no_more_than_they_need() -> None:
     heavy = {"submitit", "torch", "numpy", "rich", "asyncio"}
     run = (

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.cli import submit
 from cifar_hpc.runs.lock import RunLock
 
-PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT = """\
 #!/bin/bash
 
@@ -158,6 +158,7 @@ def test_missing_data_is_named_before_anything_is_written(root: Path, capsys: py
     assert not root.exists()
 
 
+@pytest.mark.process
 def test_cifar10_that_cannot_be_downloaded_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "data").mkdir(parents=True)
     (root / "data" / "cifar-10-batches-py").write_text("a file where a folder should be")
@@ -227,6 +228,7 @@ def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
     assert not (root / "logs" / "run" / "events.jsonl").exists()
 
 
+@pytest.mark.process
 def test_help_is_served_without_torch() -> None:
     code = "import sys, cifar_hpc.cli.submit as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'submitit', 'rich', 'yaml'} & set(sys.modules)"

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.config.io import load_spec, load_values, merge, run_name
 from cifar_hpc.config.sweep import expand
 from cifar_hpc.config.yaml_loader import parse_yaml
 from cifar_hpc.errors import SpecError
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = PROJECT / "jobs"
 BASE = {"data": {"source": "synthetic"}, "train": {"epochs": 3}}
 
 

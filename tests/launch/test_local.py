@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import end_processes
+from helpers import PROJECT, end_processes
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
@@ -26,7 +26,6 @@ from cifar_hpc.runs.lock import RunLock, holder
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
 
-PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 180  # only bounds how long a hang lasts
 ENDLESS = """
 model: {width_multiplier: 0.0625, blocks: [1, 1, 1]}
@@ -140,6 +139,7 @@ def test_a_stopped_controller_signals_its_points_once_and_starts_no_more(
     assert stand_ins.started == ["job-0", "job-1"] and sorted(stand_ins.told) == [1001, 1002]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [None, 1])
 def test_a_controller_that_does_not_start_says_why(
     tmp_path: Path, locks: dict[RunPaths, RunLock], number: int | None
@@ -191,6 +191,7 @@ def local(tmp_path: Path) -> Iterator[Local]:
         end_processes(tmp_path)
 
 
+@pytest.mark.process
 def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) -> None:
     answer = local.submit()
     first, second, third = (p["run"] for p in answer["points"])

@@ -15,6 +15,7 @@ from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.paths import RunPaths
 
 
+@pytest.mark.process
 def test_the_copy_is_whole_and_runs_by_itself(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path, "run")
     code = take_snapshot(paths)

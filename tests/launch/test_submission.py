@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import end_processes
+from helpers import PROJECT, TESTS, end_processes
 
 from cifar_hpc.errors import RunBusyError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 
-PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 300  # only bounds how long a hang lasts
 ENDLESS = (
     "model.width_multiplier=0.0625 model.blocks=[1,1,1] train.epochs=100000 train.batch_size=32 train.shards=1 "
@@ -31,9 +30,10 @@ ENDLESS = (
 AT_ONCE = 4
 
 
+@pytest.mark.process
 def test_a_killed_submission_hinders_no_later_one_and_of_several_at_once_one_submits(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(PROJECT / "tests" / "crashing_submission.py"), str(tmp_path)],
+        [sys.executable, "-W", "error", str(TESTS / "crashing_submission.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
@@ -103,6 +103,7 @@ def local(tmp_path: Path) -> Iterator[Local]:
         end_processes(tmp_path)
 
 
+@pytest.mark.process
 def test_of_several_local_submissions_one_starts_and_nothing_is_open_to_everybody(local: Local) -> None:
     processes = [local.submit() for _ in range(AT_ONCE)]
     answers = [json.loads(p.communicate(timeout=PATIENCE_SECONDS)[0]) for p in processes]
@@ -130,6 +131,7 @@ submit.main()
 """
 
 
+@pytest.mark.process
 def test_a_local_run_whose_submission_was_killed_is_known_to_the_next_one(local: Local) -> None:
     killed = local.submit("-c", KILLED_AFTER_THE_START)
     assert killed.wait(PATIENCE_SECONDS) == -signal.SIGKILL

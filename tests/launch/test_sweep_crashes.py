@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+import pytest
+from helpers import PROJECT, TESTS
+
 PATIENCE_SECONDS = 300  # only bounds how long a hang lasts
 
 
+@pytest.mark.process
 def test_a_killed_submission_of_a_sweep_hinders_no_later_one(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(PROJECT / "tests" / "crashing_sweep.py"), str(tmp_path)],
+        [sys.executable, "-W", "error", str(TESTS / "crashing_sweep.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.runs.eta import TAIL_BYTES, Progress, kind_of_line, last_progress, parse_progress
 
@@ -79,7 +80,7 @@ def test_only_the_end_of_a_log_is_read_and_only_of_a_log(tmp_path: Path) -> None
 
 def test_the_lines_that_runs_write_are_known() -> None:
     """By a log of a real run, which is kept with the documentation."""
-    lines = (Path(__file__).parents[2] / "docs" / "train.log").read_text().splitlines()
+    lines = (PROJECT / "docs" / "train.log").read_text().splitlines()
     kinds = [kind_of_line(line) for line in lines]
     assert {"banner", "progress", "stop"} <= set(kinds)
     assert all(parse_progress(line) for line, kind in zip(lines, kinds, strict=True) if kind == "progress")

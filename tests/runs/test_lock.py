@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 
 from cifar_hpc.cli import control as steer
 from cifar_hpc.errors import RunBusyError, SpecError
@@ -42,7 +43,7 @@ def other(tmp_path: Path) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=PROJECT,
     )
     with process:
         assert process.stdout is not None
@@ -51,6 +52,7 @@ def other(tmp_path: Path) -> subprocess.Popen[str]:
         process.kill()
 
 
+@pytest.mark.process
 def test_a_second_holder_is_refused_and_told_who(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     path = tmp_path / "run.lock"
     with pytest.raises(RunBusyError, match=r"run\.lock: .*job 17 \(pid 4242 on node1\)") as caught:
@@ -59,6 +61,7 @@ def test_a_second_holder_is_refused_and_told_who(tmp_path: Path, other: subproce
     assert holder(path) == read_owner(path) == {"job_id": "17", "host": "node1", "pid": 4242}
 
 
+@pytest.mark.process
 def test_release_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     assert other.stdin is not None
     assert other.stdout is not None
@@ -72,6 +75,7 @@ def test_release_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     assert holder(mine.path) is None
 
 
+@pytest.mark.process
 def test_sigkill_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
@@ -83,6 +87,7 @@ def test_sigkill_frees_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     mine.release()
 
 
+@pytest.mark.process
 def test_patience_waits_for_a_dying_holder(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     os.kill(other.pid, signal.SIGTERM)  # it may or may not be gone when we ask
     mine = RunLock(tmp_path / "run.lock")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+from helpers import PROJECT
 from PIL import Image
+from processes import command
 
 from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 
-PROJECT = Path(__file__).resolve().parents[2]
 SET = (
     "model.width_multiplier=0.0625 model.blocks=[1,1,1] train.batch_size=10 train.device=cpu train.amp=fp32 "
     "train.cpu_threads=1 data.source=folder lookahead.bn_batches=1 resources.gpus_per_node=0"
@@ -28,32 +27,26 @@ def draw_folder(folder: Path, seed: int) -> None:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def train(root: Path, images: str, epochs: int) -> subprocess.CompletedProcess[str]:
+def train(root: Path, images: str, epochs: int) -> tuple[int, str]:
+    """Its exit status and its output."""
     keys = [*SET, f"data.root={root / images}", f"train.epochs={epochs}"]
-    return subprocess.run(
-        [sys.executable, "-m", "cifar_hpc", "train", "jobs/improved_resnet.yaml", "--name", "run", "--set", *keys],
-        cwd=PROJECT,
-        env=os.environ | {"CIFAR_HPC_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return command(root, "train", str(PROJECT / "jobs" / "improved_resnet.yaml"), "--name", "run", "--set", *keys)
 
 
+@pytest.mark.process
 def test_images_that_moved_are_fine_and_other_images_are_refused(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", seed=1)
     draw_folder(tmp_path / "others", seed=2)
-    first = train(tmp_path, "images", epochs=1)
-    assert first.returncode == 0, first.stderr
+    status, output = train(tmp_path, "images", epochs=1)
+    assert status == 0, output
     (tmp_path / "images").rename(tmp_path / "moved")
 
-    refused = train(tmp_path, "others", epochs=2)
-    assert refused.returncode == 1
-    assert f"the training images in {tmp_path / 'others'} are not those that run run was started with" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    status, output = train(tmp_path, "others", epochs=2)
+    assert status == 1
+    assert f"the training images in {tmp_path / 'others'} are not those that run run was started with" in output
+    assert "Traceback" not in output
 
-    again = train(tmp_path, "moved", epochs=2)
-    assert again.returncode == 0, again.stderr
+    status, output = train(tmp_path, "moved", epochs=2)
+    assert status == 0, output
     rows = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["epoch"] for row in rows] == [1, 2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TINY, tiny_spec
+from helpers import PROJECT, TINY, tiny_spec
 
 from cifar_hpc.config.io import merge
 from cifar_hpc.runs.logs import read_jsonl
@@ -21,7 +21,6 @@ from cifar_hpc.training.context import Context
 from cifar_hpc.training.process import Launch, Stopwatch, process_age
 from cifar_hpc.training.signals import StopFlag
 
-PROJECT = Path(__file__).resolve().parents[2]
 PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
 
 
@@ -40,6 +39,7 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.over
 
 
+@pytest.mark.process
 def test_the_age_of_a_process_whatever_its_name() -> None:
     code = (
         "import time; began = time.monotonic()\n"
@@ -58,6 +58,7 @@ def test_an_unknown_age_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_age() == 0.0
 
 
+@pytest.mark.process
 def test_a_start_tells_its_phases_and_imports_neither_dynamo_nor_torchvision(tmp_path: Path) -> None:
     job = tmp_path / "tiny.yaml"
     job.write_text(yaml.safe_dump(merge(TINY, {"train": {"epochs": 1}})))

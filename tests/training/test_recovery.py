@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import leftovers, tiny_spec
+from helpers import PROJECT, leftovers, tiny_spec
 from made_files import save, state
 
 from cifar_hpc.errors import RunFailedError
@@ -190,7 +190,7 @@ def writer(context: Context) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-c", LIVE_WRITER, str(context.paths.spec)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
@@ -202,6 +202,7 @@ def writer(context: Context) -> Iterator[subprocess.Popen[str]]:
         pipe.close()
 
 
+@pytest.mark.process
 def test_a_file_that_a_living_process_writes_is_left_to_it(context: Context, writer: subprocess.Popen[str]) -> None:
     assert len(leftovers(context.paths.logs)) == 1
     choose(context)
@@ -212,6 +213,7 @@ def test_a_file_that_a_living_process_writes_is_left_to_it(context: Context, wri
     assert leftovers(context.paths.logs) == []
 
 
+@pytest.mark.process
 def test_a_file_that_a_killed_process_left_is_removed(context: Context, writer: subprocess.Popen[str]) -> None:
     writer.kill()
     writer.wait()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blank_state, leftovers
+from helpers import PROJECT, TESTS, blank_state, leftovers
 
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.checkpoints import store
@@ -69,9 +69,10 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.process
 def test_a_killed_writer_leaves_only_what_verifies(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "crashing_writer.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
+    script = TESTS / "crashing_writer.py"
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment,
         check=False,

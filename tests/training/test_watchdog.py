@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import nursery
 import pytest
 import torch.distributed as dist
 
@@ -22,14 +24,6 @@ from cifar_hpc.training.distributed.watchdog import Heart, Watchdog, stacks
 
 LIMIT = 60.0  # seconds; only bounds how long a failing test takes
 MINUTE = timedelta(minutes=1)
-SERVER = """
-import sys, time
-import torch.distributed as dist
-from datetime import timedelta
-store = dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(minutes=1), wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(600)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +36,22 @@ def store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, 2, True, MINUTE, wait_for_workers=False)
 
 
+def serve(port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, 2, True, MINUTE, wait_for_workers=False)
+    time.sleep(600)
+    del store
+
+
 @pytest.fixture
-def server() -> Iterator[tuple[subprocess.Popen[str], dist.TCPStore]]:
+def server(tmp_path: Path) -> Iterator[tuple[nursery.Process, dist.TCPStore]]:
     """A store whose server is another process, as rank 0 is."""
-    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    port = int(process.stdout.readline())
+    port = nursery.free_port()
+    (process,) = nursery.start([nursery.Start(serve, (port,), os.environ, tmp_path / "server.out")])
     try:
         yield process, dist.TCPStore("127.0.0.1", port, 2, False, MINUTE, wait_for_workers=False)
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
 
 
 class Watched:
@@ -124,7 +122,7 @@ def test_rank_0_names_the_rank_that_shows_nothing_any_more(watch: Callable[..., 
 
 
 def test_rank_0_notices_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = subprocess.Popen(["true"])
     process.wait()
     here = watchdog._pid_space()
     Board(store, 1, 2).show(
@@ -143,6 +141,7 @@ def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watc
     assert watched.verdict() == report(1)
 
 
+@pytest.mark.process
 def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) -> None:
     process, client = server
     watched = watch(Board(client, 1, 2), 600)
@@ -152,6 +151,7 @@ def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) ->
     assert verdict.cause == "lost" and "rank 0 is gone" in verdict.text
 
 
+@pytest.mark.process
 def test_a_rank_0_that_was_stopped(watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     process, client = server
     monkeypatch.setattr(board, "ANSWER_SECONDS", 0.2)
