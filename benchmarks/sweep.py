@@ -84,11 +84,12 @@ class _Site:
 
     def finish_half(self) -> None:
         """As if every other run had trained to its end."""
-        from cifar_hpc.runs.events import append_event
+        from cifar_hpc.runs.events import Finished, append_event
         from cifar_hpc.runs.paths import all_runs
 
+        finished = Finished(step=0, epoch=400, test_accuracy=0.0, best={})
         for run in all_runs(self.root)[::2]:
-            append_event(run.events, "finished", job_id="1_0", restart=0, world_size=1, epoch=400)
+            append_event(run.events, finished, job_id="1_0", restart=0, world_size=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: one message, no traceback, a fixed exit code."""
+"""Errors that a user can fix: one message, no traceback, a fixed exit code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the key or file, the value, what is allowed, and a hint."""
+    """An error that the user can fix. The message names the key or file, the value, what is allowed, and a hint."""
 
     exit_code = 2
-    again = False  # whether trying again may help
-    everywhere = False  # whether every rank of a run raises this same error, so that one of them may speak for all
+    retryable = False  # whether another try may help
+    everywhere = False  # whether every rank of a run raises this same error, so that one of them reports it for all
 
 
 class SpecError(UserError):
@@ -24,7 +24,7 @@ class SpecError(UserError):
 
 
 class RunFailedError(UserError):
-    """Training cannot go on, for a reason that trying again would not change (such as a NaN loss)."""
+    """Training cannot go on, for a reason that another try would not change (such as a NaN loss)."""
 
     exit_code = 1
 
@@ -32,7 +32,7 @@ class RunFailedError(UserError):
 class RanksLostError(RunFailedError):
     """Some ranks of a run did not come up or are gone."""
 
-    again = True
+    retryable = True
 
 
 class SchedulerError(UserError):

@@ -67,21 +67,26 @@ def read_regular(path: Path) -> bytes:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of `path` when the block ends without an error.
 
     A reader, or a crash, sees the old file or the new one and nothing between.
+
+    Args:
+        durable: whether it must survive a crash of the machine.
     """
     temporary, descriptor = _new_temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             temporary.replace(path)  # while it is still locked, so that nobody takes it for abandoned
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def temporary_name(path: Path) -> Path:
@@ -116,22 +121,19 @@ def remove_leftovers(directory: Path) -> list[str]:
 def _remove_abandoned(path: Path) -> bool:
     descriptor = open_regular(path, os.O_RDWR)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = try_flock(descriptor)
+        recent = time.time() - os.fstat(descriptor).st_mtime < ABANDONED_SECONDS
+        if locked is False or (locked is None and recent):
             return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS or time.time() - os.fstat(descriptor).st_mtime < ABANDONED_SECONDS:
-                return False
         path.unlink()  # while it is locked, so that a writer that comes now finds out
     finally:
         os.close(descriptor)
     return True
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace `path` by `content`; a reader, or a crash, sees the old file or the new one and nothing between."""
-    with replacing(path) as file:
+    with replacing(path, durable) as file:
         file.write(content)
 
 
@@ -153,12 +155,18 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     Args:
         kind: LOCK_SH for a look, so that two processes that look at once do not take each other for the holder.
     """
+    # Without locks (some Lustre and NFS mounts) --dependency=singleton alone keeps a run to one writer.
+    return try_flock(descriptor, kind) is not False
+
+
+def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Take a lock; false if another process has it, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        # A file system without locks (some Lustre and NFS mounts): there --dependency=singleton stands alone.
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in _NO_LOCKS:
             raise
+        return None
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -28,3 +29,19 @@ def shown(value: Any) -> str:
     """repr of a value in an error message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"
+
+
+def duration(seconds: float | None) -> str:
+    """`45s`, `1m05s`, `12m`, `3h05m` or `2d04h`; `-` for None, `?` for no meaningful number."""
+    if seconds is None:
+        return "-"
+    if not math.isfinite(seconds) or seconds > 1e10:
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s" if whole < 600 else f"{whole // 60}m"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

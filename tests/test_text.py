@@ -14,12 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifar_hpc import __main__
-from cifar_hpc.cli import status as watch
-from cifar_hpc.cli import tail
-from cifar_hpc.cli import tail as following
-from cifar_hpc.cli.status import status
+from cifar_hpc.__main__ import main
+from cifar_hpc.cli import status, tail
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.text import SHOWN_CHARACTERS, control_character, printable, shown
+from cifar_hpc.text import SHOWN_CHARACTERS, control_character, duration, printable, shown
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r[/red][link=file:///x]"
 ROW = {
@@ -52,6 +50,17 @@ def test_control_characters_are_spelt_out() -> None:
 def test_long_values_are_cut() -> None:
     assert shown("a") == "'a'"
     assert shown("a" * 10_000) == "'" + "a" * (SHOWN_CHARACTERS - 1) + "... (10,002 characters)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"), (0.4, "0s"), (59, "59s"), (65, "1m05s"), (720, "12m"), (3900, "1h05m"), (180000, "2d02h"),
+        (float("nan"), "?"), (float("inf"), "?"), (1e300, "?"), (-3.0, "0s"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.fixture
@@ -115,11 +124,11 @@ def test_status_shows_all_runs_on_a_line_each_whatever_their_files_hold(
     strange.mkdir()
     (strange / "spec.yaml").touch()
     damage(paths)
-    assert status([], watch=False, as_json=False) == 0
+    assert main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["RUN", "other", "run"]
     assert "0/7" in lines[1] and all(control_character(line) is None for line in lines)
-    assert status([], watch=False, as_json=True) == 0
+    assert main(["status", "--json"]) == 0
     assert [s["run"] for s in json.loads(capsys.readouterr().out)] == ["other", "run"]
 
 
@@ -128,10 +137,10 @@ def test_watching_takes_no_text_for_markup(
 ) -> None:
     failed(paths)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(watch.Screen, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(status.Screen, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "300")
-    assert status([], watch=True, as_json=False) == 0
+    assert main(["status", "--watch"]) == 0
     out = capsys.readouterr().out
     assert "[/red]" in out and "\x07" not in out and "\x1b]0;" not in out
 
@@ -139,10 +148,10 @@ def test_watching_takes_no_text_for_markup(
 def test_tail_prints_no_control_characters(
     paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
     failed(paths)
     paths.train_log.write_bytes(f"one\ttwo {ESCAPE}\n".encode() + b"\xff\n")
-    assert tail.tail("run", epochs_only=False) == 1
+    assert main(["tail", "run"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("one\ttwo \\x1b]0;owned\\x07")
     for line in [*captured.out.split("\n"), *captured.err.split("\n")]:
@@ -157,20 +166,20 @@ def test_tail_ends_where_a_run_is_unreadable(
     monkeypatch: pytest.MonkeyPatch,
     damage: Callable[[RunPaths], None],
 ) -> None:
-    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
-    monkeypatch.setattr(tail, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "LOG_SECONDS", 0.0)
     damage(paths)
-    assert tail.tail("run", epochs_only=False) == 1
+    assert main(["tail", "run"]) == 1
     assert "[unreadable: its files make no sense" in capsys.readouterr().err
 
 
 def test_tail_of_epochs_leaves_out_what_is_no_row(
     paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
     failed(paths)
     write_lines(paths.metrics, ROW, ROW | {"lr": ESCAPE}, {"epoch": 2}, [1], ROW | {"epoch": "3"}, ROW | {"epoch": 4})
-    assert tail.tail("run", epochs_only=True) == 1
+    assert main(["tail", "run", "--epochs"]) == 1
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["epoch", "1"], ["epoch", "4"]]
 
 

@@ -1,36 +1,110 @@
-"""python -m cifar_hpc compare: a table of runs, those that differ in their seed alone in one row."""
+"""python -m cifar_hpc compare: a table of runs. Runs that differ only in their seed share a row."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
+import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
-from cifar_hpc.cli.compare_columns import MISSING, Column, columns, one_line, sort_rows, state_in_words
-from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import queue as run_queue
-from cifar_hpc.runs.groups import group_runs, varied_keys
+from cifar_hpc.cli.table import Column, fit, lay_out
+from cifar_hpc.cli.terminal import paint, use_colour
+from cifar_hpc.config.io import in_words
+from cifar_hpc.errors import SchedulerError, SpecError, nearest
+from cifar_hpc.runs.groups import MANY_KEYS, group_runs, settings, sort_key, varied_keys
 from cifar_hpc.runs.paths import find_runs, project_root
-from cifar_hpc.runs.results import Figure, Row, read_rows
-from cifar_hpc.text import printable
+from cifar_hpc.runs.queue import ANSWER_SECONDS, queue
+from cifar_hpc.runs.results import Row, read_rows
+from cifar_hpc.text import printable, shown
+
+HELP = "a table of runs: what differs, accuracy (mean and std over seeds), time, restarts"
+DESCRIPTION = """\
+A row for each setting, with only the keys in which the runs differ; runs that
+differ in nothing but the seed are one row, mean and standard deviation. --each
+gives every run a row of its own."""
+EXAMPLES = ("'dropout-*'", "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown")
+
+MISSING = "-"
+# name, as --sort takes it: (heading on a terminal, heading in a document)
+HEADINGS = {
+    "run": ("run", "run"),
+    "settings": ("settings", "settings"),
+    "seeds": ("seeds", "seeds"),
+    "test_accuracy": ("test %", "test accuracy (%)"),
+    "best_accuracy": ("best %", "best (%)"),
+    "train_accuracy": ("train %", "train accuracy (%)"),
+    "epochs": ("epochs", "epochs"),
+    "training_seconds": ("training", "training time"),
+    "wall_seconds": ("wall", "wall time"),
+    "restarts": ("restarts", "restarts"),
+    "ranks": ("ranks", "processes"),
+    "state": ("state", "state"),
+}
 
 FIGURES = ("test_accuracy", "best_accuracy", "train_accuracy", "training_seconds", "wall_seconds")
-# In a document beside the columns of the table: what tells a reader how a row was made.
+# Further columns of a document, so that readers know how a row was made.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
-# What a narrow terminal has room for beside the rest, the most important first.
-OPTIONAL = ("training_seconds", "restarts", "epochs", "best_accuracy", "train_accuracy", "wall_seconds", "ranks")
+# Columns that are left out of a narrow table, the first one first.
+DROPPED = ("ranks", "wall", "train %", "best %", "epochs", "restarts", "training")
+# Columns whose cells may be broken on a narrow terminal, and after what.
+SEPARATORS = {"restarts": ", ", "settings": " "}
 NOTE = (
     "Accuracies are those of the last epoch, as mean ± sample standard deviation over the seeds that have finished "
     "(all, where none has); best is the mean of each run's best epoch. Training time is the sum of a run's epochs, "
     "wall time includes its restarts; both are means. Restarts are summed over the seeds."
 )
-GAP = "  "
-# Columns whose cells a terminal may break, and where.
-WRAPPING = {"restarts": ", ", "settings": " "}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="PATTERN", nargs="+", help="names or patterns such as 'dropout-*'")
+    parser.add_argument("--sort", metavar="COLUMN", help="a column, ascending; descending: --sort=-COLUMN")
+    parser.add_argument("--each", action="store_true", help="a row for each run, seeds apart")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_const", const="json", dest="form", help="machine-readable")
+    form.add_argument("--csv", action="store_const", const="csv", dest="form", help="for a spreadsheet")
+    form.add_argument("--markdown", action="store_const", const="markdown", dest="form", help="for a README")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the results of the runs.
+
+    Raises:
+        SpecError: no run matches a pattern, or there is no such column.
+    """
+    root = project_root()
+    groups = group_runs(find_runs(root, arguments.runs), each=arguments.each)
+    try:
+        jobs = queue(root, ANSWER_SECONDS)
+    except SchedulerError as error:
+        jobs = None
+        print(f"warning: the state of unfinished runs is not known: {printable(str(error))}", file=sys.stderr)
+    rows = read_rows(groups, jobs)
+    if arguments.sort is not None:
+        rows = sort_rows(rows, arguments.sort, all_columns(rows, each=arguments.each))
+    columns = [column for column in all_columns(rows, each=arguments.each) if column.shown]
+    if arguments.form == "json":
+        print(as_json(rows))
+    elif arguments.form == "csv":
+        print(as_csv(rows), end="")
+    elif arguments.form == "markdown":
+        print(as_markdown(rows, columns), end="")
+    elif sys.stdout.isatty():
+        print_on_terminal(columns)
+    else:
+        for line in lay_out(_table(columns), [(None, "")] * (len(rows) + 1)):
+            print(line.text)
+    for group in groups:
+        if group.problem:
+            print(f"warning: {group.runs[0].name}: {printable(group.problem)}", file=sys.stderr)
+    return 0
 
 
 def as_json(rows: Sequence[Row]) -> str:
@@ -67,36 +141,34 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """RFC 4180: a header and a line a row, numbers unrounded; what is missing is an empty field, as spreadsheets want.
+    """RFC 4180: a header and a line a row, with unrounded numbers and empty fields for missing values.
 
     Lists (runs, seeds, hardware, ...) are one field, separated by '; '.
     """
-    keys = varied_keys([row.group for row in rows])
-    header = ["runs", *keys, "seeds", "finished", "state", "epochs_done", "epochs"]
-    header += [f"{name}_{part}" for name in FIGURES for part in ("mean", "std")]
-    header += ["restarts", "restart_causes", "world_sizes", "shards", *ORIGINS]
+    records = [_csv_record(row, varied_keys([row.group for row in rows])) for row in rows]
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(header)
-    for row in rows:
-        figures = [row.figure(name) or Figure("", None, 0) for name in FIGURES]  # type: ignore[arg-type]
-        causes = row.causes()
-        writer.writerow(
-            [
-                _joined(member.name for member in row.members),
-                *(_csv_value(row.group.changed.get(key)) for key in keys),
-                _joined(row.group.seeds),
-                row.finished,
-                one_line(state_in_words(row)),
-                _joined(dict.fromkeys(member.epoch for member in row.members)),
-                _joined(row.all_of("epochs")),
-                *(value for figure in figures for value in (figure.mean, figure.std)),
-                sum(causes.values()),
-                _joined(f"{count} {one_line(cause)}" for cause, count in causes.items()),
-                *(_joined(map(_csv_value, _values(row, name))) for name in ("world_sizes", "shards", *ORIGINS)),
-            ]
-        )
+    writer = csv.DictWriter(text, records[0])
+    writer.writeheader()
+    writer.writerows(records)
     return text.getvalue()
+
+
+def _csv_record(row: Row, keys: Sequence[str]) -> dict[str, Any]:
+    causes = row.causes()
+    figures = {name: row.figure(name) for name in FIGURES}
+    return {
+        "runs": _joined(member.name for member in row.members),
+        **{key: _csv_value(row.group.changed.get(key)) for key in keys},
+        "seeds": _joined(row.group.seeds),
+        "finished": row.finished,
+        "state": one_line(_state(row)),
+        "epochs_done": _joined(dict.fromkeys(member.epoch for member in row.members)),
+        "epochs": _joined(row.all_of("epochs")),
+        **{f"{name}_{part}": f and getattr(f, part) for name, f in figures.items() for part in ("mean", "std")},
+        "restarts": sum(causes.values()),
+        "restart_causes": _joined(f"{count} {one_line(cause)}" for cause, count in causes.items()),
+        **{name: _joined(map(_csv_value, _values(row, name))) for name in ("world_sizes", "shards", *ORIGINS)},
+    }
 
 
 def _joined(values: Any) -> str:
@@ -109,15 +181,14 @@ def _csv_value(value: Any) -> Any:
     return one_line(value) if isinstance(value, str) else value
 
 
-def as_markdown(rows: Sequence[Row], *, each: bool) -> str:
-    """A table as GitHub shows it, with what a reader has to know to trust it: hardware, versions, data, command."""
-    chosen = columns(rows, each=each)
-    cells = [(column.long, "---:" if column.right else "---", column.cells(rows)) for column in chosen]
-    cells += [(name, "---", [_origin(row, name) for row in rows]) for name in ORIGINS]
-    if not any(column.name == "run" for column in chosen):
-        cells.append(("runs", "---", [", ".join(member.name for member in row.members) for row in rows]))
-    lines = [[heading for heading, _, _ in cells], [rule for _, rule, _ in cells]]
-    lines += [[_in_markdown(column[i]) for _, _, column in cells] for i in range(len(rows))]
+def as_markdown(rows: Sequence[Row], columns: Sequence[CompareColumn]) -> str:
+    """A table as GitHub shows it, with hardware, versions, data and commands, which readers need to trust it."""
+    table = [(column.long_heading, "---:" if column.right else "---", column.cells) for column in columns]
+    table += [(name, "---", [_origin(row, name) for row in rows]) for name in ORIGINS]
+    if not any(column.name == "run" for column in columns):
+        table.append(("runs", "---", [", ".join(member.name for member in row.members) for row in rows]))
+    lines = [[heading for heading, _, _ in table], [rule for _, rule, _ in table]]
+    lines += [[_in_markdown(cells[i]) for _, _, cells in table] for i in range(len(rows))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n"
 
 
@@ -126,7 +197,7 @@ def _values(row: Row, name: str) -> list[Any]:
 
 
 def _origin(row: Row, name: str) -> str:
-    """What all members of a row have of one kind; of the dates the days alone."""
+    """The values that the runs of a row have; of dates only the days."""
     values = _values(row, name)
     return _joined(dict.fromkeys(value[:10] for value in values) if name == "date" else values) or MISSING
 
@@ -137,105 +208,173 @@ def _in_markdown(text: str) -> str:
     return one_line(text)
 
 
-def as_plain(rows: Sequence[Row], *, each: bool) -> str:
-    """Aligned columns in full, for a pipe or a file."""
-    lines = []
-    chosen = columns(rows, each=each)
-    table = [_padded(column, [column.heading, *column.cells(rows)]) for column in chosen]
-    for line in zip(*table, strict=True):
-        lines.append(GAP.join(line).rstrip() + "\n")
-    return "".join(lines)
+def print_on_terminal(columns: Sequence[CompareColumn]) -> None:
+    """Print the columns that fit the terminal, the best row in colour, and the names of the other columns."""
+    width, coloured = shutil.get_terminal_size().columns, use_colour(sys.stdout)
+    fitted = fit(_table(columns), width, DROPPED)
+    headings = [column.heading for column in fitted]
+    accuracies = next(column.values for column in columns if column.name == "test_accuracy")
+    best = max((value for value in accuracies if value is not None), default=None) if len(accuracies) > 1 else None
+    best_style = (headings.index("test %"), "bold green")
+    styles = [best_style if value == best is not None else (None, "") for value in accuracies]
+    for line in lay_out(fitted, [(None, "bold"), *styles], width):
+        print(line.painted if coloured else line.text)
+    if left_out := [column.heading for column in columns if column.heading not in headings]:
+        note = f"no room for: {', '.join(left_out)}; a wider terminal, a pipe, --markdown, --csv and --json have them"
+        print("\n".join(paint(line, "dim") if coloured else line for line in textwrap.wrap(note, width)))
 
 
-def _padded(column: Column, texts: Sequence[str]) -> list[str]:
-    width = max(map(len, texts))
-    return [text.rjust(width) if column.right else text.ljust(width) for text in texts]
+def _table(columns: Sequence[CompareColumn]) -> list[Column]:
+    return [Column(c.heading, c.cells, c.right, SEPARATORS.get(c.name, "")) for c in columns]
 
 
-def show_on_terminal(rows: Sequence[Row], *, each: bool) -> None:
-    """A table that fits the terminal: what is less important is left out, and said to be."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class CompareColumn:
+    """One column, with a cell and a value to sort by for each row.
 
-    console = Console()
-    chosen, left_out = fitting(columns(rows, each=each), rows, console.width)
-    table = Table(box=None, pad_edge=False, padding=(0, len(GAP), 0, 0), header_style="bold")
-    for column in chosen:
-        table.add_column(
-            Text(column.heading), justify="right" if column.right else "left", no_wrap=column.name not in WRAPPING
-        )
-    best = max((figure.mean for row in rows if (figure := row.figure("test_accuracy"))), default=None)
-    texts = [column.cells(rows) for column in chosen]
-    for index, row in enumerate(rows):
-        figure = row.figure("test_accuracy")
-        leads = len(rows) > 1 and figure is not None and figure.mean == best
-        styles = ("bold green" if leads and column.name == "test_accuracy" else "" for column in chosen)
-        table.add_row(*(Text(text[index], style) for text, style in zip(texts, styles, strict=True)))
-    console.print(table)
-    if left_out:
-        console.print(
-            f"left out for want of room: {', '.join(column.heading for column in left_out)}; a wider terminal, a pipe, "
-            "--markdown, --csv and --json have all",
-            style="dim",
-        )
+    values: numbers, text, or None where missing.
+    shown: the table has it; hidden ones only sort.
+    """
+
+    name: str
+    heading: str
+    long_heading: str
+    cells: Sequence[str]
+    values: Sequence[Any]
+    shown: bool
+    right: bool
 
 
-def fitting(chosen: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], list[Column]]:
-    """(columns that a terminal `width` characters wide has room for, those that it has not), in their order."""
-    names = {column.name for column in chosen} - set(OPTIONAL)
-    for name in OPTIONAL:
-        if _width([column for column in chosen if column.name in {*names, name}], rows) <= width:
-            names.add(name)
-    return [c for c in chosen if c.name in names], [c for c in chosen if c.name not in names]
-
-
-def _width(chosen: Sequence[Column], rows: Sequence[Row]) -> int:
-    """What they need side by side; the pieces of some cells may stand below one another."""
-    needed = 0
-    for column in chosen:
-        texts = [column.heading, *column.cells(rows)]
-        between = WRAPPING.get(column.name)
-        pieces = [piece for text in texts for piece in (text.split(between) if between else [text])]
-        needed += max(len(piece) + bool(between) for piece in pieces) + len(GAP)
-    return needed
-
-
-QUEUE_TIMEOUT_SECONDS = 10.0
-
-
-def compare(runs: list[str], sort: str | None, form: str | None, *, each: bool) -> int:
-    """Print what `runs` (names or patterns) came to.
+def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
+    """All columns, those in which the rows cannot differ hidden.
 
     Args:
-        sort: a column, with a leading - for the other direction; None: by the changed values.
-        form: json, csv, markdown; None: a table.
-        each: a row for each run instead of one for all seeds.
+        each: every row is a single run.
+    """
+    groups = [row.group for row in rows]
+    keys = varied_keys(groups)
+    many = len(keys) > MANY_KEYS
+    names, states = [_run(row) for row in rows], [_state(row) for row in rows]
+    ranks = [sorted(row.all_of("world_sizes")) for row in rows]
+    ranks_differ = len({size for sizes in ranks for size in sizes}) > 1
+    unfinished = any(row.finished < len(row.members) for row in rows)
+    fewest_epochs = [min(member.epoch for member in row.members) for row in rows]
+    restarts = [sum(row.causes().values()) for row in rows]
+    setting_texts = [one_line(text) for text in settings(groups)]
+    changed = [group.changed or None for group in groups]
+    return [
+        _column("run", names, names, shown=each or not keys, right=False),
+        *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys).items()),
+        _column("settings", setting_texts, changed, shown=many, right=False),
+        _column("seeds", [_seeds(row) for row in rows], [len(row.members) for row in rows], shown=not each),
+        _figures("test_accuracy", rows, "{:.2f}".format, with_deviation=True),
+        _figures("best_accuracy", rows, "{:.2f}".format),
+        _figures("train_accuracy", rows, "{:.2f}".format),
+        _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
+        _figures("training_seconds", rows, _hours),
+        _figures("wall_seconds", rows, _hours),
+        _column("restarts", [_causes(row) for row in rows], restarts, right=False),
+        _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
+        _column("state", states, states, unfinished, right=False),
+    ]
+
+
+def _column(
+    name: str, cells: Sequence[str], values: Sequence[Any], shown: bool = True, right: bool = True
+) -> CompareColumn:
+    return CompareColumn(name, *HEADINGS[name], cells, values, shown, right)
+
+
+def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> CompareColumn:
+    changed = [row.group.changed for row in rows]
+    values = [values.get(key) for values in changed]
+    cells = [one_line(in_words(values[key])) if key in values else MISSING for values in changed]
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values if v is not None)
+    return CompareColumn(key, heading, f"`{key}`", cells, values, shown, numbers)
+
+
+def _figures(
+    name: str, rows: Sequence[Row], form: Callable[[float], str], *, with_deviation: bool = False
+) -> CompareColumn:
+    """Means, and their deviations where any group has more than one run."""
+    figures = [row.figure(name) for row in rows]
+    deviations = [MISSING if f is None or f.std is None else f"{f.std:.2f}" for f in figures]
+    width = max(map(len, deviations), default=0)
+    with_deviation = with_deviation and any(text != MISSING for text in deviations)
+    cells = [
+        MISSING if f is None else form(f.mean) + f" ± {text.rjust(width)}" * with_deviation
+        for f, text in zip(figures, deviations, strict=True)
+    ]
+    return _column(name, cells, [f and f.mean for f in figures])
+
+
+def _hours(seconds: float) -> str:
+    """`1:02:03`: whole hours and minutes would hide differences between runs."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _seeds(row: Row) -> str:
+    count = len(row.members)
+    return str(count) if row.finished == count else f"{row.finished}/{count}"
+
+
+def _epochs(row: Row) -> str:
+    done = sorted({member.epoch for member in row.members})
+    of = max(member.epochs for member in row.members) or MISSING
+    return f"{done[0]}/{of}" if len(done) == 1 else f"{done[0]}-{done[-1]}/{of}"
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key's last part; the whole key where another key or column has that name, too."""
+    taken = {word for name, (heading, _) in HEADINGS.items() for word in (name, heading)}
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {key: short if count[short] == 1 and short not in taken else key for key, short in last.items()}
+
+
+def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) -> list[Row]:
+    """The rows in the order of a column's values; descending after a leading -. Missing values always come last.
 
     Raises:
-        SpecError: a pattern that no run matches, or an unknown column.
+        SpecError: there is no such column; the message lists all.
     """
-    root = project_root()
-    groups = group_runs(find_runs(root, runs), each=each)
-    try:
-        jobs = run_queue.queue(root, QUEUE_TIMEOUT_SECONDS)
-    except SchedulerError as error:
-        jobs = None
-        print(f"warning: what unfinished runs are doing is not known: {printable(str(error))}", file=sys.stderr)
-    rows = read_rows(groups, jobs)
-    if sort is not None:
-        rows = sort_rows(rows, sort, columns(rows, each=each))
-    if form == "json":
-        print(as_json(rows))
-    elif form == "csv":
-        print(as_csv(rows), end="")
-    elif form == "markdown":
-        print(as_markdown(rows, each=each), end="")
-    elif sys.stdout.isatty():
-        show_on_terminal(rows, each=each)
-    else:
-        print(as_plain(rows, each=each), end="")
-    for group in groups:
-        if group.problem:
-            print(f"warning: {group.runs[0].name}: {printable(group.problem)}", file=sys.stderr)
-    return 0
+    known = {column.name: column for column in sorted(columns, key=lambda column: not column.shown)}
+    names = {column.heading.removesuffix(" %"): column for column in columns} | known
+    word = by.removeprefix("-")
+    if word not in names:
+        raise SpecError(
+            f"--sort: {shown(by)} is no column; allowed: {', '.join(map(printable, known))}, each with or without "
+            f"a leading -.{nearest(word, names)}"
+        )
+    pairs = list(zip(rows, names[word].values, strict=True))
+    present = [(row, value) for row, value in pairs if value is not None]
+    present.sort(key=lambda pair: sort_key(pair[1]), reverse=by.startswith("-"))
+    return [*(row for row, _ in present), *(row for row, value in pairs if value is None)]
+
+
+def one_line(text: str) -> str:
+    """Text from a file, safe for a terminal and for one line of a table."""
+    return " ".join(printable(text).split()) or MISSING
+
+
+def _causes(row: Row) -> str:
+    """Restarts of all runs of a row by cause, such as `3 preemption, 1 failure`."""
+    if not any(member.epoch or member.restarts for member in row.members):
+        return MISSING
+    return ", ".join(f"{count} {one_line(cause)}" for cause, count in row.causes().items()) or "0"
+
+
+def _state(row: Row) -> str:
+    """The state of a single run, or the states of the runs that have not finished, counted."""
+    if row.group.problem:
+        return f"unreadable: {row.members[0].name}"
+    if len(row.members) == 1:
+        return row.members[0].state
+    count = Counter(member.state for member in row.members if not member.finished)
+    return ", ".join(f"{n} {state}" for state, n in sorted(count.items())) or "finished"
+
+
+def _run(row: Row) -> str:
+    """The name of the first run, and the number of the others."""
+    more = len(row.members) - 1
+    return row.members[0].name + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""make demo: a run from end to end on this machine, preempted on the way. Only the public commands are used."""
+"""make demo: a run from end to end on this machine, with a preemption, by the public commands alone."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ import subprocess
 import sys
 import time
 
-from rich.console import Console
-from rich.table import Table
-
+from cifar_hpc.cli.table import Column, lay_out
 from cifar_hpc.errors import RunBusyError
 from cifar_hpc.launch.preflight import why_busy
+from cifar_hpc.runs.events import Resumed
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
 
 RUN = "demo"
 PREEMPT_AFTER_EPOCH = 2
 PATIENCE_SECONDS = 1800
+COLUMNS = (  # heading, field of metrics.jsonl, format
+    ("epoch", "epoch", "{}"),
+    ("train loss", "train_loss", "{:.4f}"),
+    ("train acc %", "train_accuracy", "{:.2f}"),
+    ("test loss", "test_loss", "{:.4f}"),
+    ("test acc %", "test_accuracy", "{:.2f}"),
+    ("img/s", "images_per_second", "{:,.0f}"),
+    ("restart", "restart", "{}"),
+)
 
 
 def main() -> int:
@@ -54,24 +62,15 @@ def _wait_for_epoch(paths: RunPaths, follower: subprocess.Popen[bytes]) -> bool:
 
 def _report(paths: RunPaths) -> int:
     rows, events = read_jsonl(paths.metrics), read_jsonl(paths.events)
-    resumed = [e for e in events if e["event"] == "resumed"]
-    table = Table("epoch", "train loss", "train acc %", "test loss", "test acc %", "img/s", "restart")
-    for row in rows:
-        table.add_row(
-            str(row["epoch"]),
-            f"{row['train_loss']:.4f}",
-            f"{row['train_accuracy']:.2f}",
-            f"{row['test_loss']:.4f}",
-            f"{row['test_accuracy']:.2f}",
-            f"{row['images_per_second']:,.0f}",
-            str(row["restart"]),
-        )
-    Console().print(table)
+    resumed = [e for e in events if e["event"] == Resumed.name]
+    columns = [Column(heading, [form.format(row[key]) for row in rows], right=True) for heading, key, form in COLUMNS]
+    for line in lay_out(columns, [(None, "")] * (len(rows) + 1)):
+        print(line.text)
     for event in resumed:
         print(f"preempted and resumed at step {event['step']} (epoch {event['epoch'] + 1}, from {event['file']})")
     print(f"test accuracy after {rows[-1]['epoch']} epochs: {rows[-1]['test_accuracy']:.2f}% of the synthetic images")
     complete = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    print(f"each epoch stands exactly once in {paths.metrics}" if complete else "error: metrics.jsonl has gaps")
+    print(f"each epoch is exactly once in {paths.metrics}" if complete else "error: metrics.jsonl has gaps")
     print(f"look at {paths.train_log}, and at python -m cifar_hpc inspect {RUN}")
     return 0 if complete and resumed else 1
 

@@ -2,27 +2,89 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.cli.figures.style import new_figure, save_figure
+from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_folder
 from cifar_hpc.config.spec import CLASSES
-from cifar_hpc.data.evaluation_set import LabelledImages, other_images, own_images
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
-from cifar_hpc.training.evaluation import BATCH
-from cifar_hpc.training.trained_model import TrainedModel, batches, load_trained, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifar_hpc.data.evaluation_set import LabelledImages
+    from cifar_hpc.training.trained_model import TrainedModel
+
+HELP = "accuracy on the test set: all, by class, and which classes are confused"
+DESCRIPTION = """\
+Runs the test set through a checkpoint. Prints accuracy and loss, the accuracy
+of each class, and which classes are taken for which; --out draws the confusion
+matrix."""
+EXAMPLES = (
+    "improved_resnet-1a2b3c4d",
+    "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --weights fast --json",
+)
 
 NAME_WIDTH = 12
 Matrix = list[list[int]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--data", metavar="DIR", help="other test images: CIFAR-10 or test/<class>/*")
+    parser.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure a run's model on its test images, or on those of --data, and print the result.
+
+    With --json, one object:
+
+        run, file, step, epoch     which model; run is null for a file that lies in no run's folder
+        weights                    averaged | slow | fast
+        data, images               the images measured on, and their number
+        accuracy, loss             in %, and the mean with the run's label smoothing
+        logged                     {"epoch", "test_accuracy", "test_loss"} of the run's own evaluation of this model on
+                                   these images; null where there was none
+        classes                    ten of {"label", "name", "images", "correct", "accuracy"}; the last is null where
+                                   there is no image
+        confusion                  ten rows, one a true class, of ten counts, one a predicted class
+        device, amp                where and in what precision it was computed
+        figures, notes             files written for --out; sentences that a user should know
+
+    Raises:
+        UserError: names the run, file or folder that is wrong.
+    """
+    from cifar_hpc.data.evaluation_set import other_images, own_images
+    from cifar_hpc.training.trained_model import load_trained
+
+    root, data = project_root(), arguments.data
+    folder = output_folder(arguments.out) if arguments.out is not None else None
+    trained = load_trained(root, arguments.run, arguments.weights)
+    spec = trained.spec.data
+    images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
+    report = _report(trained, images, measure(trained, images))
+    if data is None:
+        report["logged"] = trained.logged
+    if folder is not None:
+        title = (
+            f"{trained.run or trained.path.name}, epoch {report['epoch']}: "
+            f"{report['accuracy']:.2f}% of {report['images']:,} images"
+        )
+        report["figures"] = [str(path) for path in draw(report["confusion"], images.classes, title, folder)]
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(_text(report, trained, images.classes, root))
+    return 0
 
 
 def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
@@ -31,7 +93,7 @@ def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
     Args:
         labels, predicted: int64 [N] of classes 0 to 9.
     """
-    counts = torch.bincount(labels * CLASSES + predicted, minlength=CLASSES**2)
+    counts = (labels * CLASSES + predicted).bincount(minlength=CLASSES**2)
     matrix: Matrix = counts.view(CLASSES, CLASSES).tolist()
     return matrix
 
@@ -114,49 +176,14 @@ class Figures:
     matrix: Matrix
 
 
-def evaluate(run: str, data: str | None, weights: str, out: str | None, *, as_json: bool) -> int:
-    """Measure a run's model on its test images, or on those in `data`, and print the result.
-
-    With `as_json`, one object:
-
-        run, file, step, epoch     which model; run is null for a file that lies in no run's folder
-        weights                    averaged | slow | fast
-        data, images               the images measured on, and their number
-        accuracy, loss             in %, and the mean with the run's label smoothing
-        logged                     {"epoch", "test_accuracy", "test_loss"} of the run's own evaluation of this model on
-                                   these images; null where there was none
-        classes                    ten of {"label", "name", "images", "correct", "accuracy"}; the last is null where
-                                   there is no image
-        confusion                  ten rows, one a true class, of ten counts, one a predicted class
-        device, amp                where and in what precision it was computed
-        figures, notes             files written for --out; sentences that a user should know
-
-    Raises:
-        UserError: names the run, file or folder that is wrong.
-    """
-    root = project_root()
-    folder = output_folder(out) if out is not None else None
-    trained = load_trained(root, run, weights)
-    spec = trained.spec.data
-    images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
-    report = _report(trained, images, measure(trained, images))
-    if data is None:
-        report["logged"] = trained.logged
-    if folder is not None:
-        title = (
-            f"{trained.run or trained.path.name}, epoch {report['epoch']}: "
-            f"{report['accuracy']:.2f}% of {report['images']:,} images"
-        )
-        report["figures"] = [str(path) for path in draw(report["confusion"], images.classes, title, folder)]
-    if as_json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(_text(report, trained, images.classes, root))
-    return 0
-
-
 def measure(trained: TrainedModel, data: LabelledImages) -> Figures:
     """Evaluate as the trainer does: the same batches, summed in the same order, so the figures have the same bits."""
+    import torch
+    import torch.nn.functional as F
+
+    from cifar_hpc.training.evaluation import BATCH
+    from cifar_hpc.training.trained_model import batches
+
     count, smoothing = len(data.labels), trained.spec.train.label_smoothing
     sums = torch.zeros(-(-count // BATCH), 2, dtype=torch.float64)
     predicted = torch.empty(count, dtype=torch.int64)
@@ -203,6 +230,8 @@ def _report(trained: TrainedModel, data: LabelledImages, figures: Figures) -> di
 
 
 def _text(report: Mapping[str, Any], trained: TrainedModel, classes: tuple[str, ...], root: Path) -> str:
+    from cifar_hpc.training.trained_model import summary
+
     smoothing = trained.spec.train.label_smoothing
     facts = {
         **trained.facts(root),

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from torch import Tensor
 
 from cifar_hpc import __version__
+from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_file
 from cifar_hpc.config.io import NOT_IN_NAME, covered
 from cifar_hpc.config.spec import DataSpec
 from cifar_hpc.config.yaml_loader import Dumper
-from cifar_hpc.data.augment.color import CIFAR10_MEAN, CIFAR10_STD
-from cifar_hpc.data.datasets import class_names
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
-from cifar_hpc.training.trained_model import TrainedModel, load_trained, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifar_hpc.training.trained_model import TrainedModel
+
+HELP = "the model as safetensors, with a card that says what it is and how to load it"
+DESCRIPTION = """\
+Writes the weights as safetensors, which hold tensors and text and no code,
+with spec, accuracy and versions in the metadata, and a model card beside it
+that says how to load them with cifar_hpc.load."""
+EXAMPLES = ("improved_resnet-1a2b3c4d --out model.safetensors",)
 
 WRITTEN_BY = "Written by `python -m cifar_hpc export`"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -40,6 +49,47 @@ with torch.no_grad():
     logits = model(images)
 print(model.classes[logits[0].argmax()])
 """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--out", metavar="FILE.safetensors", required=True, help="the file; the card lies beside it")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write a run's model, and its card beside it, as .md. The same checkpoint gives the same bytes.
+
+    Raises:
+        UserError: names the run or the file that is wrong.
+    """
+    from cifar_hpc.data.datasets import class_names
+    from cifar_hpc.training.trained_model import load_trained, summary
+
+    root, path = project_root(), output_file(arguments.out, ".safetensors")
+    card_path = output_file(str(path.with_suffix(".md")))
+    if card_path.exists() and WRITTEN_BY.encode() not in read_regular(card_path)[:1000]:  # such as a README.md
+        raise SpecError(
+            f"--out: {card_path}, where the card would go, is there already and is no card. HINT: another name."
+        )
+    trained = load_trained(root, arguments.run, arguments.weights)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
+    card = metadata(trained, class_names(trained.spec.data, root))
+    content = to_safetensors(tensors, card)
+    sha256 = hashlib.sha256(content).hexdigest()
+    text = model_card(path.name, sha256, card, trained.state.rows).encode()
+    card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
+    write_atomic(path, content)
+    write_atomic(card_path, text)
+
+    facts = trained.facts(root)
+    del facts["computed"]
+    measured = "test_accuracy" in card
+    facts["accuracy"] = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured"
+    facts["parameters"] = f"{int(card['parameters']):,}"
+    facts["sha256"] = sha256
+    written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
+    print(summary(facts, [], trained.notes, written))
+    return 0
 
 
 def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -125,47 +175,15 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BARS[round((len(_BARS) - 1) * (mean - low) / span) if span else 0] for mean in means)
 
 
-SUFFIX = ".safetensors"
-
-
-def export(run: str, out: str, weights: str) -> int:
-    """Write a run's model to `out` and its card beside it, as .md. The same checkpoint gives the same bytes.
-
-    Raises:
-        UserError: names the run or the file that is wrong.
-    """
-    root, path = project_root(), output_file(out, SUFFIX)
-    card_path = output_file(str(path.with_suffix(".md")))
-    if card_path.exists() and WRITTEN_BY.encode() not in read_regular(card_path)[:1000]:  # such as a README.md
-        raise SpecError(
-            f"--out: {card_path}, where the card would go, is there already and is no card. HINT: another name."
-        )
-    trained = load_trained(root, run, weights)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
-    card = metadata(trained, class_names(trained.spec.data, root))
-    content = to_safetensors(tensors, card)
-    sha256 = hashlib.sha256(content).hexdigest()
-    text = model_card(path.name, sha256, card, trained.state.rows).encode()
-    card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
-    write_atomic(path, content)
-    write_atomic(card_path, text)
-
-    facts = trained.facts(root)
-    del facts["computed"]
-    measured = "test_accuracy" in card
-    facts["accuracy"] = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured"
-    facts["parameters"] = f"{int(card['parameters']):,}"
-    facts["sha256"] = sha256
-    written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
-    print(summary(facts, [], trained.notes, written))
-    return 0
-
-
 def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
     """The file's metadata. All values are text; lists and the spec are JSON.
 
     test_accuracy and test_loss are there only where the run has measured exactly these weights.
     """
+    import torch
+
+    from cifar_hpc.data.augment.color import CIFAR10_MEAN, CIFAR10_STD
+
     state, spec, environment = trained.state, trained.spec, trained.state.environment
     logged = trained.logged or {}
     return {

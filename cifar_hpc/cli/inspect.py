@@ -1,28 +1,42 @@
-"""python -m cifar_hpc inspect: verify a checkpoint and print what it holds."""
+"""python -m cifar_hpc inspect: verify a checkpoint and print its contents."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.runs.paths import find_run, project_root
-from cifar_hpc.tensorfile import BadFileError
-from cifar_hpc.training.checkpoints.format import FORMAT, TrainingState, read_checkpoint
-from cifar_hpc.training.checkpoints.store import candidates, newest_good
+
+if TYPE_CHECKING:
+    from cifar_hpc.training.checkpoints.format import TrainingState
+
+HELP = "verify a checkpoint; show what it holds and its sha256 sums"
+DESCRIPTION = """\
+The sums are those of the fast weights, the slow weights, momentum and
+BatchNorm buffers: two runs computed the same if and only if they agree. Exit
+status 1 where the file is damaged; the message says what is wrong with it."""
+EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --step 3910 --json")
 
 
-def inspect(run: str, step: int | None, *, as_json: bool) -> int:
-    """Print a checkpoint's position, figures and sums.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run, or a checkpoint file")
+    parser.add_argument("--step", type=int, metavar="S", help="the checkpoint of this step (default: the newest good)")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print a checkpoint's position, metrics and digests.
 
     Raises:
         SpecError: there is no such checkpoint.
         RunFailedError: it does not verify.
     """
-    report = describe(*_load(run, step))
-    if as_json:
+    report = describe(*_load(arguments.run, arguments.step))
+    if arguments.json:
         print(json.dumps(report, indent=1))
         return 0
     for key in ("file", "verified", "step", "epoch", "step_in_epoch", "updates", "shards", "best", "environment"):
@@ -35,7 +49,9 @@ def inspect(run: str, step: int | None, *, as_json: bool) -> int:
 
 
 def describe(path: Path, state: TrainingState, skipped: list[str]) -> dict[str, Any]:
-    """What `inspect --json` prints; `skipped` names newer files that did not verify."""
+    """The object of `inspect --json`; `skipped` are newer files that did not verify."""
+    from cifar_hpc.training.checkpoints.format import FORMAT
+
     rows = state.rows
     return {
         "file": str(path),
@@ -57,24 +73,25 @@ def describe(path: Path, state: TrainingState, skipped: list[str]) -> dict[str, 
 
 
 def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
+    from cifar_hpc.tensorfile import BadFileError
+    from cifar_hpc.training.checkpoints.format import read_checkpoint
+    from cifar_hpc.training.checkpoints.store import candidates, newest_good
+
     if run.endswith(".pt"):
-        return _read(Path(run))
-    directory = find_run(project_root(), run).checkpoints
-    if step is not None:
+        path = Path(run)
+        if not os.path.lexists(path):
+            raise SpecError(f"{path}: there is no such file.")
+    else:
+        directory = find_run(project_root(), run).checkpoints
+        if step is None:
+            found = newest_good(directory)
+            if found is None:
+                raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
+            return found.path, found.state, [f"{path.name}: {reason}" for path, reason in found.bad]
         path = directory / f"step_{step:08d}.pt"
         if not path.exists():
             known = ", ".join(p.stem.removeprefix("step_").lstrip("0") or "0" for p in candidates(directory)) or "none"
             raise SpecError(f"--step: run {run} has no checkpoint of step {step}; there are: {known}.")
-        return _read(path)
-    found = newest_good(directory)
-    if found is None:
-        raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
-    return found.path, found.state, [f"{path.name}: {reason}" for path, reason in found.bad]
-
-
-def _read(path: Path) -> tuple[Path, TrainingState, list[str]]:
-    if not os.path.lexists(path):
-        raise SpecError(f"{path}: there is no such file.")
     try:
         return path, read_checkpoint(path), []
     except BadFileError as error:

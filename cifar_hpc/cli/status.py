@@ -1,218 +1,308 @@
-"""python -m cifar_hpc status: one line a run; with --watch a screenful, drawn again in place.
-
-Only lines that have changed are sent, which neither flickers nor fills a slow link."""
+"""python -m cifar_hpc status: a line for each run; with --watch a screen that is updated in place."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_hpc.cli.status_table import Line, by_interest, lines, shorten, summary
-from cifar_hpc.cli.terminal import paint, wanted
+from cifar_hpc.cli.table import GAP, Column, Line, Style, display_width, fit, lay_out, least_width, shorten
+from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import queue as run_queue
-from cifar_hpc.runs.history_cache import FactsCache
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root
-from cifar_hpc.runs.state import RunState, read_state
-from cifar_hpc.slurm import client as slurm
-from cifar_hpc.slurm.client import QueuedJob
-from cifar_hpc.text import printable
+from cifar_hpc.runs.queue import QueuePoller
+from cifar_hpc.runs.state import WAITING, RunState, read_state
+from cifar_hpc.slurm.reasons import expected
+from cifar_hpc.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+HELP = "one line a run: state, epoch, accuracy, speed, time left, restarts"
+DESCRIPTION = """\
+States: queued (with Slurm's reason), running, requeued, hung (no log line for
+much longer than usual), suspended (by Slurm), stopping (Slurm ends the job),
+finished, failed (with the reason), cancelled, stopped (killed, or gone without
+a message: submit again), not started (never submitted), unreadable (damaged
+files), unknown (Slurm does not answer).
 
-WATCH_SECONDS = 3.0
-LOOKING = 0.2  # the part of the time that is spent on looking, at most
+One call of squeue serves all runs, and none is needed where there is no Slurm.
+In a pipe each run is one plain line, --json is for programs. Exit status: 0, 2
+bad arguments, 3 Slurm does not answer, so that the files alone are shown."""
+EXAMPLES = ("", "'dropout-*' --watch", "improved_resnet-1a2b3c4d --json")
+
+READ_SECONDS = 3.0  # between two reads of --watch
+READ_SHARE = 0.2  # of the time that --watch spends on reading, at most
+QUEUE_SECONDS = 10.0  # Slurm is asked less often than files are read: many watchers must not load the controller
 _TO_LINE = "\x1b[{};1H\x1b[K"  # to the beginning of a line, and clear it (ECMA-48: CUP, EL)
 
+COLUMNS = ("RUN", "STATE", "EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RESTARTS", "RANKS", "LOG AGE", "JOB", "DETAIL")
+NUMBERS = ("EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RANKS", "LOG AGE")
+# Columns that are left out of a narrow table, the first one first. RESTARTS loses its causes before that. DETAIL has
+# RESTARTS and ETA where they have no column.
+DROPPED = ("RANKS", "JOB", "LOG AGE", "IMG/S", "BEST", "RESTARTS", "ETA", "ACC")
+LEAST_DETAIL, LEAST_NAME = 20, 12  # characters that a reason, and a run's name, get on any terminal
+# From the most to the least urgent.
+STYLES = {
+    "hung": "bold red",
+    "running": "green",
+    "suspended": "yellow",
+    "stopping": "magenta",
+    "failed": "red",
+    "queued": "yellow",
+    "requeued": "yellow",
+    "unknown": "yellow",
+    "stopped": "magenta",
+    "unreadable": "red",
+    "cancelled": "dim",
+    "not started": "dim",
+    "finished": "dim",
+}
+URGENCY = tuple(STYLES)
+_CAUSES = {"submitted": "submitted again"}
 
-def watch_screen(reader: Reader) -> int:
-    """Show the runs until Ctrl-C, which is the way to end it: exit status 0."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="only these runs; names or patterns such as 'dropout-*'")
+    parser.add_argument("--watch", action="store_true", help="redraw every few seconds until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the state of the runs; returns the exit status."""
+    reader = Reader(project_root(), arguments.runs)
+    if arguments.watch and not arguments.json:
+        return watch(reader)
+    states = reader.read()
+    if arguments.json:
+        print(json.dumps([s.plain() for s in states], indent=1))
+    elif not states:
+        print(f"no runs under {reader.root / 'logs'} yet. HINT: python submit.py --help")
+    elif sys.stdout.isatty():
+        _print_on_terminal(states)
+    else:
+        _print_plain(states)
+    if reader.queue.trouble:
+        print(f"error: {printable(reader.queue.trouble)}", file=sys.stderr)
+        return SchedulerError.exit_code
+    return 0
+
+
+class Reader:
+    """The states of runs, with one call of squeue for all. While Slurm does not answer, its last answer counts."""
+
+    def __init__(self, root: Path, runs: Sequence[str]) -> None:
+        self.root, self.runs = root, runs
+        self.queue = QueuePoller(root, QUEUE_SECONDS)
+
+    def read(self) -> list[RunState]:
+        """The states in the order of the runs' names.
+
+        Raises:
+            SpecError: no run matches a pattern.
+        """
+        found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
+        self.queue.poll()
+        return [read_state(paths, self.queue.jobs, self.queue.asked_at) for paths in found]
+
+
+def watch(reader: Reader) -> int:
+    """Show the runs until Ctrl-C, the normal end: exit status 0."""
     from rich.console import Console
 
     console = Console()
     screen = Screen(console, reader)
-    screen.look()  # a mistake in a name is told before anything is drawn
+    screen.read()  # reports a wrong name before anything is drawn
+    on_terminal = console.is_terminal and not console.is_dumb_terminal
     try:
-        if not console.is_terminal or console.is_dumb_terminal:
+        with console.screen() if on_terminal else nullcontext():
             while True:
-                show_plain(screen.states)
-                print(flush=True)
+                if on_terminal:
+                    screen.draw()
+                else:
+                    _print_plain(screen.states)
+                    print(flush=True)
                 screen.wait()
-                screen.look()
-        with console.screen():
-            while True:
-                screen.draw()
-                screen.wait()
-                screen.look()
+                screen.read()
     except KeyboardInterrupt:
         if console.is_terminal:
-            show_on_terminal(screen.states)  # stays to be read where the screen was
+            _print_on_terminal(screen.states)  # remains after the screen is gone
     return 0
 
 
 class Screen:
-    """What is on the terminal, and what is to be there."""
+    """A terminal's content. Only lines that change are sent, which neither flickers nor fills a slow connection."""
 
     def __init__(self, console: Console, reader: Reader) -> None:
         self.console, self.reader = console, reader
         self.states: Sequence[RunState] = []
         self._shown: list[str] = []
         self._size = (0, 0)
-        self._next_look = 0.0
-        self._coloured = wanted(sys.stdout)
+        self._next_read = 0.0
+        self._coloured = use_colour(sys.stdout)
 
-    def look(self) -> None:
-        """Read the runs anew, if it is time for that."""
+    def read(self) -> None:
+        """Read the runs, if it is time to."""
         began = time.monotonic()
-        if began < self._next_look:
+        if began < self._next_read:
             return
         self.states = self.reader.read()
         now = time.monotonic()
-        self._next_look = now + max(WATCH_SECONDS, (now - began) / LOOKING)
+        self._next_read = now + max(READ_SECONDS, (now - began) / READ_SHARE)
 
     def wait(self) -> None:
-        """Until it is time for another look, or the terminal has another size or was taken back from the shell."""
-        told = {signal.SIGWINCH, signal.SIGCONT}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, told)
+        """Wait for the next read, a new size of the terminal, or a return from the shell."""
+        signals = {signal.SIGWINCH, signal.SIGCONT}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
-            found = signal.sigtimedwait(told, max(0.0, self._next_look - time.monotonic()))
+            found = signal.sigtimedwait(signals, max(0.0, self._next_read - time.monotonic()))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if found is not None and found.si_signo == signal.SIGCONT:
             self._size = (0, 0)
 
     def draw(self) -> None:
-        """Send the lines that differ from what is shown; all of them on a terminal of another size."""
+        """Send the lines that differ from the shown ones; all lines after a change of size."""
         size = self.console.size
         if size != self._size:
             self._shown, self._size = [], (size.width, size.height)
             self.console.clear()
-        wanted_lines = self.frame(size.width, size.height)
+        lines = self.frame(size.width, size.height)
         changes = [
             _TO_LINE.format(number + 1) + line
-            for number, line in enumerate(wanted_lines)
+            for number, line in enumerate(lines)
             if number >= len(self._shown) or line != self._shown[number]
         ]
-        changes += [_TO_LINE.format(n + 1) for n in range(len(wanted_lines), len(self._shown))]
+        changes += [_TO_LINE.format(number + 1) for number in range(len(lines), len(self._shown))]
         self.console.file.write("".join(changes))
         self.console.file.flush()
-        self._shown = wanted_lines
+        self._shown = lines
 
     def frame(self, width: int, height: int) -> list[str]:
         """The lines for a terminal of this size, at most `height`."""
-        states = by_interest(self.states)
-        room = max(1, height - 2 - bool(self.reader.trouble))  # beside the head and the notes
-        notes = self._notes(max(0, len(states) - room))
-        table = [painted(line) if self._coloured else line.text for line in lines(states[:room], width)]
-        return [*table, *(paint(shorten(n, width), "bold" if self._coloured else "") for n in notes)][:height]
+        states = by_urgency(self.states)
+        room = max(1, height - 2 - bool(self.reader.queue.trouble))  # besides the headings and the notes
+        notes = [shorten(note, width) for note in self._notes(max(0, len(states) - room))]
+        lines = [line.painted if self._coloured else line.text for line in status_lines(states[:room], width)]
+        return [*lines, *(paint(note, "bold") if self._coloured else note for note in notes)][:height]
 
     def _notes(self, hidden: int) -> list[str]:
         more = f"{hidden} not shown; " if hidden else ""
         notes = [f"{datetime.now():%H:%M:%S}  {more}{summary(self.states)}"]
-        if self.reader.trouble:
-            last = self.reader.asked_at
-            since = f"what it said at {datetime.fromtimestamp(last):%H:%M:%S} is shown" if last else "files alone tell"
-            words = self.reader.trouble.rpartition("was refused: ")[2]
-            notes.append(f"Slurm does not answer, {since}: {' '.join(printable(words).split())}")
+        queue = self.reader.queue
+        if queue.trouble:
+            last = queue.asked_at
+            shown = f"its answer of {datetime.fromtimestamp(last):%H:%M:%S} is shown" if last else "only files are read"
+            words = queue.trouble.rpartition("was refused: ")[2]
+            notes.append(f"Slurm does not answer, {shown}: {' '.join(printable(words).split())}")
         return notes
 
 
-# The queue is asked less often than files are read: many watchers must not load the controller.
-QUEUE_SECONDS, QUEUE_TIMEOUT_SECONDS = 10.0, 10.0
-
-
-def status(runs: Sequence[str], *, watch: bool, as_json: bool) -> int:
-    """Print the state of `runs`, names or patterns, or of all.
-
-    Returns:
-        the exit status: 0, or 3 where Slurm does not answer, and only the files tell.
-    """
-    reader = Reader(project_root(), runs)
-    if watch and not as_json:
-        return watch_screen(reader)
-    states = reader.read()
-    if as_json:
-        print(json.dumps([s.plain() for s in states], indent=1))
-    elif not states:
-        print(f"no runs under {reader.root / 'logs'} yet. HINT: python submit.py --help")
-    elif sys.stdout.isatty():
-        show_on_terminal(states)
-    else:
-        show_plain(states)
-    if reader.trouble:
-        print(f"error: {printable(reader.trouble)}", file=sys.stderr)
-        return SchedulerError.exit_code
-    return 0
-
-
-class Reader:
-    """The states of runs, one look after another.
-
-    trouble: Slurm's words where it does not answer; the jobs are then the last that it told of, if it ever has.
-    asked_at: when it was asked what it last answered, in seconds since the epoch.
-    """
-
-    def __init__(self, root: Path, runs: Sequence[str]) -> None:
-        self.root, self.runs = root, runs
-        self.trouble = ""
-        self.asked_at: float | None = None
-        self._jobs: Mapping[str, QueuedJob] | None = None
-        self._ask_next = 0.0
-        self._cache = FactsCache(root)
-
-    def read(self) -> list[RunState]:
-        """The states by the runs' names.
-
-        Raises:
-            SpecError: for a pattern that no run matches.
-        """
-        found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
-        self._ask()
-        states = [read_state(paths, self._jobs, self._cache.facts, self.asked_at) for paths in found]
-        if not self.runs:
-            self._cache.save()  # which keeps no others than those that were read
-        return states
-
-    def _ask(self) -> None:
-        if time.monotonic() < self._ask_next:
-            return
-        asked_at = time.time()
-        try:
-            self._jobs = run_queue.queue(self.root, QUEUE_TIMEOUT_SECONDS)
-            self.trouble, self.asked_at = "", asked_at
-        except SchedulerError as error:
-            self.trouble = str(error)
-        self._ask_next = time.monotonic() + (slurm.SILENT_SECONDS if self.trouble else QUEUE_SECONDS)
-
-
-def show_plain(states: Sequence[RunState]) -> None:
-    """By name, in full, without colours: for a pipe or a file."""
-    for line in lines(states):
+def _print_plain(states: Sequence[RunState]) -> None:
+    """Print all columns by name without colours, for a pipe or a file."""
+    for line in status_lines(states):
         print(line.text)
 
 
-def show_on_terminal(states: Sequence[RunState]) -> None:
-    """What calls for a look comes last, next to the prompt."""
-    coloured, width = wanted(sys.stdout), shutil.get_terminal_size().columns
-    for line in lines(by_interest(states, last=True), width):
-        print(painted(line) if coloured else line.text)
+def _print_on_terminal(states: Sequence[RunState]) -> None:
+    """Print what fits, with the most urgent runs last, next to the prompt."""
+    coloured, width = use_colour(sys.stdout), shutil.get_terminal_size().columns
+    for line in status_lines(by_urgency(states, last=True), width):
+        print(line.painted if coloured else line.text)
     print(textwrap.fill(summary(states), width))
 
 
-def painted(line: Line) -> str:
-    """A line with the colour of its state; all of it, where nothing of it calls for a look."""
-    if line.style == "dim":
-        return paint(line.text, "dim")
-    if not line.style:
-        return paint(line.text, "bold")
-    return line.before + paint(line.state, line.style) + line.after
+def by_urgency(states: Sequence[RunState], *, last: bool = False) -> list[RunState]:
+    """States with the most urgent first, or last; by name where they are equally urgent."""
+    sign = -1 if last else 1
+    return sorted(states, key=lambda state: (sign * URGENCY.index(state.state), state.run))
+
+
+def summary(states: Sequence[RunState]) -> str:
+    """`24 runs: 3 running, 2 queued, 19 finished`."""
+    counts = {name: sum(state.state == name for state in states) for name in URGENCY}
+    words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{len(states)} run{'s' * (len(states) != 1)}: {words}"
+
+
+def status_lines(states: Sequence[RunState], width: int | None = None) -> list[Line]:
+    """The headings and a line for each run.
+
+    Args:
+        width: of the terminal, in characters; None for all columns in full.
+    """
+    rows = [cells(state) for state in states]
+    *columns, detail = (Column(name, [row[name] for row in rows], name in NUMBERS) for name in COLUMNS)
+    if width is not None:
+        columns = _fitted(columns, width)
+        headings = {column.heading for column in columns}
+        room = width - least_width(columns) - len(GAP)
+        details = [_detail(state, text, headings, room) for state, text in zip(states, detail.cells, strict=True)]
+        detail = Column("DETAIL", details)
+    styles: list[Style] = [(None, style) if (style := STYLES[s.state]) == "dim" else (1, style) for s in states]
+    return lay_out([*columns, detail], [(None, "bold"), *styles], width)
+
+
+def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
+    """The columns that leave room for DETAIL, with shorter cells if needed."""
+    fitted, room = list(columns), width - LEAST_DETAIL - len(GAP)
+    fitted[0] = _shortened(fitted[0], max(len("improved_resnet-01234567"), width // 5))
+    if least_width(fitted) > room:
+        restarts = COLUMNS.index("RESTARTS")
+        fitted[restarts] = Column("RESTARTS", [cell.partition(" ")[0] for cell in fitted[restarts].cells])
+    fitted = fit(fitted, room, DROPPED)
+    over = least_width(fitted) - room
+    return [_shortened(fitted[0], max(LEAST_NAME, fitted[0].width - over)), *fitted[1:]] if over > 0 else fitted
+
+
+def _shortened(names: Column, longest: int) -> Column:
+    return Column(names.heading, [shorten(name, longest, keep_end=9) for name in names.cells])
+
+
+def _detail(state: RunState, detail: str, columns: Collection[str], room: int) -> str:
+    """DETAIL with the values that have no column, in fewer words where it is too long."""
+    eta = f"ETA {duration(state.eta_seconds)}" if state.eta_seconds is not None and "ETA" not in columns else ""
+    hidden = state.restarts and not state.ended and "RESTARTS" not in columns
+    restarts = f"{state.restarts} restart{'s' * (state.restarts > 1)}" if hidden else ""
+    detail = detail.partition(" HINT: ")[0]
+    if state.state == "queued" and state.reason and display_width(detail) > room:
+        start = datetime.fromisoformat(state.start_time) if state.start_time else None
+        soon = expected(start, datetime.now(UTC)).removeprefix("starts ")
+        detail = ", ".join(filter(None, (printable(state.reason), soon)))
+    parts = (detail, eta, restarts) if state.state in WAITING else (eta, restarts, detail)
+    return ", ".join(filter(None, parts))
+
+
+def cells(state: RunState) -> dict[str, str]:
+    """A cell for each column, each on one line, in printable characters."""
+    tenths = "" if state.epoch_progress is None else f".{min(9, int(10 * state.epoch_progress))}"
+    causes = [(count, _CAUSES.get(cause, cause)) for cause, count in sorted(state.restart_causes.items())]
+    by_cause = causes[0][1] if len(causes) == 1 else ", ".join(f"{count} {cause}" for count, cause in causes)
+    row = {
+        "RUN": state.run,
+        "STATE": state.state,
+        "EPOCH": f"{state.epoch}{tenths}/{state.epochs}",
+        "ACC": _percent(state.test_accuracy),
+        "BEST": _percent(state.best_accuracy),
+        "IMG/S": "-" if state.images_per_second is None else f"{state.images_per_second:,.0f}",
+        "ETA": duration(state.eta_seconds),
+        "RESTARTS": f"{state.restarts}" + (f" ({by_cause})" if causes else ""),
+        "RANKS": str(state.world_size or "-"),
+        "LOG AGE": duration(state.log_age_seconds),
+        "JOB": state.job_id or "-",
+        "DETAIL": state.detail,
+    }
+    return {column: " ".join(printable(cell).split()) for column, cell in row.items()}
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -10,117 +11,211 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from cifar_hpc.cli.terminal import paint, style_of_line, wanted
+from cifar_hpc.cli.terminal import kind_of_line, paint, style_of_line, use_colour
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import NotRegularError, open_regular
-from cifar_hpc.runs import queue as run_queue
-from cifar_hpc.runs.eta import kind_of_line
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
+from cifar_hpc.runs.queue import ANSWER_SECONDS, QueuePoller
 from cifar_hpc.runs.state import RunState, read_state
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm.client import QueuedJob, jobs_ahead
 from cifar_hpc.text import printable
 
-# The queue and the lock are asked less often than the file, and the others' jobs still less often: thousands of
+HELP = "follow a run's train.log, from its beginning until the run ends"
+DESCRIPTION = """\
+Prints train.log from its beginning, and new lines until the run ends. A run
+that has not started yet is waited for. Ctrl-C ends this command, not the run.
+`tail -F logs/RUN/train.log` shows the same lines."""
+EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --epochs")
+
+LOG_SECONDS = 0.5
+# The queue and the lock are read less often than the log, and the jobs of other users still less often: thousands of
 # followers must not load the controller.
-STATE_SECONDS, AHEAD_SECONDS, TIMEOUT_SECONDS = 5.0, 30.0, 10.0
-# What is said of a waiting run is said again so often where it has changed, such as the expected start.
-SAY_AGAIN_SECONDS = 600.0
-# So many looks in a row at a run whose files cannot be read are its end: a file server may be away for a moment.
-UNREADABLE_LOOKS = 6
-_SAID = ("queued", "requeued", "hung", "suspended", "unknown")  # what the log itself does not tell
+STATE_SECONDS, AHEAD_SECONDS = 5.0, 30.0
+REPEAT_SECONDS = 600.0  # after which details that have changed, such as the expected start, are reported again
+# A file server may be away for a moment: so many reads in a row must fail before a log, or a run, is given up.
+LOG_FAILURES, STATE_FAILURES = 60, 6
+_REPORTED = ("queued", "requeued", "hung", "suspended", "unknown")  # states that the log itself does not show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--epochs", action="store_true", help="only the rows of finished epochs")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Follow a run from its beginning; exit status 0 if it finished, 1 if it ended in any other way."""
+    paths = find_run(project_root(), arguments.run)
+    log = EpochFollower(paths.metrics) if arguments.epochs else LogFollower(paths.train_log)
+    return _follow_to_end(paths, log, PlainView())
+
+
+def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
+    """Follow a run that was just submitted. Ctrl-C leaves it running and prints `hint`.
+
+    Args:
+        begin: size of train.log before the submission; older lines are not shown.
+    """
+    log = LogFollower(paths.train_log, begin)
+    try:
+        if not sys.stdout.isatty():
+            return _follow_to_end(paths, log, PlainView())
+        from cifar_hpc.cli.tail_screen import LiveView
+
+        with LiveView() as view:
+            return _follow_to_end(paths, log, view)
+    except KeyboardInterrupt:
+        print(f"\nthe run goes on without you; to come back or to cancel it:\n{hint}", flush=True)
+        return 0
+
+
+class View(Protocol):
+    """The place where news of a run is shown."""
+
+    def line(self, text: str) -> None:
+        """Show a line of the log."""
+
+    def note(self, text: str) -> None:
+        """Show a message that is not in the log: about the queue, or the end of the run."""
+
+    def state(self, state: RunState, words: str) -> None:
+        """Show the state, after each time it was read."""
+
+
+class PlainView:
+    """Lines on standard output and notes on standard error, in colours on a terminal."""
+
+    def __init__(self) -> None:
+        self._colour_lines, self._colour_notes = use_colour(sys.stdout), use_colour(sys.stderr)
+
+    def line(self, text: str) -> None:
+        print(paint(text, style_of_line(kind_of_line(text))) if self._colour_lines else text, flush=True)
+
+    def note(self, text: str) -> None:
+        note = f"[{text}]"
+        print(paint(note, style_of_line("note")) if self._colour_notes else note, file=sys.stderr, flush=True)
+
+    def state(self, state: RunState, words: str) -> None:
+        """Show nothing: notes have what matters."""
+
+
+def _follow_to_end(paths: RunPaths, log: LogFollower | EpochFollower, view: View) -> int:
+    states, failures = StateFollower(paths), 0
+    with contextlib.closing(log):
+        while True:
+            # The state is read before the log, so that the last lines before the end are still shown.
+            state = states.poll()
+            try:
+                lines, failures = log.poll(), 0
+            except (NotRegularError, PermissionError):
+                raise
+            except OSError:  # a file server that is away for a moment, or a stale handle
+                lines, failures = [], failures + 1
+                if failures >= LOG_FAILURES:
+                    raise
+                log.close()
+            ended = states.ended and state is not None and not lines and not failures
+            for line in log.rest() if ended else lines:
+                view.line(line)
+            if state is not None:
+                view.state(state, states.words(state))
+                if news := states.news(state):
+                    view.note(news)
+                if ended:
+                    if state.state != "finished":
+                        view.note(f"{state.state}: {printable(state.detail)}")
+                    return 0 if state.state == "finished" else 1
+            if not lines:
+                time.sleep(LOG_SECONDS)
 
 
 class LogFollower:
-    """The whole lines that are added to a file; from its beginning again when it was replaced or cut.
+    """Complete lines that are added to a file. A file that is replaced or truncated is read from its beginning.
 
-    begin: where to begin; a file that is shorter by now is read from its beginning.
+    begin: offset of the first line; in a file that is shorter by now, 0.
     """
 
     def __init__(self, path: Path, begin: int = 0) -> None:
-        self.path, self._begin = path, begin
+        self.path, self._offset = path, begin
         self._file: TextIO | None = None
         self._part = ""  # of a line whose end has not been written yet
 
     def poll(self) -> list[str]:
-        """The new lines, in printable characters.
+        """New lines, in printable characters.
 
         Raises:
             OSError: it is no regular file, or cannot be read.
         """
-        if self._file is None and not self._open():
-            return []
-        assert self._file is not None
+        if self._file is None:
+            try:
+                self._file = self._open()
+            except FileNotFoundError:
+                return []
         text = self._file.read()
-        self._begin = self._file.tell()
+        self._offset = self._file.tell()
         if text:
-            *whole, self._part = (self._part + text).split("\n")
-            return [printable(line) for line in whole]
-        if not self._replaced():
+            *lines, self._part = (self._part + text).split("\n")
+            return [printable(line) for line in lines]
+        if not self._replaced(self._file):
             return []
-        rest = self.rest()
         self.close()
-        self._begin = 0
-        return [*rest, f"[{self.path.name} was replaced or cut; from its beginning:]"]
+        self._offset = 0
+        return [*self.rest(), f"[{self.path.name} was replaced or cut; from its beginning:]"]
 
     def rest(self) -> list[str]:
-        """The last line, where its end was never written."""
+        """The last line, if its end was never written."""
         part, self._part = self._part, ""
         return [printable(part)] if part else []
 
     def close(self) -> None:
-        """Let go of the file; the next look opens it anew, and goes on where the last one ended."""
+        """Close the file; the next poll opens it again and continues at the same offset."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _open(self) -> bool:
-        try:
-            self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return False
-        if os.fstat(self._file.fileno()).st_size < self._begin:
-            self._begin = 0
-        self._file.seek(self._begin)
-        return True
+    def _open(self) -> TextIO:
+        file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
+        if os.fstat(file.fileno()).st_size < self._offset:
+            self._offset = 0
+        file.seek(self._offset)
+        return file
 
-    def _replaced(self) -> bool:
-        assert self._file is not None
-        mine = os.fstat(self._file.fileno())
+    def _replaced(self, file: TextIO) -> bool:
+        mine = os.fstat(file.fileno())
         try:
             status = self.path.stat()
-        except FileNotFoundError:  # moved away; what comes in its place is read when it is there
+        except FileNotFoundError:  # moved away; another file may follow
             return True
-        return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < self._file.tell()
+        return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < file.tell()
 
 
 class EpochFollower:
-    """A line for each new row of metrics.jsonl; a row that was cut off and computed again is not repeated."""
+    """A line for each new epoch in metrics.jsonl; an epoch that is computed again is not repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._epoch = 0
 
     def poll(self) -> list[str]:
-        """The new lines."""
-        found = []
+        """New lines."""
+        lines = []
         for row in read_jsonl(self.path):
             line = _epoch_line(row)
             if line is not None and row["epoch"] > self._epoch:
                 self._epoch = row["epoch"]
-                found.append(line)
-        return found
+                lines.append(line)
+        return lines
 
     def rest(self) -> list[str]:
-        """Rows are whole."""
+        """No lines: rows are always complete."""
         return []
 
     def close(self) -> None:
-        """Nothing is open between two looks."""
+        """Do nothing: no file is open between two polls."""
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str | None:
-    """A row of metrics.jsonl for people, or None where it is no such row."""
+    """A row of metrics.jsonl for people; None for anything else."""
     try:
         return (
             f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
@@ -132,166 +227,59 @@ def _epoch_line(row: Mapping[str, Any]) -> str | None:
 
 
 class StateFollower:
-    """The state of a run, asked for now and then.
+    """The state of a run, read every few seconds.
 
-    state: the last known; None before the first look.
+    state: the last one; None before the first poll.
     """
 
     def __init__(self, paths: RunPaths) -> None:
         self.paths = paths
         self.state: RunState | None = None
-        self._jobs: Mapping[str, slurm.QueuedJob] | None = None
-        self._asked_at: float | None = None
-        self._look_next = self._ask_next = self._ahead_next = 0.0
+        self.queue = QueuePoller(paths.root, interval=0.0)
         self._ahead: int | None = None
-        self._unreadable = 0
-        self._said, self._said_kind, self._said_at = "", ("", ""), 0.0
+        self._next_poll = self._next_ahead = 0.0
+        self._failures = 0
+        self._reported, self._reported_kind, self._reported_at = "", ("", ""), 0.0
 
     def poll(self) -> RunState | None:
-        """The state, where it was time for another look."""
-        if time.monotonic() < self._look_next:
+        """The state, if it was time to read it; else None."""
+        if time.monotonic() < self._next_poll:
             return None
-        self._ask()
-        self.state = read_state(self.paths, self._jobs, asked_at=self._asked_at)
-        self._unreadable = self._unreadable + 1 if self.state.state == "unreadable" else 0
-        self._count_ahead(self._jobs or {})
-        self._look_next = time.monotonic() + STATE_SECONDS
+        self.queue.poll()
+        jobs = None if self.queue.trouble else self.queue.jobs
+        self.state = read_state(self.paths, jobs, asked_at=self.queue.asked_at)
+        self._failures = self._failures + 1 if self.state.state == "unreadable" else 0
+        self._count_ahead((jobs or {}).get(self.paths.name))
+        self._next_poll = time.monotonic() + STATE_SECONDS
         return self.state
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will happen any more; files that cannot be read are looked at some times before."""
-        return self.state is not None and self.state.ended and not 0 < self._unreadable < UNREADABLE_LOOKS
+        """True once nothing more will happen; files that cannot be read are read again a few times before."""
+        return self.state is not None and self.state.ended and not 0 < self._failures < STATE_FAILURES
 
-    def _ask(self) -> None:
-        if time.monotonic() < self._ask_next:
-            return
-        asked_at = time.time()
-        try:
-            self._jobs, self._asked_at = run_queue.queue(self.paths.root, TIMEOUT_SECONDS), asked_at
-        except SchedulerError:  # busy or restarting
-            self._jobs, self._ask_next = None, time.monotonic() + slurm.SILENT_SECONDS
-
-    def words(self) -> str:
-        """`queued: Priority: other jobs go first, 3 jobs ahead of it in gpu`; printable."""
-        if self.state is None:
-            return ""
+    def words(self, state: RunState) -> str:
+        """`queued: Priority: other jobs go first, 3 jobs ahead of it`; printable."""
         ahead = "" if self._ahead is None else f", {self._ahead} job{'s' * (self._ahead != 1)} ahead of it"
-        return printable(f"{self.state.state}: {self.state.detail}{ahead}")
+        return printable(f"{state.state}: {state.detail}{ahead}")
 
-    def news(self) -> str:
-        """The same, where the log does not tell it and it has not been said yet; else an empty string."""
-        state, words, now = self.state, self.words(), time.monotonic()
-        if state is None or state.state not in _SAID:
-            self._said_kind = ("", "")
-            return ""
-        kind = (state.state, state.reason or state.detail if state.state != "hung" else "")
-        again = words != self._said and now - self._said_at >= SAY_AGAIN_SECONDS
-        if kind == self._said_kind and not again:
-            return ""
-        self._said, self._said_kind, self._said_at = words, kind, now
-        return words
+    def news(self, state: RunState) -> str:
+        """`words`, if the log does not show that state and it was not reported yet; else an empty string."""
+        kind = (state.state, "" if state.state == "hung" else state.reason or state.detail)
+        words, now = self.words(state), time.monotonic()
+        changed = words != self._reported and now - self._reported_at >= REPEAT_SECONDS
+        if state.state not in _REPORTED:
+            self._reported_kind = ("", "")
+        elif kind != self._reported_kind or changed:
+            self._reported, self._reported_kind, self._reported_at = words, kind, now
+            return words
+        return ""
 
-    def _count_ahead(self, jobs: Mapping[str, slurm.QueuedJob]) -> None:
-        job = jobs.get(self.paths.name)
+    def _count_ahead(self, job: QueuedJob | None) -> None:
         if job is None or self.state is None or self.state.reason not in ("Priority", "Resources"):
             self._ahead = None
-            return
-        if time.monotonic() >= self._ahead_next:
-            try:
-                self._ahead = slurm.jobs_ahead(job, TIMEOUT_SECONDS)
-            except SchedulerError:
-                self._ahead = None
-            self._ahead_next = time.monotonic() + AHEAD_SECONDS
-
-
-POLL_SECONDS = 0.5
-UNREADABLE_POLLS = 60  # a log that cannot be read for so many looks in a row is no longer waited for
-
-
-class View(Protocol):
-    """Where what is new about a run is shown."""
-
-    def line(self, text: str) -> None:
-        """A line of the log."""
-
-    def note(self, text: str) -> None:
-        """What the log does not tell: about the queue, and how the run ended."""
-
-    def state(self, state: RunState, words: str) -> None:
-        """The state, each time it has been looked at."""
-
-
-class Plain:
-    """Lines to standard output, notes to standard error; in colours on a terminal."""
-
-    def __init__(self) -> None:
-        self._colours, self._note_colours = wanted(sys.stdout), wanted(sys.stderr)
-
-    def line(self, text: str) -> None:
-        """As it is, or in the colour of its kind."""
-        print(paint(text, style_of_line(kind_of_line(text))) if self._colours else text, flush=True)
-
-    def note(self, text: str) -> None:
-        """In brackets, as it is no line of the log."""
-        note = f"[{text}]"
-        print(paint(note, style_of_line("note")) if self._note_colours else note, file=sys.stderr, flush=True)
-
-    def state(self, state: RunState, words: str) -> None:
-        """There is no place for it but the notes."""
-
-
-def tail(run: str, *, epochs_only: bool) -> int:
-    """Follow a run from its beginning; exit status 0 if it finished, 1 if it ended in any other way."""
-    paths = find_run(project_root(), run)
-    return _until_the_end(paths, EpochFollower(paths.metrics) if epochs_only else LogFollower(paths.train_log), Plain())
-
-
-def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
-    """Follow a run that was just submitted; Ctrl-C leaves it running and prints `hint`.
-
-    Args:
-        begin: the size that train.log had before: what was in it then is not shown.
-    """
-    log = LogFollower(paths.train_log, begin)
-    try:
-        if not sys.stdout.isatty():
-            return _until_the_end(paths, log, Plain())
-        from cifar_hpc.cli.tail_screen import FollowScreen
-
-        with FollowScreen() as screen:
-            return _until_the_end(paths, log, screen)
-    except KeyboardInterrupt:
-        print(f"\nthe run goes on without you; to come back or to cancel it:\n{hint}", flush=True)
-        return 0
-
-
-def _until_the_end(paths: RunPaths, log: LogFollower | EpochFollower, view: View) -> int:
-    states, failures = StateFollower(paths), 0
-    with contextlib.closing(log):
-        while True:
-            # The state is read before the log, so that what was logged up to the end is still shown.
-            state = states.poll()
-            try:
-                lines, failures = log.poll(), 0
-            except (NotRegularError, PermissionError):
-                raise
-            except OSError:  # a file server that is away for a moment, a handle that has become stale
-                lines, failures = [], failures + 1
-                if failures >= UNREADABLE_POLLS:
-                    raise
-                log.close()
-            for line in lines:
-                view.line(line)
-            if state is not None:
-                view.state(state, states.words())
-                if news := states.news():
-                    view.note(news)
-            if state is not None and states.ended and not lines and not failures:
-                for line in log.rest():
-                    view.line(line)
-                if state.state != "finished":
-                    view.note(f"{state.state}: {printable(state.detail)}")
-                return 0 if state.state == "finished" else 1
-            if not lines:
-                time.sleep(POLL_SECONDS)
+        elif time.monotonic() >= self._next_ahead:
+            self._ahead = None
+            with contextlib.suppress(SchedulerError):
+                self._ahead = jobs_ahead(job, ANSWER_SECONDS)
+            self._next_ahead = time.monotonic() + AHEAD_SECONDS

@@ -1,18 +1,20 @@
 """python -m cifar_hpc track: runs in TensorBoard or Weights & Biases, from their metrics.jsonl.
 
-It runs beside the user, on the login node or at home, where the internet is; the job knows nothing of it. Each `track`
-shows all epochs from the first on, in place of what an earlier one has shown. The same happens when a run goes back to
-a checkpoint and computes epochs again. So each epoch is there once.
+It runs on the login node or at home, where the internet is; the job is not involved. Each call writes all epochs from
+the first on, in place of those of an earlier call, and does so again when a run resumes from an older checkpoint. So no
+epoch is shown twice.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,6 +26,17 @@ from cifar_hpc.files import DIRECTORY_MODE, open_regular
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
+
+HELP = "show runs in TensorBoard or Weights & Biases, while they go on or afterwards"
+DESCRIPTION = """\
+Reads metrics.jsonl here, on the login node, where the internet is; the job is
+not involved. Follows runs until they end, and shows finished ones. Each call
+shows all epochs from the first on, in place of those that an earlier call has
+shown, so no epoch is there twice. Ctrl-C ends the tracking, not the run.
+
+Needs the packages of requirements-trackers.txt. Offline W&B runs are written
+to logs/RUN/tracking/wandb."""
+EXAMPLES = ("improved_resnet-1a2b3c4d --tensorboard ~/tensorboard", "'dropout-*' --wandb online --project lab")
 
 SCALARS = {  # name in the tracker: field of metrics.jsonl; steps are epochs
     "loss/train": "train_loss",
@@ -37,17 +50,58 @@ SCALARS = {  # name in the tracker: field of metrics.jsonl; steps are epochs
 POLL_SECONDS = 2.0
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="names or patterns such as 'dropout-*'")
+    parser.add_argument("--tensorboard", metavar="DIR", help="write event files to DIR/RUN")
+    parser.add_argument("--wandb", choices=("offline", "online"), help="write a W&B run, for later upload or at once")
+    parser.add_argument("--project", metavar="P", default="cifar_hpc", help="the W&B project (default: cifar_hpc)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Show runs until all have ended, or Ctrl-C; returns the exit status 0.
+
+    Raises:
+        SpecError: no tracker was chosen, or a run has no spec.
+    """
+    if arguments.tensorboard is None and arguments.wandb is None:
+        raise SpecError("track: choose --tensorboard DIR, --wandb offline or --wandb online.")
+    tracked: list[TrackedRun] = []
+    try:
+        for paths in find_runs(project_root(), arguments.runs):
+            spec = read_frozen(paths)
+            if spec is None:
+                raise SpecError(f"{paths.spec}: missing; the run {paths.name} has not been submitted.")
+            tracked.append(TrackedRun(paths, spec, partial(_open_trackers, arguments)))
+            print(f"tracking {paths.name}", flush=True)
+        while sum(run.poll() for run in tracked):
+            time.sleep(POLL_SECONDS)
+    finally:
+        for run in tracked:
+            run.close()
+    return 0
+
+
+def _open_trackers(arguments: argparse.Namespace, paths: RunPaths, spec: Spec) -> list[Tracker]:
+    trackers: list[Tracker] = []
+    if arguments.tensorboard is not None:
+        trackers.append(TensorBoard(Path(arguments.tensorboard).expanduser() / paths.name))
+    if arguments.wandb is not None:
+        paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+        trackers.append(WandB(paths.tracking, paths.name, spec, arguments.wandb, arguments.project))
+    return trackers
+
+
 class Tracker(Protocol):
-    """A program that shows epochs."""
+    """A viewer of epochs."""
 
     def show(self, epoch: int, time: float, values: Mapping[str, float]) -> None:
         """Add one epoch, completed at `time` (seconds since 1970)."""
 
     def flush(self) -> None:
-        """Make everything so far safe from a kill, and remove what an earlier `track` has shown."""
+        """Write everything so far to disk, and remove the epochs of earlier calls."""
 
     def close(self, finished: bool) -> None:
-        """End; `finished` says whether the whole run has finished."""
+        """End; `finished` if all epochs of the run are done."""
 
 
 class TensorBoard:
@@ -117,22 +171,22 @@ class WandB:
 
 
 class TrackedRun:
-    """One run, and the trackers that show it."""
+    """A run and its trackers."""
 
-    def __init__(self, paths: RunPaths, spec: Spec, make: Callable[[RunPaths, Spec], list[Tracker]]) -> None:
-        self.paths, self._spec, self._make = paths, spec, make
+    def __init__(self, paths: RunPaths, spec: Spec, open_trackers: Callable[[RunPaths, Spec], list[Tracker]]) -> None:
+        self.paths, self._spec, self._open = paths, spec, open_trackers
         self.states = StateFollower(paths)
-        self._trackers = make(paths, spec)
+        self._trackers = open_trackers(paths, spec)
         self._shown: list[dict[str, Any]] = []
 
     def poll(self) -> bool:
-        """Show new epochs; returns whether there may be more."""
+        """Show new epochs; returns true while there may be more."""
         self.states.poll()
-        ended = self.states.ended  # asked before the rows are read, so that the last ones are not missed
+        ended = self.states.ended  # read before the rows, so that the last ones are not missed
         rows = [row for row in read_jsonl(self.paths.metrics) if {"epoch", "time", *SCALARS.values()} <= row.keys()]
         if rows[: len(self._shown)] != self._shown:  # epochs were computed again
             self.close()
-            self._trackers, self._shown = self._make(self.paths, self._spec), []
+            self._trackers, self._shown = self._open(self.paths, self._spec), []
         for row in rows[len(self._shown) :]:
             values = {name: float(row[field]) for name, field in SCALARS.items()}
             for tracker in self._trackers:
@@ -147,37 +201,3 @@ class TrackedRun:
         finished = bool(self._shown) and self._shown[-1]["epoch"] == self._spec.train.epochs
         for tracker in self._trackers:
             tracker.close(finished)
-
-
-def track(runs: list[str], tensorboard: str | None, wandb: Literal["online", "offline"] | None, project: str) -> int:
-    """Show `runs`, names or patterns, until all have ended or Ctrl-C; returns the exit status 0.
-
-    Raises:
-        SpecError: no tracker was chosen, or a run has no spec.
-    """
-    if tensorboard is None and wandb is None:
-        raise SpecError("track: choose --tensorboard DIR, --wandb offline or --wandb online.")
-
-    def trackers(paths: RunPaths, spec: Spec) -> list[Tracker]:
-        made: list[Tracker] = []
-        if tensorboard is not None:
-            made.append(TensorBoard(Path(tensorboard).expanduser() / paths.name))
-        if wandb is not None:
-            paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            made.append(WandB(paths.tracking, paths.name, spec, wandb, project))
-        return made
-
-    tracked: list[TrackedRun] = []
-    try:
-        for paths in find_runs(project_root(), runs):
-            spec = read_frozen(paths)
-            if spec is None:
-                raise SpecError(f"{paths.spec}: missing; the run {paths.name} has not been submitted.")
-            tracked.append(TrackedRun(paths, spec, trackers))
-            print(f"tracking {paths.name}", flush=True)
-        while sum(run.poll() for run in tracked):
-            time.sleep(POLL_SECONDS)
-    finally:
-        for run in tracked:
-            run.close()
-    return 0

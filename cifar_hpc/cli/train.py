@@ -1,7 +1,8 @@
-"""python -m cifar_hpc train: the same training without a scheduler, in one process or under torchrun."""
+"""python -m cifar_hpc train: training without a scheduler, in one process or under torchrun."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -9,9 +10,38 @@ from pathlib import Path
 from cifar_hpc.training.process import Stopwatch
 from cifar_hpc.training.signals import StopFlag
 
+HELP = "train here: one process, or each process of torchrun"
+DESCRIPTION = """\
+Trains in this very process, without Slurm and submitit; several processes
+under torchrun train together. The same command again goes on from the newest
+good checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2 and the first
+Ctrl-C save a checkpoint and stop.
 
-def train(job: str, overrides: list[str], name: str | None) -> int:
-    """Train `job` here; returns the exit status (128 + signal number if it was told to stop)."""
+Writes logs/RUN/ (spec.yaml, train.log, metrics.jsonl, events.jsonl) and
+checkpoints/RUN/. Exit status: 0 finished, 1 failed, 2 bad spec or arguments, 4
+the run is being trained already, 128 + N stopped by signal N."""
+EXAMPLES = (
+    "jobs/demo.yaml --set train.epochs=2",
+    "jobs/improved_resnet.yaml --set data.source=synthetic train.device=cpu --name try",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB.yaml", help="what to train")
+    parser.add_argument(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="overrides",
+        help="override a key of the job",
+    )
+    parser.add_argument("--name", metavar="RUN", help="the run's name (default: from what differs from the defaults)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train a job in this process; returns the exit status (128 + signal number after a signal to stop)."""
     stop = StopFlag().install(interactive=True)
     startup = Stopwatch()
     from cifar_hpc.config.io import load_spec, run_name
@@ -20,11 +50,11 @@ def train(job: str, overrides: list[str], name: str | None) -> int:
     from cifar_hpc.runs.lock import describe, holder
     from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
 
-    path = Path(job)
-    spec = load_spec(path, overrides)
+    path = Path(arguments.job)
+    spec = load_spec(path, arguments.overrides)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    paths = RunPaths(project_root(), check_run_name(name or run_name(path.stem, spec)))
+    paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
 

@@ -1,113 +1,113 @@
-"""The batch script's last word: what the tasks of a start could not say or ask for, since all were killed at once.
+"""Epilog of the batch script: reports and requeues an attempt whose processes were all killed at once.
 
-That is what a node short of memory does to a run of one process, and srun to the tasks that are left when one node's
-slurmstepd dies. While any task lives it speaks for the run itself (see failing).
+That happens to a run of one process on a node short of memory, and to the tasks that are left when one node's
+slurmstepd dies. Any task that lives does so itself (see training/failure).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from cifar_hpc.errors import SchedulerError, SpecError, UserError
-from cifar_hpc.runs.events import append_event, since_submission
+from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
 from cifar_hpc.runs.frozen_spec import read_frozen
-from cifar_hpc.runs.history import start_and_last_word
+from cifar_hpc.runs.history import History, step_of
 from cifar_hpc.runs.logs import TrainLog, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_at
-from cifar_hpc.runs.requeue import ALIVE, Retry, decide_retry, told_before
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.runs.progress import record_event
+from cifar_hpc.runs.requeue import ALIVE, Decision, Ending, decide, request_requeue
+from cifar_hpc.slurm.client import job_fields, own_job_id
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Look at how a start ended, and see to what is left to do.
+    """Complete the end of an attempt.
 
     Args:
         arguments: the root, a run or an array's points.json, and the exit status of srun.
     """
-    root, what, status = arguments
+    root, target, status = arguments
     keep_others_out()
     try:
-        run = run_at(Path(what), os.environ.get("SLURM_ARRAY_TASK_ID", "")) if "/" in what else what
-        end = End(RunPaths(Path(root), run), slurm.own_job_id() or "", status)
+        run = run_at(Path(target), os.environ.get("SLURM_ARRAY_TASK_ID", "")) if "/" in target else target
+        Epilog(RunPaths(Path(root), run), own_job_id() or "").run(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if end.start is not None and end.alive():
-        end.act()
     return 0
 
 
-class End:
-    """How a start of a run by this job ended."""
+class Epilog:
+    """The end of an attempt of this job."""
 
-    def __init__(self, paths: RunPaths, job_id: str, status: str) -> None:
-        self.paths, self.job_id, self.status = paths, job_id, status
+    def __init__(self, paths: RunPaths, job_id: str) -> None:
+        self.paths, self.job_id = paths, job_id
         self.log = TrainLog(paths.train_log, enabled=True)
-        self.fields: dict[str, str] = {}
         spec = read_frozen(paths)
         if spec is None:
             raise SpecError(f"{paths.spec}: is missing. HINT: submit the run again.")
         self.spec = spec
-        self.events = since_submission(read_jsonl(paths.events))
-        self.start, self.last = start_and_last_word(self.events, job_id)
+        self.job: dict[str, str] | None = None
+        self.history = History.read(paths.events)
+        self.attempt = self.history.attempt_of(job_id)
 
-    def alive(self) -> bool:
+    def run(self, status: str) -> None:
+        """Report the end and request the requeue, unless a task has done so."""
+        if self.attempt is None or not self._has_nodes():
+            return
+        last = self.history.end
+        if not last:
+            self._all_killed(status)
+        elif last["event"] == Requeued.name:  # a task has died between this event and its request
+            delay = int(last.get("delay_seconds") or 0)
+            self._requeue(Decision("requeue", str(last.get("reason")), "", delay), recorded=True)
+        elif last["event"] == Failed.name and last.get("again"):
+            before = takewhile(lambda row: row.get("time") != last.get("time"), read_jsonl(self.paths.events))
+            self._act(self._decide("error", History.of(before), step_of(last)))
+
+    def _has_nodes(self) -> bool:
         """Whether the job still has its nodes: otherwise it is being ended, or its requeue is under way."""
         try:
-            self.fields = slurm.job_fields(self.job_id)
+            self.job = job_fields(self.job_id)
         except SchedulerError as error:
             self.log.line(f"WARNING {error}")
             return True
-        return self.fields.get("JobState") in ALIVE
+        return self.job.get("JobState") in ALIVE
 
-    def act(self) -> None:
-        """Say what nobody has said, and ask for what nobody has got."""
-        last = self.last or {}
-        if not last:
-            self._speak()
-        elif last["event"] == "requeued":  # a task has died between these words and the deed
-            self._requeue(int(last.get("delay_seconds") or 0))
-        elif last["event"] == "failed" and last.get("again"):
-            before = self.events[: self.events.index(last)]
-            self._say_requeued("failure", self._retry(before, int(last.get("step") or 0)))
+    def _all_killed(self, status: str) -> None:
+        # The last step is not known; progress is what is on disk.
+        step = max(self.attempt.step if self.attempt else 0, step_of(self.history.last_of(Checkpoint)))
+        decision = self._decide("killed", self.history, step)
+        if decision.reason == "failure":
+            words = f"all processes were killed (exit status {status})"
+            self._emit(Failed(step=step, error=words, cause="killed", again=decision.action == "requeue"))
+            self.log.line(f"FAILED: {words}. HINT: out of memory? See --mem, and what sacct -j {self.job_id} says")
+        self._act(decision)
 
-    def _speak(self) -> None:
-        if self.fields and told_before(self.fields):
-            words = "all processes were killed by a preemption"
-            return self._say_requeued("preemption", Retry(self.spec.resources.requeue, 0, words))
-        # How far it was, nobody knows; what is on disk is what it has got done.
-        saved = [self.start, *(e for e in self.events if e.get("event") == "checkpoint")]
-        step = max(int(e.get("step") or 0) for e in saved if e is not None)
-        words = f"all processes were killed (exit status {self.status})"
-        retry = self._retry(self.events, step)
-        self._emit("failed", step=step, error=words, cause="killed", again=retry.again)
-        self.log.line(f"FAILED: {words}. HINT: for want of memory? See --mem, and what sacct -j {self.job_id} says")
-        self._say_requeued("failure", retry)
+    def _decide(self, cause: str, history: History, step: int) -> Decision:
+        return decide(Ending(cause, step=step), self.spec, history, self.job, datetime.now())
 
-    def _retry(self, events: Sequence[Mapping[str, Any]], step: int) -> Retry:
-        return decide_retry(events, step, self.spec.failures.max, bool(self.fields) and self.spec.resources.requeue)
+    def _act(self, decision: Decision) -> None:
+        self.log.line(decision.explanation)
+        if decision.action == "requeue":
+            self._requeue(decision)
+        elif decision.action == "leave":
+            self._emit(Left(reason=decision.reason, explanation=decision.explanation))
 
-    def _say_requeued(self, reason: str, retry: Retry) -> None:
-        self.log.line(retry.explanation)
-        if retry.again:
-            self._emit("requeued", reason=reason, delay_seconds=retry.delay_seconds)
-            self._requeue(retry.delay_seconds)
-
-    def _requeue(self, delay_seconds: int) -> None:
+    def _requeue(self, decision: Decision, recorded: bool = False) -> None:
         try:
-            slurm.requeue(self.job_id, delay_seconds, self.spec.resources.fewest_tasks)
+            request_requeue(self.job_id, decision, self.spec, self._emit, recorded)
         except SchedulerError as refusal:
-            self._emit("requeue_failed", reason=str(refusal))
             self.log.line(f"WARNING not requeued: {refusal}")
 
-    def _emit(self, event: str, **details: Any) -> None:
-        assert self.start is not None
-        restart, world_size = self.start.get("restart"), self.start.get("world_size")
-        append_event(self.paths.events, event, job_id=self.job_id, restart=restart, world_size=world_size, **details)
+    def _emit(self, event: Event) -> None:
+        assert self.attempt is not None
+        restart, world_size = self.attempt.restart, self.attempt.world_size
+        record_event(self.paths, event, job_id=self.job_id, restart=restart, world_size=world_size)
 
 
 if __name__ == "__main__":

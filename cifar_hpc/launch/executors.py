@@ -16,9 +16,10 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch.batch_script import ARRAY_PICKLE, slurm_executor, warning_seconds
 from cifar_hpc.launch.worker import ArrayTask, Task
-from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
+from cifar_hpc.runs.progress import record_event
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import parse_time
 
@@ -104,7 +105,7 @@ def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
 
 
 def record_submitted(
-    run: RunPaths, job_id: str, scheduler: str, code: Path, command: str | None = None, **details: Any
+    run: RunPaths, job_id: str, scheduler: str, code: Path, command: str | None = None, sweep: str | None = None
 ) -> None:
     """Append the event `submitted`, and a line to train.log for readers who wait for the start.
 
@@ -112,17 +113,8 @@ def record_submitted(
         code: the code snapshot.
         command: command line of the submission; None is that of this process.
     """
-    append_event(
-        run.events,
-        "submitted",
-        job_id=job_id,
-        restart=None,
-        world_size=None,
-        scheduler=scheduler,
-        code=code.name,
-        command=command or shlex.join(sys.argv),
-        **details,
-    )
+    event = Submitted(scheduler=scheduler, code=code.name, command=command or shlex.join(sys.argv), sweep=sweep)
+    record_event(run, event, job_id=job_id, restart=None, world_size=None)
     where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
     TrainLog(run.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.image_folder import list_folder
 from cifar_hpc.errors import SchedulerError, SpecError
-from cifar_hpc.files import read_regular
+from cifar_hpc.runs.events import Finished
 from cifar_hpc.runs.lock import describe, holder, local_controller
-from cifar_hpc.runs.logs import parse_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths
+from cifar_hpc.runs.progress import DAMAGE, read_progress
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
 
@@ -63,12 +63,9 @@ def check_this_machine(spec: Spec) -> None:
 def finished_epochs(paths: RunPaths) -> int:
     """Epochs of a finished run; 0 for any other."""
     try:
-        lines = read_regular(paths.events).split(b"\n")
-    except OSError:
+        return int(read_progress(paths).history.last_of(Finished).get("epoch", 0))
+    except DAMAGE:
         return 0
-    # A long run has thousands of events, and a sweep thousands of runs: only candidate lines are parsed.
-    rows = parse_jsonl(b"\n".join(line for line in lines if b"finished" in line))
-    return int(next((row["epoch"] for row in reversed(rows) if row.get("event") == "finished"), 0))
 
 
 def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> str | None:

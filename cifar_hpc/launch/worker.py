@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_at
-from cifar_hpc.runs.requeue import told_before
+from cifar_hpc.runs.requeue import is_stopping
 from cifar_hpc.slurm import client as slurm
 from cifar_hpc.training.process import Stopwatch
 from cifar_hpc.training.signals import StopFlag
@@ -95,5 +95,5 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
 def _ask_slurm(job_id: str, stop: StopFlag) -> None:
     """Raise the flag if Slurm was already ending the job before the signal handlers existed."""
     with contextlib.suppress(SchedulerError):
-        if told_before(slurm.job_fields(job_id)):
+        if is_stopping(slurm.job_fields(job_id)):
             stop.raise_flag()

@@ -1,48 +1,176 @@
-"""Rows of events.jsonl."""
+"""events.jsonl: one row an event. The dataclasses name the events and the fields of their rows."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, dataclass_transform
 
 from cifar_hpc.runs.logs import append_line, utc_now
 
 
-def append_event(
-    path: Path, event: str, *, job_id: str | None, restart: int | None, world_size: int | None, **details: Any
-) -> None:
-    """Append one object to events.jsonl."""
-    row = {
-        "time": utc_now(),
-        "event": event,
-        "host": socket.gethostname(),
-        "job_id": job_id,
-        "restart": restart,
-        "world_size": world_size,
-        **details,
-    }
-    append_line(path, json.dumps(row))
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Event:
+    """Base of all events, each a frozen dataclass. A field that has a default is left out of the row if it is None."""
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str) -> None:
+        cls.name = name
+        dataclass(frozen=True, kw_only=True)(cls)
 
 
-def since_submission(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The events since the run was last submitted: limits of retries begin anew with each submission."""
-    last = max((i for i, row in enumerate(events) if row.get("event") == "submitted"), default=0)
-    return list(events[last:])
+class Submitted(Event, name="submitted"):
+    """A job was queued, or started on this machine; `sweep` is the folder of a sweep's submission."""
+
+    scheduler: str
+    code: str
+    command: str
+    sweep: str | None = None
 
 
-def count_requeues(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How often the run was requeued, by cause: preemption, timeout, failure, ..."""
-    counts: dict[str, int] = {}
-    for row in events:
-        if row.get("event") == "requeued":
-            reason = str(row.get("reason"))
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts
+class Started(Event, name="started"):
+    """An attempt found no checkpoint and begins at step 0."""
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    file: str | None
+    metrics_cut: int
+    environment: dict[str, Any]
+    environment_changed: dict[str, Any]
+    shards: int | None
+    machine: dict[str, Any]
+    command: str | None
+    startup: dict[str, float]
 
 
-def count_starts(events: Sequence[Mapping[str, Any]]) -> int:
-    """How often the run has been started so far."""
-    return sum(row.get("event") in ("started", "resumed") for row in events)
+class Resumed(Started, name="resumed"):
+    """An attempt continues from a checkpoint."""
+
+
+class FirstStep(Event, name="first_step"):
+    """The first step of an attempt is done."""
+
+    step: int
+    startup: dict[str, float]
+
+
+class Evaluated(Event, name="evaluated"):
+    """An epoch is complete."""
+
+    epoch: int
+    step: int
+    test_accuracy: float
+    test_loss: float
+
+
+class Checkpoint(Event, name="checkpoint"):
+    """A checkpoint is on disk, complete and synced."""
+
+    file: str
+    step: int
+    epoch: int
+    step_in_epoch: int
+    bytes: int
+
+
+class CheckpointFailed(Event, name="checkpoint_failed"):
+    """A checkpoint could not be written; training continues."""
+
+    file: str
+    reason: str
+
+
+class Fallback(Event, name="fallback"):
+    """A damaged checkpoint was moved aside, and an older one is used; `restored_from` is of best.pt alone."""
+
+    file: str
+    moved_to: str | None
+    reason: str
+    restored_from: str | None
+
+
+class Mended(Fallback, name="mended"):
+    """best.pt was missing or old, and was restored."""
+
+
+class Signal(Event, name="signal"):
+    """The attempt stopped on a signal; `seconds` from the signal to the state on disk."""
+
+    signal: str
+    seconds: float | None
+    step: int | None = None
+    epoch: int | None = None
+
+
+class Requeued(Event, name="requeued"):
+    """Slurm, or the local executor, is asked for another attempt."""
+
+    reason: str
+    delay_seconds: int | None = None
+    explanation: str | None = None
+
+
+class RequeueFailed(Event, name="requeue_failed"):
+    """Slurm refused to requeue the job."""
+
+    reason: str
+
+
+class Holding(Event, name="holding"):
+    """Slurm does not answer: the process waits until Slurm ends it."""
+
+    reason: str
+    explanation: str
+
+
+class Left(Event, name="left"):
+    """The attempt ended without a requeue, as intended."""
+
+    reason: str
+    explanation: str
+
+
+class Cancelled(Event, name="cancelled"):
+    """A user cancelled the run."""
+
+    by: str
+
+
+class Failed(Event, name="failed"):
+    """The attempt failed; `again` says whether another one was requested."""
+
+    step: int
+    error: str
+    cause: str
+    rank: int | None = None
+    rank_host: str | None = None
+    again: bool
+
+
+class Hang(Failed, name="hang"):
+    """No rank made progress for train.watchdog_minutes."""
+
+
+class Finished(Event, name="finished"):
+    """The state after the last epoch is on disk."""
+
+    step: int
+    epoch: int
+    test_accuracy: float
+    best: dict[str, Any]
+
+
+STARTS = (Started.name, Resumed.name)
+FAILURES = (Failed.name, Hang.name)
+
+
+def append_event(path: Path, event: Event, *, job_id: str | None, restart: int | None, world_size: int | None) -> None:
+    """Append one row to events.jsonl."""
+    head = {"time": utc_now(), "event": event.name, "host": socket.gethostname()}
+    sender = {"job_id": job_id, "restart": restart, "world_size": world_size}
+    values = {key: v for key, v in vars(event).items() if v is not None or not hasattr(type(event), key)}
+    append_line(path, json.dumps({**head, **sender, **values}))

@@ -1,4 +1,4 @@
-"""Runs put together: which keys they differ in, and which of them differ in their seed alone."""
+"""Groups of runs that differ in their seed alone, and the keys in which groups differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Values = dict[str, Any]  # plain values by dotted key
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one spec but for the seed.
+    """Runs with the same spec except the seed.
 
     changed: dotted key -> value, of the keys in which the runs that were given differ.
     seeds: that of each run, in the order of `runs`; ascending.
@@ -62,7 +62,7 @@ def varied_keys(groups: Sequence[Group]) -> list[str]:
 
 
 def settings(groups: Sequence[Group]) -> list[str]:
-    """For groups that differ in many keys, each in few: what of each is not as in most, as --set takes it."""
+    """For groups that differ in many keys, each in few: the values that most do not have, as --set takes them."""
     texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
     usual = {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
     return [
@@ -72,7 +72,7 @@ def settings(groups: Sequence[Group]) -> list[str]:
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
-    """What tells each group from the others, in a few words: changed keys and values, else the run's name."""
+    """Label of each group: changed keys and values, else the run's name."""
     keys = varied_keys(groups)
     short = _short_keys(keys)
     words = settings(groups) if len(keys) > MANY_KEYS else [_words(group.changed, short) for group in groups]
@@ -106,7 +106,7 @@ def _values(run: RunPaths) -> Values:
 
 
 def _fill_in_shards(specs: Mapping[RunPaths, Values]) -> None:
-    """A run that has not started yet has no shards: it is taken to get as many as all others have."""
+    """Assume that a run that has not started yet gets as many shards as all others have."""
     known = {values[SHARDS] for values in specs.values()} - {None}
     if len(known) == 1:
         for values in specs.values():
@@ -129,15 +129,15 @@ def _groups(specs: Mapping[RunPaths, Values], differing: Sequence[str], *, each:
         together.sort(key=lambda run: (specs[run][SEED], run.name))
         changed = {key: specs[together[0]].get(key) for key in differing}
         groups.append(Group(tuple(together), changed, tuple(specs[run][SEED] for run in together)))
-    return sorted(groups, key=lambda group: ([_order(v) for v in group.changed.values()], group.runs[0].name))
+    return sorted(groups, key=lambda group: ([sort_key(v) for v in group.changed.values()], group.runs[0].name))
 
 
-def _order(value: Any) -> tuple[int, list[Any]]:
-    """Nothing before numbers, numbers before text; a list by its items."""
+def sort_key(value: Any) -> tuple[int, list[Any]]:
+    """Key that sorts None before numbers, numbers before text, and lists by their items."""
     if value is None:
         return 0, []
     if isinstance(value, list):
-        return 3, [_order(item) for item in value]
+        return 3, [sort_key(item) for item in value]
     return (1, [value]) if isinstance(value, (bool, int, float)) else (2, [str(value)])
 
 

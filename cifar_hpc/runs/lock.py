@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from typing import Any
 
 from cifar_hpc.errors import RunBusyError, SpecError
 from cifar_hpc.files import NotRegularError, open_regular, try_lock
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.events import Submitted
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
 
 OWNER_BYTES = 10_000
@@ -133,8 +135,7 @@ def _open(path: Path, flags: int) -> int:
 
 def local_controller(paths: RunPaths) -> int | None:
     """Process id of submitit's local controller, if that of the run's last submission is alive on this machine."""
-    submitted = [e for e in read_jsonl(paths.events) if e.get("event") == "submitted"]
-    return controller_of(paths, submitted[-1]) if submitted else None
+    return controller_of(paths, History.read(paths.events).last_of(Submitted))
 
 
 def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
@@ -147,3 +148,13 @@ def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
     except (KeyError, TypeError, ValueError, OSError):  # a damaged line of events.jsonl, a process that has ended
         return None
     return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None
+
+
+def signal_local(paths: RunPaths, number: signal.Signals) -> bool:
+    """Signal the run's processes on this machine; false if there are none."""
+    pid = local_controller(paths) if number is signal.SIGTERM else None  # it passes the signal on to every task
+    if pid is None:
+        pid = holder_pid(paths.lock)  # one rank is enough: all agree on where to stop
+    if pid is not None:
+        os.kill(pid, number)
+    return pid is not None

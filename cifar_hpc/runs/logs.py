@@ -1,7 +1,7 @@
-"""A run's three logs: train.log for people, metrics.jsonl (one row an epoch) and events.jsonl for both.
+"""Writing and reading of a run's logs: train.log for people, metrics.jsonl and events.jsonl for people and programs.
 
-A log that cannot be written is no reason to end a run. Lines that found no room are kept, and written as soon as there
-is some; what metrics.jsonl lacks is taken from the training state, which has all its rows.
+A log that cannot be written ends no run. Lines that could not be written are kept and written later; rows missing in
+metrics.jsonl are taken from the training state, which has all of them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def append_line(path: Path, line: str) -> None:
                 _append(path, waiting[0] + "\n")
                 waiting.popleft()
         except OSError as error:
-            _complain(f"{path}: {error.strerror}; the line was: {line}")
+            complain(f"{path}: {error.strerror}; the line was: {line}")
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
+    """Write a line to standard error, if that is possible."""
     with suppress(OSError):  # under Slurm standard error is a file, on the same full disk perhaps
         print(text, file=sys.stderr, flush=True)
 
@@ -58,18 +59,19 @@ def _append(path: Path, text: str) -> None:
     try:
         size = os.fstat(descriptor).st_size
         cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        _write_all(descriptor, ("\n" * cut + text).encode())
+        write_all(descriptor, ("\n" * cut + text).encode())
     finally:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`, or raise the error that prevents it."""
     while content:  # a disk that is nearly full takes a part, and says why with the next write
         content = content[os.write(descriptor, content) :]
 
 
 class TrainLog:
-    """Plain lines with a local time, each on disk as soon as it is written; silent on every rank but 0."""
+    """Plain lines with a local time, each written at once; disabled on every rank but 0."""
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
@@ -84,7 +86,7 @@ class TrainLog:
             append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def banner(self, lines: Sequence[str]) -> None:
-        """A block that is easy to find by eye: one at each start."""
+        """Write a block that is easy to find by eye: one for each attempt."""
         if self.enabled:
             self._begun = True
             rule = "=" * 100

@@ -5,11 +5,54 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cifar_hpc.files import DIRECTORY_MODE, open_regular, read_regular, write_atomic
-from cifar_hpc.runs.logs import _complain, _write_all, parse_jsonl
+from cifar_hpc.runs.logs import complain, parse_jsonl, write_all
+
+RECENT_EPOCHS = 5  # from which the time left is estimated
+
+
+@dataclass
+class EpochSummary:
+    """Summary of metrics.jsonl: the last row, the best test accuracy, and the time of recent epochs.
+
+    epoch_seconds: of those of the last RECENT_EPOCHS rows that were trained by as many ranks as the last one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    lr: float | None = None
+    test_accuracy: float | None = None
+    best_accuracy: float | None = None
+    images_per_second: float | None = None
+    epoch_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> EpochSummary:
+        """Sum up the rows.
+
+        Raises:
+            TypeError, ValueError, OverflowError: a value is no number.
+        """
+        if not rows:
+            return cls()
+        last, recent = rows[-1], rows[-RECENT_EPOCHS:]
+        same = [row for row in recent if row.get("world_size") == last.get("world_size")]
+        return cls(
+            epoch=int(last.get("epoch", 0)),
+            step=int(last.get("step", 0)),
+            **{key: float(last[key]) for key in _OF_LAST if last.get(key) is not None},
+            best_accuracy=max((float(row["test_accuracy"]) for row in rows if "test_accuracy" in row), default=None),
+            epoch_seconds=[float(row["epoch_seconds"]) for row in same if "epoch_seconds" in row],
+        )
+
+
+_OF_LAST = ("train_loss", "train_accuracy", "lr", "test_accuracy", "images_per_second")
 
 
 def metrics_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -18,16 +61,16 @@ def metrics_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def restore_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Make metrics.jsonl hold exactly `rows`, those of the training state; returns how many rows beyond them went.
+    """Make metrics.jsonl hold exactly `rows`, those of the training state; returns the number of rows removed.
 
-    What a killed run wrote beyond its last checkpoint is cut off in place, and what is lacking at the end is appended,
-    so that a `tail -F` goes on; a file that was lost or damaged is written anew. Where that fails, standard error says
-    so, and the next call mends it.
+    Rows that a killed attempt wrote after its last checkpoint are cut off in place, and missing rows are appended, so
+    that a `tail -F` continues; a lost or damaged file is replaced. A failure is reported on standard error; the next
+    call repairs it.
     """
     try:
         return write_metrics(path, rows)
     except OSError as error:
-        _complain(f"{path}: {error.strerror}; its rows are in the checkpoints too")
+        complain(f"{path}: {error.strerror}; its rows are in the checkpoints too")
         return 0
 
 
@@ -48,7 +91,7 @@ def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
     if wanted.startswith(present):
         descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            _write_all(descriptor, wanted[len(present) :])
+            write_all(descriptor, wanted[len(present) :])
         finally:
             os.close(descriptor)
         return 0

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cifar_hpc.errors import SpecError, nearest
@@ -84,12 +85,13 @@ class RunPaths:
     train_log = _InLogs("train.log")
     metrics = _InLogs("metrics.jsonl")
     events = _InLogs("events.jsonl")
+    progress = _InLogs("progress.json")
     lock = _InLogs("run.lock")
     code = _InLogs("code")
     slurm = _InLogs("slurm")
     tracking = _InLogs("tracking")
 
-    @property
+    @cached_property  # `status` joins ten paths for each of thousands of runs
     def logs(self) -> Path:
         return self.root / "logs" / self.name
 

@@ -1,54 +1,69 @@
-"""The jobs of runs in Slurm's queue."""
+"""Jobs of runs in Slurm's queue."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.runs.paths import points_file, read_points
-from cifar_hpc.slurm.client import _QUEUE_FORMAT, QueuedJob, _unconfigured, command
+from cifar_hpc.slurm.client import SILENT_SECONDS, QueuedJob, squeue
+
+ANSWER_SECONDS = 10.0  # for which a person waits for Slurm's answer
 
 
 def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
-    """This user's jobs of runs under `root`, by the run's name, from one call; empty where there is no Slurm.
+    """This user's jobs of runs under `root` by the run's name, from one call of squeue; empty without Slurm.
 
     Raises:
-        SchedulerError: where there is a Slurm and it does not answer.
+        SchedulerError: Slurm does not answer.
     """
-    if shutil.which("squeue") is None:
-        return {}
-    try:
-        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1). With --array each
-        # waiting task of an array has a line of its own, too.
-        arguments = ["--noheader", "--array", "--user", str(os.getuid()), f"--format={_QUEUE_FORMAT}"]
-        text = command(["squeue", *arguments], timeout_seconds)
-    except SchedulerError as error:
-        if _unconfigured(error):
-            return {}
-        raise
-    lines = text.splitlines()
-    points: dict[str, list[str]] = {}
+    queued = squeue(timeout_seconds)
+    sweeps = {directory: _points(root, directory) for directory in {job.directory for job in queued}}
     jobs: dict[str, QueuedJob] = {}
-    bars = _QUEUE_FORMAT.count("|")
-    for job in (QueuedJob(*line.split("|", bars)) for line in lines if line.count("|") >= bars):
-        if job.directory not in points:
-            points[job.directory] = _points(root, job.directory)
-        index = job.job_id.partition("_")[2]
-        if index.isdigit() and int(index) < len(points[job.directory]):
-            job = dataclasses.replace(job, name=points[job.directory][int(index)])
-        elif not Path(job.directory).is_relative_to(root / "logs" / job.name):
-            continue
-        jobs[job.name] = job
+    for job in queued:
+        points, index = sweeps[job.directory], job.job_id.partition("_")[2]
+        if index.isdigit() and int(index) < len(points):
+            name = points[int(index)]
+            jobs[name] = dataclasses.replace(job, name=name)
+        elif Path(job.directory).is_relative_to(root / "logs" / job.name):
+            jobs[job.name] = job
     return jobs
 
 
 def _points(root: Path, directory: str) -> list[str]:
-    """The runs of the job array that works in `directory`, by index; none where it is no sweep's."""
+    """The runs of the job array that works in `directory`, by index; none if it is not a sweep's."""
     file = points_file(root, directory)
     try:
         return read_points(file) if file is not None else []
     except SpecError:  # removed, while its jobs are still there
         return []
+
+
+class QueuePoller:
+    """The queue, asked at most every `interval` seconds, and less often while Slurm does not answer.
+
+    jobs: Slurm's last answer; None before the first.
+    asked_at: when the question that it answers was asked, in seconds since the epoch.
+    trouble: the error while Slurm does not answer; else empty.
+    """
+
+    def __init__(self, root: Path, interval: float) -> None:
+        self.root, self.interval = root, interval
+        self.jobs: Mapping[str, QueuedJob] | None = None
+        self.asked_at: float | None = None
+        self.trouble = ""
+        self.next_poll = 0.0
+
+    def poll(self) -> None:
+        """Ask Slurm, if it is time to."""
+        if time.monotonic() < self.next_poll:
+            return
+        asked_at = time.time()
+        try:
+            self.jobs, self.asked_at, self.trouble = queue(self.root, ANSWER_SECONDS), asked_at, ""
+        except SchedulerError as error:
+            self.trouble = str(error)
+        self.next_poll = time.monotonic() + (SILENT_SECONDS if self.trouble else self.interval)

@@ -1,129 +1,180 @@
-"""Whether a run that failed is started again, as a pure function of what events.jsonl tells."""
+"""Requeueing: the decision, as a pure function of how an attempt ended, and the request to Slurm."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from cifar_hpc.runs.events import count_requeues
-from cifar_hpc.slurm.client import parse_instant
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
+from cifar_hpc.runs.history import History
+from cifar_hpc.slurm.client import parse_instant, requeue_job
 
-# What `scontrol show job` calls a job that holds its nodes. While a SIGCONT is on its way, which Slurm sends along with
-# its warnings, the job is SIGNALING (seen with a checkpoint written in 20 ms); STOPPED until a SIGSTOP is taken back.
+# Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
+# is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "RESIZING")
+# Slurm delivers --signal=USR2@S up to a minute early (sbatch(1)).
+EARLY_SECONDS = 60
+# Delay of a retry: the first one, doubled with each failure up to the last. Under Slurm the first is Slurm's own delay
+# after a requeue; on one's own machine only the processes that are ending need time.
+DELAY_SECONDS = {"slurm": (120, 3600), "local": (2, 60)}
+# submitit's local controller restarts a job at most this often (submitit.local.local, Controller.run).
+LOCAL_REQUEUES = 5
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of an attempt.
+
+    cause: "signal", "killed" (all processes at once), "busy" (another process holds the run's lock), or the cause of a
+        rank's report: "error", "out_of_memory", "hang", "lost".
+    scheduler: "slurm", "local" (submitit's executor) or None.
+    received: the signal that stopped this rank; None if another rank received it.
+    restarts: SLURM_RESTART_COUNT of this attempt.
+    step: the last step before a failure.
+    retryable: false for an error that would come again.
+    """
+
+    cause: str
+    scheduler: str | None = "slurm"
+    received: signal.Signals | None = None
+    restarts: int = 0
+    step: int = 0
+    retryable: bool = True
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What rank 0 does after the checkpoint is on disk.
+    """The action after the end of an attempt.
 
-    action: "requeue" (ask Slurm for it), "leave" (exit; Slurm or a person has decided), or "hold" (stay until Slurm
-        ends the process, since leaving by oneself would end the job for good).
-    reason: preemption | timeout | cancelled | node or job ended | ... for logs and counts.
+    action: "requeue", "leave" (exit: Slurm or a person has decided), "hold" (stay until Slurm ends the process, since
+        leaving would end the job for good) or "fail" (exit with an error).
+    reason: preemption, timeout, failure, ended, ...: for logs and counts.
+    explanation: a line for train.log.
     """
 
     action: str
     reason: str
     explanation: str
+    delay_seconds: int = 0
+
+    def event(self) -> Requeued:
+        """The event of a requeue."""
+        return Requeued(reason=self.reason, delay_seconds=self.delay_seconds, explanation=self.explanation)
 
 
-# The time before another try: Slurm's own after a requeue, doubled with each failure, but no longer than an hour.
-FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 120, 3600
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Whether a failed run is started again, after how many seconds, and the words for the log."""
-
-    again: bool
-    delay_seconds: int
-    explanation: str
-
-
-def decide_retry(
-    events: Sequence[Mapping[str, Any]], step: int, limit: int, may_requeue: bool, again: bool = True
-) -> Retry:
-    """Another try, only where it may help and only while the run gets further from one failure to the next.
+def decide(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] | None, now: datetime) -> Decision:
+    """Decide whether a run is requeued after the end of an attempt.
 
     Args:
-        events: of this run since it was last submitted, without this failure.
-        step: how far the run was.
-        limit: failures.max.
-        may_requeue: resources.requeue, and a scheduler that can.
-        again: whether this failure may pass by itself.
-    """
-    used = count_requeues(events).get("failure", 0)
-    earlier = [int(e.get("step") or 0) for e in events if e.get("event") in ("failed", "hang")]
-    if not again:
-        return Retry(False, 0, "not requeued: the same would happen again")
-    if not may_requeue:
-        return Retry(False, 0, "not requeued; submit the same again to go on from the newest checkpoint")
-    if earlier and step <= earlier[-1]:
-        return Retry(
-            False,
-            0,
-            f"not requeued: the run failed at step {earlier[-1]} before and got no further this time "
-            f"(step {step}). HINT: mend the cause and submit again",
-        )
-    if used >= limit:
-        return Retry(False, 0, f"not requeued: failures.max ({limit}) is used up; submit again to go on")
-    delay = min(FIRST_DELAY_SECONDS << used, LONGEST_DELAY_SECONDS)
-    return Retry(True, delay, f"requeueing after failure {used + 1} of at most {limit}")
-
-
-def told_before(fields: Mapping[str, str]) -> bool:
-    """Whether Slurm has told this start of a job to end already, by what `scontrol show job` says."""
-    return fields.get("JobState") not in ALIVE or _preempted(fields)
-
-
-def decide(
-    received: signal.Signals | None,
-    fields: Mapping[str, str] | None,
-    *,
-    now: datetime,
-    own_restarts: int,
-    warning_seconds: int,
-    timeouts_left: int,
-    may_requeue: bool,
-) -> Decision:
-    """The table of signals and job states.
-
-    Args:
-        received: the signal that stopped this rank; None where another rank was told.
-        fields: `scontrol show job`, or None where scontrol does not answer.
+        history: of the run, without this failure.
+        job: fields of `scontrol show job`; None if scontrol does not answer or there is no Slurm.
         now: local time, as Slurm's own times are.
-        own_restarts: SLURM_RESTART_COUNT of this attempt.
-        timeouts_left: how many more timeouts may be requeued.
-        may_requeue: resources.requeue.
     """
-    if fields is None:
+    requeues = history.requeues_since_submission
+    if ending.cause == "signal" and ending.scheduler != "slurm":
+        return _after_signal_without_slurm(ending, requeues)
+    if ending.cause == "signal" or (ending.cause == "killed" and job is not None and _preempted(job)):
+        return _after_signal(ending, spec, requeues, job, now)
+    return _after_failure(ending, spec, history, job)
+
+
+def _after_signal_without_slurm(ending: Ending, requeues: Mapping[str, int]) -> Decision:
+    if ending.scheduler is None or ending.received is signal.SIGTERM:
+        return Decision("leave", "stopped", "not requeued; submit the same again to go on from here")
+    if requeues.get("preemption", 0) >= LOCAL_REQUEUES:
+        limit = f"not requeued: the local executor restarts a job at most {LOCAL_REQUEUES} times"
+        return Decision("leave", "stopped", f"{limit}; submit the same again to go on from here")
+    return Decision("requeue", "preemption", "requeued: the local executor starts the run again")
+
+
+def _after_signal(
+    ending: Ending, spec: Spec, requeues: Mapping[str, int], job: Mapping[str, str] | None, now: datetime
+) -> Decision:
+    if job is None:
         return Decision("hold", "unknown", "scontrol does not answer, so requeueing is left to Slurm; waiting for it")
-    state = fields.get("JobState", "")
-    if state != "RUNNING" and int(fields.get("Restarts") or 0) > own_restarts:
+    state = job.get("JobState", "")
+    if state != "RUNNING" and int(job.get("Restarts") or 0) > ending.restarts:
         return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
     if state not in ALIVE:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
         return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
-    preempted = _preempted(fields)
-    end = parse_instant(fields.get("EndTime"))
-    near_end = end is not None and (end - now).total_seconds() <= warning_seconds + EARLY_SECONDS
-    timeout = not preempted and near_end and received is not signal.SIGTERM
+    end, preempted = parse_instant(job.get("EndTime")), _preempted(job)
+    near_end = end is not None and (end - now).total_seconds() <= spec.resources.warning_seconds + EARLY_SECONDS
+    timeout = near_end and not preempted and ending.received is not signal.SIGTERM
     reason = "timeout" if timeout else "preemption"
-    if not may_requeue or fields.get("Requeue") == "0":
+    if not _may_requeue(spec, job):
         return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
-    if timeout and timeouts_left <= 0:
+    if timeout and requeues.get("timeout", 0) >= spec.timeouts.max:
         return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
-    return Decision("requeue", reason, f"JobState={state}: {reason}; requeueing")
+    killed = "all processes were killed, " if ending.cause == "killed" else ""
+    return Decision("requeue", reason, f"JobState={state}: {killed}{reason}; requeueing")
 
 
-# Slurm delivers --signal=USR2@S up to a minute early (sbatch(1)).
-EARLY_SECONDS = 60
+def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] | None) -> Decision:
+    """Retry only if that may help, and only while the run gets further from one failure to the next."""
+    state = "unknown" if job is None else job.get("JobState")
+    ended = ending.scheduler == "slurm" and state not in ALIVE
+    if ended and job is not None and ending.cause == "lost":
+        explanation = f"JobState={state}: the job is being ended, and another rank was faster"
+        return Decision("leave", "ended", explanation)
+    used, limit = history.requeues_since_submission.get("failure", 0), spec.failures.max
+    earlier, refusal = history.failed_step, None
+    if not ending.retryable:
+        refusal = ": the same would happen again"
+    elif ending.scheduler is None or not _may_requeue(spec, job):
+        refusal = "; submit the same again to go on from the newest checkpoint"
+    elif earlier is not None and ending.step <= earlier and ending.cause != "busy":
+        refusal = (
+            f": the run failed at step {earlier} before and got no further this time (step {ending.step}). "
+            "HINT: fix the cause and submit again"
+        )
+    elif used >= limit:
+        refusal = f": failures.max ({limit}) is used up; submit again to go on"
+    elif ended:
+        refusal = f": JobState={state}" if job else ": scontrol does not answer; submit again to go on"
+    if refusal is not None:
+        return Decision("fail", "failure", f"not requeued{refusal}")
+    first, longest = DELAY_SECONDS[str(ending.scheduler)]
+    # The other process holds the lock for longer than this one has already waited for it.
+    delay = min(first << (used + (ending.cause == "busy")), longest)
+    return Decision("requeue", "failure", f"requeueing after failure {used + 1} of at most {limit}", delay)
 
 
-def _preempted(fields: Mapping[str, str]) -> bool:
-    """Whether this start of the job is being preempted: a PreemptTime before StartTime is an earlier start's."""
-    preempted, started = parse_instant(fields.get("PreemptTime")), parse_instant(fields.get("StartTime"))
+def _may_requeue(spec: Spec, job: Mapping[str, str] | None) -> bool:
+    return spec.resources.requeue and (job is None or job.get("Requeue") != "0")
+
+
+def is_stopping(job: Mapping[str, str]) -> bool:
+    """Whether Slurm has begun to stop this start of a job, by its fields."""
+    return job.get("JobState") not in ALIVE or _preempted(job)
+
+
+def _preempted(job: Mapping[str, str]) -> bool:
+    """Whether this start of a job is being preempted: a PreemptTime before StartTime is an earlier start's."""
+    preempted, started = parse_instant(job.get("PreemptTime")), parse_instant(job.get("StartTime"))
     return preempted is not None and (started is None or preempted >= started)
+
+
+def request_requeue(
+    job_id: str, decision: Decision, spec: Spec, emit: Callable[[Event], None], recorded: bool = False
+) -> None:
+    """Requeue a job, and record that in events.jsonl.
+
+    Args:
+        emit: appends an event.
+        recorded: the event has been written already.
+
+    Raises:
+        SchedulerError: Slurm refused; that is recorded, too.
+    """
+    if not recorded:  # before the request, since Slurm kills this process right after it
+        emit(decision.event())
+    try:
+        requeue_job(job_id, decision.delay_seconds, spec.resources.fewest_tasks)
+    except SchedulerError as refusal:
+        emit(RequeueFailed(reason=str(refusal)))
+        raise

@@ -1,4 +1,4 @@
-"""What runs came to, read from their files: a result for each run, a row for each group of runs."""
+"""Results of runs, from their files: one for each run, a row for each group of runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cifar_hpc.errors import UserError
+from cifar_hpc.runs.events import STARTS
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.groups import Group
-from cifar_hpc.runs.history import STARTS, restarts_of
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.state import read_state
@@ -22,7 +23,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run came to. What its files do not say, or say wrongly, is None or empty.
+    """Result of one run. Values that its files do not have, or that make no sense, are None or empty.
 
     state: as `status` has it.
     epoch: epochs done, of `epochs`.
@@ -70,7 +71,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A group of runs that differ in their seed alone, and what each came to.
+    """Results of a group of runs that differ in their seed alone.
 
     data: the images that all of them use, in words.
     """
@@ -81,16 +82,16 @@ class Row:
 
     @property
     def finished(self) -> int:
-        """How many of them have finished."""
+        """Number of finished members."""
         return sum(member.finished for member in self.members)
 
     @property
     def counted(self) -> tuple[RunResult, ...]:
-        """Those that figures are taken from: the finished ones, or all of them where none has finished."""
+        """Members that figures are taken from: the finished ones, or all if none has finished."""
         return tuple(member for member in self.members if member.finished) or self.members
 
     def figure(self, name: str) -> Figure | None:
-        """A field of the results as one figure; None where none of them has it."""
+        """A field of the results as one figure; None if no member has it."""
         values = [value for member in self.counted if (value := getattr(member, name)) is not None]
         return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
@@ -103,7 +104,7 @@ class Row:
         return dict(sorted(sums.items()))
 
     def all_of(self, name: str) -> list[Any]:
-        """The different values of a field, or of what it holds, over all members."""
+        """Distinct values of a field, or of its items, over all members."""
         values = [getattr(member, name) for member in self.members]
         items = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
         return list(dict.fromkeys(item for item in items if item is not None))
@@ -119,7 +120,7 @@ def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob] | None) -> 
 
 
 def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResult:
-    """What one run came to."""
+    """Result of one run."""
     state = read_state(run, jobs)
     try:
         events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
@@ -127,7 +128,7 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResul
         return RunResult(run.name, "unreadable")
     by_epoch = {row["epoch"]: row for row in rows if _count(row.get("epoch")) is not None}
     last = by_epoch[max(by_epoch)] if by_epoch else {}
-    past = restarts_of(events)
+    past = History.of(events)
     starts = [event for event in events if event.get("event") in STARTS]
     seconds = [value for row in by_epoch.values() if (value := _number(row.get("epoch_seconds"))) is not None]
     accuracies = [value for row in by_epoch.values() if (value := _percent(row.get("test_accuracy"))) is not None]
@@ -141,7 +142,7 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResul
         train_accuracy=_percent(last.get("train_accuracy")),
         training_seconds=sum(seconds) if seconds else None,
         wall_seconds=past.up_seconds + past.lost_seconds if state.state == "finished" else None,
-        restarts=past.causes,
+        restarts=past.restart_causes,
         world_sizes=tuple(sorted({n for row in by_epoch.values() if (n := _count(row.get("world_size"))) is not None})),
         shards=_count(last.get("shards")),
         date=_text(last.get("time")),
@@ -152,7 +153,7 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResul
 
 
 def _number(value: Any) -> float | None:
-    """A number that means something, and None for anything else."""
+    """A finite number of sensible size; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e12 and math.isfinite(value) else None

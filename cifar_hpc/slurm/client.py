@@ -1,4 +1,4 @@
-"""Questions to Slurm and requests of it, through its own commands (scontrol(1), squeue(1), scancel(1))."""
+"""Slurm's commands (scontrol(1), squeue(1), scancel(1)): the state of jobs and of the queue, and changes to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLURM_DELAY_SECONDS = 121
 # A node refuses a start of a job in the very second in which it ended the job's last one ("Job credential revoked"),
 # and Slurm then gives the job up for good: FAILED (measured with Slurm 22.05). One more for clocks that differ.
 RELEASE_SECONDS = 2
-# Until the next question where Slurm did not answer, for which squeue itself takes ten.
+# Time until the next question after one that Slurm did not answer, for which squeue itself takes ten.
 SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
@@ -31,20 +31,19 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
     """Run one of Slurm's commands and return what it prints.
 
     Raises:
-        SchedulerError: with the command's own words, where it is missing, refuses, or does not answer.
+        SchedulerError: the command is missing, refuses (its own words are in the message), or does not answer.
     """
     if shutil.which(arguments[0]) is None:
-        raise SchedulerError(
-            f"{arguments[0]} is not on PATH. HINT: is this a node of the cluster, is Slurm's module loaded?"
-        )
-    shielded = ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments]
+        hint = "HINT: is this a node of the cluster, is Slurm's module loaded?"
+        raise SchedulerError(f"{arguments[0]} is not on PATH. {hint}")
+    environment = {k: v for k, v in os.environ.items() if not _OPTIONS.match(k)} | {"SLURM_TIME_FORMAT": "standard"}
     try:
         result = subprocess.run(
-            shielded,
+            ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments],
             capture_output=True,
             text=True,
             errors="replace",  # a job of this user may work in a folder of any name
-            env=_environment() if arguments[0] != "sbatch" else None,  # sbatch hands it to the job
+            env=environment if arguments[0] != "sbatch" else None,  # sbatch passes its own to the job
             timeout=timeout_seconds,
             check=False,
         )
@@ -56,16 +55,12 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
     return result.stdout + (result.stderr if stderr_too else "")
 
 
-def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if not _OPTIONS.match(k)} | {"SLURM_TIME_FORMAT": "standard"}
-
-
 def answers() -> bool:
     """Whether this machine can submit to a Slurm.
 
     Raises:
-        SchedulerError: where Slurm is configured but its controller does not answer: quietly training on a login
-            node instead would be the wrong surprise.
+        SchedulerError: Slurm is configured but its controller does not answer. Training on a login node instead,
+            without a word, would be wrong.
     """
     if shutil.which("sbatch") is None:
         return False
@@ -76,17 +71,15 @@ def answers() -> bool:
             return True
         if _unconfigured(error):
             return False
-        raise SchedulerError(
-            f"Slurm is installed but does not answer: {error} HINT: try again, or use --cluster local "
-            "to train on this machine."
-        ) from None
+        hint = "HINT: try again, or use --cluster local to train on this machine."
+        raise SchedulerError(f"Slurm is installed but does not answer: {error} {hint}") from None
     return True
 
 
 def own_job_id() -> str | None:
-    """The job that this process belongs to, for Slurm's commands; None outside one.
+    """The id of the job that this process belongs to, for Slurm's commands; None outside of a job.
 
-    SLURM_JOB_ID will not do in an array: the last of its tasks to start has the number of the array itself, by which
+    SLURM_JOB_ID does not name a task of an array: for the last one to start it is the id of the array itself, by which
     `scontrol show job` shows all of them.
     """
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -97,28 +90,29 @@ def job_fields(job_id: str) -> dict[str, str]:
     """The fields of `scontrol show job -o`, such as JobState, PreemptTime, EndTime, Restarts.
 
     Raises:
-        SchedulerError: where scontrol is missing or does not know the job.
+        SchedulerError: scontrol is missing or does not know the job.
     """
     line = command(["scontrol", "show", "job", "-o", job_id]).splitlines()[0]
-    fields: dict[str, str] = {}
-    for key, value in re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line):
-        fields.setdefault(key, value)  # the first counts: a comment or a path may hold words such as JobState=FAILED
-    return fields
+    pairs = re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line)
+    return dict(reversed(pairs))  # the first counts: a comment or a path may hold words such as JobState=FAILED
 
 
-def requeue(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None) -> None:
+def requeue_job(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None) -> None:
     """Put a running job back into the queue.
 
     Args:
-        delay_seconds: for how long it is to wait there, if longer than Slurm's own two minutes.
+        delay_seconds: time until it may start, if longer than Slurm's own two minutes.
         fewest_tasks: see `allow_fewer_nodes`.
+
+    Raises:
+        SchedulerError: Slurm refused.
     """
     command(["scontrol", "requeue", job_id])
     allow_fewer_nodes(job_id, fewest_tasks)
     if delay_seconds > SLURM_DELAY_SECONDS:
         # Accepted while the job is COMPLETING, and kept when that ends (measured with Slurm 22.05).
         with contextlib.suppress(SchedulerError):
-            command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{delay_seconds}"])
+            _update(job_id, f"StartTime=now+{delay_seconds}")
 
 
 def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
@@ -128,11 +122,22 @@ def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
     22.05). Accepted while the job is COMPLETING, too; with more nodes Slurm raises the number by itself.
 
     Args:
-        fewest_tasks: what the fewest nodes hold; None where the number of nodes is fixed.
+        fewest_tasks: number of tasks on the fewest nodes; None if the number of nodes is fixed.
     """
     if fewest_tasks is not None:
         with contextlib.suppress(SchedulerError):  # a job that is not in the queue
-            command(["scontrol", "update", f"jobid={job_id}", f"NumTasks={fewest_tasks}"])
+            _update(job_id, f"NumTasks={fewest_tasks}")
+
+
+def release_job(job_id: str, held: bool = False) -> None:
+    """Let a waiting job start RELEASE_SECONDS from now, instead of after Slurm's two minutes or when it is released."""
+    _update(job_id, f"StartTime=now+{RELEASE_SECONDS}")
+    if held:  # JobHeldUser, or launch_failed_requeued_held after a node's trouble; last, since now it may start
+        command(["scontrol", "release", job_id])
+
+
+def _update(job_id: str, change: str) -> None:
+    command(["scontrol", "update", f"jobid={job_id}", change])
 
 
 def end_step(job_id: str) -> None:
@@ -140,18 +145,13 @@ def end_step(job_id: str) -> None:
     command(["scancel", "--signal=KILL", f"{job_id}.{os.environ.get('SLURM_STEP_ID', '0')}"])
 
 
-def release(job_id: str) -> None:
-    """Let a requeued job start RELEASE_SECONDS from now instead of after Slurm's two minutes (Reason=BeginTime)."""
-    command(["scontrol", "update", f"jobid={job_id}", f"StartTime=now+{RELEASE_SECONDS}"])
-
-
-def cancel(job_id: str) -> None:
+def cancel_job(job_id: str) -> None:
     """Cancel a job."""
     command(["scancel", job_id])
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """A time as scontrol prints it (local, to the second), or None for N/A, Unknown and None."""
+    """A time as scontrol prints it (local, to the second); None for N/A, Unknown and None."""
     try:
         return datetime.fromisoformat(text or "")
     except ValueError:
@@ -166,14 +166,14 @@ class QueuedJob:
     """One line of squeue."""
 
     job_id: str  # 123, or 123_4 for a task of an array
-    name: str  # the run's
+    name: str
     state: str
     reason: str
     start: str  # expected or actual, as squeue prints it; of a job that waits for its begin time, that time
     nodes: str
     partition: str  # or several, with commas
     dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
-    directory: str  # the folder it works in: the run's code snapshot
+    directory: str  # the folder it works in
 
     @property
     def waits(self) -> bool:
@@ -191,32 +191,54 @@ _QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
 _NOT_COMPETING = ("BeginTime", "Dependency", "JobHeld")
 
 
+def squeue(timeout_seconds: float = 30) -> list[QueuedJob]:
+    """This user's jobs; none on a machine without Slurm.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return []
+    try:
+        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1).
+        return [QueuedJob(*row) for row in _squeue(_QUEUE_FORMAT, timeout_seconds, "--user", str(os.getuid()))]
+    except SchedulerError as error:
+        if _unconfigured(error):
+            return []
+        raise
+
+
 def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
-    """How many waiting jobs of its partition, anybody's, go before a waiting one, from one call of squeue.
+    """The number of waiting jobs of its partition, of any user, that go before a waiting one.
 
     Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
     wait for something else than nodes. Backfilling may let a job overtake others.
 
     Returns:
-        None where it cannot be told: the job does not wait any more, or the site hides others' jobs from squeue.
+        None if it is not known: the job does not wait any more, or the site hides others' jobs from squeue.
 
     Raises:
-        SchedulerError: where Slurm does not answer.
+        SchedulerError: Slurm does not answer.
     """
-    arguments = ["--noheader", "--array", "--states=PENDING", f"--partition={job.partition}", "--format=%i|%Q|%r"]
-    text = command(["squeue", *arguments], timeout_seconds)
-    waiting = [line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
-    order = {job_id: (-int(priority), _numbers(job_id)) for job_id, priority, _ in waiting if priority.isdigit()}
+    waiting = _squeue("%i|%Q|%r", timeout_seconds, "--states=PENDING", f"--partition={job.partition}")
+    order = {
+        job_id: (-int(priority), *map(int, re.findall("[0-9]+", job_id)))
+        for job_id, priority, _ in waiting
+        if priority.isdigit()
+    }
     if job.job_id not in order:
         return None
-    competing = [i for i, _, reason in waiting if i in order and not reason.startswith(_NOT_COMPETING)]
+    competing = [job_id for job_id, _, reason in waiting if job_id in order and not reason.startswith(_NOT_COMPETING)]
     ahead = sum(order[other] < order[job.job_id] for other in competing)
     # The reason says that some go first; where none is shown, only the user's own are.
     return None if ahead == 0 and job.reason == "Priority" else ahead
 
 
-def _numbers(job_id: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall("[0-9]+", job_id))
+def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[list[str]]:
+    # With --array each waiting task of an array has a line of its own.
+    text = command(["squeue", "--noheader", "--array", *options, f"--format={fields}"], timeout_seconds)
+    bars = fields.count("|")
+    return [line.split("|", bars) for line in text.splitlines() if line.count("|") >= bars]
 
 
 def _unconfigured(error: SchedulerError) -> bool:

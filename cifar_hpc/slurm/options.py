@@ -1,4 +1,4 @@
-"""Options of sbatch that are passed through, those that are refused, and Slurm's forms of a time limit (sbatch(1))."""
+"""Options of sbatch: those that are passed through, those that are refused, forms of a time limit (sbatch(1))."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from cifar_hpc.errors import SpecError
 from cifar_hpc.text import shown
 
-# Options that would undo what submitting, resuming and requeueing rest on, and what to use in their place.
+# Options that would break submitting, resuming or requeueing, and what to use instead.
 RESERVED = {
     "array": "a job file with a section sweep",
     "chdir": "the code snapshot, where jobs run,",
@@ -36,7 +36,7 @@ RESERVED = {
 
 
 def check_option_names(names: Iterable[str]) -> None:
-    """Each is the long name of an sbatch option that may be passed through.
+    """Check that each name is the long name of an sbatch option that may be passed through.
 
     Raises:
         SpecError: names the option, and what to use instead.
@@ -49,7 +49,7 @@ def check_option_names(names: Iterable[str]) -> None:
                 f"resources.sbatch: the option {shown(name)} is not allowed; allowed: long names of sbatch's options, "
                 f"of lower-case letters, digits and '-', such as mail-type.{hint}"
             )
-        # sbatch takes any beginning of a name for the whole, so --out would set --output.
+        # sbatch accepts any beginning of a name, so --out would set --output.
         reserved = [option for option in RESERVED if option.startswith(name)]
         if reserved:
             option = name if name in reserved else reserved[0]
@@ -60,40 +60,35 @@ def check_option_names(names: Iterable[str]) -> None:
 
 
 def check_dependency(text: str | None) -> None:
-    """A further dependency must not set aside `singleton`, which keeps a run to one job at a time.
+    """Check that a further dependency does not disable `singleton`, which keeps a run to one job at a time.
 
     Raises:
-        SpecError: where a '?' would make Slurm wait for any one of the dependencies, singleton among them.
+        SpecError: a '?' would make Slurm wait for any one of the dependencies, singleton among them.
     """
     if text is not None and "?" in text:
         raise SpecError(
             f"resources.dependency: {shown(text)} is not allowed; allowed: dependencies joined by ',' (all of them), "
-            "since '?' (any one of them) would also set aside the singleton that keeps a run to one job."
+            "since '?' (any one of them) would also disable the singleton that keeps a run to one job."
         )
 
 
 _FORMS = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
-_NUMBER = "([0-9]{1,9})"  # what is longer does not fit into the 32 bits that Slurm has for it
+_NUMBER = "([0-9]{1,9})"  # longer ones do not fit into Slurm's 32 bits
 
 
 def parse_time(text: str, key: str = "--time") -> int:
     """Seconds in a Slurm time limit.
 
     Raises:
-        SpecError: for any other form, and for no time at all.
+        SpecError: for any other form, and for zero.
     """
     match = re.fullmatch(rf"(?:{_NUMBER}-)?{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?", text.strip())
     if match is None:
         raise SpecError(f"{key}: {shown(text)} is not allowed; allowed: {_FORMS}, such as 90 or 1-12:00:00.")
-    days, *fields = (None if g is None else int(g) for g in match.groups())
-    numbers = [f for f in fields if f is not None]
-    if days is not None:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:
-        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
-    total = (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    days, first, second, third = match.groups()
+    hours, minutes, seconds = (first, second, third) if days or third else (None, first, second)
+    d, h, m, s = (int(number or 0) for number in (days, hours, minutes, seconds))
+    total = ((d * 24 + h) * 60 + m) * 60 + s
     if total == 0:
-        raise SpecError(f"{key}: {text!r} is no time at all; allowed: {_FORMS}, more than zero.")
+        raise SpecError(f"{key}: {text!r} must be more than zero; allowed: {_FORMS}.")
     return total

@@ -1,7 +1,7 @@
-"""Why a queued job waits, and until when, in words for people.
+"""Reasons why a queued job waits, and its expected start, in words.
 
 The codes are those of squeue(1), JOB REASON CODES, and of https://slurm.schedmd.com/job_reason_codes.html. The code
-itself always comes first, so that it can be looked up; one that is not known here stands alone.
+itself always comes first, so that it can be looked up; one that is not known here has no words.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from datetime import datetime
 
 from cifar_hpc.slurm.client import QueuedJob, parse_instant
+from cifar_hpc.text import duration
 
 _WORDS = {
     "Resources": "no room yet",
@@ -26,7 +27,7 @@ _WORDS = {
     "PartitionNodeLimit": "more nodes than the partition allows, or they are down",
     "PartitionTimeLimit": "a longer time limit than the partition allows",
     "PartitionConfig": "it asks for what the partition does not allow",
-    "BadConstraints": "no node is as it asks for",
+    "BadConstraints": "no node has the features it asks for",
     "ReqNodeNotAvail": "a node it asks for is busy, reserved or down",
     "NodeDown": "a node it asks for is down",
     "Cleaning": "its last start is still being tidied up",
@@ -53,7 +54,7 @@ _LIMITS = (
 
 
 def why(job: QueuedJob) -> str:
-    """`Priority: other jobs go first`; the code alone where nothing is known about it."""
+    """`Priority: other jobs go first`; the code alone if it is not known here."""
     code, words = reason_code(job), None
     if code == "None":
         return "Slurm has not looked at it yet"
@@ -69,7 +70,7 @@ def why(job: QueuedJob) -> str:
 
 
 def reason_code(job: QueuedJob) -> str:
-    """Slurm's reason without what some of them bring along, such as the names of nodes."""
+    """Slurm's reason without details such as the names of nodes."""
     code = job.reason.replace("_", " ") if "held" in job.reason else job.reason
     if code.startswith("Nodes required for job are"):  # a sentence, in place of a code
         return "Nodes required"
@@ -84,27 +85,19 @@ def _dependency(text: str) -> str:
 
 
 def start_of(job: QueuedJob) -> datetime | None:
-    """When Slurm expects to start the job, in local time with its zone; None where it has not said or holds the job."""
+    """Expected start of a job, in local time with its zone; None if it is not known or the job is held."""
     instant = parse_instant(job.start) if not job.held else None
     return None if instant is None else instant.astimezone()
 
 
 def expected(start: datetime | None, now: datetime) -> str:
-    """`starts in ~12 min`, or nothing where that is not known or has passed. Slurm plans by the time limits of what
+    """`starts in ~12m`, or nothing where that is not known or has passed. Slurm plans by the time limits of what
     runs, so that jobs often start earlier; and later where others come that go first."""
     seconds = 0.0 if start is None else (start - now).total_seconds()
-    return f"starts in ~{rough(seconds)}" if seconds > 0 else ""
-
-
-def rough(seconds: float) -> str:
-    """A duration in words of one unit, such as `12 min`."""
-    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (36 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{max(1, round(seconds / unit))} {name}"
-    return f"{round(seconds / 86400)} days"
+    return f"starts in ~{duration(seconds)}" if seconds > 0 else ""
 
 
 def clock(instant: datetime, now: datetime) -> str:
-    """`14:05:30`, with its date unless that is today's; local time."""
+    """Local time such as `14:05:30`, with its date unless that is today's."""
     local = instant.astimezone()
     return f"{local:%H:%M:%S}" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d %H:%M:%S}"

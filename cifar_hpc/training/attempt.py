@@ -16,10 +16,9 @@ from cifar_hpc import __version__
 from cifar_hpc.config.io import check_resumable, from_plain
 from cifar_hpc.data.datasets import Dataset, load_dataset
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
-from cifar_hpc.runs.events import count_starts
-from cifar_hpc.runs.history import losses
+from cifar_hpc.runs.events import Checkpoint, CheckpointFailed, Resumed, Started
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import RunLock
-from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.metrics import restore_metrics
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training import exit as outcome
@@ -29,13 +28,12 @@ from cifar_hpc.training.checkpoints.recovery import Choice, choose
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.agreement import Agreement, Request
-from cifar_hpc.training.distributed.rank_board import Board
 from cifar_hpc.training.distributed.rendezvous import clear_rendezvous, connect, disconnect, meet, resolve_device
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.distributed.watchdog import Watchdog
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch, describe_environment, describe_machine, resolve_amp
-from cifar_hpc.training.failure import LastWords
+from cifar_hpc.training.failure import FailureReporter
 from cifar_hpc.training.process import process_age
 from cifar_hpc.training.trainer import Position, Trainer
 
@@ -49,7 +47,7 @@ class Attempt:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.lock = RunLock(context.paths.lock)
-        self.last_words = LastWords(context, lambda: self.trainer.position if self.trainer else None)
+        self.failures = FailureReporter(context, lambda: self.trainer.position if self.trainer else None)
         self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
         self.finished = False  # otherwise the process must exit at once: its peers may be gone
@@ -77,7 +75,7 @@ class Attempt:
 
     def _failed(self, error: Exception) -> int:
         self._position()
-        status = self.last_words.of(error)
+        status = self.failures.report(error)
         if self.watchdog is not None:
             self.watchdog.stop()
         return status
@@ -130,16 +128,11 @@ class Attempt:
 
     def _join_ranks(self) -> torch.device:
         """Find the other ranks, start the watchdog, and form the process group. Return this rank's device."""
-        context, launch, words = self.context, self.context.launch, self.last_words
+        context, launch = self.context, self.context.launch
         tcp_store = meet(launch, context.stop)
-        board = words.board = Board(tcp_store, launch.rank, launch.world_size)
-        if launch.rank == 0:
-            board.tell("token", words.token)
-        elif tcp_store is not None:
-            words.token = board.wait_for("token")
-        words.met = True
+        board = self.failures.meet(tcp_store)
         limit = 60 * context.spec.train.watchdog_minutes
-        self.watchdog = Watchdog(board, context.heart, limit, words.from_watchdog).start()
+        self.watchdog = Watchdog(board, context.heart, limit, self.failures.from_watchdog).start()
         device = resolve_device(context.spec, launch.local_rank)
         configure_torch(context.spec, device)
         context.heart.beat("meeting the other ranks")
@@ -153,7 +146,7 @@ class Attempt:
         owner = {"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()}
         self._take_lock(owner | {"scheduler": launch.scheduler}, LOCK_PATIENCE_SECONDS[launch.scheduler])
         clear_rendezvous(context.paths.slurm / "rendezvous")
-        return count_starts(read_jsonl(context.paths.events))
+        return len(History.read(context.paths.events).attempts)
 
     def _take_lock(self, owner: dict[str, Any], patience_seconds: float) -> None:
         deadline = time.monotonic() + patience_seconds
@@ -198,7 +191,7 @@ class Attempt:
         context = self.context
         if not (context.first and context.spec.checkpoint.automatic):
             return None
-        past = losses(read_jsonl(context.paths.events))
+        past = History.read(context.paths.events).losses
         return CheckpointPacer(past, process_age(), context.log.line, time.monotonic())
 
     def _checkpoint_store(self) -> CheckpointStore | None:
@@ -214,10 +207,10 @@ class Attempt:
 
     def _checkpoint_written(self, name: str, entry: dict[str, Any]) -> None:
         figures = {key: entry[key] for key in ("step", "epoch", "step_in_epoch", "bytes")}
-        self.context.emit("checkpoint", file=name, **figures)
+        self.context.emit(Checkpoint(file=name, **figures))
 
     def _checkpoint_failed(self, name: str, reason: str) -> None:
-        self.context.emit("checkpoint_failed", file=name, reason=reason)
+        self.context.emit(CheckpointFailed(file=name, reason=reason))
         self.context.log.line(
             f"WARNING checkpoint {name} could not be written: {reason}; training goes on, and the older checkpoints "
             "are kept"
@@ -255,19 +248,21 @@ class Attempt:
                 "WARNING this is not the environment of the checkpoint, so the bits may differ from here: "
                 + "; ".join(f"{k}: {old} -> {new}" for k, (old, new) in changed.items())
             )
+        event = Resumed if chosen else Started
         context.emit(
-            "resumed" if chosen else "started",
-            step=position.step,
-            epoch=position.epoch,
-            step_in_epoch=position.step_in_epoch,
-            file=chosen.path.name if chosen else None,
-            metrics_cut=cut,
-            environment=environment,
-            environment_changed=changed,
-            shards=context.spec.train.shards,
-            machine=describe_machine(),
-            command=None if launch.scheduler else shlex.join(sys.argv),
-            startup=context.startup.plain(),
+            event(
+                step=position.step,
+                epoch=position.epoch,
+                step_in_epoch=position.step_in_epoch,
+                file=chosen.path.name if chosen else None,
+                metrics_cut=cut,
+                environment=environment,
+                environment_changed=changed,
+                shards=context.spec.train.shards,
+                machine=describe_machine(),
+                command=None if launch.scheduler else shlex.join(sys.argv),
+                startup=context.startup.plain(),
+            )
         )
         log.line(f"ready after {context.startup}")
         tracking = context.spec.tracking

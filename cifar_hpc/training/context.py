@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.runs.events import append_event, count_starts
-from cifar_hpc.runs.logs import TrainLog, read_jsonl
+from cifar_hpc.runs.events import Event, FirstStep
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.training.distributed.watchdog import Heart
+from cifar_hpc.runs.progress import record_event, update_progress
+from cifar_hpc.training.distributed.watchdog import Heartbeat
 from cifar_hpc.training.process import FIRST_STEP, Launch, Stopwatch
 from cifar_hpc.training.signals import StopFlag
 
@@ -28,14 +30,14 @@ class Context:
         self.startup = startup or Stopwatch()
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
-        self.heart = Heart()
+        self.heart = Heartbeat()
         self.speaks = self.first
         self._restart: int | None = None
 
     @property
     def restart(self) -> int:
         """Number of earlier attempts; from events.jsonl until all ranks have agreed on it."""
-        return count_starts(read_jsonl(self.paths.events)) if self._restart is None else self._restart
+        return len(History.read(self.paths.events).attempts) if self._restart is None else self._restart
 
     @restart.setter
     def restart(self, number: int) -> None:
@@ -48,18 +50,28 @@ class Context:
     def say_first_step(self, step: int) -> None:
         """Report the first step, which takes longer than others: it loads kernels, and may compile the model."""
         self.startup.lap(FIRST_STEP)
-        self.emit("first_step", step=step, startup=self.startup.plain())
+        self.emit(FirstStep(step=step, startup=self.startup.plain()))
         own = self.startup.seconds[FIRST_STEP]
         self.log.line(f"first step done after {self.startup.total:.1f} s, {own:.1f} s of them its own")
 
-    def emit(self, event: str, **details: Any) -> None:
+    def report(self, eta_by_rate: float | None = None, **position: Any) -> None:
+        """Write the position of the run to progress.json; only on rank 0.
+
+        Args:
+            eta_by_rate, position: as `update_progress`.
+        """
+        if self.first:
+            memory = self.heart.peak_memory_bytes
+            update_progress(self.paths, self.spec, eta_by_rate, peak_memory_bytes=memory, **position)
+
+    def emit(self, event: Event) -> None:
         """Append to events.jsonl, on the rank that `speaks`."""
         if self.speaks:
-            append_event(
-                self.paths.events,
+            record_event(
+                self.paths,
                 event,
                 job_id=self.launch.job_id,
                 restart=self.restart,
                 world_size=self.launch.world_size,
-                **details,
+                spec=self.spec,
             )

@@ -249,7 +249,7 @@ class Engine:
         self.updates = state.updates
         mine = slice(self.layout.mine.start, self.layout.mine.stop)
         self.sums.zero_()
-        self.sums[mine] = state.sums[mine]
+        self.sums[mine].copy_(state.sums[mine])
 
     def share_buffers(self) -> None:
         """Copy rank 0's running statistics to every rank. Collective."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": processor_name(),
         "cifar_hpc": __version__,
         "python": platform.python_version(),
-        "torchvision": _version("torchvision"),
+        "torchvision": next((found.version for found in metadata.distributions(name="torchvision")), None),
     }
 
 
@@ -98,8 +99,8 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return next((name for name in names if name), None)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def peak_memory_bytes() -> int:
+    """Most memory that this attempt has used so far: of the device, or of the process on a CPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""How a start of a run fails: one rank says why, once, and asks for another try where that may help."""
+"""Failure of an attempt: one rank reports the reason, once, and requeues the run if another try may help."""
 
 from __future__ import annotations
 
@@ -9,60 +9,56 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
-from cifar_hpc.runs.events import count_requeues, since_submission
-from cifar_hpc.runs.lock import read_owner
+from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Signal
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
-from cifar_hpc.runs.requeue import ALIVE, FIRST_DELAY_SECONDS, Retry, decide_retry
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.runs.requeue import Decision, Ending
+from cifar_hpc.slurm.client import end_step
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.rank_board import Board, NoAnswerError, Report, bounded
-from cifar_hpc.training.distributed.rank_board import describe as describe_ranks
+from cifar_hpc.training.distributed.rank_board import RankBoard, Report, describe
 from cifar_hpc.training.distributed.watchdog import stacks
-from cifar_hpc.training.exit import LOCAL_REQUEUE_STATUS, stopped
+from cifar_hpc.training.exit import decide_now, restart, stopped
+from cifar_hpc.training.process import is_running, siblings
 from cifar_hpc.training.trainer import Position
 
-T = TypeVar("T")
-# How long the other ranks leave it to rank 0 to speak for the run.
+# Time in which the other ranks leave the report to rank 0, and in which processes may end by themselves.
 RANK_0_SECONDS = 10.0
-# How long the speaker waits to see which ranks are there no more.
+# Time in which the other ranks show that they have noticed the failure.
 LAST_WORDS_SECONDS = 3.0
-# Without a scheduler's queue the machine is ours, and only what passes by itself needs waiting for.
-LOCAL_DELAY_SECONDS = 2
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+_HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
 def report_of(error: BaseException, context: Context) -> Report:
     """The report of an exception on this rank."""
-    rank, host = context.launch.rank, socket.gethostname()
     words = str(error)
     summary = f"{type(error).__name__}: {words}".splitlines()[0][:500]
-    cause, text, again, status = "error", "".join(traceback.format_exception(error)), True, 1
+    cause, text, retryable, status = "error", "".join(traceback.format_exception(error)), True, 1
     if isinstance(error, UserError):
-        text, again, status = words, error.again, error.exit_code
+        text, retryable, status = words, error.retryable, error.exit_code
         cause = "lost" if isinstance(error, RanksLostError) else "error"
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in words for w in _OUT_OF_MEMORY):
-        cause, text = "out_of_memory", f"{_memory_words(context)}\n{text}"
+        cause, text = "out_of_memory", f"{_memory_advice(context)}\n{text}"
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in _LOST)):
-        cause, text = "lost", f"lost contact with another rank ({summary})"  # where this rank was says nothing
-    return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, again, status)
+        cause, text = "lost", f"lost contact with another rank ({summary})"  # its traceback explains nothing
+    rank, host = context.launch.rank, socket.gethostname()
+    return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, retryable, status)
 
 
-def _memory_words(context: Context) -> str:
+def _memory_advice(context: Context) -> str:
     where, other = "the node's memory", "ask for more with --mem"
     if torch.cuda.is_initialized():
         where, other = "the GPU's memory", "see with nvidia-smi whether another process uses the GPU"
-        with suppress(RuntimeError):  # CUDA may answer nothing any more
+        with suppress(RuntimeError):  # CUDA may not work any more
             free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
             where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
     return (
@@ -71,26 +67,33 @@ def _memory_words(context: Context) -> str:
     )
 
 
-class LastWords:
-    """What a start that fails says and asks for: once a run, whichever rank and thread comes to it first."""
+class FailureReporter:
+    """Reports a failed attempt once, whichever rank and thread comes first, and acts on the decision on a requeue."""
 
     def __init__(self, context: Context, position: Callable[[], Position | None] = lambda: None) -> None:
         self.context, self.position = context, position
-        self.board = Board(None, context.launch.rank, context.launch.world_size)
-        # The name of this start, the same on all ranks once they have met.
-        self.token = f"{os.getpid()}-{time.time_ns()}"
+        self.board = RankBoard(None, context.launch.rank, context.launch.world_size)
+        self._attempt = f"{os.getpid()}-{time.time_ns()}"  # the same on all ranks once they have met
         self._began = utc_now()
-        self.met = False  # whether `board` leads to the others
-        self._deaf = False  # whether the store, and so rank 0, has stopped answering
-        self._busy = threading.Lock()
+        self._met = False
+        self._reporting = threading.Lock()
+
+    def meet(self, store: dist.Store | None) -> RankBoard:
+        """Share failures with the other ranks through the store in which they have met."""
+        self.board = RankBoard(store, self.board.rank, self.board.world_size)
+        if self.context.first:
+            self.board.set("attempt", self._attempt)
+        self._attempt = self.board.wait("attempt")
+        self._met = True
+        return self.board
 
     def from_watchdog(self, report: Report) -> None:
-        """End this process with `report`, unless its main thread is already at it."""
-        if self._busy.acquire(blocking=False):
-            os._exit(self._say(report))
+        """End this process with `report`, unless its main thread is already reporting."""
+        if self._reporting.acquire(blocking=False):
+            os._exit(self._report(report))
 
-    def of(self, error: Exception) -> int:
-        """Say why this rank ends; returns the exit status."""
+    def report(self, error: Exception) -> int:
+        """Report an exception of this rank; returns the exit status."""
         report = report_of(error, self.context)
         brief = isinstance(error, UserError) or self.context.stop.requested or report.cause == "lost"
         words = str(error) if brief else "".join(traceback.format_exception(error)).rstrip()
@@ -98,76 +101,68 @@ class LastWords:
             print(f"error: {words}", file=sys.stderr, flush=True)
         if isinstance(error, UserError) and error.everywhere and not self.context.first:
             return error.exit_code
-        if not self._busy.acquire(blocking=False):
-            threading.Event().wait()  # the watchdog is at it, and ends the process
-        if isinstance(error, RunBusyError):
-            return self._busy_elsewhere(error)
-        return self._say(report)
+        if not self._reporting.acquire(blocking=False):
+            threading.Event().wait()  # the watchdog is reporting, and ends the process
+        return self._requeue_busy(error) if isinstance(error, RunBusyError) else self._report(report)
 
-    def _say(self, mine: Report) -> int:
-        context = self.context
-        if self.context.launch.world_size > 1 and (status := self._over(mine)) is not None:
-            return status
-        if mine.cause == "hang":
-            self._dump_stacks()
-        first = self._ask(lambda: self.board.publish(mine), mine)
-        self._ask(lambda: self.board.tell(f"over/{context.launch.rank}", ""), None)
-        # Where rank 0 is gone somebody else has to speak.
-        if not self._may_speak(0.0 if context.first or self._deaf else RANK_0_SECONDS):
-            return mine.status if context.stop.signal is None else 128 + context.stop.signal
-        context.speak()
-        return self._speak(first, self._missing(first))
-
-    def _ask(self, question: Callable[[], T], default: T) -> T:
-        """The store's answer, or `default` from the first time on that it does not answer."""
-        if not self._deaf:
-            try:
-                return bounded(question)
-            except NoAnswerError:
-                self._deaf = True
-        return default
-
-    def _missing(self, report: Report) -> str:
-        """Who the ranks are that ended without a word, where that is why this start fails."""
-        silent = [r for r in range(self.context.launch.world_size) if r != self.context.launch.rank]
-        before: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
-        end = time.monotonic() + LAST_WORDS_SECONDS  # the others' own words, and their stacks, come first
-        while silent and report.cause in ("lost", "hang") and not self._deaf and time.monotonic() < end:
-            silent = [r for r in silent if self._ask(lambda r=r: self.board.ask(f"over/{r}"), None) is None]  # type: ignore[misc]
-            time.sleep(0.1)
-        shown: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
-        # One that still shows signs of life has only not heard of it yet.
-        gone = [0] if self._deaf else [rank for rank in silent if shown.get(rank) == before.get(rank)]
-        if report.cause != "lost" or not gone:
-            return ""
-        return f"no word from {describe_ranks(shown, gone)}: killed (out of memory? see --mem), or its node was lost"
-
-    def _busy_elsewhere(self, error: RunBusyError) -> int:
-        """Another process holds the run, whose logs are its own: come back later, where there is a queue to wait in.
+    def _requeue_busy(self, error: RunBusyError) -> int:
+        """Come back later, if there is a queue to wait in: another process holds the run and writes its logs.
 
         A lost node can hold its lock on a network file system for long after Slurm has requeued the job.
         """
-        context = self.context
-        events = since_submission(read_jsonl(context.paths.events))
-        used = count_requeues(events).get("failure", 0)
-        can = context.launch.scheduler == "slurm" and context.spec.resources.requeue
-        if can and used < context.spec.failures.max:
-            context.emit("requeued", reason="failure", explanation=str(error))
-            with suppress(SchedulerError):
-                fewest = context.spec.resources.fewest_tasks
-                slurm.requeue(context.launch.job_id or "", FIRST_DELAY_SECONDS << (used + 1), fewest)
+        if self.context.launch.scheduler == "slurm":
+            decision = decide_now(self.context, Ending("busy"), quiet=True)
+            if decision.action == "requeue":
+                with suppress(SchedulerError):
+                    restart(self.context, replace(decision, explanation=str(error)))
         return error.exit_code
 
-    def _dump_stacks(self) -> None:
-        lines = stacks().rstrip()
-        where = f"rank {self.context.launch.rank} ({socket.gethostname()}, pid {os.getpid()})"
-        append_line(self.context.paths.train_log, f"---- stacks of {where}\n{lines}\n---- end of stacks of {where}")
+    def _report(self, mine: Report) -> int:
+        context, board = self.context, self.board
+        if context.launch.world_size > 1 and (status := self._status_if_over(mine)) is not None:
+            return status
+        if mine.cause == "hang":
+            self._dump_stacks()
+        first = board.bounded(lambda: board.publish(mine)) or mine
+        board.bounded(lambda: board.set(f"over/{board.rank}"))
+        if not self._claim():
+            return mine.status if context.stop.signal is None else 128 + context.stop.signal
+        context.speak()
+        missing = self._missing_ranks() if first.cause in ("lost", "hang") else ""
+        if first.cause == "lost" and context.stop.requested:
+            # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
+            return stopped(context, self.position(), stored=False)
+        ending = Ending(first.cause, context.launch.scheduler, step=first.step, retryable=first.retryable)
+        decision = decide_now(context, ending)
+        if decision.action == "leave":
+            context.log.line(decision.explanation)
+            return first.status
+        self._log(first, missing if first.cause == "lost" else "", decision)
+        return self._act(first, decision)
 
-    def _may_speak(self, patience_seconds: float) -> bool:
-        """Whether this rank is the one; decided by who creates a file, since the store dies with rank 0."""
+    def _status_if_over(self, mine: Report) -> int | None:
+        """The exit status if other ranks have already ended this attempt, by events.jsonl."""
+        events = read_jsonl(self.context.paths.events)
+        if [e["event"] for e in events if e.get("event") in (*STARTS, Finished.name)][-1:] == [Finished.name]:
+            return mine.status
+        since = {e.get("event") for e in events if str(e.get("time")) >= self._began}
+        if mine.cause == "lost" and Signal.name in since:
+            return 128 + signal.SIGTERM  # they were stopped, and are gone
+        return mine.status if not self._met and since & set(FAILURES) else None
+
+    def _dump_stacks(self) -> None:
+        where = f"rank {self.board.rank} ({socket.gethostname()}, pid {os.getpid()})"
+        dump = f"---- stacks of {where}\n{stacks().rstrip()}\n---- end of stacks of {where}"
+        append_line(self.context.paths.train_log, dump)
+
+    def _claim(self) -> bool:
+        """Whether this rank is to report: rank 0, or if that is gone, the first to create a file.
+
+        The store could not decide that, since it is gone with rank 0.
+        """
         folder = self.context.paths.slurm / "rendezvous"
-        claim = folder / f"{self.token}.spoken"
-        end = time.monotonic() + patience_seconds
+        claim = folder / f"{self._attempt}.spoken"
+        end = time.monotonic() + (0.0 if self.context.first or self.board.silent else RANK_0_SECONDS)
         while not claim.exists() and time.monotonic() < end:
             time.sleep(0.05)
         try:
@@ -179,103 +174,67 @@ class LastWords:
             return self.context.first  # a folder that is gone or full
         return True
 
-    def _speak(self, report: Report, missing: str) -> int:
+    def _missing_ranks(self) -> str:
+        """A sentence about the ranks that ended without a report; empty if there are none."""
+        board = self.board
+        before, silent = board.bounded(board.statuses) or {}, board.bounded(self._silent_ranks)
+        end = time.monotonic() + LAST_WORDS_SECONDS  # the others' own reports, and their stacks, come first
+        while silent and time.monotonic() < end:
+            time.sleep(0.1)
+            silent = board.bounded(self._silent_ranks)
+        statuses = board.bounded(board.statuses) or {}
+        # A rank whose status still changes is alive, and has only not noticed the failure yet.
+        gone = [0] if silent is None else [rank for rank in silent if statuses.get(rank) == before.get(rank)]
+        if not gone:
+            return ""
+        return f"no word from {describe(statuses, gone)}: killed (out of memory? see --mem), or its node was lost"
+
+    def _silent_ranks(self) -> list[int]:
+        board = self.board
+        return [rank for rank in range(board.world_size) if rank != board.rank and board.get(f"over/{rank}") is None]
+
+    def _log(self, report: Report, missing: str, decision: Decision) -> None:
         context = self.context
-        if report.cause == "lost" and context.stop.requested:
-            # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
-            return stopped(context, self.position(), stored=False)
-        if report.cause == "lost" and (state := self._ending()) is not None:
-            context.log.line(f"JobState={state}: the job is being ended, and another rank was faster")
-            return report.status
-        retry = self._retry(report)
-        reason = f"{report.text}\n{missing}" if missing else report.text
-        head = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}.get(report.cause, "FAILED")
+        event = Hang if report.cause == "hang" else Failed
         context.emit(
-            "hang" if report.cause == "hang" else "failed",
-            step=report.step,
-            error=missing or report.summary,
-            cause=report.cause,
-            rank=report.rank,
-            rank_host=report.host,
-            again=retry.again,
+            event(
+                step=report.step,
+                error=missing or report.summary,
+                cause=report.cause,
+                rank=report.rank,
+                rank_host=report.host,
+                again=decision.action == "requeue",
+            )
         )
-        # The reason stands last in the log, where a `tail` shows it.
-        context.log.line(retry.explanation)
+        # The reason comes last in the log, where a `tail` shows it.
+        context.log.line(decision.explanation)
+        head, reason = _HEADS.get(report.cause, "FAILED"), f"{report.text}\n{missing}".rstrip()
         append_line(
             context.paths.train_log,
             f"{datetime.now():%Y-%m-%d %H:%M:%S} {head} on rank {report.rank} ({report.host}): {reason}",
         )
-        return self._act(report, retry)
 
-    def _over(self, mine: Report) -> int | None:
-        """The exit status where others have already said how this start ends, as events.jsonl tells."""
-        events = read_jsonl(self.context.paths.events)
-        if [e["event"] for e in events if e.get("event") in ("started", "resumed", "finished")][-1:] == ["finished"]:
-            return mine.status
-        since = {e.get("event") for e in events if str(e.get("time")) >= self._began}
-        if mine.cause == "lost" and "signal" in since:
-            return 128 + signal.SIGTERM  # they were told to stop, and have gone
-        return mine.status if not self.met and since & {"failed", "hang"} else None
-
-    def _ending(self) -> str | None:
-        """The JobState of a job that is being ended: that its ranks go one by one is no failure then."""
-        if self.context.launch.scheduler != "slurm":
-            return None
-        with suppress(SchedulerError):
-            state = slurm.job_fields(self.context.launch.job_id or "").get("JobState", "")
-            return None if state in ALIVE else state
-        return None
-
-    def _retry(self, report: Report) -> Retry:
+    def _act(self, report: Report, decision: Decision) -> int:
         context = self.context
-        events = since_submission(read_jsonl(context.paths.events))
-        can = context.launch.scheduler is not None and context.spec.resources.requeue
-        retry = decide_retry(events, report.step, context.spec.failures.max, can, report.again)
-        if retry.again and context.launch.scheduler == "slurm":
-            try:
-                state = slurm.job_fields(context.launch.job_id or "").get("JobState")
-                if state not in ALIVE:
-                    return Retry(False, 0, f"not requeued: JobState={state}")
-            except SchedulerError as refusal:
-                return Retry(False, 0, f"WARNING not requeued: {refusal}")
-        return retry
-
-    def _act(self, report: Report, retry: Retry) -> int:
-        context = self.context
-        job = context.launch.job_id or ""
-        if context.launch.scheduler == "local":
-            _kill(self._others_here())
-            if retry.again:
-                context.emit("requeued", reason="failure")
-                time.sleep(retry.delay_seconds / FIRST_DELAY_SECONDS * LOCAL_DELAY_SECONDS)
-                return LOCAL_REQUEUE_STATUS
-        elif context.launch.scheduler == "slurm":
-            try:
-                if retry.again:
-                    context.emit("requeued", reason="failure", delay_seconds=retry.delay_seconds)
-                    slurm.requeue(job, retry.delay_seconds, context.spec.resources.fewest_tasks)
-                    return 0
-                if report.cause == "hang":
-                    slurm.end_step(job)  # a rank that is stuck would hold the nodes until the time limit
-            except SchedulerError as refusal:
-                context.log.line(f"WARNING {refusal}")
+        try:
+            if context.launch.scheduler == "local":
+                _end_other_ranks()
+            if decision.action == "requeue":
+                return restart(context, decision)
+            if report.cause == "hang" and context.launch.scheduler == "slurm":
+                end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
+        except SchedulerError as refusal:
+            context.log.line(f"WARNING {refusal}")
         return report.status
 
-    def _others_here(self) -> list[int]:
-        """Process ids of the other ranks on this machine, as far as they are known."""
-        owner = read_owner(self.context.paths.lock)
-        if self._deaf:
-            return [owner["pid"]] if owner.get("host") == socket.gethostname() and not self.context.first else []
-        shown: dict[int, dict[str, Any]] = self._ask(self.board.look, {})
-        mine = shown.get(self.board.rank, {})
-        place = (mine.get("host"), mine.get("space"))
-        return [s["pid"] for r, s in shown.items() if r != self.board.rank and (s.get("host"), s.get("space")) == place]
 
+def _end_other_ranks() -> None:
+    """End the other ranks under the local executor, which waits for all; one that is stuck would block it.
 
-def _kill(pids: Sequence[int]) -> None:
-    """End processes that may be stuck, after those that are not had time to end by themselves."""
+    All are children of its controller. Those that are not stuck have time to end by themselves.
+    """
     end = time.monotonic() + RANK_0_SECONDS
-    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+    while (left := [pid for pid in siblings() if is_running(pid)]) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What the time from the start of a process to its first step goes into."""
+"""Processes of an attempt: rank and job, time of each phase of the start, age."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process: its place among the others, and the job it belongs to.
+    """Rank and job of this process, from its launcher.
 
-    `rendezvous` is a file on the shared file system, new for every start, where rank 0 publishes its address; None
-    under torchrun, whose environment variables name the address.
+    rendezvous: a file on the shared file system, new for every attempt, where rank 0 publishes its address; None under
+        torchrun, whose environment variables name the address.
     """
 
     rank: int = 0
@@ -28,14 +28,14 @@ FIRST_STEP = "first_step"  # the last phase
 
 
 class Stopwatch:
-    """Seconds of each phase of a start; the first one, `process`, is what had passed since the process began."""
+    """Seconds of each phase of a start. The first one, `process`, is the age of the process."""
 
     def __init__(self) -> None:
         self.seconds = {"process": process_age()}
         self._last = time.monotonic()
 
     def lap(self, phase: str) -> None:
-        """`phase` took the time since the last call."""
+        """End `phase`, which began with the last call."""
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -59,10 +59,30 @@ class Stopwatch:
 
 
 def process_age() -> float:
-    """Seconds since this process began, to a hundredth (proc_pid_stat(5), starttime); 0 where that is not known."""
-    try:
-        # The name, which comes second, may hold blanks and parentheses itself.
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+    """Seconds since this process began, to a hundredth; 0 if that is not known."""
+    fields = _stat("self")
+    if len(fields) < 20:
         return 0.0
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has not ended."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def siblings() -> list[int]:
+    """Process ids of the other children of this process's parent."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if pid != os.getpid() and _stat(pid)[1:2] == [str(os.getppid())]]
+
+
+def _stat(pid: int | str) -> list[str]:
+    """Fields of /proc/PID/stat from the state on (proc_pid_stat(5)); empty if there is no such process."""
+    try:
+        # The name, which comes before, may hold blanks and parentheses itself.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

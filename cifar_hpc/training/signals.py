@@ -1,4 +1,4 @@
-"""Being told to stop: the flag that signals set, and what to do once the state is on disk."""
+"""Stop signals: a flag that handlers set and the training loop reads."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by a signal, read between steps. The handlers do nothing else: whatever else they did could happen in the
-    middle of anything."""
+    """Set by a signal, read between steps. The handlers do nothing else, as they may run in the middle of anything."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._told: float | None = None
+        self._received_at = 0.0
 
     @property
     def requested(self) -> bool:
-        """Whether this process has been told to stop."""
+        """Whether this process has received a stop signal."""
         return self.signal is not None
 
     @property
     def seconds(self) -> float | None:
-        """How long ago this process was told to stop; None if it was not."""
-        return None if self._told is None else time.monotonic() - self._told
+        """Seconds since the first stop signal; None without one."""
+        return time.monotonic() - self._received_at if self.requested else None
 
     def install(self, interactive: bool = False) -> StopFlag:
-        """Take over SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along.
+        """Handle SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along.
 
         Args:
-            interactive: take over the first Ctrl-C as well; a second one interrupts as usual.
+            interactive: handle the first Ctrl-C as well; a second one interrupts as usual.
         """
         for number in (*STOP_SIGNALS, signal.SIGINT) if interactive else STOP_SIGNALS:
             signal.signal(number, self._handle)
@@ -39,18 +38,20 @@ class StopFlag:
         return self
 
     def ignore(self) -> None:
-        """Ignore these signals from here on: an interpreter that ends puts their default back, and would die of one."""
+        """Ignore stop signals from here on: an interpreter that ends restores their default, and would die of one."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def raise_flag(self) -> None:
-        """As if SIGTERM had come: for one that came before `install`."""
-        if self.signal is None:
-            self.signal, self._told = signal.SIGTERM, time.monotonic()
+        """Act as if SIGTERM had been received: for one that came before `install`."""
+        self._set(signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # The first one tells why; later ones, such as SIGTERM after our own requeue, do not change that.
-        if self.signal is None:
-            self.signal, self._told = signal.Signals(number), time.monotonic()
+        self._set(signal.Signals(number))
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _set(self, number: signal.Signals) -> None:
+        # The first signal is the reason; later ones, such as SIGTERM after our own requeue, do not change it.
+        if self.signal is None:
+            self._received_at, self.signal = time.monotonic(), number

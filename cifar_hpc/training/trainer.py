@@ -14,6 +14,7 @@ from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.schedule import epochs_left, learning_rate
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.randomness import permutation
+from cifar_hpc.runs.events import Evaluated
 from cifar_hpc.runs.logs import utc_now
 from cifar_hpc.runs.metrics import metrics_text, restore_metrics, write_metrics
 from cifar_hpc.training.checkpoints.format import TrainingState, to_host
@@ -86,8 +87,10 @@ class Trainer:
         """
         self.pacer = pacer
         self._start_clocks()
+        self._report_position()
         while self.position.epoch < self.spec.train.epochs:
             if not (self._train_epoch() and self._end_epoch()):
+                self._report_position()
                 self.save(queue=True)
                 self.stored = self._wait_until_stored() is None
                 return False
@@ -299,7 +302,7 @@ class Trainer:
         """Write the epoch to metrics.jsonl, events.jsonl and train.log. Rank 0 only."""
         restore_metrics(self.context.paths.metrics, self.position.history)
         figures = {key: row[key] for key in ("epoch", "step", "test_accuracy", "test_loss")}
-        self.context.emit("evaluated", **figures)
+        self.context.emit(Evaluated(**figures))
         best = self.position.best
         self.context.log.line(
             f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.4f} acc "
@@ -320,7 +323,13 @@ class Trainer:
             f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
             f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {left}"
         )
+        self._report_position(left.total_seconds(), loss=loss, accuracy=accuracy, lr=lr, images_per_second=rate)
         self._restart_line_clock()
+
+    def _report_position(self, eta_by_rate: float | None = None, **figures: float) -> None:
+        """Write the position, and figures of training, to progress.json."""
+        epoch = self._images_done() / self.engine.images_per_epoch
+        self.context.report(eta_by_rate, step=self.position.step, epoch=epoch, **figures)
 
     def _line_due(self) -> bool:
         return time.monotonic() - self._last_line >= self.spec.train.log_seconds

@@ -17,11 +17,10 @@ import pytest
 from helpers import TINY
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.compare import FIGURES, as_json, show_on_terminal
-from cifar_hpc.cli.compare_columns import columns, short_keys
+from cifar_hpc.cli import compare
+from cifar_hpc.cli.compare import FIGURES, all_columns, as_json, print_on_terminal, short_keys
 from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.groups import group_runs
 from cifar_hpc.runs.paths import RunPaths
@@ -35,7 +34,7 @@ Make = Callable[..., RunPaths]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
-    monkeypatch.setattr(run_queue, "queue", lambda *_: {})
+    monkeypatch.setattr(compare, "queue", lambda *_: {})
     return tmp_path
 
 
@@ -238,7 +237,7 @@ def test_world_sizes_are_shown_where_they_differ(make: Make, capsys: pytest.Capt
 def on_terminal(root: Path, capsys: pytest.CaptureFixture[str], width: int) -> tuple[list[Row], str]:
     """All runs as rows, and their table, which keeps within `width` characters."""
     rows = read_rows(group_runs([RunPaths(root, p.name) for p in sorted((root / "logs").iterdir())]), {})
-    show_on_terminal(rows, each=False)
+    print_on_terminal([column for column in all_columns(rows, each=False) if column.shown])
     text = capsys.readouterr().out
     assert all(len(line) <= width for line in text.splitlines())
     return rows, text
@@ -294,8 +293,10 @@ def test_a_terminal_shows_what_it_has_room_for(
     monkeypatch.setenv("COLUMNS", str(width))
     rows, text = on_terminal(root, capsys, width)
     header = text.splitlines()[0]
-    for column in columns(rows, each=False):
-        note = " ".join(text.partition("left out for want of room: ")[2].split())
+    for column in all_columns(rows, each=False):
+        if not column.shown:
+            continue
+        note = " ".join(text.partition("no room for: ")[2].split())
         assert (column.heading in header) != (column.heading in note.partition(";")[0].split(", ")), column.name
     assert ("wall" in header) == (width == 160)
     assert {"dropout", "seeds", "test", "state"} <= set(header.split())
@@ -342,7 +343,7 @@ def test_a_slurm_that_does_not_answer_is_said(
     def silent(*_: Any) -> None:
         raise SchedulerError("squeue: no answer")
 
-    monkeypatch.setattr(run_queue, "queue", silent)
+    monkeypatch.setattr(compare, "queue", silent)
     assert main(["compare", "run-*"]) == 0
     out, error = capsys.readouterr()
     assert "96.00 ± 1.41" in out

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,7 +292,9 @@ def test_requirements() -> None:
     ],
 )
 def test_packages(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], status: str, words: str) -> None:
-    monkeypatch.setattr(node, "_version", {**PINS, **changes}.get)
+    versions = {**PINS, **changes}
+    found = {name: [SimpleNamespace(version=version)] if version else [] for name, version in versions.items()}
+    monkeypatch.setattr(node.metadata, "distributions", lambda name: found[name])
     finding = node.check_packages(plan())
     assert finding.status == status and words in finding.found
 
@@ -630,6 +633,8 @@ def test_lines_are_whole_in_a_pipe_and_say_no_word_that_terminals_obey(capsys: p
 def test_lines_are_folded_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     lines = as_text(Finding("slurm", "warning", "word " * 40, "advice " * 20)).splitlines()
     assert lines[0].startswith("\x1b[33mwarning\x1b[0m  slurm ") and len(lines) > 4
     assert max(len(line) for line in lines[1:]) <= 80 and all(line.startswith("  ") for line in lines[1:])

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cifar_hpc.cli import tail as following
+from cifar_hpc.cli import tail
 from cifar_hpc.cli.tail import EpochFollower, LogFollower, StateFollower
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.slurm import client as slurm
 from cifar_hpc.slurm.client import QueuedJob
 
 
@@ -150,8 +149,8 @@ class Queue:
         self.silent_about_others = False
         self.silent, self.asked, self.counted = False, 0, 0
         monkeypatch.setattr(run_queue, "queue", self._queue)
-        monkeypatch.setattr(slurm, "jobs_ahead", self._ahead)
-        monkeypatch.setattr(following, "STATE_SECONDS", 0.0)
+        monkeypatch.setattr(tail, "jobs_ahead", self._ahead)
+        monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
 
     def holds(self, state: str, reason: str = "None", start: str = "N/A") -> None:
         self.job = QueuedJob("7", "run", state, reason, start, "n1", "gpu", "(null)", "/logs/run")
@@ -183,8 +182,9 @@ def states(tmp_path: Path) -> StateFollower:
 
 
 def news(states: StateFollower) -> str:
-    states.poll()
-    return states.news()
+    state = states.poll()
+    assert state is not None
+    return states.news(state)
 
 
 def test_each_reason_is_said_once(queue: Queue, states: StateFollower) -> None:
@@ -206,11 +206,11 @@ def test_each_reason_is_said_once(queue: Queue, states: StateFollower) -> None:
 def test_what_has_changed_is_said_again_after_a_while(
     queue: Queue, states: StateFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "AHEAD_SECONDS", 0.0)
     queue.holds("PENDING", "Priority")
     assert news(states) != ""
     queue.ahead = 1
-    monkeypatch.setattr(following, "SAY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(tail, "REPEAT_SECONDS", 0.0)
     assert news(states) == "queued: Priority: other jobs go first, 1 job ahead of it"
     assert news(states) == ""  # nothing has changed
 
@@ -241,7 +241,7 @@ def test_a_silent_slurm_is_left_in_peace_for_a_while(
         assert states.poll() is not None
     assert queue.asked == 1
     queue.silent = False
-    monkeypatch.setattr(states, "_ask_next", 0.0)
+    monkeypatch.setattr(states.queue, "next_poll", 0.0)
     states.poll()
     assert states.state is not None and states.state.state == "running"
 
@@ -259,8 +259,9 @@ def test_a_silent_slurm_is_no_end(queue: Queue, states: StateFollower) -> None:
 
 
 def test_the_queue_is_not_asked_each_time(queue: Queue, states: StateFollower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "STATE_SECONDS", 1000.0)
-    assert states.poll() is not None and states.poll() is None and states.words().startswith("stopped: ")
+    monkeypatch.setattr(tail, "STATE_SECONDS", 1000.0)
+    state = states.poll()
+    assert state is not None and states.poll() is None and states.words(state).startswith("stopped: ")
 
 
 def test_a_log_that_is_none_is_named(log: Path) -> None:

@@ -1,21 +1,27 @@
-"""The help of every command: its examples can be given as they stand there, and its lines fit a terminal."""
+"""The help of every command: its examples parse, and its lines fit a terminal."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 
 from cifar_hpc.cli import submit
-from cifar_hpc.cli.parser import MANUAL, parser
+from cifar_hpc.cli.parser import COMMANDS, build_parser
 
 PREFIX, SUBMIT = "python -m cifar_hpc ", "python submit.py "
 
 
+MODULES: dict[str, ModuleType] = {path.rpartition(".")[2]: import_module(f"cifar_hpc.cli.{path}") for path in COMMANDS}
+
+
 def subparsers() -> dict[str, argparse.ArgumentParser]:
-    action = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     choices: dict[str, argparse.ArgumentParser] = action.choices
     return choices
 
@@ -30,29 +36,47 @@ def examples(text: str | None, prefix: str) -> Iterator[str]:
 @pytest.mark.parametrize("command", sorted(subparsers()))
 def test_every_command_has_a_manual_and_examples_that_parse(command: str) -> None:
     found = subparsers()[command]
-    assert MANUAL[command] in (found.description or "")
+    description = found.description or ""
+    assert MODULES[command].HELP.casefold() in description.casefold() and MODULES[command].DESCRIPTION in description
     lines = list(examples(found.epilog, PREFIX))
     assert lines
     for line in lines:
-        assert parser().parse_args(shlex.split(line)).command == command
+        arguments = build_parser().parse_args(shlex.split(line))
+        assert arguments.command == command and arguments.main is MODULES[command].main
 
 
-def test_the_manual_knows_no_other_command() -> None:
-    assert set(MANUAL) == set(subparsers())
+def test_the_commands_are_in_the_order_of_the_tuple() -> None:
+    assert list(subparsers()) == list(MODULES)
+
+
+@pytest.mark.parametrize("command", sorted(subparsers()))
+def test_a_command_alone_has_the_same_help(command: str) -> None:
+    (action,) = (a for a in build_parser([command])._actions if isinstance(a, argparse._SubParsersAction))
+    assert list(action.choices) == [command]
+    assert action.choices[command].format_help() == subparsers()[command].format_help()
+
+
+def test_only_the_module_of_the_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in COMMANDS:
+        monkeypatch.delitem(sys.modules, f"cifar_hpc.cli.{path}", raising=False)
+    build_parser(["cancel", "x"])
+    assert [path for path in COMMANDS if f"cifar_hpc.cli.{path}" in sys.modules] == ["cancel"]
 
 
 def test_the_examples_of_the_two_programs_parse() -> None:
-    top = list(examples(parser().epilog, PREFIX))
+    top = list(examples(build_parser().epilog, PREFIX))
     assert len(top) >= 5
     for line in top:
-        parser().parse_args(shlex.split(line))
+        build_parser().parse_args(shlex.split(line))
     lines = list(examples(submit.EPILOG, SUBMIT))
     assert len(lines) >= 6
     for line in lines:
         submit.build_parser().parse_args(shlex.split(line))
 
 
-@pytest.mark.parametrize("text", [*MANUAL.values(), submit.DESCRIPTION], ids=[*MANUAL, "submit.py"])
+@pytest.mark.parametrize(
+    "text", [*(module.DESCRIPTION for module in MODULES.values()), submit.DESCRIPTION], ids=[*MODULES, "submit.py"]
+)
 def test_lines_fit_a_terminal_of_80_columns(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 79
 

@@ -1,4 +1,4 @@
-"""The status command as a whole: one question to Slurm, the same answer with its cache as without."""
+"""The status command as a whole: one question to Slurm, the same answer with progress.json as without."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ import pytest
 from helpers import PROJECT
 
 from benchmarks.many_runs import KINDS, make_runs
+from cifar_hpc.__main__ import main
 from cifar_hpc.cli import status
-from cifar_hpc.cli.parser import MANUAL
-from cifar_hpc.cli.status_table import INTEREST
-from cifar_hpc.config.io import from_plain
-from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SpecError
-from cifar_hpc.runs import history_cache as facts_cache
+from cifar_hpc.cli.status import URGENCY
+from cifar_hpc.runs import progress
 from cifar_hpc.runs import state as run_state
-from cifar_hpc.runs.events import append_event
-from cifar_hpc.runs.frozen_spec import freeze, read_frozen
-from cifar_hpc.runs.history import read_facts
-from cifar_hpc.runs.paths import RunPaths, all_runs
+from cifar_hpc.runs.events import Submitted, append_event
+from cifar_hpc.runs.paths import all_runs
 
 RUNS = 2 * len(KINDS)
 
@@ -37,14 +32,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commands = make_runs(tmp_path, RUNS)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
-    monkeypatch.setattr(facts_cache, "SETTLED_SECONDS", -1)
-    monkeypatch.setattr(facts_cache, "WORTH_WRITING", 1)
     return tmp_path
 
 
 def rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     """What `status --json` says, but for the log's age."""
-    assert status.status([], watch=False, as_json=True) == 0
+    assert main(["status", "--json"]) == 0
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return [{k: v for k, v in row.items() if k != "log_age_seconds"} for row in found]
 
@@ -61,62 +54,53 @@ def test_one_call_asks_slurm_once(root: Path, capsys: pytest.CaptureFixture[str]
     assert (root / "bin" / "asked").read_text() == "asked\n"
 
 
-def test_the_answer_is_the_same_with_the_cache(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_is_the_same_with_progress_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = rows(capsys)
-    assert (root / "logs" / ".status-cache").is_file()
-    assert rows(capsys) == first
-    (root / "logs" / ".status-cache").unlink()
+    assert all(paths.progress.is_file() for paths in all_runs(root))
     assert rows(capsys) == first
 
 
 def test_some_runs_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = rows(capsys)[3]
-    assert status.status([one["run"]], watch=False, as_json=True) == 0
+    assert main(["status", one["run"], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["state"] == one["state"]
     assert (root / "bin" / "asked").read_text() == 2 * "asked\n"
 
 
 def test_patterns(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [row["run"] for row in rows(capsys)]
-    assert status.status([names[0], "improved_*"], watch=False, as_json=True) == 0
+    assert main(["status", names[0], "improved_*", "--json"]) == 0
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == names
-    with pytest.raises(SpecError, match="no such run"):
-        status.status(["x*"], watch=False, as_json=True)
+    assert main(["status", "x*", "--json"]) == 2
+    assert "no such run" in capsys.readouterr().err
 
 
-def test_logs_are_read_once_whichever_runs_are_watched(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[str] = []
-    monkeypatch.setattr(facts_cache, "read_facts", lambda paths: reads.append(paths.name) or read_facts(paths))
+def test_logs_are_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = status.Reader(root, ["improved_*"])
-    reader.read()
-    reader.read()
-    assert len(reads) == RUNS
-
-
-def test_some_runs_leave_the_others_in_the_cache(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = rows(capsys)[0]["run"]
-    before = (root / "logs" / ".status-cache").read_bytes()
-    RunPaths(root, name).metrics.write_text("")
-    status.status([name], watch=False, as_json=True)
-    assert (root / "logs" / ".status-cache").read_bytes() == before
+    before = reader.read()
+    monkeypatch.setattr(progress, "parse_jsonl", None)
+    monkeypatch.setattr(progress, "read_frozen", None)
+    assert [state.epoch for state in reader.read()] == [state.epoch for state in before]
 
 
 def test_a_run_that_was_submitted_since_the_queue_was_read_has_not_stopped(root: Path) -> None:
     reader = status.Reader(root, [])
     reader.read()
     fresh = next(paths for paths in all_runs(root) if not paths.events.exists())
-    append_event(fresh.events, "submitted", job_id="99", restart=None, world_size=None, scheduler="slurm")
+    append_event(
+        fresh.events, Submitted(scheduler="slurm", code="", command=""), job_id="99", restart=None, world_size=None
+    )
     (found,) = (state for state in reader.read() if state.run == fresh.name)
     assert (found.state, found.detail) == ("unknown", "submitted since Slurm last answered")
     (root / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
-    reader._ask_next = 0.0
+    reader.queue.next_poll = 0.0
     (found,) = (state for state in reader.read() if state.run == fresh.name)
-    assert reader.trouble and found.state == "unknown"
+    assert reader.queue.trouble and found.state == "unknown"
 
 
 def test_the_manual_knows_every_state() -> None:
-    words = " ".join(MANUAL["status"].split())
-    assert all(re.search(rf"\b{state}\b", words) for state in INTEREST) and "3 Slurm does not answer" in words
+    words = " ".join(status.DESCRIPTION.split())
+    assert all(re.search(rf"\b{state}\b", words) for state in URGENCY) and "3 Slurm does not answer" in words
 
 
 NUMBER, COUNTS = (int, float), dict
@@ -146,7 +130,7 @@ SCHEMA: dict[str, tuple[type, ...]] = {
 def test_the_schema_of_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = all_runs(root)[0]
     damaged.metrics.write_text('{"epoch": "x"}\n')
-    assert status.status([], watch=False, as_json=True) == 0
+    assert main(["status", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == RUNS and {row["state"] for row in found} > {"unreadable", "running", "queued", "finished"}
     for row in found:
@@ -155,18 +139,18 @@ def test_the_schema_of_json(root: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert isinstance(row[key], kinds) and not isinstance(row[key], bool), (key, row[key])
         for counts in (row["requeues"], row["restart_causes"]):
             assert all(isinstance(k, str) and type(v) is int for k, v in counts.items())
-        assert row["state"] in INTEREST
+        assert row["state"] in URGENCY
         assert row["start_time"] is None or re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["start_time"])
     queued = [row for row in found if row["state"] in ("queued", "requeued")]
     assert queued and all(row["reason"] for row in queued)
     documented = str(run_state.RunState.plain.__doc__)
     assert all(re.search(rf"\b{key}\b", documented) for key in SCHEMA)
-    assert all(re.search(rf"\b{state}\b", documented) for state in INTEREST)
+    assert all(re.search(rf"\b{state}\b", documented) for state in URGENCY)
 
 
 def test_a_silent_slurm_leaves_what_files_tell(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "bin" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
-    assert status.status([], watch=False, as_json=True) == 3
+    assert main(["status", "--json"]) == 3
     captured = capsys.readouterr()
     assert {row["state"] for row in json.loads(captured.out)} == {"finished", "cancelled", "not started", "unknown"}
     assert "Unable to contact" in captured.err
@@ -176,23 +160,23 @@ def test_the_last_known_jobs_stay_while_slurm_is_silent(root: Path, monkeypatch:
     monkeypatch.setattr(status, "QUEUE_SECONDS", 0.0)
     reader = status.Reader(root, [])
     before = [run.state for run in reader.read()]
-    assert reader.trouble == "" and reader.asked_at is not None
+    assert reader.queue.trouble == "" and reader.queue.asked_at is not None
     answering = (root / "bin" / "squeue").read_text()
     (root / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
     assert [run.state for run in reader.read()] == before
-    assert "squeue" in reader.trouble
+    assert "squeue" in reader.queue.trouble
     (root / "bin" / "squeue").write_text(answering)
     reader.read()
-    assert reader.trouble != ""  # it is not asked at once again
-    monkeypatch.setattr(reader, "_ask_next", 0.0)
+    assert reader.queue.trouble != ""  # it is not asked at once again
+    monkeypatch.setattr(reader.queue, "next_poll", 0.0)
     reader.read()
-    assert reader.trouble == ""
+    assert reader.queue.trouble == ""
 
 
 def test_a_pipe_gets_everything_by_name_and_a_terminal_what_fits_by_interest(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert status.status([], watch=False, as_json=False) == 0
+    assert main(["status"]) == 0
     plain = capsys.readouterr().out
     names = [line.split()[0] for line in plain.splitlines()[1:]]
     assert names == sorted(names) and len(names) == RUNS and "\x1b" not in plain and "runs:" not in plain
@@ -201,48 +185,15 @@ def test_a_pipe_gets_everything_by_name_and_a_terminal_what_fits_by_interest(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert status.status([], watch=False, as_json=False) == 0
+    assert main(["status"]) == 0
     coloured = capsys.readouterr().out
     bare = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
     assert coloured != bare and max(map(len, bare.splitlines())) <= 80
     assert bare.splitlines()[RUNS].split()[1] == "running"  # next to the prompt
     assert bare.splitlines()[RUNS + 1].startswith(f"{RUNS} runs: 2 running, 4 failed, ")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert status.status([], watch=False, as_json=False) == 0
+    assert main(["status"]) == 0
     assert "\x1b" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        Spec(),
-        from_plain({"train": {"epochs": 1_000_000, "log_seconds": 0.5}, "resources": {"comment": "\\ntrain: 'x'"}}),
-        from_plain(
-            {"resources": {"sbatch": {"mail-type": "END"}, "comment": "epochs: 3 " * 40}, "train": {"epochs": 3}}
-        ),
-    ],
-)
-def test_the_pace_of_a_frozen_spec_is_found_without_yaml(
-    tmp_path: Path, spec: Spec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = RunPaths(tmp_path, "run")
-    paths.create()
-    freeze(paths, spec)
-    frozen = read_frozen(paths)
-    assert frozen is not None
-    monkeypatch.setattr(run_state, "read_frozen", None)
-    assert run_state._pace(paths) == (frozen.train.epochs, frozen.train.log_seconds)
-
-
-def test_the_pace_of_any_other_spec_is_that_of_yaml(tmp_path: Path) -> None:
-    paths = RunPaths(tmp_path, "run")
-    paths.create()
-    assert run_state._pace(paths) is None
-    paths.spec.write_text("# The frozen spec of run x\ntrain: {epochs: 7}\n")
-    assert run_state._pace(paths) == (7, 30.0)
-    for text in ("train:\n  epochs: many\n", "tran:\n  epochs: 7\n", "train:\n  epochs: 7\n  epochs: 8\n"):
-        paths.spec.write_text(text)
-        assert run_state._pace(paths) is None
 
 
 @pytest.mark.process
@@ -253,7 +204,7 @@ def test_help_and_status_load_no_more_than_they_need() -> None:
     )
     cases = [
         ("run_path('submit.py', None, '__main__')", ["--help"], heavy | {"yaml"}),
-        ("run_module('cifar_hpc', None, '__main__')", ["--help"], heavy | {"yaml"}),
+        ("run_module('cifar_hpc', None, '__main__')", ["--help"], heavy | {"matplotlib", "shtab"}),
         ("run_module('cifar_hpc', None, '__main__')", ["status"], heavy),
     ]
     for call, arguments, unwanted in cases:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cifar_hpc.cli import status_table
-from cifar_hpc.cli.status_table import COLUMNS, INTEREST, STYLES, by_interest, cells, duration, lines, shorten, summary
+from cifar_hpc.cli import table
+from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, status_lines, summary
 from cifar_hpc.runs.state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 
 RUN = RunState("improved_resnet-1a2b3c4d", "running", "on node1", 12, 400, 81.5, 82.25, 9000.5, 18000.0, 3)
@@ -24,8 +24,8 @@ def run(**changed: Any) -> RunState:
 RUNS = [
     run(restart_causes={"preemption": 2, "submitted": 1}, world_size=4, job_id="1234", log_age_seconds=7.0),
     run(run="x" * 90 + "-lr0.05", state="failed", detail="NaN at step 3. HINT: lower " + "y" * 300, eta_seconds=None),
-    run(run="a", state="queued", reason="Priority", detail="Priority: other jobs go first, starts in ~7 days",
-        start_time=f"{datetime.now(UTC) + timedelta(days=7):%Y-%m-%dT%H:%M:%SZ}", restarts=0, epoch=0,
+    run(run="a", state="queued", reason="Priority", detail="Priority: other jobs go first, starts in ~7d00h",
+        start_time=f"{datetime.now(UTC) + timedelta(days=7, minutes=30):%Y-%m-%dT%H:%M:%SZ}", restarts=0, epoch=0,
         test_accuracy=None, best_accuracy=None, images_per_second=None, eta_seconds=None),
     run(run="b", state="requeued", detail="until 12:00:00, preempted"),
     run(run="c", state="hung", detail="日本語" * 40, epoch_progress=0.999),
@@ -33,11 +33,11 @@ RUNS = [
 
 
 def header(width: int | None) -> list[str]:
-    return lines(RUNS, width)[0].text.replace("LOG AGE", "LOG_AGE").split()
+    return status_lines(RUNS, width)[0].text.replace("LOG AGE", "LOG_AGE").split()
 
 
 def test_everything_is_there_in_full_where_nothing_limits_it() -> None:
-    table = [line.text for line in lines(RUNS)]
+    table = [line.text for line in status_lines(RUNS)]
     assert table[0].split() == "RUN STATE EPOCH ACC BEST IMG/S ETA RESTARTS RANKS LOG AGE JOB DETAIL".split()
     assert RUNS[1].run in table[2] and table[2].endswith("y" * 300) and "HINT" in table[2] and "…" not in "".join(table)
     row = (
@@ -48,10 +48,10 @@ def test_everything_is_there_in_full_where_nothing_limits_it() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_line_is_longer_than_the_terminal(width: int) -> None:
-    for line in lines(RUNS, width):
+    for line in status_lines(RUNS, width):
         wide = sum(character in "日本語" for character in line.text)
         assert len(line.text) + wide <= max(width, 40)
-        assert line.text == line.before + line.state + line.after
+        assert line.text == line.before + line.cell + line.after
 
 
 def test_the_most_important_columns_stay() -> None:
@@ -62,56 +62,39 @@ def test_the_most_important_columns_stay() -> None:
 
 
 def test_what_has_lost_its_column_stands_in_detail() -> None:
-    table = [line.text for line in lines(RUNS, 80)]
+    table = [line.text for line in status_lines(RUNS, 80)]
     assert table[1].endswith("5h00m  3 restarts, on node1")
-    assert lines(RUNS, 70)[1].text.endswith("12/400  ETA 5h00m, 3 restarts, …")
+    assert status_lines(RUNS, 70)[1].text.endswith("12/400  ETA 5h00m, 3 restarts, …")
     assert table[2].rstrip("…y").endswith("NaN at step 3.")  # without its hint
-    assert table[3].endswith("Priority, in ~7 days")  # the explanation goes before the time does
+    assert table[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
     assert "until 12:00:00, pre…" in table[4]
-    assert lines(RUNS[2:3], 160)[1].text.endswith("starts in ~7 days")
+    assert status_lines(RUNS[2:3], 160)[1].text.endswith("starts in ~7d00h")
 
 
 def test_a_long_name_loses_its_middle() -> None:
-    name = lines(RUNS, 80)[2].text.split()[0]
+    name = status_lines(RUNS, 80)[2].text.split()[0]
     assert name.startswith("xxx") and "…" in name and name.endswith("xx-lr0.05")
 
 
-@pytest.mark.parametrize(
-    ("text", "width", "keep", "expected"),
-    [
-        ("abcdef", 6, 0, "abcdef"),
-        ("abcdef", 5, 0, "abcd…"),
-        ("abcdefgh", 6, 2, "abc…gh"),
-        ("日本語", 6, 0, "日本語"),
-        ("日本語", 5, 0, "日本…"),
-        ("日本語", 4, 0, "日…"),
-        ("e\u0301abc", 4, 0, "e\u0301abc"),
-        ("abc", 0, 0, ""),
-    ],
-)
-def test_shorten(text: str, width: int, keep: int, expected: str) -> None:
-    assert shorten(text, width, keep) == expected
-
-
 def test_order_and_summary() -> None:
-    first = by_interest(RUNS)
+    first = by_urgency(RUNS)
     assert [r.state for r in first] == ["hung", "running", "failed", "queued", "requeued"]
-    assert [r.state for r in by_interest(RUNS, last=True)] == [r.state for r in first][::-1]
+    assert [r.state for r in by_urgency(RUNS, last=True)] == [r.state for r in first][::-1]
     two = [run(run=name) for name in "ba"]
-    assert [r.run for r in by_interest(two)] == [r.run for r in by_interest(two, last=True)] == ["a", "b"]
+    assert [r.run for r in by_urgency(two)] == [r.run for r in by_urgency(two, last=True)] == ["a", "b"]
     assert summary(RUNS) == "5 runs: 1 hung, 1 running, 1 failed, 1 queued, 1 requeued"
     assert summary(two[:1]) == "1 run: 1 running"
 
 
 def test_every_state_has_its_place_and_its_colour() -> None:
-    assert set(STYLES) == set(INTEREST) == {*WAITING, *AT_WORK, *ENDED, UNKNOWN}
-    assert by_interest([run(state=state) for state in INTEREST[::-1]])[0].state == INTEREST[0]
+    assert set(URGENCY) == {*WAITING, *AT_WORK, *ENDED, UNKNOWN}
+    assert by_urgency([run(state=state) for state in URGENCY[::-1]])[0].state == URGENCY[0]
 
 
 def test_a_table_of_nothing_is_its_head() -> None:
-    (head,) = lines([], 80)
+    (head,) = status_lines([], 80)
     assert head.text.startswith("RUN")
-    assert len(lines([], 10)) == 1
+    assert len(status_lines([], 10)) == 1
 
 
 def test_cells() -> None:
@@ -120,23 +103,12 @@ def test_cells() -> None:
     assert cells(run(detail="two\nlines \x1b[31m"))["DETAIL"] == "two lines \\x1b[31m"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "-"), (0.4, "0s"), (59, "59s"), (65, "1m05s"), (720, "12m"), (3900, "1h05m"), (180000, "2d02h"),
-        (float("nan"), "?"), (float("inf"), "?"), (1e300, "?"), (-3.0, "0s"),
-    ],
-)  # fmt: skip
-def test_durations(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_the_work_for_a_line_does_not_grow_with_the_number_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def times_measured(count: int) -> int:
-        calls = []
-        monkeypatch.setattr(status_table, "_used", lambda *arguments: calls.append(1) or used(*arguments))
-        lines(RUNS[:1] * count, 80)
+def test_the_work_for_a_column_does_not_grow_with_the_number_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def columns_measured(count: int) -> int:
+        calls: list[str] = []
+        monkeypatch.setattr(table.Column, "__post_init__", lambda self: calls.append(self.heading) or measure(self))
+        status_lines(RUNS[:1] * count, 80)
         return len(calls)
 
-    used = status_table._used
-    assert times_measured(2) == times_measured(50)
+    measure = table.Column.__post_init__
+    assert columns_measured(2) == columns_measured(50)

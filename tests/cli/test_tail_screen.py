@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from cifar_hpc.cli.tail_screen import FollowScreen
+from cifar_hpc.cli.tail_screen import LiveView, Progress, parse_progress
+from cifar_hpc.cli.terminal import kind_of_line
 from cifar_hpc.runs.state import RunState
 
 DATE = "2026-01-01 00:00:00 "
@@ -26,7 +28,7 @@ class Seen:
 
     def __init__(self, width: int) -> None:
         self.console = Console(file=io.StringIO(), force_terminal=True, width=width, height=20, color_system=None)
-        self.screen = FollowScreen(self.console)
+        self.screen = LiveView(self.console)
 
     def below(self) -> str:
         """The line that is drawn again and again."""
@@ -95,3 +97,23 @@ def test_nothing_is_taken_for_markup_and_nothing_long_wraps() -> None:
         screen.state(state("queued"), "queued: [bold]" + "y" * 100)
         assert len(seen.below()) == 40 and "[bold]" in seen.below()
     assert "[red]x[/red] :smile:" in seen.printed()
+
+
+def test_progress_is_read_back() -> None:
+    assert parse_progress(PROGRESS) == Progress("3", "400", 98, 391, "1.9010", "40.01", "9,000", 3723.0)
+    days = parse_progress(PROGRESS.replace("1:02:03", "25 days, 8:31:14"))
+    assert days is not None and days.eta_seconds == 25 * 86400 + 8 * 3600 + 31 * 60 + 14
+
+
+@pytest.mark.parametrize("line", ["", DONE, PROGRESS[:-3], PROGRESS + "!"])
+def test_what_is_no_progress(line: str) -> None:
+    assert parse_progress(line) is None
+
+
+def test_the_lines_that_runs_write_are_known() -> None:
+    """By a log of a real run, which is kept with the documentation."""
+    lines = (Path(__file__).parents[2] / "docs" / "train.log").read_text().splitlines()
+    kinds = [kind_of_line(line) for line in lines]
+    assert {"banner", "progress", "stop"} <= set(kinds)
+    assert all(parse_progress(line) for line, kind in zip(lines, kinds, strict=True) if kind == "progress")
+    assert kinds.count("stop") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,24 @@ def tensorboard_shows(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(folder: Path) -> list[Record]:
-    """The records in the only file of an offline run: LevelDB's log format with wandb's protocol buffers."""
+    """The records in the only file of an offline run, once wandb's own process has written the last of them."""
     (path,) = folder.glob("offline-run-*/run-*.wandb")
-    content, found, part, at = path.read_bytes(), [], b"", 7  # after wandb's own header
+    deadline = time.monotonic() + 60
+    found = read_records(path.read_bytes())
+    while not any(record.HasField("exit") for record in found):
+        assert time.monotonic() < deadline, "no exit record"
+        time.sleep(0.1)
+        found = read_records(path.read_bytes())
+    return found
+
+
+def read_records(content: bytes) -> list[Record]:
+    """The whole records in a file of wandb: LevelDB's log format with protocol buffers."""
+    found, part, at = [], b"", 7  # after wandb's own header
     while at + 7 <= len(content):
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + length > len(content):
+            break
         part += content[at + 7 : at + 7 + length]
         if kind in (1, 4):  # a whole record, or the last part of one
             found.append(Record.FromString(part))

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console, ConsoleDimensions
 
 from benchmarks.many_runs import KINDS, make_runs
+from cifar_hpc.__main__ import main
 from cifar_hpc.cli import status
-from cifar_hpc.cli import status as watch
 from cifar_hpc.runs.paths import all_runs
 
 RUNS = len(KINDS)
@@ -50,16 +50,16 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "LOOKING", 1e9)
+    monkeypatch.setattr(status, "READ_SECONDS", 0.0)
+    monkeypatch.setattr(status, "READ_SHARE", 1e9)
     return tmp_path
 
 
-def screen_of(root: Path, width: int, height: int) -> tuple[watch.Screen, Terminal, Console]:
+def screen_of(root: Path, width: int, height: int) -> tuple[status.Screen, Terminal, Console]:
     terminal = Terminal()
     console = Console(file=terminal, force_terminal=True, width=width, height=height, color_system=None)
-    screen = watch.Screen(console, status.Reader(root, []))
-    screen.look()
+    screen = status.Screen(console, status.Reader(root, []))
+    screen.read()
     return screen, terminal, console
 
 
@@ -88,12 +88,12 @@ def test_only_lines_that_have_changed_are_sent(root: Path) -> None:
     with run.events.open("a") as file:
         file.write('{"event": "finished", "test_accuracy": 99.0}\n')
     (root / "bin" / "answer").write_text("")
-    screen.reader._ask_next = 0.0
+    screen.reader.queue.next_poll = 0.0
     terminal.truncate(0)
     terminal.seek(0)
     screen.draw()  # at most the clock has moved on
     assert len(terminal.getvalue()) < 120
-    screen.look()
+    screen.read()
     screen.draw()
     assert len(terminal.getvalue()) < whole
 
@@ -119,20 +119,20 @@ def test_lines_that_are_gone_are_cleared(root: Path) -> None:
 def test_a_silent_slurm_is_a_note(root: Path) -> None:
     screen, terminal, _ = screen_of(root, 100, 30)
     (root / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    screen.reader._ask_next = 0.0
-    screen.look()
+    screen.reader.queue.next_poll = 0.0
+    screen.read()
     screen.draw()
     shown = terminal.screen()
-    assert re.match(r"Slurm does not answer, what it said at \d\d:\d\d:\d\d is shown: Unable to contact", shown[-1])
+    assert re.match(r"Slurm does not answer, its answer of \d\d:\d\d:\d\d is shown: Unable to contact", shown[-1])
     assert any(" running " in line for line in shown)
     fresh, terminal, _ = screen_of(root, 100, 30)
     fresh.draw()
-    assert terminal.screen()[-1].startswith("Slurm does not answer, files alone tell: Unable")
+    assert terminal.screen()[-1].startswith("Slurm does not answer, only files are read: Unable")
 
 
 def test_a_change_of_size_ends_the_wait(root: Path) -> None:
     screen, *_ = screen_of(root, 80, 30)
-    screen._next_look = time.monotonic() + 3600
+    screen._next_read = time.monotonic() + 3600
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})
     try:
         signal.raise_signal(signal.SIGWINCH)  # pending, until the wait takes it
@@ -145,8 +145,8 @@ def test_ctrl_c_ends_it_and_leaves_the_table(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr(watch.Screen, "wait", lambda self: signal.raise_signal(signal.SIGINT))
-    assert status.status([], watch=True, as_json=False) == 0
+    monkeypatch.setattr(status.Screen, "wait", lambda self: signal.raise_signal(signal.SIGINT))
+    assert main(["status", "--watch"]) == 0
     before, _, after = capsys.readouterr().out.partition("\x1b[?1049l")
     assert "\x1b[?1049h" in before and f"{RUNS} runs: " in after and "\x1b[?25h" in before + after
 
@@ -155,7 +155,7 @@ def test_a_pipe_gets_plain_blocks(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     looks = iter([None, None])
-    monkeypatch.setattr(watch.Screen, "wait", lambda self: next(looks, None) or signal.raise_signal(signal.SIGINT))
-    assert status.status([], watch=True, as_json=False) == 0
+    monkeypatch.setattr(status.Screen, "wait", lambda self: next(looks, None) or signal.raise_signal(signal.SIGINT))
+    assert main(["status", "--watch"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and out.startswith("RUN ")

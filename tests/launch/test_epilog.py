@@ -1,4 +1,4 @@
-"""What the batch script says and asks for where no task of a start could; for real in tests/slurm/test_crashes.py."""
+"""Reports and requests of the batch script where no task could make them; for real in tests/slurm/test_crashes.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import tiny_spec
 
 from cifar_hpc.launch.epilog import main
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.history import start_and_last_word
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 
@@ -23,20 +23,24 @@ SAVED = {"event": "checkpoint", "job_id": "7", "step": 30}
 
 
 @pytest.mark.parametrize(
-    ("events", "start", "last"),
+    ("events", "restart", "end"),
     [
-        ([START, SAVED], START, None),
-        ([START, SAVED, REQUEUED, AGAIN], AGAIN, None),
-        ([START, FAILED, REQUEUED, SAVED], START, REQUEUED),
-        ([], None, None),
-        ([{"event": "submitted", "job_id": "7"}], None, None),  # killed before it began: the same would happen again
-        ([START | {"job_id": "6"}, SAVED], None, None),
+        ([START, SAVED], 0, {}),
+        ([START, SAVED, REQUEUED, AGAIN], 1, {}),
+        ([START, FAILED, REQUEUED, SAVED], 0, REQUEUED),
+        ([], None, {}),
+        ([{"event": "submitted", "job_id": "7"}], None, {}),  # killed before it began: the same would happen again
+        ([START, {"event": "submitted", "job_id": "7"}], None, {}),
+        ([START | {"job_id": "6"}, SAVED], None, {}),
     ],
 )
-def test_only_a_start_of_this_job_is_spoken_for(
-    events: list[dict[str, Any]], start: dict[str, Any] | None, last: dict[str, Any] | None
+def test_only_an_attempt_of_this_job_is_reported(
+    events: list[dict[str, Any]], restart: int | None, end: dict[str, Any]
 ) -> None:
-    assert start_and_last_word(events, "7") == (start, last)
+    history = History.of(events)
+    attempt = history.attempt_of("7")
+    assert (attempt.restart if attempt else None) == restart
+    assert history.end == end
 
 
 class Site:
@@ -123,6 +127,23 @@ def test_a_preemption_that_killed_all_tasks_is_one(site: Site) -> None:
     (requeued,) = site.end()
     assert (requeued["event"], requeued["reason"]) == ("requeued", "preemption")
     assert site.requests() == ["requeue 7"]
+
+
+def test_a_preemption_that_killed_all_tasks_of_a_job_that_may_not_be_requeued_is_left(site: Site) -> None:
+    site.freeze(resources={"requeue": False})
+    site.happened(START, SAVED)
+    site.job(preempted="2026-01-01T00:00:05")
+    (left,) = site.end()
+    assert (left["event"], left["reason"], site.requests()) == ("left", "preemption", [])
+
+
+def test_a_refused_requeue_is_recorded(site: Site) -> None:
+    site.freeze()
+    site.happened(START, SAVED)
+    program = site.answer.parent / "bin" / "scontrol"
+    program.write_text(f"#!/bin/sh\n[ $1 = show ] || exit 1\ncat {site.answer}\n")
+    assert [row["event"] for row in site.end()] == ["failed", "requeued", "requeue_failed"]
+    assert "WARNING not requeued: scontrol requeue 7 was refused" in site.paths.train_log.read_text()
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING"])

@@ -20,7 +20,7 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch import local as launch_local
 from cifar_hpc.launch.local import Controller
 from cifar_hpc.launch.preflight import finished_epochs
-from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.lock import RunLock, holder
 from cifar_hpc.runs.logs import read_jsonl
@@ -118,7 +118,8 @@ def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
     locks: dict[RunPaths, RunLock], stand_ins: StandIns, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = list(locks)
-    append_event(runs[0].events, "finished", job_id="1", restart=0, world_size=1, epoch=Spec().train.epochs)
+    finished = Finished(step=0, epoch=Spec().train.epochs, test_accuracy=0.0, best={})
+    append_event(runs[0].events, finished, job_id="1", restart=0, world_size=1)
     lock = RunLock(runs[1].lock)
     lock.acquire({"job_id": "7", "pid": 1, "host": "n1"})
     runs[2].spec.unlink()

@@ -19,7 +19,7 @@ from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.launch import worker
 from cifar_hpc.runs import queue as run_queue
-from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import read_jsonl
@@ -61,7 +61,8 @@ class Project:
 
     def finish(self, point: dict[str, Any], epochs: int = 2) -> None:
         """As if the run had trained."""
-        append_event(self.run(point).events, "finished", job_id="1", restart=0, world_size=1, epoch=epochs)
+        finished = Finished(step=0, epoch=epochs, test_accuracy=0.0, best={})
+        append_event(self.run(point).events, finished, job_id="1", restart=0, world_size=1)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from helpers import tiny_spec
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError
-from cifar_hpc.runs.events import append_event
+from cifar_hpc.runs.events import FirstStep, append_event
 from cifar_hpc.runs.frozen_spec import freeze, read_frozen, resolve
 from cifar_hpc.runs.paths import RunPaths
 
@@ -28,7 +28,7 @@ def paths(tmp_path: Path) -> RunPaths:
 def start(paths: RunPaths, spec: Spec, tasks: int, threads: int = 1) -> Spec:
     resolved = resolve(paths, spec, tasks, threads)
     freeze(paths, resolved)
-    append_event(paths.events, "started", job_id=None, restart=0, world_size=tasks)
+    append_event(paths.events, FirstStep(step=1, startup={}), job_id=None, restart=0, world_size=tasks)
     return resolved
 
 

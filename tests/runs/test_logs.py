@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cifar_hpc.files import write_atomic
-from cifar_hpc.runs.events import append_event, count_requeues, count_starts, since_submission
+from cifar_hpc.runs.events import Requeued, Signal, append_event
 from cifar_hpc.runs.logs import KEPT_LINES, TrainLog, append_line, read_jsonl, utc_now
 from cifar_hpc.runs.metrics import metrics_text, restore_metrics, write_metrics
 
@@ -97,13 +97,12 @@ def test_a_new_run_empties_the_file(metrics: Path, tmp_path: Path) -> None:
 
 def test_events_are_read_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "events.jsonl"
-    append_event(path, "started", job_id="7", restart=0, world_size=2, step=3)
-    append_event(path, "requeued", job_id="7", restart=0, world_size=2, reason="timeout")
+    append_event(path, Signal(signal="SIGTERM", seconds=None, step=3), job_id="7", restart=0, world_size=2)
+    append_event(path, Requeued(reason="timeout"), job_id="7", restart=0, world_size=2)
     first, second = read_jsonl(path)
-    assert {k: first[k] for k in ("event", "job_id", "restart", "world_size", "step")} == {
-        "event": "started", "job_id": "7", "restart": 0, "world_size": 2, "step": 3,
-    }  # fmt: skip
-    assert second["reason"] == "timeout"
+    assert list(first) == ["time", "event", "host", "job_id", "restart", "world_size", "signal", "seconds", "step"]
+    assert list(first.values())[3:] == ["7", 0, 2, "SIGTERM", None, 3], "a field without a default is always there"
+    assert {"event": "requeued", "reason": "timeout"}.items() <= second.items() and "delay_seconds" not in second
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
     assert first["time"] <= second["time"] <= utc_now()
 
@@ -138,13 +137,6 @@ def test_the_nul_bytes_of_a_crashed_machine_swallow_no_line(tmp_path: Path, hole
     assert len(read_jsonl(path)) == holes.count(b"event") + 1
     path.write_bytes(holes + b'{"event": "in the same block"}\n')
     assert read_jsonl(path)[-1] == {"event": "in the same block"}
-
-
-def test_counts() -> None:
-    events = [{"event": e} for e in ("submitted", "started", "resumed", "evaluated", "resumed")]
-    events += [{"event": "requeued", "reason": r} for r in ("preemption", "timeout", "preemption")]
-    assert count_starts(events) == 3
-    assert count_requeues(events) == {"preemption": 2, "timeout": 1}
 
 
 def test_only_an_enabled_log_writes(tmp_path: Path) -> None:
@@ -233,9 +225,3 @@ def test_no_log_is_writable_to_all(tmp_path: Path) -> None:
     paths = list(tmp_path.rglob("*"))
     assert len(paths) == 5
     assert [p for p in paths if p.stat().st_mode & 0o002] == []
-
-
-def test_limits_begin_anew_with_each_submission() -> None:
-    rows = [{"event": e} for e in ("submitted", "requeued", "submitted", "started")]
-    assert [row["event"] for row in since_submission(rows)] == ["submitted", "started"]
-    assert since_submission(rows[1:2]) == rows[1:2]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from helpers import tiny_spec
 
-from cifar_hpc.cli.status_table import lines
-from cifar_hpc.runs.eta import PRIOR_UP_SECONDS
+from cifar_hpc.cli.status import status_lines
+from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.history import Facts
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.progress import PRIOR_UP_SECONDS, Progress, update_progress
 from cifar_hpc.runs.state import read_state
 from cifar_hpc.slurm.client import QueuedJob
 
@@ -44,13 +44,13 @@ def local(ahead: timedelta) -> str:
     return f"{datetime.now() + ahead:%Y-%m-%dT%H:%M:%S}"
 
 
-IN_A_WEEK = job("PENDING", "Resources", local(timedelta(days=7)))
+IN_A_WEEK = job("PENDING", "Resources", local(timedelta(days=7, minutes=30)))
 
 
 @pytest.mark.parametrize(
     ("queued", "state", "detail"),
     [
-        (IN_A_WEEK, "queued", "Resources: no room yet, starts in ~7 days"),
+        (IN_A_WEEK, "queued", "Resources: no room yet, starts in ~7d00h"),
         (job("PENDING", "Priority"), "queued", "Priority: other jobs go first"),
         (job("PENDING", "Dependency", dependency="singleton"), "queued", "Dependency: another job of this run"),
         (job("PENDING", "JobHeldUser"), "queued", "JobHeldUser: held"),
@@ -132,19 +132,22 @@ def test_what_was_heard_since_slurm_was_asked_is_no_end(paths: RunPaths, second:
     assert read_state(paths, job("PENDING", "Priority"), asked_at=ASKED_AT.timestamp()).state == "queued"
 
 
-def stale(paths: RunPaths) -> Facts:
+def stale(paths: RunPaths) -> Progress:
     raise OSError(errno.ESTALE, "Stale file handle", str(paths.events))
 
 
-def test_files_that_cannot_be_read_for_a_moment_do_not_end_a_run(paths: RunPaths) -> None:
+def test_files_that_cannot_be_read_for_a_moment_do_not_end_a_run(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_state, "read_progress", stale)
     trouble = "its files cannot be read now (Stale file handle)"
-    nothing = read_state(paths, {}, stale)
+    nothing = read_state(paths, {})
     assert (nothing.state, nothing.detail, nothing.ended) == ("unreadable", trouble, True)
-    queued = read_state(paths, job("RUNNING"), stale)
+    queued = read_state(paths, job("RUNNING"))
     assert (queued.state, queued.detail, queued.job_id, queued.ended) == ("running", f"on n1; {trouble}", "7", False)
     lock = RunLock(paths.lock)
     lock.acquire({"host": "n2"})
-    held = read_state(paths, {}, stale)
+    held = read_state(paths, {})
     assert (held.state, held.detail, held.ended) == ("running", f"on n2; {trouble}", False)
     lock.release()
 
@@ -178,7 +181,7 @@ def test_a_silent_log_is_a_hung_run(paths: RunPaths) -> None:
     old = time.time() - 3600
     os.utime(paths.train_log, (old, old))
     found = read_state(paths, running)
-    assert found.state == "hung" and found.detail == "no log line for 60 min, on n1" and found.eta_seconds is None
+    assert found.state == "hung" and found.detail == "no log line for 1h00m, on n1" and found.eta_seconds is None
 
 
 def test_a_start_is_not_blamed_for_the_silence_before_it(paths: RunPaths) -> None:
@@ -222,36 +225,32 @@ def test_figures_come_from_metrics_and_events(paths: RunPaths) -> None:
     assert found.restart_causes == {"timeout": 1} and found.images_per_second == 6.0
 
 
-PROGRESS = (
-    "2026-01-01 00:00:00 epoch {}/4 step 120/480 (total 902)  loss 1.9  acc 40.01%  lr 0.05  9.1 img/s  run ETA 0:02:03"
-)
-
-
 def test_the_epoch_under_way_counts(paths: RunPaths) -> None:
     write_rows(paths, ROWS)
-    paths.train_log.write_text(PROGRESS.format(3) + "\n")
+    update_progress(paths, tiny_spec(train={"epochs": 4}), step=1080, epoch=2.25, images_per_second=9.1)
     found = read_state(paths, job("RUNNING"))
     assert (found.epoch, found.epoch_progress, found.images_per_second) == (2, 0.25, 9.1)
     assert found.eta_seconds == 1.75 * 15
-    paths.train_log.write_text(PROGRESS.format(4) + "\n")  # of rows that were cut off again
-    assert read_state(paths, job("RUNNING")).epoch_progress is None
     assert read_state(paths, {}).epoch_progress is None
+    update_progress(paths, step=1800, epoch=3.75)  # of rows that were cut off again
+    assert read_state(paths, job("RUNNING")).epoch_progress is None
 
 
 def test_where_images_grow_the_time_left_grows_with_their_pixels(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path, "run")
     paths.create()
-    freeze(paths, tiny_spec(train={"epochs": 4}, resizing={"initial": 16}))  # 16, 16, 24, 32
+    spec = tiny_spec(train={"epochs": 4}, resizing={"initial": 16})  # 16, 16, 24, 32
+    freeze(paths, spec)
     write_rows(paths, ROWS)
     at_16 = ROWS[1]["epoch_seconds"]
     assert read_state(paths, job("RUNNING")).eta_seconds == pytest.approx(at_16 * (24**2 + 32**2) / 16**2)
-    paths.train_log.write_text(PROGRESS.format(3) + "\n")
+    update_progress(paths, spec, epoch=2.25)
     assert read_state(paths, job("RUNNING")).eta_seconds == pytest.approx(at_16 * (0.75 * 24**2 + 32**2) / 16**2)
 
 
-def test_before_the_first_epoch_has_ended_the_log_estimates(paths: RunPaths) -> None:
+def test_before_the_first_epoch_has_ended_the_speed_estimates(paths: RunPaths) -> None:
     assert read_state(paths, job("RUNNING")).eta_seconds is None
-    paths.train_log.write_text(PROGRESS.format(1) + "\n")
+    update_progress(paths, tiny_spec(), 123.0, epoch=0.25)
     assert read_state(paths, job("RUNNING")).eta_seconds == 123.0
 
 
@@ -280,7 +279,7 @@ def test_a_number_that_is_none_of_an_accuracy_is_damage(paths: RunPaths) -> None
     paths.metrics.write_text(json.dumps(ROWS[0]).replace("80.0", "9" * 400) + "\n")
     found = read_state(paths, {})
     assert found.state == "unreadable" and "OverflowError" in found.detail
-    lines([found])
+    status_lines([found])
 
 
 def test_a_run_never_submitted(paths: RunPaths) -> None:

@@ -11,7 +11,7 @@ import pytest
 from lab import Lab, together, until
 from runs import Run, thaw
 
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm.client import release_job, requeue_job
 
 pytestmark = pytest.mark.slurm
 
@@ -137,9 +137,9 @@ def test_a_job_released_right_after_its_requeue_starts(lab: Lab, monkeypatch: py
     for job in jobs:
         lab.cluster.wait_for(job, JobState="RUNNING")
     for job in jobs:
-        slurm.requeue(job)
+        requeue_job(job)
         lab.cluster.wait_for(job, JobState="PENDING")
-        slurm.release(job)
+        release_job(job)
         time.sleep(0.15)  # other jobs, other fractions of a second
 
     def started() -> bool:

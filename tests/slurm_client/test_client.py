@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_hpc.cli import control as steer
+from cifar_hpc.__main__ import main
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.slurm import client as slurm
@@ -142,24 +142,21 @@ def test_requeue_releases_what_is_held(
     program(fake, "squeue", f"echo '7|run|{state}|{reason}|N/A||gpu|(null)|{fake}/logs/run/code/1f'")
     for name in ("scontrol", "scancel"):
         program(fake, name, f"echo \"$@\" >> '{fake}/asked'")
-    assert steer.requeue("run") == 0
+    assert main(["requeue", "run"]) == 0
     assert [line.partition(" jobid")[0] for line in asked(fake)] == calls
 
 
 @pytest.mark.parametrize(("then", "fails"), [("RUNNING", False), ("PENDING", True)])
 def test_requeue_of_a_job_that_starts_meanwhile(
-    fake: Path, monkeypatch: pytest.MonkeyPatch, then: str, fails: bool
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], then: str, fails: bool
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
     (fake / "logs" / "run").mkdir(parents=True)
     line = f"7|run|$state|Resources|N/A||gpu|(null)|{fake}/logs/run/code/1f"
     program(fake, "squeue", f'state=PENDING; [ ! -e {fake}/asked ] || state={then}; echo "{line}"')
     program(fake, "scontrol", f"touch {fake}/asked; echo 'Job is no longer pending execution for job 7' >&2; exit 1")
-    if fails:
-        with pytest.raises(SchedulerError, match="no longer pending"):
-            steer.requeue("run")
-    else:
-        assert steer.requeue("run") == 0
+    assert main(["requeue", "run"]) == (3 if fails else 0)
+    assert ("no longer pending" in capsys.readouterr().err) is fails
 
 
 def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
@@ -173,7 +170,7 @@ def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
 def test_refusals_carry_the_words(fake: Path) -> None:
     program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
     with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
-        slurm.requeue("9")
+        slurm.requeue_job("9")
 
 
 def asked(fake: Path) -> list[str]:
@@ -192,19 +189,19 @@ def asked(fake: Path) -> list[str]:
 )
 def test_requeue(fake: Path, delay: int, fewest: int | None, expected: list[str]) -> None:
     program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
-    slurm.requeue("9", delay, fewest)
+    slurm.requeue_job("9", delay, fewest)
     assert asked(fake) == expected
 
 
 def test_requeue_counts_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
     program(fake, "scontrol", f'echo "$@" >> \'{fake}/asked\'; [ "$1" = requeue ]')
-    slurm.requeue("9", 240, 2)
+    slurm.requeue_job("9", 240, 2)
     assert len(asked(fake)) == 3
 
 
 def test_release_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
     program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
-    slurm.release("9")
+    slurm.release_job("9")
     (line,) = asked(fake)
     match = re.fullmatch(r"update jobid=9 StartTime=now\+(\d+)", line)
     assert match and 2 <= int(match[1]) <= 5
@@ -212,7 +209,7 @@ def test_release_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
 
 def test_commands_outlive_the_signal_that_their_own_request_brings(fake: Path) -> None:
     program(fake, "scontrol", f"kill -TERM $$; kill -USR1 $$; kill -USR2 $$; echo \"$@\" >> '{fake}/asked'")
-    slurm.requeue("9")
+    slurm.requeue_job("9")
     assert asked(fake) == ["requeue 9"]
 
 

@@ -43,6 +43,6 @@ def test_bad_forms_name_the_key_and_the_forms(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "00:00", "0-00:00:00"])
-def test_no_time_at_all(text: str) -> None:
-    with pytest.raises(SpecError, match="no time at all"):
+def test_parse_time_refuses_zero(text: str) -> None:
+    with pytest.raises(SpecError, match="must be more than zero"):
         parse_time(text)

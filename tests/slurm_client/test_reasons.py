@@ -59,10 +59,10 @@ def test_dependencies_are_named(dependency: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        ("2026-01-02T12:12:10", "starts in ~12 min"),
-        ("2026-01-02T12:00:40", "starts in ~40 s"),
-        ("2026-01-02T15:10:00", "starts in ~3 h"),
-        ("2026-01-09T12:00:00", "starts in ~7 days"),
+        ("2026-01-02T12:12:10", "starts in ~12m"),
+        ("2026-01-02T12:00:40", "starts in ~40s"),
+        ("2026-01-02T15:10:00", "starts in ~3h10m"),
+        ("2026-01-09T12:00:00", "starts in ~7d00h"),
         ("2026-01-02T11:59:00", ""),
         ("N/A", ""),
     ],

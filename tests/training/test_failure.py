@@ -1,4 +1,4 @@
-"""What is said and done when ranks raise, die, stop or run out of memory: once, at once, and the run goes on."""
+"""Ranks that raise, die, stop or run out of memory: one report, at once, and the run goes on."""
 
 from __future__ import annotations
 
@@ -16,55 +16,20 @@ import torch.distributed as dist
 from helpers import tiny_spec
 from processes import Runs
 
-from cifar_hpc.errors import RanksLostError, RunBusyError, RunFailedError, SpecError
+from cifar_hpc.errors import RanksLostError, RunBusyError, RunFailedError, SchedulerError, SpecError
+from cifar_hpc.runs import requeue
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.requeue import decide_retry
+from cifar_hpc.training import exit as exit_module
+from cifar_hpc.training import failure
 from cifar_hpc.training.checkpoints.store import newest_good
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.rank_board import Report
-from cifar_hpc.training.failure import LastWords, report_of
+from cifar_hpc.training.failure import FailureReporter, report_of
 from cifar_hpc.training.process import Launch
 from cifar_hpc.training.signals import StopFlag
 
 TRACEBACK = "Traceback (most recent call last)"
-
-
-def report(step: int, again: bool = True) -> Report:
-    return Report(1, "node1", "error", "ValueError: x", "a traceback", step, again)
-
-
-def failed(step: int, event: str = "failed") -> list[dict[str, Any]]:
-    return [{"event": event, "step": step}, {"event": "requeued", "reason": "failure"}]
-
-
-@pytest.mark.parametrize(
-    ("events", "step", "again", "delay", "words"),
-    [
-        ([], 0, True, 120, "failure 1 of at most 3"),
-        (failed(10), 11, True, 240, "failure 2 of at most 3"),
-        ([*failed(10), *failed(20, "hang")], 21, True, 480, "failure 3 of at most 3"),
-        ([*failed(10), *failed(20), *failed(30)], 40, False, 0, "failures.max (3) is used up"),
-        (failed(10), 10, False, 0, "failed at step 10 before and got no further this time (step 10)"),
-        (failed(10), 7, False, 0, "failed at step 10 before and got no further this time (step 7)"),
-        (failed(0), 0, False, 0, "failed at step 0 before"),
-        (failed(20, "hang"), 20, False, 0, "failed at step 20 before"),
-        ([{"event": "requeued", "reason": "preemption"}] * 9, 5, True, 120, "failure 1 of at most 3"),
-    ],
-)
-def test_another_try_only_after_progress_and_after_a_growing_delay(
-    events: list[dict[str, Any]], step: int, again: bool, delay: int, words: str
-) -> None:
-    retry = decide_retry(events, step, 3, may_requeue=True)
-    assert (retry.again, retry.delay_seconds) == (again, delay)
-    assert words in retry.explanation
-
-
-def test_no_other_try_where_it_would_not_help_or_is_not_allowed() -> None:
-    assert "would happen again" in decide_retry([], 5, 3, True, again=False).explanation
-    assert "submit the same again" in decide_retry([], 5, 3, False).explanation
-    assert not decide_retry([], 5, 0, True).again
-    assert decide_retry([row for n in range(1, 9) for row in failed(n)], 9, 99, True).delay_seconds == 3600
 
 
 @pytest.fixture
@@ -88,10 +53,151 @@ def context(tmp_path: Path) -> Context:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
-def test_what_an_error_means(context: Context, error: Exception, cause: str, again: bool, status: int) -> None:
+def test_report_of(context: Context, error: Exception, cause: str, again: bool, status: int) -> None:
     found = report_of(error, context)
-    assert (found.cause, found.again, found.status, found.rank) == (cause, again, status, 2)
+    assert (found.cause, found.retryable, found.status, found.rank) == (cause, again, status, 2)
     assert ("HINT: lower train.batch_size" in found.text) == (cause == "out_of_memory")
+
+
+# ------------------------------------------------------------------------------------------------- in this process
+
+
+class Reporting:
+    """A run under Slurm that fails in this process, with its requests to Slurm."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths = RunPaths(folder, "run")
+        self.requests: list[tuple[Any, ...]] = []
+        self.job = {"JobState": "RUNNING"}
+        self.paths.create()
+        monkeypatch.setattr(exit_module, "job_fields", lambda job_id: self.job)
+        monkeypatch.setattr(requeue, "requeue_job", lambda *given: self.requests.append(("requeue", *given)))
+        monkeypatch.setattr(failure, "end_step", lambda *given: self.requests.append(("end step", *given)))
+        for name, seconds in (("RANK_0_SECONDS", 0.2), ("LAST_WORDS_SECONDS", 0.2)):
+            monkeypatch.setattr(failure, name, seconds)
+
+    def reporter(self, rank: int = 0, store: dist.Store | None = None, **launch: Any) -> FailureReporter:
+        """A rank's, after it has met the others through `store`."""
+        world_size = 1 if store is None else 2
+        flag = StopFlag()
+        launch = {"scheduler": "slurm", "job_id": "7"} | launch
+        context = Context(self.paths, tiny_spec(), Launch(rank, world_size, **launch), flag)
+        reporter = FailureReporter(context)
+        reporter.meet(store)
+        return reporter
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.paths.events)
+
+    def names(self) -> list[str]:
+        return [event["event"] for event in self.events()]
+
+    def log(self) -> str:
+        return self.paths.train_log.read_text()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reporting:
+    return Reporting(tmp_path, monkeypatch)
+
+
+def test_report_requeues_a_failure_that_may_pass(run: Reporting) -> None:
+    reporter = run.reporter()
+    reporter.context.heart.beat("step 5", 5)
+    assert reporter.report(ValueError("a fault")) == 0
+    failed, requeued = run.events()
+    assert (failed["event"], failed["cause"], failed["step"], failed["again"]) == ("failed", "error", 5, True)
+    assert (requeued["event"], requeued["reason"], requeued["delay_seconds"]) == ("requeued", "failure", 120)
+    assert run.requests == [("requeue", "7", 120, None)]
+    assert "requeueing after failure 1 of at most 3" in run.log()
+    assert run.log().rstrip().endswith("ValueError: a fault")
+
+
+def test_report_does_not_retry_a_failure_that_would_come_again(run: Reporting) -> None:
+    assert run.reporter().report(SpecError("data.root: no such folder")) == 2
+    (failed,) = run.events()
+    assert (failed["event"], failed["again"], run.requests) == ("failed", False, [])
+    assert "not requeued: the same would happen again" in run.log()
+
+
+def test_report_does_not_retry_a_failure_without_progress(run: Reporting) -> None:
+    assert [run.reporter().report(ValueError("a fault")) for _ in range(2)] == [0, 1]
+    assert run.names() == ["failed", "requeued", "failed"]
+    assert "got no further this time" in run.log()
+
+
+def test_a_refused_requeue_is_recorded(run: Reporting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> None:
+        raise SchedulerError("refused by Slurm")
+
+    monkeypatch.setattr(requeue, "requeue_job", refuse)
+    assert run.reporter().report(ValueError("a fault")) == 1
+    assert run.names() == ["failed", "requeued", "requeue_failed"]
+    assert "WARNING refused by Slurm" in run.log()
+
+
+def test_a_job_that_is_being_ended_is_no_failure_where_ranks_are_lost(run: Reporting) -> None:
+    run.job = {"JobState": "COMPLETING"}
+    assert run.reporter().report(RanksLostError("rank 1 is gone")) == 1
+    assert (run.names(), run.requests) == ([], [])
+    assert "JobState=COMPLETING: the job is being ended" in run.log()
+
+
+def test_a_lost_rank_while_this_one_is_to_stop_is_a_stop(run: Reporting) -> None:
+    reporter = run.reporter()
+    reporter.context.stop.raise_flag()
+    assert reporter.report(RanksLostError("rank 1 is gone")) == 0
+    assert run.names() == ["signal", "requeued"]
+
+
+@pytest.mark.parametrize(("limit", "names"), [(3, ["requeued"]), (0, [])])
+def test_a_run_that_another_process_holds_is_requeued_and_its_log_is_left_alone(
+    run: Reporting, limit: int, names: list[str]
+) -> None:
+    reporter = run.reporter()
+    reporter.context.spec = tiny_spec(failures={"max": limit})
+    assert reporter.report(RunBusyError("held by node9")) == RunBusyError.exit_code
+    assert run.names() == names and run.requests == [("requeue", "7", 240, None)] * len(names)
+    assert all(event["explanation"] == "held by node9" for event in run.events())
+    assert not run.paths.train_log.exists()
+
+
+def test_the_first_failure_counts_and_one_rank_reports_it(run: Reporting) -> None:
+    store = dist.HashStore()
+    first, second = run.reporter(0, store), run.reporter(1, store)
+    assert second.board.publish(report_of(ValueError("the cause"), second.context)).rank == 1
+    assert first.report(RuntimeError("[gloo/transport] Connection closed by peer")) == 0
+    failed, _ = run.events()
+    assert (failed["rank"], failed["error"]) == (1, "ValueError: the cause")
+    assert second.report(ValueError("the cause")) == 1
+    assert run.names() == ["failed", "requeued"], "it has been reported"
+
+
+def test_another_rank_reports_where_rank_0_is_gone(run: Reporting) -> None:
+    store = dist.HashStore()
+    run.reporter(0, store)
+    assert run.reporter(1, store).report(dist.DistNetworkError("Connection reset by peer")) == 0
+    failed, requeued = run.events()
+    assert (failed["cause"], failed["rank"], requeued["event"]) == ("lost", 1, "requeued")
+    assert failed["error"].startswith("no word from rank 0") and failed["error"] in run.log()
+
+
+def test_an_error_of_every_rank_is_reported_by_the_first(run: Reporting) -> None:
+    store, error = dist.HashStore(), SpecError("data.root: no such folder")
+    error.everywhere = True
+    first, second = run.reporter(0, store), run.reporter(1, store)
+    assert second.report(error) == 2 and run.names() == []
+    assert first.report(error) == 2 and run.names() == ["failed"]
+
+
+def test_a_hang_leaves_stacks_and_ends_the_step_if_it_is_not_retried(run: Reporting) -> None:
+    hang = Report(0, "node1", "hang", "no progress", "no progress: step 5", 0, retryable=True)
+    assert run.reporter()._report(hang) == 0
+    assert run.reporter()._report(hang) == 1
+    assert [request[0] for request in run.requests] == ["requeue", "end step"]
+    assert run.names() == ["hang", "requeued", "hang"]
+    assert "---- stacks of rank 0" in run.log()
+    assert "HUNG on rank 0 (node1): no progress: step 5" in run.log().splitlines()[-1]
 
 
 class NobodyReads(io.StringIO):
@@ -101,17 +207,12 @@ class NobodyReads(io.StringIO):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def test_a_standard_error_that_nobody_reads_any_more_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_needs_no_reader_of_standard_error(run: Reporting, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where srun, which passes it on, has gone with its node."""
-    paths = RunPaths(tmp_path, "run")
-    paths.create()
     monkeypatch.setattr(sys, "stderr", NobodyReads())
-    status = LastWords(Context(paths, tiny_spec(), Launch(), StopFlag())).of(ValueError("a fault"))
-    assert status == 1
-    assert [event["event"] for event in read_jsonl(paths.events)] == ["failed"]
-    assert paths.train_log.read_text().rstrip().endswith("ValueError: a fault")
+    assert run.reporter(scheduler=None).report(ValueError("a fault")) == 1
+    assert run.names() == ["failed"]
+    assert run.log().rstrip().endswith("ValueError: a fault")
 
 
 # ------------------------------------------------------------------------------------------------- real processes

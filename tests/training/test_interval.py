@@ -14,7 +14,7 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.config.io import merge
 from cifar_hpc.config.spec import CheckpointSpec
 from cifar_hpc.errors import SpecError
-from cifar_hpc.runs.history import Losses, losses
+from cifar_hpc.runs.history import History, Losses
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints import interval
 from cifar_hpc.training.checkpoints.interval import (
@@ -115,7 +115,7 @@ SAVED = row("checkpoint", 90, 0, step=9)
     ],
 )  # fmt: skip
 def test_only_unannounced_ends_lose_work(rows: list[dict[str, Any]], expected: Losses) -> None:
-    assert losses(rows) == expected
+    assert History.of(rows).losses == expected
 
 
 def pace(past: Losses | None = None) -> tuple[CheckpointPacer, list[str]]:

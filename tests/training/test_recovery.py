@@ -20,6 +20,7 @@ from made_files import save, state
 
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.files import replacing
+from cifar_hpc.runs.events import Checkpoint
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.checkpoints import recovery
@@ -148,7 +149,7 @@ def test_best_is_what_is_left(context: Context) -> None:
 
 def test_a_run_that_had_checkpoints_does_not_start_over(context: Context) -> None:
     assert choose(context) is None
-    context.emit("checkpoint", file="step_00000018.pt", step=18)
+    context.emit(Checkpoint(file="step_00000018.pt", step=18, epoch=0, step_in_epoch=18, bytes=1))
     with pytest.raises(RunFailedError, match=r"holds no checkpoint any more, .*step_00000018\.pt.* HINT"):
         choose(context)
     assert list(context.paths.checkpoints.iterdir()) == []

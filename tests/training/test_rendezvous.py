@@ -18,7 +18,7 @@ from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.rank_board import Board, Report
+from cifar_hpc.training.distributed.rank_board import RankBoard, Report
 from cifar_hpc.training.distributed.rendezvous import connect, disconnect, resolve_device
 from cifar_hpc.training.distributed.rendezvous import meet as meet_others
 from cifar_hpc.training.process import Launch
@@ -32,7 +32,7 @@ def gloo_threads() -> int:
 def meet(rank: int, world: int, file: str) -> list[int]:
     launch = Launch(rank, world, rank, None, None, Path(file))
     store = meet_others(launch, StopFlag())
-    connect(launch, CPU, store, Board(store, rank, world), StopFlag())
+    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag())
     found = [torch.zeros(1) for _ in range(world)]
     dist.all_gather(found, torch.tensor([float(rank)]))
     disconnect()
@@ -54,7 +54,7 @@ def told_to_stop(rank: int, world: int, file: str, who: list[int]) -> str:
         stop.raise_flag()
     try:
         store = meet_others(launch, stop)
-        connect(launch, CPU, store, Board(store, rank, world), stop)
+        connect(launch, CPU, store, RankBoard(store, rank, world), stop)
     except Interrupted:
         return "left"
     disconnect()
@@ -76,16 +76,16 @@ def test_ranks_that_are_told_to_stop_before_all_have_met_leave_together(
 def fails_before_it_meets(rank: int, world: int, file: str) -> str:
     launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
     store = meet_others(launch, stop)
-    board = Board(store, rank, world)
+    board = RankBoard(store, rank, world)
     if rank == 1:
-        board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, again=False))
+        board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, retryable=False))
         return "failed"
     try:
         connect(launch, CPU, store, board, stop)
     except RanksLostError as error:
-        board.tell(f"heard/{rank}", "")
+        board.set(f"heard/{rank}")
         if rank == 0:
-            board.wait_for("heard/2")  # the store goes with rank 0, whose last words wait for the others'
+            board.wait("heard/2")  # the store goes with rank 0, whose last words wait for the others'
         return str(error)
     return "met"
 
@@ -120,7 +120,7 @@ def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks:
 
 def test_one_process_needs_no_group() -> None:
     assert meet_others(Launch(), StopFlag()) is None
-    connect(Launch(), CPU, None, Board(None, 0, 1), StopFlag())
+    connect(Launch(), CPU, None, RankBoard(None, 0, 1), StopFlag())
     assert not dist.is_initialized()
     disconnect()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_engine, tiny_spec
+from helpers import Ranks, tiny_engine, tiny_spec
 
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.runs.logs import read_jsonl
@@ -31,18 +31,20 @@ FIELDS = ("epoch", "step", "step_in_epoch", "updates", "model", "buffers", "opti
 
 
 class Run:
-    """A trainer, and what it wrote. Of no job, in one process."""
+    """A trainer on one rank, and what it wrote. Of no job."""
 
-    def __init__(self, root: Path, agreement: Agreement | None = None, **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, agreement: Agreement | None = None, rank: int = 0, world: int = 1, **sections: dict[str, Any]
+    ) -> None:
         spec = tiny_spec(**{**TINY, "train": {"log_seconds": 60}, **sections})
         self.paths = RunPaths(root, "run")
         self.paths.create()
         self.written: list[int] = []
-        self.context = Context(self.paths, spec, Launch(), StopFlag())
-        self.engine = tiny_engine(spec)
+        self.context = Context(self.paths, spec, Launch(rank, world, rank), StopFlag())
+        self.engine = tiny_engine(spec, rank, world)
         store = CheckpointStore(self.paths.checkpoints, 99, self._on_written, lambda *what: pytest.fail(str(what)))
-        agreement = agreement or Agreement(1, lag=0)
-        self.trainer = Trainer(self.engine, self.context, agreement, store, {"device": "cpu"})
+        agreement = agreement or Agreement(world, lag=0)
+        self.trainer = Trainer(self.engine, self.context, agreement, store if rank == 0 else None, {"device": "cpu"})
 
     def _on_written(self, name: str, entry: dict[str, Any]) -> None:
         self.written.append(entry["step"])
@@ -70,8 +72,8 @@ class Run:
         try:
             return self.trainer.train()
         finally:
-            assert self.trainer.store is not None
-            self.trainer.store.wait()
+            if self.trainer.store is not None:
+                self.trainer.store.wait()
 
     def resume(self) -> None:
         self.trainer.resume(self.newest())
@@ -259,6 +261,23 @@ def test_a_bad_loss_ends_the_run(tmp_path: Path, sections: dict[str, Any], notic
     assert run.trainer.position.step == noticed
     assert max(run.written, default=0) < 2, "no checkpoint of a bad state"
     assert read_jsonl(run.paths.metrics) == []
+
+
+def bad_loss_on_rank_1(rank: int, world: int, root: str) -> tuple[int, str, bool]:
+    seconds = 1e-6 if rank == 1 else 60  # so that rank 0 reads no figures before it is asked to
+    run = Run(Path(root), rank=rank, world=world, train={"log_seconds": seconds}, data={"train_size": 192})
+    if rank == 1:
+        run.after_step(2, run.spoil_loss)
+    try:
+        run.train()
+    except RunFailedError as error:
+        return run.trainer.position.step, str(error).partition(",")[0], error.everywhere
+    return run.trainer.position.step, "", False
+
+
+def test_a_bad_loss_on_one_rank_ends_all_after_the_same_step(ranks: Ranks, tmp_path: Path) -> None:
+    expected = (3, "the training loss was NaN or infinite at step 2", True)
+    assert ranks.run(2, bad_loss_on_rank_1, str(tmp_path)) == [expected] * 2
 
 
 def test_a_bad_loss_ends_a_run_that_is_stopped(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ import nursery
 import pytest
 import torch.distributed as dist
 
-from cifar_hpc.training.distributed import rank_board as board
-from cifar_hpc.training.distributed import watchdog
-from cifar_hpc.training.distributed.rank_board import Board, NoAnswerError, Report, bounded
-from cifar_hpc.training.distributed.watchdog import Heart, Watchdog, stacks
+from cifar_hpc.training.distributed import rank_board, watchdog
+from cifar_hpc.training.distributed.rank_board import RankBoard, Report
+from cifar_hpc.training.distributed.watchdog import Heartbeat, Watchdog, stacks
 
 LIMIT = 60.0  # seconds; only bounds how long a failing test takes
 MINUTE = timedelta(minutes=1)
@@ -57,8 +56,8 @@ def server(tmp_path: Path) -> Iterator[tuple[nursery.Process, dist.TCPStore]]:
 class Watched:
     """A watchdog whose verdict is kept, and that is stopped at the end of a test."""
 
-    def __init__(self, place: Board, limit_seconds: float, heart: Heart | None = None) -> None:
-        self.heart = heart or Heart()
+    def __init__(self, place: RankBoard, limit_seconds: float, heart: Heartbeat | None = None) -> None:
+        self.heart = heart or Heartbeat()
         self.told = threading.Event()
         self.reports: list[Report] = []
         self.dog = Watchdog(place, self.heart, limit_seconds, self._end).start()
@@ -87,21 +86,21 @@ def watch() -> Iterator[Callable[..., Watched]]:
 
 
 def report(rank: int, cause: str = "error") -> Report:
-    return Report(rank, "node1", cause, "ValueError: x", "a traceback", 7, again=True)
+    return Report(rank, "node1", cause, "ValueError: x", "a traceback", 7, retryable=True)
 
 
 def test_one_process_that_stops_getting_anything_done(watch: Callable[..., Watched]) -> None:
-    heart = Heart()
+    heart = Heartbeat()
     heart.beat("step 49", 49)
-    verdict = watch(Board(None, 0, 1), 0.2, heart).verdict()
-    assert (verdict.cause, verdict.step, verdict.again) == ("hang", 49, True)
+    verdict = watch(RankBoard(None, 0, 1), 0.2, heart).verdict()
+    assert (verdict.cause, verdict.step, verdict.retryable) == ("hang", 49, True)
     assert "train.watchdog_minutes" in verdict.text
     assert "rank 0 (" in verdict.text and "last at: step 49" in verdict.text
 
 
 def test_whatever_gets_done_anywhere_starts_the_time_anew(store: dist.TCPStore) -> None:
-    hearts = [Heart(), Heart()]
-    dogs = [Watchdog(Board(store, rank, 2), hearts[rank], 0.2, lambda report: None) for rank in range(2)]
+    hearts = [Heartbeat(), Heartbeat()]
+    dogs = [Watchdog(RankBoard(store, rank, 2), hearts[rank], 0.2, lambda report: None) for rank in range(2)]
     for step in range(8):
         hearts[0].beat(f"decoding image {step}")  # rank 1 waits for rank 0, and does nothing itself
         for dog in (dogs[1], dogs[0], dogs[1]):
@@ -115,8 +114,8 @@ def test_whatever_gets_done_anywhere_starts_the_time_anew(store: dist.TCPStore) 
 
 
 def test_rank_0_names_the_rank_that_shows_nothing_any_more(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
-    Board(store, 1, 2).show(host="node9", space="-", pid=1, lived=3, count=3, doing="step 3", step=3)
-    verdict = watch(Board(store, 0, 2), 0.4).verdict()
+    RankBoard(store, 1, 2).post(host="node9", space="-", pid=1, count=3, doing="step 3", step=3)
+    verdict = watch(RankBoard(store, 0, 2), 0.4).verdict()
     assert verdict.cause == "hang"
     assert "stopped or without a network: rank 1 (node9, pid 1, last at: step 3)" in verdict.text
 
@@ -124,17 +123,15 @@ def test_rank_0_names_the_rank_that_shows_nothing_any_more(watch: Callable[..., 
 def test_rank_0_notices_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    here = watchdog._pid_space()
-    Board(store, 1, 2).show(
-        host=socket.gethostname(), space=here, pid=process.pid, lived=1, count=1, doing="step 1", step=1
-    )
-    verdict = watch(Board(store, 0, 2), 600).verdict()
+    here = watchdog._pid_namespace()
+    RankBoard(store, 1, 2).post(host=socket.gethostname(), space=here, pid=process.pid, count=1, doing="step 1", step=1)
+    verdict = watch(RankBoard(store, 0, 2), 600).verdict()
     assert verdict.cause == "lost"
     assert f"pid {process.pid}" in verdict.text
 
 
 def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
-    first, second = Board(store, 0, 2), Board(store, 1, 2)
+    first, second = RankBoard(store, 0, 2), RankBoard(store, 1, 2)
     watched = watch(first, 600)
     assert second.publish(report(1)) == report(1)
     assert first.publish(report(0)) == report(1), "the first failure stays the first"
@@ -144,7 +141,7 @@ def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watc
 @pytest.mark.process
 def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) -> None:
     process, client = server
-    watched = watch(Board(client, 1, 2), 600)
+    watched = watch(RankBoard(client, 1, 2), 600)
     process.kill()
     process.wait()
     verdict = watched.verdict()
@@ -154,18 +151,27 @@ def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) ->
 @pytest.mark.process
 def test_a_rank_0_that_was_stopped(watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     process, client = server
-    monkeypatch.setattr(board, "ANSWER_SECONDS", 0.2)
-    place = Board(client, 1, 2)
+    monkeypatch.setattr(rank_board, "ANSWER_SECONDS", 0.2)
+    place = RankBoard(client, 1, 2)
     watched = watch(place, 0.2)
     os.kill(process.pid, signal.SIGSTOP)
     verdict = watched.verdict()
     assert verdict.cause == "hang" and "rank 0 does not answer" in verdict.text
-    with pytest.raises(NoAnswerError):
-        bounded(lambda: place.publish(verdict))
+    assert place.bounded(lambda: place.publish(verdict)) is None and place.silent
 
 
 def test_bounded_gives_the_answer() -> None:
-    assert bounded(lambda: 42) == 42
+    assert RankBoard(None, 0, 1).bounded(lambda: 42) == 42
+
+
+def test_a_board_without_a_store_serves_one_process() -> None:
+    board = RankBoard(None, 0, 1)
+    board.post(pid=7)
+    assert board.statuses() == {0: {"pid": 7}}
+    assert board.get("key") is None
+    assert board.set_once("key", "first") == board.set_once("key", "second") == board.wait("key") == "first"
+    assert board.failure() is None
+    assert board.publish(report(0)) == board.publish(report(0, "lost")) == board.failure() == report(0)
 
 
 def test_stacks_show_where_every_thread_is() -> None:

@@ -110,7 +110,7 @@ def _wait(job_id: str, patience: float) -> tuple[str, str]:
 def _cancel(job_id: str) -> None:
     """Cancel the job and wait until its processes have stopped writing."""
     with contextlib.suppress(SchedulerError):
-        slurm.cancel(job_id)
+        slurm.cancel_job(job_id)
         end = time.monotonic() + ENDING_SECONDS
         while slurm.job_fields(job_id).get("JobState") in (*ALIVE, "COMPLETING") and time.monotonic() < end:
             time.sleep(POLL_SECONDS / 5)

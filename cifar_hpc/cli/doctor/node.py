@@ -94,7 +94,7 @@ def check_python(plan: Plan) -> Finding:
 def check_packages(plan: Plan) -> Finding:
     """The packages that are installed, compared with what requirements.txt pins."""
     pins = plan.pins
-    found = {name: _version(name) for name in pins}
+    found = {name: next((d.version for d in metadata.distributions(name=name)), None) for name in pins}
     if missing := [name for name in pins if found[name] is None]:
         return problem(f"not installed: {', '.join(missing)}", INSTALL)
     # torch calls itself 2.12.1+cu130, which is 2.12.1 of the index.
@@ -102,13 +102,6 @@ def check_packages(plan: Plan) -> Finding:
         advice = "not the versions that were tested; the same bits need the same versions for all starts of a run"
         return warning(", ".join(other), advice)
     return ok(f"{len(pins)} packages as in requirements.txt" if pins else "no requirements.txt here to compare with")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_torch(plan: Plan) -> Finding:

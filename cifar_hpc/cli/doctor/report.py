@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from cifar_hpc.cli.terminal import paint
+from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.text import printable
 
@@ -111,7 +111,8 @@ def as_text(finding: Finding) -> str:
     if sys.stdout.isatty():
         width = max(60, shutil.get_terminal_size().columns)
         paragraphs = [_fold(paragraph, width, indent) for paragraph in paragraphs]
-        paragraphs[0] = paint(finding.status, _COLOURS[finding.status]) + paragraphs[0][len(finding.status) :]
+        if use_colour(sys.stdout):
+            paragraphs[0] = paint(finding.status, _COLOURS[finding.status]) + paragraphs[0][len(finding.status) :]
     return "\n".join(paragraphs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from cifar_hpc.cli.figures.series import Series, read_series
 from cifar_hpc.cli.figures.style import save_figure
 from cifar_hpc.cli.figures.terminal import draw
 from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
-from cifar_hpc.cli.terminal import output_folder, wanted
+from cifar_hpc.cli.terminal import output_folder, use_colour
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.frozen_spec import read_frozen
@@ -25,29 +26,41 @@ from cifar_hpc.text import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+HELP = "figures of runs: accuracy, loss, learning rate, architecture, timeline"
+DESCRIPTION = """\
+Draws architecture, accuracy, loss, learning rate and timeline (waiting,
+training, preemptions), each as PNG and SVG. Several runs share the axes; runs
+that differ in nothing but the seed become one curve, their mean, with a band;
+restarts are marked."""
+EXAMPLES = ("improved_resnet-1a2b3c4d", "'dropout-*' --out figures", "improved_resnet-1a2b3c4d --terminal")
+
 MOST_ARCHITECTURES = 8
 
 
-def plot(runs: list[str], out: str, *, in_terminal: bool) -> int:
-    """Write the figures of `runs` into the folder `out` and print their paths, or draw them in the terminal.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="names or patterns such as 'dropout-*'")
+    parser.add_argument("--out", metavar="DIR", default="figures", help="where the files go (default: figures)")
+    parser.add_argument("--terminal", action="store_true", help="draw curves in the terminal instead")
 
-    Args:
-        runs: names or patterns.
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write the figures of runs into the folder --out and print their paths, or draw them in the terminal.
 
     Raises:
         SpecError: there is no such run, or the folder cannot be made or written to.
         UserError: none of them has finished an epoch.
     """
-    found = find_runs(project_root(), runs)
+    found = find_runs(project_root(), arguments.runs)
     groups = group_runs(found)
     series = read_series(groups)
     _report_missing(found, groups, series)
-    if in_terminal:
+    if arguments.terminal:
         size = shutil.get_terminal_size()
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-        print(draw(series, size.columns, size.lines, colours=wanted(sys.stdout), ascii_only=ascii_only))
+        print(draw(series, size.columns, size.lines, colours=use_colour(sys.stdout), ascii_only=ascii_only))
         return 0
-    folder = output_folder(out)
+    folder = output_folder(arguments.out)
     for name, figure in _figures(found, series):
         for path in save_figure(figure, folder, name, _some([run.name for run in found])):
             print(printable(str(path)), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.files import open_regular, remove_leftovers
+from cifar_hpc.files import open_regular, remove_leftovers, try_flock
+from cifar_hpc.runs.events import Checkpoint, Fallback, Mended
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.tensorfile import BadFileError
@@ -86,7 +86,7 @@ def choose(context: Context) -> Choice | None:
         return None
     for path, reason in found.bad:
         aside = set_aside(path)
-        context.emit("fallback", file=path.name, moved_to=aside.name, reason=reason)
+        context.emit(Fallback(file=path.name, moved_to=aside.name, reason=reason, restored_from=None))
         context.log.line(
             f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
         )
@@ -105,9 +105,9 @@ def tidy_logs(paths: RunPaths) -> None:
         return
     try:
         # Copies of the code are folders, which not every file system can lock. The process making one holds this lock.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for copy in paths.code.glob(".*.tmp"):
-            shutil.rmtree(copy, ignore_errors=True)
+        if try_flock(descriptor):
+            for copy in paths.code.glob(".*.tmp"):
+                shutil.rmtree(copy, ignore_errors=True)
     except OSError:
         return
     finally:
@@ -135,7 +135,7 @@ def forget_damaged(directory: Path) -> None:
 
 
 def _check_new(context: Context) -> None:
-    written = [e for e in read_jsonl(context.paths.events) if e.get("event") == "checkpoint"]
+    written = [e for e in read_jsonl(context.paths.events) if e.get("event") == Checkpoint.name]
     if written:
         last = written[-1]
         raise RunFailedError(
@@ -167,8 +167,8 @@ def _mend_best(context: Context, found: Found) -> None:
         restored, then = None, f"no other file holds that epoch ({epoch}); {BEST} comes back with the next better one"
     else:
         restored, then = source.name, f"made again from {source.name}"
-    event = "fallback" if damaged else "mended"
-    context.emit(event, file=BEST, moved_to=aside, reason=reason, restored_from=restored)
+    event = Fallback if damaged else Mended
+    context.emit(event(file=BEST, moved_to=aside, reason=reason, restored_from=restored))
     context.log.line(f"WARNING {BEST}: {reason}" + (f"; kept as {aside}" if aside else "") + f"; {then}")
 
 

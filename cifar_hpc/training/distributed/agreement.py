@@ -67,19 +67,24 @@ class Agreement:
 
     def after_step(self, request: Request) -> Request:
         """Return the request that all ranks act on after this step."""
-        if self._group is None:
-            return request
-        self._post(request)
-        return self._read() if len(self._pending) > self.lag else Request.GO_ON
+        return self._agree(request, under_way=self.lag)
 
     def now(self, request: Request) -> Request:
         """Return the largest request of all ranks, including those still under way. Waits for all ranks."""
+        return self._agree(request, under_way=0)
+
+    def _agree(self, request: Request, under_way: int) -> Request:
         if self._group is None:
             return request
-        self._post(request)
+        value = torch.tensor([int(request)])
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending.append((value, work))
         agreed = Request.GO_ON
-        while self._pending:
-            agreed = max(agreed, self._read())
+        while len(self._pending) > under_way:
+            value, work = self._pending.popleft()
+            work.wait()
+            agreed = max(agreed, Request(int(value)))
         return agreed
 
     def _broadcast(self, result: Any, error: Exception | None) -> Any:
@@ -96,17 +101,6 @@ class Agreement:
         if isinstance(received, Exception):
             raise received
         return result
-
-    def _post(self, request: Request) -> None:
-        value = torch.tensor([int(request)])
-        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._pending.append((value, work))
-
-    def _read(self) -> Request:
-        value, work = self._pending.popleft()
-        work.wait()
-        return Request(int(value))
 
 
 def _run(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -1,33 +1,29 @@
-"""What the ranks of one start tell each other beside the collectives: that they live, how far they are, who failed."""
+"""Status of all ranks in a shared store: progress of each, first failure, agreements that a collective cannot carry."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
-# How long a question to the store may take before its server, which lives in rank 0, counts as gone.
+# The server of the store lives in rank 0; after this long without an answer it counts as gone.
 ANSWER_SECONDS = 5.0
 _FAILURE = "failure"
 
 
-class NoAnswerError(Exception):
-    """The store, and so rank 0 that serves it, does not answer."""
-
-
 @dataclass(frozen=True)
 class Report:
-    """Why a rank cannot go on.
+    """The reason why a rank cannot go on.
 
     cause: "error", "out_of_memory", "hang" or "lost" (contact with another rank).
-    text: for the log; a traceback where there is one.
-    again: whether trying again may help.
+    text: for the log; a traceback if there is one.
+    retryable: whether another try may help.
     """
 
     rank: int
@@ -36,95 +32,85 @@ class Report:
     summary: str
     text: str
     step: int
-    again: bool
+    retryable: bool
     status: int = 1
 
 
-class Board:
-    """A few keys in the store through which the ranks have met. Every method may be called from any thread.
+class RankBoard:
+    """Keys that the ranks of one attempt share. Every method may be called from any thread.
 
     Args:
-        store: None for a run of one process, which has nobody to tell.
+        store: the store through which the ranks have met; None for a single process.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        # A connection of its own: one that waits for a key, as the set-up of a process group does, serves nobody else.
-        self._store = dist.PrefixStore("board", store.clone()) if store is not None else None
-        self._mine: dict[str, Any] = {}
+        # A connection of its own: one that waits for a key, as the set-up of a process group does, is blocked.
+        self._store = dist.PrefixStore("board", dist.HashStore() if store is None else store.clone())
+        self.silent = False  # whether the store, and so rank 0, has stopped answering
 
-    def show(self, **mine: Any) -> None:
-        """Let the others see this about this rank."""
-        self._mine = mine
-        if self._store is not None:
-            self._store.set(f"rank/{self.rank}", json.dumps(mine))
+    def set(self, key: str, value: str = "") -> None:
+        """Set a key."""
+        self._store.set(key, value)
 
-    def look(self) -> dict[int, dict[str, Any]]:
-        """What each rank has shown; a rank that has shown nothing yet is missing."""
-        if self._store is None:
-            return {self.rank: self._mine}
-        keys = [f"rank/{rank}" for rank in range(self.world_size)]
-        present = [(rank, key) for rank, key in enumerate(keys) if self._store.check([key])]
-        values = self._store.multi_get([key for _, key in present])
-        return {rank: json.loads(value) for (rank, _), value in zip(present, values, strict=True)}
+    def get(self, key: str) -> str | None:
+        """The value of a key; None if it is not set."""
+        return self.wait(key) if self._store.check([key]) else None
 
-    def tell(self, key: str, value: str) -> None:
-        """Set a key that all may `ask` for."""
-        if self._store is not None:
-            self._store.set(key, value)
-
-    def ask(self, key: str) -> str | None:
-        """The value of a key, or None where it is not set."""
-        if self._store is None or not self._store.check([key]):
-            return None
+    def wait(self, key: str) -> str:
+        """The value of a key, once it is set."""
         return str(self._store.get(key), "utf-8")
 
-    def wait_for(self, key: str) -> str:
-        """The value of a key that another rank sets about now."""
-        assert self._store is not None
-        return str(self._store.get(key), "utf-8")
+    def set_once(self, key: str, value: str) -> str:
+        """Set a key unless another rank already has; returns its value."""
+        return str(self._store.compare_set(key, "", value), "utf-8")
+
+    def post(self, **status: Any) -> None:
+        """Publish this rank's status."""
+        self.set(f"rank/{self.rank}", json.dumps(status))
+
+    def statuses(self) -> dict[int, dict[str, Any]]:
+        """The status of each rank that has posted one."""
+        texts = {rank: self.get(f"rank/{rank}") for rank in range(self.world_size)}
+        return {rank: json.loads(text) for rank, text in texts.items() if text is not None}
 
     def failure(self) -> Report | None:
         """The report of the rank that failed first, if any has."""
-        text = self.ask(_FAILURE)
+        text = self.get(_FAILURE)
         return Report(**json.loads(text)) if text else None
 
     def publish(self, report: Report) -> Report:
-        """Make `report` the first failure, unless there is one already; returns the first."""
-        return Report(**json.loads(self.settle(_FAILURE, json.dumps(asdict(report)))))
+        """Make `report` the first failure unless there is one already; returns the first."""
+        return Report(**json.loads(self.set_once(_FAILURE, json.dumps(asdict(report)))))
 
-    def settle(self, key: str, value: str) -> str:
-        """Give a key its value for good, unless another rank already has; returns what it is."""
-        if self._store is None:
-            return value
-        return str(self._store.compare_set(key, "", value), "utf-8")
+    def bounded(self, question: Callable[[], T]) -> T | None:
+        """The answer to a question to this board; None from the first time on that it takes ANSWER_SECONDS.
 
+        The store itself would wait without end for a rank 0 whose process is stopped.
+        """
+        if self.silent:
+            return None
+        answer: Future[T] = Future()
 
-def bounded(question: Callable[[], T]) -> T:
-    """The answer to a question to the store, which waits without end where its process is stopped.
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except dist.DistError as error:  # a broken connection
+                answer.set_exception(error)
 
-    Raises:
-        NoAnswerError: after ANSWER_SECONDS, or where the connection is broken.
-    """
-    box: list[T] = []
-
-    def ask() -> None:
-        with contextlib.suppress(dist.DistError):
-            box.append(question())
-
-    thread = threading.Thread(target=ask, name="question", daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if not box:
-        raise NoAnswerError
-    return box[0]
+        threading.Thread(target=ask, name="question", daemon=True).start()
+        try:
+            return answer.result(ANSWER_SECONDS)
+        except (TimeoutError, dist.DistError):
+            self.silent = True
+            return None
 
 
-def describe(shown: Mapping[int, Mapping[str, Any]], ranks: Iterable[int]) -> str:
+def describe(statuses: Mapping[int, Mapping[str, Any]], ranks: Iterable[int]) -> str:
     """`rank 2 (node1, pid 4242, last at: step 17)`, for each of `ranks`."""
     return ", ".join(
-        f"rank {rank} ({mine['host']}, pid {mine['pid']}, last at: {mine['doing']})"
-        if (mine := shown.get(rank))
+        f"rank {rank} ({status['host']}, pid {status['pid']}, last at: {status['doing']})"
+        if (status := statuses.get(rank))
         else f"rank {rank}"
         for rank in ranks
     )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
 from cifar_hpc.files import write_atomic
-from cifar_hpc.training.distributed.rank_board import Board
+from cifar_hpc.training.distributed.rank_board import RankBoard
 from cifar_hpc.training.process import Launch
 from cifar_hpc.training.signals import StopFlag
 
@@ -87,7 +87,7 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
     return _find_store(launch, launch.rendezvous, stop)
 
 
-def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: Board, stop: StopFlag) -> None:
+def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: RankBoard, stop: StopFlag) -> None:
     """Start the default process group (NCCL or gloo), unless there is a single process.
 
     Raises:
@@ -116,7 +116,7 @@ def connect(launch: Launch, device: torch.device, store: dist.Store | None, boar
         launch.rendezvous.unlink(missing_ok=True)
 
 
-def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFlag) -> None:
+def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: StopFlag) -> None:
     # Setting up a process group waits for missing ranks without end. A rank that failed or stopped on its way here
     # must not block the others' GPUs.
     store.set(f"here/{launch.rank}", "")
@@ -124,7 +124,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while missing := [key for key in missing if not store.check([key])]:
         # The first rank to set the key decides for all: one that left alone would be missed during the set-up.
-        if (stop.requested and board.settle(_BEGIN, _STOP) == _STOP) or board.ask(_BEGIN) == _STOP:
+        if (stop.requested and board.set_once(_BEGIN, _STOP) == _STOP) or board.get(_BEGIN) == _STOP:
             _leave_together(store, launch)
         if (failure := board.failure()) is not None:
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
@@ -134,7 +134,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: Board, stop: StopFla
                 f"within {RENDEZVOUS_SECONDS} s. HINT: their own logs are beside this one's, in logs/<run>/slurm."
             )
         time.sleep(0.05)
-    if board.settle(_BEGIN, _STOP if stop.requested else "go") == _STOP:
+    if board.set_once(_BEGIN, _STOP if stop.requested else "go") == _STOP:
         _leave_together(store, launch)
 
 

@@ -1,4 +1,4 @@
-"""Notices that a run has stopped getting anywhere, or that a rank is gone, when the main threads cannot."""
+"""Watchdog of a rank: finds that the run hangs or that a rank is gone, when the main threads cannot."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ import os
 import socket
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from cifar_hpc.training.distributed.rank_board import Board, Report, describe
+from cifar_hpc.training.distributed.rank_board import RankBoard, Report, describe
+from cifar_hpc.training.environment import peak_memory_bytes
+from cifar_hpc.training.process import is_running
 
 TICK_SECONDS = 1.0
-# A rank is gone if it has been silent for this long while nobody got anything done (a node that went away takes its
-# connections with it, and nobody closes them) ...
+# A rank is gone if it has been silent for this long while no rank made progress (a node that went away takes its
+# connections with it, and they are not closed) ...
 SILENT_TICKS = 60
 # ... or if its process is gone. Its peers' broken connections tell the main threads of it first, and say more.
 PATIENCE_TICKS = 5
 
 
-class Heart:
-    """Counts what the main thread of a rank gets done."""
+class Heartbeat:
+    """Progress of a rank's main thread.
+
+    peak_memory_bytes: on rank 0, of all ranks, by the last statuses.
+    """
 
     def __init__(self) -> None:
         self.count, self.doing, self.step = 0, "starting", 0
+        self.peak_memory_bytes: dict[str, int] = {}
 
     def beat(self, doing: str, step: int | None = None) -> None:
-        """One more thing is done; `doing` is what comes now."""
+        """Count progress; `doing` is the work that begins now."""
         self.count += 1
         self.doing = doing
         if step is not None:
@@ -39,37 +47,34 @@ class Heart:
 
 
 class Watchdog:
-    """Two threads: one exchanges news with the other ranks, the other counts for how long there was none.
+    """Two threads: one exchanges statuses with the other ranks, the other counts the time without progress.
 
-    Time is counted in ticks that were lived through, so that a job suspended as a whole (scontrol suspend, SIGSTOP)
-    has not hung when it comes back.
+    Time is counted in ticks that this process has run through, so that a job suspended as a whole (scontrol suspend,
+    SIGSTOP) has not hung when it resumes.
 
     Args:
-        limit_seconds: no rank got anything done for so long: the run hangs. Ranks wait for each other after every
+        limit_seconds: without progress of any rank for this long the run hangs. Ranks wait for each other after every
             step, so one that is stuck stops them all.
         end: called, from a thread of this class, with the report that ends this rank. It does not return.
     """
 
-    def __init__(self, board: Board, heart: Heart, limit_seconds: float, end: Callable[[Report], None]) -> None:
+    def __init__(self, board: RankBoard, heart: Heartbeat, limit_seconds: float, end: Callable[[Report], None]) -> None:
         self.board, self.heart, self.end = board, heart, end
         self.limit = max(2, round(limit_seconds / TICK_SECONDS))
-        self.everyone: dict[int, dict[str, Any]] = {}
-        self._idle = 0  # ticks since anybody got anything done, as far as is known here
-        self._broken = 0  # ticks since the connection to rank 0 broke
+        self._statuses: dict[int, dict[str, Any]] = {}  # on rank 0 only
+        self._progress = ""  # sum of all ranks' counts
         self._failure: Report | None = None
-        self._failed_for = 0
-        self._lived, self._total = 0, ""
-        self._still: dict[int, int] = {}  # rank 0: ticks since a rank has shown anything
-        self._gone: dict[int, int] = {}  # rank 0: ticks since a rank's process has been seen to be gone
-        self._over = threading.Event()
-        self._threads = [
-            threading.Thread(target=work, name=f"watchdog {work.__name__.strip('_')}", daemon=True)
-            for work in (self._exchange, self._watch)
-        ]
+        # Ticks since there was progress, since the connection to rank 0 broke, and since a failure was reported.
+        self._idle, self._broken, self._failed = 0, 0, 0
+        # On rank 0: ticks since each rank's last new status, and since its process was found to be gone.
+        self._still: Counter[int] = Counter()
+        self._gone: Counter[int] = Counter()
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch)]
 
     def start(self) -> Watchdog:
         """Begin to watch."""
-        # At once, so that who is killed while the process group is set up has been seen before.
+        # At once, so that the status of a rank that is killed while the process group is set up is known.
         with contextlib.suppress(dist.DistError):
             self.exchange()
         for thread in self._threads:
@@ -77,60 +82,49 @@ class Watchdog:
         return self
 
     def stop(self) -> None:
-        """Watch no longer: what comes now may take its time."""
-        self._over.set()
+        """Stop watching: the rest of the attempt has no time limit."""
+        self._stopped.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(2 * TICK_SECONDS)
 
-    # ------------------------------------------------------------ news
-
     def _exchange(self) -> None:
-        with contextlib.suppress(dist.DistError):
-            while not self._over.wait(TICK_SECONDS):
+        try:
+            while not self._stopped.wait(TICK_SECONDS):
                 self.exchange()
-            return
-        self._broken = 1
+        except dist.DistError:
+            self._broken = 1
 
     def exchange(self) -> None:
-        """Show the others how far this rank is, and see how far they are.
+        """Post this rank's status, and read the progress and the failure of the others.
 
         Raises:
-            DistError: where rank 0, which serves the store, is gone.
+            DistError: rank 0, which serves the store, is gone.
         """
-        self._lived += 1
         heart = self.heart
-        self.board.show(
-            host=socket.gethostname(),
-            space=_pid_space(),
-            pid=os.getpid(),
-            lived=self._lived,
-            count=heart.count,
-            doing=heart.doing,
-            step=heart.step,
-        )
+        own = {"host": socket.gethostname(), "space": _pid_namespace(), "pid": os.getpid(), "time": time.monotonic()}
+        self.board.post(**own, count=heart.count, doing=heart.doing, step=heart.step, memory=peak_memory_bytes())
         if self.board.rank == 0:
-            self._look_around()
-            self.board.tell("total", str(sum(shown["count"] for shown in self.everyone.values())))
+            self._compare_statuses()
+            heart.peak_memory_bytes = {str(rank): status.get("memory", 0) for rank, status in self._statuses.items()}
+            self.board.set("progress", str(sum(status["count"] for status in self._statuses.values())))
         self._failure = self.board.failure()
-        total = self.board.ask("total") or str(heart.count)
-        if total != self._total:
-            self._idle, self._total = 0, total
+        progress = self.board.get("progress") or str(heart.count)
+        if progress != self._progress:
+            self._idle, self._progress = 0, progress
 
-    def _look_around(self) -> None:
-        before, self.everyone = self.everyone, self.board.look()
-        here = self.everyone.get(0, {})
-        for rank, shown in self.everyone.items():
-            self._still[rank] = self._still.get(rank, 0) + 1 if shown == before.get(rank) else 0
-            same_host = (shown["host"], shown["space"]) == (here.get("host"), here.get("space"))
-            dead = same_host and not _lives(shown["pid"])
-            self._gone[rank] = self._gone.get(rank, 0) + 1 if dead else 0
-
-    # ------------------------------------------------------------ time
+    def _compare_statuses(self) -> None:
+        before, self._statuses = self._statuses, self.board.statuses()
+        here = self._statuses[0]
+        for rank, status in self._statuses.items():
+            same_machine = (status["host"], status["space"]) == (here["host"], here["space"])
+            dead = same_machine and not is_running(status["pid"])
+            self._still[rank] = (self._still[rank] + 1) * (status == before.get(rank))
+            self._gone[rank] = (self._gone[rank] + 1) * dead
 
     def _watch(self) -> None:
-        while not self._over.wait(TICK_SECONDS):
-            # If not even this thread gets on, as where a call never gives back the interpreter's lock.
+        while not self._stopped.wait(TICK_SECONDS):
+            # Ends the process if even this thread cannot run, as in a call that never releases the interpreter's lock.
             with contextlib.suppress(ValueError):  # a standard error that is no file
                 faulthandler.dump_traceback_later(2 * self.limit * TICK_SECONDS + 60, exit=True)
             report = self.tick()
@@ -139,45 +133,42 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def tick(self) -> Report | None:
-        """One more tick has passed; the report that ends this rank, if it has to end."""
+        """Count one tick; returns the report that ends this rank, if it has to end."""
         self._idle += 1
         self._broken += self._broken > 0
-        self._failed_for += self._failure is not None
-        return self._verdict()
-
-    def _verdict(self) -> Report | None:
+        self._failed += self._failure is not None
         if self._failure is not None:
-            # The main thread hears of it by its own means, unless it is stuck.
-            stuck = self._failure.cause == "hang" or self._failed_for > PATIENCE_TICKS
-            return self._failure if stuck else None
+            # The main thread notices a failure elsewhere by itself, unless it is stuck.
+            return self._failure if self._failure.cause == "hang" or self._failed > PATIENCE_TICKS else None
         if self._broken > PATIENCE_TICKS:
             return self._report("lost", "rank 0 is gone: its process was killed, or its node was lost")
-        lost = [r for r, t in self._gone.items() if t > PATIENCE_TICKS]
-        if self._idle > SILENT_TICKS:
-            lost += [r for r, t in self._still.items() if t > SILENT_TICKS and r not in lost]
+        lost = [
+            rank
+            for rank in self._statuses
+            if self._gone[rank] > PATIENCE_TICKS or min(self._idle, self._still[rank]) > SILENT_TICKS
+        ]
         if lost and self._idle > PATIENCE_TICKS:
-            return self._report("lost", f"{describe(self.everyone, lost)}: gone. Killed, or the node was lost")
-        # Rank 0 sees all of them and decides; the others only where rank 0 is the one that is stuck.
+            return self._report("lost", f"{describe(self._statuses, lost)}: gone. Killed, or the node was lost")
+        # Rank 0 sees all ranks and decides; another one does only if rank 0 is the one that is stuck.
         if self._idle > self.limit + (2 * PATIENCE_TICKS if self.board.rank else 0):
             return self._report("hang", self._hang())
         return None
 
     def _hang(self) -> str:
-        text = (
-            f"nothing has been done by any rank for {self._idle * TICK_SECONDS / 60:.1f} min (train.watchdog_minutes)"
-        )
+        minutes = self._idle * TICK_SECONDS / 60
+        text = f"no rank has made any progress for {minutes:.1f} min (train.watchdog_minutes)"
         if self.board.rank:
             return f"{text}, and rank 0 does not answer; here rank {self.board.rank} was at: {self.heart.doing}"
         stopped = [rank for rank, ticks in self._still.items() if ticks > self.limit // 2]
         if stopped:
-            text += f"; stopped or without a network: {describe(self.everyone, stopped)}"
-        behind = min((shown["count"] for shown in self.everyone.values()), default=0)
-        slow = [r for r, shown in self.everyone.items() if shown["count"] == behind and r not in stopped]
-        return f"{text}; the furthest behind: {describe(self.everyone, slow)}" if slow and not stopped else text
+            return f"{text}; stopped or without a network: {describe(self._statuses, stopped)}"
+        least = min(status["count"] for status in self._statuses.values())
+        slowest = [rank for rank, status in self._statuses.items() if status["count"] == least]
+        return f"{text}; the furthest behind: {describe(self._statuses, slowest)}"
 
     def _report(self, cause: str, text: str) -> Report:
-        host = socket.gethostname()
-        return Report(self.board.rank, host, cause, text.partition(":")[0], text, self.heart.step, again=True)
+        host, summary = socket.gethostname(), text.partition(":")[0]
+        return Report(self.board.rank, host, cause, summary, text, self.heart.step, retryable=True)
 
 
 def stacks() -> str:
@@ -188,16 +179,9 @@ def stacks() -> str:
         return file.read()
 
 
-def _pid_space() -> str:
-    """The namespace in which process ids of this process hold (pid_namespaces(7))."""
-    with contextlib.suppress(OSError):
-        return str(Path("/proc/self/ns/pid").readlink())
-    return "?"
-
-
-def _lives(pid: int) -> bool:
+def _pid_namespace() -> str:
+    """The namespace of this process's process ids (pid_namespaces(7))."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in "ZX"
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "?"

@@ -1,0 +1,245 @@
+"""The decision on a requeue. The states are those that a real Slurm showed (docs/slurm-scenarios.md)."""
+
+from __future__ import annotations
+
+import signal
+from datetime import datetime
+from typing import Any
+
+import pytest
+from helpers import tiny_spec
+
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs import requeue
+from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.requeue import LOCAL_REQUEUES, Decision, Ending, decide, is_stopping, request_requeue
+
+NOW = datetime(2026, 1, 2, 12, 0, 0)
+LATER, SOON = "2026-01-02T16:00:00", "2026-01-02T12:02:30"
+RUNNING = {"JobState": "RUNNING", "Restarts": "0", "Requeue": "1", "PreemptTime": "None", "EndTime": LATER}
+PREEMPTED = RUNNING | {"PreemptTime": "2026-01-02T11:59:58", "EndTime": SOON}
+COMPLETING = RUNNING | {"JobState": "COMPLETING"}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def requeued(reason: str, count: int) -> list[dict[str, Any]]:
+    return [{"event": "requeued", "reason": reason}] * count
+
+
+def failed(step: int, event: str = "failed") -> list[dict[str, Any]]:
+    return [{"event": event, "step": step}, *requeued("failure", 1)]
+
+
+def after_signal(
+    received: signal.Signals | None,
+    job: dict[str, str] | None,
+    scheduler: str | None = "slurm",
+    restarts: int = 0,
+    timeouts: int = 0,
+    preemptions: int = 0,
+    requeue: bool = True,
+) -> Decision:
+    spec = tiny_spec(resources={"requeue": requeue, "warning_seconds": 120}, timeouts={"max": 3})
+    events = [*requeued("timeout", timeouts), *requeued("preemption", preemptions)]
+    return decide(Ending("signal", scheduler, received, restarts), spec, History.of(events), job, NOW)
+
+
+def after_failure(
+    cause: str = "error",
+    events: list[dict[str, Any]] | None = None,
+    step: int = 5,
+    job: dict[str, str] | None = RUNNING,
+    limit: int = 3,
+    requeue: bool = True,
+    **ending: Any,
+) -> Decision:
+    spec = tiny_spec(resources={"requeue": requeue}, failures={"max": limit})
+    return decide(Ending(cause, step=step, **ending), spec, History.of(events or []), job, NOW)
+
+
+# case, signal, fields of scontrol, changes -> action, reason
+SIGNALS = [
+    ("preempted, its signal on the way", signal.SIGTERM, PREEMPTED | {"JobState": "SIGNALING"}, {}, "requeue",
+     "preemption"),
+    ("preempted with grace", signal.SIGTERM, PREEMPTED, {}, "requeue", "preemption"),
+    ("preempted, USR2 first", signal.SIGUSR2, PREEMPTED, {}, "requeue", "preemption"),
+    ("preempted, another rank got the signal", None, PREEMPTED, {}, "requeue", "preemption"),
+    ("preempted without PreemptTime", signal.SIGTERM, RUNNING, {}, "requeue", "preemption"),
+    ("preempted, PreemptTime=N/A", signal.SIGTERM, RUNNING | {"PreemptTime": "N/A"}, {}, "requeue", "preemption"),
+    ("a preemption near the end is none of the timeouts", signal.SIGTERM, PREEMPTED, {"timeouts": 3}, "requeue",
+     "preemption"),
+    ("preempted after earlier restarts", signal.SIGTERM, PREEMPTED | {"Restarts": "4"}, {"restarts": 4}, "requeue",
+     "preemption"),
+    ("near the time limit after an earlier start was preempted", signal.SIGUSR2,
+     PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, {}, "requeue", "timeout"),
+    ("preempted, no grace: Slurm has requeued", signal.SIGTERM, COMPLETING | {"Restarts": "1"}, {}, "leave",
+     "preemption"),
+    ("the same at the fifth time", signal.SIGTERM, COMPLETING | {"Restarts": "5"}, {"restarts": 4}, "leave",
+     "preemption"),
+    ("pending again already", signal.SIGTERM, RUNNING | {"JobState": "PENDING", "Restarts": "1"}, {}, "leave",
+     "preemption"),
+    ("scancel", signal.SIGTERM, COMPLETING, {}, "leave", "ended"),
+    ("scancel after restarts", signal.SIGTERM, COMPLETING | {"Restarts": "2"}, {"restarts": 2}, "leave", "ended"),
+    ("cancelled", signal.SIGTERM, RUNNING | {"JobState": "CANCELLED"}, {}, "leave", "ended"),
+    ("node down", signal.SIGTERM, RUNNING | {"JobState": "NODE_FAIL"}, {}, "leave", "ended"),
+    ("node down, another rank got the signal", None, COMPLETING, {}, "leave", "ended"),
+    ("time limit near", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {}, "requeue", "timeout"),
+    ("time limit near, another rank got the signal", None, RUNNING | {"EndTime": SOON}, {}, "requeue", "timeout"),
+    ("time limit, warned 60 s early", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T12:03:00"}, {}, "requeue",
+     "timeout"),
+    ("time limit has passed", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T11:59:59"}, {}, "requeue", "timeout"),
+    ("the last timeout", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"timeouts": 2}, "requeue", "timeout"),
+    ("timeouts used up", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"timeouts": 3}, "leave", "timeout"),
+    ("USR2 far from the end", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T12:03:01"}, {}, "requeue",
+     "preemption"),
+    ("USR1 by a person", signal.SIGUSR1, RUNNING, {}, "requeue", "preemption"),
+    ("no time limit", signal.SIGUSR2, RUNNING | {"EndTime": "Unknown"}, {}, "requeue", "preemption"),
+    ("--no-requeue", signal.SIGTERM, PREEMPTED, {"requeue": False}, "leave", "preemption"),
+    ("--no-requeue, time limit", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"requeue": False}, "leave",
+     "timeout"),
+    ("the job may not be requeued", signal.SIGTERM, PREEMPTED | {"Requeue": "0"}, {}, "leave", "preemption"),
+    ("no scontrol", signal.SIGTERM, None, {}, "hold", "unknown"),
+    ("no scontrol and --no-requeue", signal.SIGUSR2, None, {"requeue": False}, "hold", "unknown"),
+    ("fields without a state", signal.SIGTERM, {}, {}, "leave", "ended"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("received", "job", "change", "action", "reason"), [row[1:] for row in SIGNALS],
+                         ids=[row[0] for row in SIGNALS])  # fmt: skip
+def test_decide_after_a_signal(
+    received: signal.Signals | None, job: dict[str, str] | None, change: dict[str, Any], action: str, reason: str
+) -> None:
+    decision = after_signal(received, job, **change)
+    assert (decision.action, decision.reason) == (action, reason)
+    assert decision.explanation and decision.delay_seconds == 0
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "FAILED", "TIMEOUT", "NODE_FAIL", "SUSPENDED"])
+def test_only_a_job_that_has_its_nodes_is_ever_requeued(state: str) -> None:
+    """`scontrol requeue` would succeed otherwise, and bring back a job that somebody has cancelled."""
+    job = PREEMPTED | {"JobState": state}
+    assert {after_signal(received, job).action for received in (*STOP_SIGNALS, None)} == {"leave"}
+    assert after_failure("lost", job=job).action == "leave"
+    for cause in ("error", "out_of_memory", "hang", "busy"):
+        decision = after_failure(cause, job=job)
+        assert (decision.action, decision.explanation) == ("fail", f"not requeued: JobState={state}")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "received", "preemptions", "action", "words"),
+    [
+        ("local", signal.SIGUSR2, 0, "requeue", "the local executor starts the run again"),
+        ("local", None, LOCAL_REQUEUES - 1, "requeue", "the local executor starts the run again"),
+        ("local", signal.SIGUSR1, LOCAL_REQUEUES, "leave", "restarts a job at most 5 times"),
+        ("local", signal.SIGTERM, 0, "leave", "submit the same again"),
+        (None, signal.SIGUSR2, 0, "leave", "submit the same again"),
+    ],
+)
+def test_decide_after_a_signal_without_slurm(
+    scheduler: str | None, received: signal.Signals | None, preemptions: int, action: str, words: str
+) -> None:
+    decision = after_signal(received, None, scheduler, preemptions=preemptions)
+    assert (decision.action, decision.reason) == (action, "preemption" if action == "requeue" else "stopped")
+    assert words in decision.explanation
+
+
+@pytest.mark.parametrize(
+    ("events", "step", "delay", "words"),
+    [
+        ([], 0, 120, "failure 1 of at most 3"),
+        (failed(10), 11, 240, "failure 2 of at most 3"),
+        ([*failed(10), *failed(20, "hang")], 21, 480, "failure 3 of at most 3"),
+        (requeued("preemption", 9), 5, 120, "failure 1 of at most 3"),
+        ([*failed(10), *failed(20), *failed(30)], 40, None, "failures.max (3) is used up"),
+        (failed(10), 10, None, "failed at step 10 before and got no further this time (step 10)"),
+        (failed(10), 7, None, "failed at step 10 before and got no further this time (step 7)"),
+        (failed(0), 0, None, "failed at step 0 before"),
+        (failed(20, "hang"), 20, None, "failed at step 20 before"),
+    ],
+)
+def test_decide_retries_only_after_progress_and_after_a_growing_delay(
+    events: list[dict[str, Any]], step: int, delay: int | None, words: str
+) -> None:
+    decision = after_failure(events=events, step=step)
+    assert decision.action == ("fail" if delay is None else "requeue")
+    assert (decision.reason, decision.delay_seconds) == ("failure", delay or 0)
+    assert words in decision.explanation
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"retryable": False}, "the same would happen again"),
+        ({"requeue": False}, "submit the same again"),
+        ({"scheduler": None, "job": None}, "submit the same again"),
+        ({"job": RUNNING | {"Requeue": "0"}}, "submit the same again"),
+        ({"limit": 0}, "failures.max (0) is used up"),
+        ({"job": None}, "scontrol does not answer"),
+    ],
+)
+def test_decide_does_not_retry_where_that_is_useless_or_not_allowed(change: dict[str, Any], words: str) -> None:
+    decision = after_failure(**change)
+    assert (decision.action, decision.delay_seconds) == ("fail", 0)
+    assert decision.explanation.startswith("not requeued") and words in decision.explanation
+
+
+def test_the_delay_has_a_limit_and_is_short_without_a_queue() -> None:
+    events = [row for step in range(1, 9) for row in failed(step)]
+    assert after_failure(events=events, step=9, limit=99).delay_seconds == 3600
+    assert after_failure(events=events, step=9, limit=99, scheduler="local", job=None).delay_seconds == 60
+    assert after_failure(scheduler="local", job=None).delay_seconds == 2
+
+
+def test_decide_waits_longer_for_another_process_that_holds_the_run_whatever_the_progress() -> None:
+    decision = after_failure("busy", failed(20), step=0)
+    assert (decision.action, decision.reason, decision.delay_seconds) == ("requeue", "failure", 480)
+    assert after_failure("busy", failed(20), step=0, limit=1).action == "fail"
+
+
+def test_decide_when_all_processes_were_killed() -> None:
+    assert after_failure("killed").delay_seconds == 120
+    preempted = after_failure("killed", failed(20), job=PREEMPTED)
+    assert (preempted.action, preempted.reason, preempted.delay_seconds) == ("requeue", "preemption", 0)
+    assert "all processes were killed" in preempted.explanation
+    assert after_failure("killed", job=PREEMPTED, requeue=False).action == "leave"
+
+
+@pytest.mark.parametrize(
+    ("job", "stopping"),
+    [
+        (RUNNING, False),
+        (RUNNING | {"JobState": "SIGNALING"}, False),
+        (PREEMPTED, True),
+        (PREEMPTED | {"StartTime": "2026-01-02T11:00:00"}, True),
+        (PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, False),  # an earlier start was preempted, not this one
+        (COMPLETING, True),
+        (RUNNING | {"JobState": "PENDING"}, True),
+    ],
+)
+def test_is_stopping(job: dict[str, str], stopping: bool) -> None:
+    assert is_stopping(job) is stopping
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_request_requeue_records_it_before_the_request_and_a_refusal_after(
+    monkeypatch: pytest.MonkeyPatch, recorded: bool, refused: bool
+) -> None:
+    happened: list[tuple[Any, ...] | Event] = []
+
+    def requeue_job(*arguments: Any) -> None:
+        happened.append(arguments)
+        if refused:
+            raise SchedulerError("no")
+
+    monkeypatch.setattr(requeue, "requeue_job", requeue_job)
+    decision = Decision("requeue", "failure", "again", 240)
+    try:
+        spec = tiny_spec(resources={"nodes": "1-2", "tasks_per_node": 2})
+        request_requeue("7", decision, spec, happened.append, recorded)
+    except SchedulerError:
+        assert refused
+    event = Requeued(reason="failure", delay_seconds=240, explanation="again")
+    expected = [*([] if recorded else [event]), ("7", 240, 2), *([RequeueFailed(reason="no")] * refused)]
+    assert happened == expected

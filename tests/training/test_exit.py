@@ -1,0 +1,162 @@
+"""The effect of each decision at the end of an attempt: requeue, leave, hold."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_spec
+
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs import requeue
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.training import exit as module
+from cifar_hpc.training.context import Context
+from cifar_hpc.training.exit import ASK_AGAIN_SECONDS, HOLD_SECONDS, LOCAL_REQUEUE_STATUS, finished, stopped
+from cifar_hpc.training.process import Launch
+from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.trainer import Position
+
+RUNNING = {"JobState": "RUNNING", "Restarts": "0"}
+Answer = dict[str, str] | None  # None: Slurm does not answer
+
+
+class Slurm:
+    """A scontrol that gives a list of answers, the last one for ever, and a clock that only `sleep` moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: list[Answer] = [RUNNING]
+        self.refusals = 0  # of the next requests
+        self.requests: list[tuple[Any, ...]] = []
+        self.now = 0.0
+        monkeypatch.setattr(module, "job_fields", self._job_fields)
+        monkeypatch.setattr(module, "allow_fewer_nodes", lambda *given: self.requests.append(("fewer nodes", *given)))
+        monkeypatch.setattr(requeue, "requeue_job", self._requeue_job)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self._sleep)
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+
+    def _job_fields(self, job_id: str) -> dict[str, str]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is None:
+            raise SchedulerError("scontrol did not answer")
+        return answer
+
+    def _requeue_job(self, *given: Any) -> None:
+        self.requests.append(("requeue", *given))
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise SchedulerError("scontrol requeue was refused")
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    return Slurm(monkeypatch)
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> Callable[..., tuple[Context, int]]:
+    """Stop a run at step 7 by a signal; returns its context and the exit status."""
+
+    def run(scheduler: str | None, number: signal.Signals = signal.SIGUSR2, **launch: Any) -> tuple[Context, int]:
+        spec = tiny_spec(resources={"nodes": "1-2", "tasks_per_node": 2})
+        flag = StopFlag()
+        context = Context(RunPaths(tmp_path, "run"), spec, Launch(scheduler=scheduler, job_id="7", **launch), flag)
+        context.paths.create()
+        flag._set(number)
+        return context, stopped(context, Position(step=7, epoch=1), stored=True)
+
+    return run
+
+
+def events(context: Context) -> list[tuple[str, Any]]:
+    return [(row["event"], row.get("reason")) for row in read_jsonl(context.paths.events)]
+
+
+def test_requeue_asks_slurm_with_the_fewest_tasks_and_exits_with_0(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    context, status = stop("slurm")
+    assert (status, slurm.requests) == (0, [("requeue", "7", 0, 2)])
+    assert events(context) == [("signal", None), ("requeued", "preemption")]
+    assert "STOPPED by SIGUSR2: step 7 is on disk" in context.paths.train_log.read_text()
+
+
+def test_leave_exits_with_1_and_allows_fewer_nodes(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.answers = [{"JobState": "COMPLETING", "Restarts": "1"}]
+    context, status = stop("slurm", signal.SIGTERM)
+    assert (status, slurm.requests) == (1, [("fewer nodes", "7", 2)])
+    assert events(context) == [("signal", None), ("left", "preemption")]
+
+
+def test_hold_asks_again_until_slurm_answers_and_says_so_once(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.answers = [None, None, None, RUNNING]
+    context, status = stop("slurm")
+    assert (status, slurm.now) == (0, 3 * ASK_AGAIN_SECONDS)
+    assert events(context) == [("signal", None), ("holding", "unknown"), ("requeued", "preemption")]
+    assert context.paths.train_log.read_text().count("WARNING scontrol did not answer") == 1
+
+
+def test_hold_after_a_refused_requeue(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.refusals = 1
+    context, status = stop("slurm")
+    refused = ("requeue_failed", "scontrol requeue was refused")
+    again = ("requeued", "preemption")
+    assert status == 0
+    assert events(context) == [("signal", None), again, refused, ("holding", "preemption"), again]
+
+
+def test_hold_ends_after_a_while(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.answers = [None]
+    context, status = stop("slurm")
+    assert (status, slurm.requests) == (1, [("fewer nodes", "7", 2)])
+    assert HOLD_SECONDS < slurm.now <= HOLD_SECONDS + 2 * ASK_AGAIN_SECONDS
+    assert events(context) == [("signal", None), ("holding", "unknown")]
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "local"])
+def test_ranks_other_than_the_first_exit_with_0_and_request_nothing(
+    slurm: Slurm, stop: Callable[..., Any], scheduler: str
+) -> None:
+    context, status = stop(scheduler, rank=1, world_size=2)
+    assert (status, slurm.requests, events(context)) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "number", "status", "last"),
+    [
+        ("local", signal.SIGUSR2, LOCAL_REQUEUE_STATUS, ("requeued", "preemption")),
+        ("local", signal.SIGTERM, 128 + signal.SIGTERM, ("left", "stopped")),
+        (None, signal.SIGUSR1, 128 + signal.SIGUSR1, ("left", "stopped")),
+    ],
+)
+def test_without_slurm_the_exit_status_requeues_or_names_the_signal(
+    slurm: Slurm, stop: Callable[..., Any], scheduler: str | None, number: signal.Signals, status: int, last: Any
+) -> None:
+    context, found = stop(scheduler, number)
+    assert (found, events(context), slurm.requests) == (status, [("signal", None), last], [])
+
+
+def test_stopped_says_where_the_state_is(tmp_path: Path, slurm: Slurm) -> None:
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
+    assert stopped(context, None, stored=True) == stopped(context, Position(step=3), stored=False) == 128 + 15
+    log = context.paths.train_log.read_text()
+    assert "STOPPED by another rank's signal: nothing had been computed yet" in log
+    assert "step 3 is NOT on disk; the checkpoint before it is used instead" in log
+
+
+def test_finished(tmp_path: Path) -> None:
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
+    best = {"epoch": 1, "test_accuracy": 60.0}
+    finished(context, Position(epoch=2, step=18, history=[best, {"epoch": 2, "test_accuracy": 50.0}], best=best))
+    (event,) = read_jsonl(context.paths.events)
+    assert (event["event"], event["step"], event["test_accuracy"], event["best"]) == ("finished", 18, 50.0, best)
+    assert "FINISHED 2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)" in (
+        context.paths.train_log.read_text()
+    )
