@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers import tiny_spec
 
-from cifar_hpc.cli.figures.series import Series, read_series
+from cifar_hpc.cli.figures.curves import Series, read_series
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.groups import group_runs
 from cifar_hpc.runs.metrics import metrics_text

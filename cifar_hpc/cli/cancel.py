@@ -13,7 +13,7 @@ from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import find_run, project_root
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.queue import queue
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 
 HELP = "cancel a run's job; it saves a checkpoint first"
 DESCRIPTION = """\
@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
     paths = find_run(project_root(), run)
     job = queue(paths.root).get(run)
     if job is not None:
-        slurm.cancel_job(job.job_id)
+        client.cancel_job(job.job_id)
         print(f"job {job.job_id} is cancelled; submit again to go on from its checkpoint")
     elif signal_local(paths, signal.SIGTERM):
         print(f"run {run} saves a checkpoint and stops; submit again to go on")

@@ -10,7 +10,7 @@ from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import signal_local
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
 from cifar_hpc.runs.queue import queue
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 from cifar_hpc.text import printable
 
 HELP = "requeue a running job, or let a requeued one start now"
@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})")
     elif job is not None:
         # The signal of a preemption: the run saves first and then requeues itself.
-        slurm.command(["scancel", "--signal=USR2", job.job_id])
+        client.command(["scancel", "--signal=USR2", job.job_id])
         print(f"job {job.job_id} saves a checkpoint and requeues itself, unless it was submitted with --no-requeue")
     elif signal_local(paths, signal.SIGUSR2):
         print(f"run {run} saves a checkpoint and starts again")
@@ -49,8 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _start_soon(paths: RunPaths, job: slurm.QueuedJob) -> None:
+def _start_soon(paths: RunPaths, job: client.QueuedJob) -> None:
     spec = read_frozen(paths)
     if spec is not None:
-        slurm.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
-    slurm.release_job(job.job_id, job.held)
+        client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
+    client.release_job(job.job_id, job.held)

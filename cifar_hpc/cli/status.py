@@ -298,7 +298,7 @@ def cells(state: RunState) -> dict[str, str]:
         "RESTARTS": f"{state.restarts}" + (f" ({by_cause})" if causes else ""),
         "RANKS": str(state.world_size or "-"),
         "LOG AGE": duration(state.log_age_seconds),
-        "JOB": state.job_id or "-",
+        "JOB": str(state.job_id or "-"),
         "DETAIL": state.detail,
     }
     return {column: " ".join(printable(cell).split()) for column, cell in row.items()}

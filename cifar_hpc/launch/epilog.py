@@ -70,7 +70,7 @@ class Epilog:
             self._act(self._decide("error", History.of(before), step_of(last)))
 
     def _has_nodes(self) -> bool:
-        """Whether the job still has its nodes: otherwise it is being ended, or its requeue is under way."""
+        """True if the job still has its nodes: otherwise it is being ended, or its requeue is under way."""
         try:
             self.job = job_fields(self.job_id)
         except SchedulerError as error:

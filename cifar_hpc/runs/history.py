@@ -53,7 +53,7 @@ class Attempt:
     step: int
     restart: Any
     job_id: Any
-    world_size: Any
+    world_size: int | None
     start: float | None
     end: float | None
     heard: float | None
@@ -93,7 +93,7 @@ class History:
     state: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] = field(default_factory=dict)
     last: dict[str, dict[str, Any]] = field(default_factory=dict)
-    job_id: Any = None
+    job_id: str | None = None
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> History:
@@ -113,12 +113,13 @@ class History:
         name = row.get("event")
         if not isinstance(name, str):
             return
-        self.job_id = row.get("job_id") or self.job_id
+        job_id, world_size = row.get("job_id"), row.get("world_size")
+        self.job_id = job_id if isinstance(job_id, str) and job_id else self.job_id
         kept = dict(row)
         if name in STARTS:
             kept = {"event": name, "time": row.get("time")}  # without the environment
-            time, sender = time_of(row), (row.get("restart"), row.get("job_id"), row.get("world_size"))
-            self.attempts.append(Attempt(step_of(row), *sender, time, time, time))
+            time, ranks = time_of(row), world_size if isinstance(world_size, int) else None
+            self.attempts.append(Attempt(step_of(row), row.get("restart"), job_id, ranks, time, time, time))
             self.end = {}
         elif self.attempts:
             self.attempts[-1].add(name, row)

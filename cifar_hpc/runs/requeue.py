@@ -149,12 +149,12 @@ def _may_requeue(spec: Spec, job: Mapping[str, str] | None) -> bool:
 
 
 def is_stopping(job: Mapping[str, str]) -> bool:
-    """Whether Slurm has begun to stop this start of a job, by its fields."""
+    """True if Slurm has begun to stop this start of a job, by its fields."""
     return job.get("JobState") not in ALIVE or _preempted(job)
 
 
 def _preempted(job: Mapping[str, str]) -> bool:
-    """Whether this start of a job is being preempted: a PreemptTime before StartTime is an earlier start's."""
+    """True if this start of a job is being preempted: a PreemptTime before StartTime is an earlier start's."""
     preempted, started = parse_instant(job.get("PreemptTime")), parse_instant(job.get("StartTime"))
     return preempted is not None and (started is None or preempted >= started)
 

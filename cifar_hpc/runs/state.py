@@ -202,6 +202,10 @@ def _state_of(
     if eta is not None and start is not None:
         eta += max(0.0, (start - now).total_seconds())
     part = progress.epoch - summary.epoch
+    world_size = history.attempts[-1].world_size if history.attempts else None
+    job_id = job.job_id if job else history.job_id
+    if not (isinstance(world_size, int | None) and isinstance(job_id, str | None)):
+        raise ValueError("text where a number should be, or a number where text should be")
     return RunState(
         run=paths.name,
         state=state,
@@ -214,8 +218,8 @@ def _state_of(
         eta_seconds=eta,
         restarts=max(0, len(history.attempts) - 1),
         requeues=history.requeues,
-        world_size=history.attempts[-1].world_size if history.attempts else None,
-        job_id=job.job_id if job else history.job_id,
+        world_size=world_size,
+        job_id=job_id,
         log_age_seconds=log_age,
         reason=waiting.reason_code(job) if job is not None and state in WAITING else None,
         start_time=start.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if start else None,

@@ -56,7 +56,7 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
 
 
 def answers() -> bool:
-    """Whether this machine can submit to a Slurm.
+    """True if this machine can submit to a Slurm.
 
     Raises:
         SchedulerError: Slurm is configured but its controller does not answer. Training on a login node instead,
@@ -177,12 +177,12 @@ class QueuedJob:
 
     @property
     def waits(self) -> bool:
-        """Whether it is pending; squeue names some pending jobs by what holds them."""
+        """True if it is pending; squeue names some pending jobs by what holds them."""
         return self.state in ("PENDING", "REQUEUE_FED", *_HELD)
 
     @property
     def held(self) -> bool:
-        """Whether it waits until it is released."""
+        """True if it waits until it is released."""
         return self.state in _HELD or "held" in self.reason.lower()
 
 
@@ -242,5 +242,5 @@ def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[list[str
 
 
 def _unconfigured(error: SchedulerError) -> bool:
-    """Whether Slurm's programs are installed here without belonging to any cluster."""
+    """True if Slurm's programs are installed here without belonging to any cluster."""
     return any(words in str(error) for words in ("configuration source", "Unable to process configuration file"))

@@ -156,7 +156,7 @@ class FailureReporter:
         append_line(self.context.paths.train_log, dump)
 
     def _claim(self) -> bool:
-        """Whether this rank is to report: rank 0, or if that is gone, the first to create a file.
+        """True if this rank is to report: rank 0, or if that is gone, the first to create a file.
 
         The store could not decide that, since it is gone with rank 0.
         """

@@ -42,7 +42,7 @@ class Stopwatch:
 
     @property
     def over(self) -> bool:
-        """Whether the first step is done."""
+        """True if the first step is done."""
         return FIRST_STEP in self.seconds
 
     @property
@@ -68,7 +68,7 @@ def process_age() -> float:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine has not ended."""
+    """True if a process of this machine has not ended."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX"
 

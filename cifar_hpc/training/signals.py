@@ -18,7 +18,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether this process has received a stop signal."""
+        """True if this process has received a stop signal."""
         return self.signal is not None
 
     @property

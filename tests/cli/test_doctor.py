@@ -15,11 +15,17 @@ import pytest
 import torch
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.doctor import doctor, job, machine, node
-from cifar_hpc.cli.doctor.machine import check_file_system, check_free_space, check_locks, mount_of
+from cifar_hpc.cli.doctor import doctor, login, node
+from cifar_hpc.cli.doctor.login import (
+    SlurmChecks,
+    check_file_system,
+    check_free_space,
+    check_locks,
+    gpus_of,
+    mount_of,
+)
 from cifar_hpc.cli.doctor.node import LOCK, PLAN, Plan, Task, TaskReport, hold_lock, is_locked
-from cifar_hpc.cli.doctor.report import Finding, Report, as_text, run_check
-from cifar_hpc.cli.doctor.slurm import SlurmChecks, gpus_of
+from cifar_hpc.cli.doctor.report import Finding, as_text, run_check, show
 from cifar_hpc.config.site import Site
 from cifar_hpc.config.spec import ResourcesSpec, Spec, TrainSpec
 from cifar_hpc.errors import SchedulerError, SpecError
@@ -244,7 +250,7 @@ def test_mounts(path: str, point: str, kind: str, option: str) -> None:
 
 
 def test_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_mountinfo", lambda: MOUNTS.replace("/tmp", str(tmp_path)))
+    monkeypatch.setattr(login, "_mountinfo", lambda: MOUNTS.replace("/tmp", str(tmp_path)))
     finding = check_file_system(tmp_path, False)
     assert finding.status == "warning" and "own disk" in finding.found
     assert check_locks(tmp_path).status == "ok"
@@ -254,8 +260,8 @@ def test_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_locks_that_stay_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = MOUNTS.replace("/home/my\\040lab", str(tmp_path))
-    monkeypatch.setattr(machine, "LOCAL_FOLDERS", ())
-    monkeypatch.setattr(machine, "_mountinfo", lambda: mounts)
+    monkeypatch.setattr(login, "LOCAL_FOLDERS", ())
+    monkeypatch.setattr(login, "_mountinfo", lambda: mounts)
     finding = check_file_system(tmp_path, False)
     assert finding.status == "ok" and "lustre" in finding.found
     assert check_locks(tmp_path).status == "warning" and "localflock" in check_locks(tmp_path).found
@@ -269,16 +275,16 @@ def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("free", "status"), [(1e8, "problem"), (2e9, "warning"), (1e12, "ok")])
 def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(login.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
     assert check_free_space(tmp_path).status == status
 
 
 def test_requirements() -> None:
-    assert machine.parse_requirements("# a\ntorch==2.12.1\nPy_x.y-z==1  # why\nother>=2\n") == {
+    assert login.parse_requirements("# a\ntorch==2.12.1\nPy_x.y-z==1  # why\nother>=2\n") == {
         "torch": "2.12.1",
         "Py_x.y-z": "1",
     }
-    plan = machine.plan_of(Spec(), Path("/root"))
+    plan = login.plan_of(Spec(), Path("/root"))
     assert set(plan.pins) >= {"torch", "submitit", "shtab"} and plan.data.startswith("/root/")
 
 
@@ -302,13 +308,13 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None
 def test_a_profile_that_is_wrong_is_a_problem_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("resources: {partitoin: gpu}\n")
-    finding, site, spec = machine.read_site(str(path), {})
+    finding, site, spec = login.read_site(str(path), {})
     assert finding.status == "problem" and "did you mean 'partition'" in finding.found
     assert site == Site() and spec.resources.gpus_per_node == 1
     path.write_text("setup: ['if true']\n")
-    assert "no valid shell code" in machine.read_site(str(path), {})[0].found
+    assert "no valid shell code" in login.read_site(str(path), {})[0].found
     path.write_text("python: apptainer exec 'my.sif python\n")
-    assert machine.read_site(str(path), {})[0].status == "problem"
+    assert login.read_site(str(path), {})[0].status == "problem"
 
 
 def plan(**changes: Any) -> Plan:
@@ -351,9 +357,9 @@ def test_gpus(
 
 def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
     spec = Spec(resources=ResourcesSpec(gpus_per_node=2))
-    assert machine.plan_of(spec, Path("/root")).gpus == 2
+    assert login.plan_of(spec, Path("/root")).gpus == 2
     spec = Spec(resources=ResourcesSpec(gpus_per_node=2), train=TrainSpec(device="cpu"))
-    assert machine.plan_of(spec, Path("/root")).gpus == 0
+    assert login.plan_of(spec, Path("/root")).gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -443,7 +449,7 @@ def test_a_check_that_fails_is_a_finding_and_the_next_ones_run(
 
 def test_a_check_that_hangs_is_named(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", lambda status: None)
-    task._give_up(task.check_all_reduce)
+    task._give_up("all-reduce")
     assert reported(tmp_path)["finished"] and "not finished within" in reported(tmp_path)["all-reduce"]["found"]
 
 
@@ -480,7 +486,7 @@ def judged(change: Callable[[list[Finding]], Any] | None = None, **fields: Any) 
         change(tasks[1].findings)
     for name, value in fields.items():
         setattr(tasks[1], name, value)
-    return {f.check: f for f in run_check("job", job.job_findings, "job 7 ended", 2, tasks, "last words")}
+    return {f.check: f for f in run_check("job", doctor.job_findings, "job 7 ended", 2, tasks, "last words")}
 
 
 def test_a_job_without_problems() -> None:
@@ -514,13 +520,13 @@ def test_a_task_that_was_killed_is_named_and_the_other_is_judged() -> None:
 
 
 def test_a_task_that_did_not_come_back() -> None:
-    (finding, *_) = job.job_findings("job 7 ended", 2, [TaskReport(0, "n1", True)], "last words")
+    (finding, *_) = doctor.job_findings("job 7 ended", 2, [TaskReport(0, "n1", True)], "last words")
     assert finding.status == "problem" and finding.found == "1 of 2 tasks on n1 came back: last words"
 
 
 @pytest.mark.parametrize(("reason", "status"), [("Resources", "warning"), ("InvalidAccount", "problem")])
 def test_a_job_that_did_not_start(reason: str, status: str) -> None:
-    finding = job.not_started("7", reason)
+    finding = doctor.not_started("7", reason)
     assert finding.status == status and f"did not start: {reason}" in finding.found and finding.advice
 
 
@@ -528,7 +534,7 @@ def test_a_job_that_did_not_start(reason: str, status: str) -> None:
     ("output", "words"), [("", "nothing of it can be seen"), ("No module named 'torch'", "No module named 'torch'")]
 )
 def test_a_job_of_which_nothing_came_back(output: str, words: str) -> None:
-    (finding,) = job.job_findings("job 7 ended as FAILED (NonZeroExitCode)", 1, [], output)
+    (finding,) = doctor.job_findings("job 7 ended as FAILED (NonZeroExitCode)", 1, [], output)
     assert finding.status == "problem" and words in finding.found and "FAILED" in finding.found and finding.advice
 
 
@@ -536,17 +542,17 @@ def test_a_job_that_is_interrupted_is_cancelled_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancelled: list[str] = []
-    monkeypatch.setattr(job.launcher, "submit_script", lambda script, code: "7")
+    monkeypatch.setattr(doctor.executors, "submit_script", lambda script, code: "7")
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "PENDING", "Reason": "Priority"})
-    monkeypatch.setattr(slurm, "cancel", cancelled.append)
+    monkeypatch.setattr(slurm, "cancel_job", cancelled.append)
 
     def interrupt(words: str) -> None:
         if "queued (Priority)" in words:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "say", interrupt)
+    monkeypatch.setattr(doctor, "say", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(job.check_job(tmp_path, Spec(), Site(), plan(), 60))
+        list(doctor.check_job(tmp_path, Spec(), Site(), plan(), 60))
     assert cancelled == ["7"] and list((tmp_path / "logs").iterdir()) == []
 
 
@@ -561,9 +567,9 @@ def test_what_the_job_printed_is_kept_where_there_is_a_problem(
         (folder / "slurm" / "7_0_log.out").write_text("last words\n")
         return "7"
 
-    monkeypatch.setattr(job.launcher, "submit_script", submit)
+    monkeypatch.setattr(doctor.executors, "submit_script", submit)
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "COMPLETED", "Reason": "None"})
-    found = run_check("job", job.check_job, tmp_path, Spec(), Site(), plan(), 60)
+    found = run_check("job", doctor.check_job, tmp_path, Spec(), Site(), plan(), 60)
     assert found[0].check == "job" and found[0].status == ("ok" if finished else "problem")
     assert [path.name for folder in (tmp_path / "logs").iterdir() for path in folder.iterdir()] == kept
 
@@ -606,8 +612,8 @@ def test_what_a_check_fails_at_is_a_finding(
 
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
     monkeypatch.setattr(slurm, "answers", lambda: True)
-    monkeypatch.setattr(machine, "check_torch", lambda *_: [])
-    monkeypatch.setattr(machine, "check_file_system", fail)
+    monkeypatch.setattr(login, "check_torch", lambda *_: [])
+    monkeypatch.setattr(login, "check_file_system", fail)
     monkeypatch.setattr(doctor, "check_job", fail)
     assert main(["doctor", "--job", "--json"]) == 1
     found = {f["check"]: f for f in json.loads(capsys.readouterr().out)}
@@ -621,9 +627,8 @@ def test_what_a_check_fails_at_is_a_finding(
 
 
 def test_lines_are_whole_in_a_pipe_and_say_no_word_that_terminals_obey(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report()
-    report.add(Finding("job", "problem", "a\x1b[2J\nb " + "long " * 60, "do this"), Finding("x", "ok", "fine"))
-    assert report.close() == 1
+    findings = [Finding("job", "problem", "a\x1b[2J\nb " + "long " * 60, "do this"), Finding("x", "ok", "fine")]
+    assert show(findings, as_json=False) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("problem  job") and "a\\x1b[2J b long" in lines[0] and len(lines[0]) > 300
     assert lines[1].strip() == "-> do this"

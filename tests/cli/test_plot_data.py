@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_logs import Maker, make_run, metrics_row, series_of
 
-from cifar_hpc.cli.figures.series import Score, read_curves, steep_part_left_out
+from cifar_hpc.cli.figures.curves import Score, read_curves, steep_part_left_out
 
 
 @pytest.fixture

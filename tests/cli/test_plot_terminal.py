@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from run_logs import make_run, write_metrics
 
-from cifar_hpc.cli.figures.curves import MOST_STYLES
-from cifar_hpc.cli.figures.series import Series, read_series
-from cifar_hpc.cli.figures.terminal import draw
+from cifar_hpc.cli.figures.curves import MOST_STYLES, Series, read_series
+from cifar_hpc.cli.figures.plot import draw
 from cifar_hpc.runs.groups import group_runs
 from cifar_hpc.runs.paths import RunPaths
 

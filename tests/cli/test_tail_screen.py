@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
+from helpers import PROJECT
 from rich.console import Console
 
 from cifar_hpc.cli.tail_screen import LiveView, Progress, parse_progress
@@ -112,7 +112,7 @@ def test_what_is_no_progress(line: str) -> None:
 
 def test_the_lines_that_runs_write_are_known() -> None:
     """By a log of a real run, which is kept with the documentation."""
-    lines = (Path(__file__).parents[2] / "docs" / "train.log").read_text().splitlines()
+    lines = (PROJECT / "docs" / "train.log").read_text().splitlines()
     kinds = [kind_of_line(line) for line in lines]
     assert {"banner", "progress", "stop"} <= set(kinds)
     assert all(parse_progress(line) for line, kind in zip(lines, kinds, strict=True) if kind == "progress")

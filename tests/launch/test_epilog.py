@@ -82,7 +82,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(tmp_path, monkeypatch)
 
 
-def test_a_killed_start_is_a_failure_and_gets_another_try(site: Site) -> None:
+def test_epilog_reports_a_killed_attempt_as_a_failure_and_requeues_it(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED)
     failed, requeued = site.end()
@@ -94,13 +94,13 @@ def test_a_killed_start_is_a_failure_and_gets_another_try(site: Site) -> None:
 
 
 @pytest.mark.parametrize("last", [FAILED | {"again": False}, *({"event": e} for e in ("finished", "hang", "signal"))])
-def test_a_start_that_has_said_how_it_ends_is_left_alone(site: Site, last: dict[str, Any]) -> None:
+def test_epilog_leaves_an_attempt_that_has_reported_its_end(site: Site, last: dict[str, Any]) -> None:
     site.freeze()
     site.happened(START, SAVED, last)
     assert site.end() == [] and site.requests() == []
 
 
-def test_what_a_task_announced_and_did_not_live_to_do_is_done(site: Site) -> None:
+def test_epilog_requests_what_a_task_recorded_and_did_not_live_to_request(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED, FAILED)
     (requeued,) = site.end()
@@ -110,7 +110,7 @@ def test_what_a_task_announced_and_did_not_live_to_do_is_done(site: Site) -> Non
     assert site.requests() == ["requeue 7", "requeue 7"]
 
 
-def test_no_other_try_without_progress_or_permission(site: Site) -> None:
+def test_epilog_does_not_requeue_without_progress_or_permission(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED, {"event": "failed", "step": 30}, {"event": "requeued", "reason": "failure"}, AGAIN)
     assert [row["event"] for row in site.end()] == ["failed"]
@@ -120,7 +120,7 @@ def test_no_other_try_without_progress_or_permission(site: Site) -> None:
     assert site.requests() == []
 
 
-def test_a_preemption_that_killed_all_tasks_is_one(site: Site) -> None:
+def test_epilog_counts_a_preemption_that_killed_all_tasks_as_one(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED)
     site.job(preempted="2026-01-01T00:00:05")
@@ -129,7 +129,7 @@ def test_a_preemption_that_killed_all_tasks_is_one(site: Site) -> None:
     assert site.requests() == ["requeue 7"]
 
 
-def test_a_preemption_that_killed_all_tasks_of_a_job_that_may_not_be_requeued_is_left(site: Site) -> None:
+def test_epilog_leaves_a_preempted_job_that_may_not_be_requeued(site: Site) -> None:
     site.freeze(resources={"requeue": False})
     site.happened(START, SAVED)
     site.job(preempted="2026-01-01T00:00:05")
@@ -137,7 +137,7 @@ def test_a_preemption_that_killed_all_tasks_of_a_job_that_may_not_be_requeued_is
     assert (left["event"], left["reason"], site.requests()) == ("left", "preemption", [])
 
 
-def test_a_refused_requeue_is_recorded(site: Site) -> None:
+def test_epilog_records_a_refused_requeue(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED)
     program = site.answer.parent / "bin" / "scontrol"
@@ -147,14 +147,14 @@ def test_a_refused_requeue_is_recorded(site: Site) -> None:
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING"])
-def test_a_job_that_is_being_ended_is_left_alone(site: Site, state: str) -> None:
+def test_epilog_leaves_a_job_that_is_being_ended(site: Site, state: str) -> None:
     site.freeze()
     site.happened(START, SAVED)
     site.job(state)
     assert site.end() == [] and site.requests() == []
 
 
-def test_where_slurm_does_not_answer_the_failure_is_said_all_the_same(site: Site) -> None:
+def test_epilog_reports_the_failure_where_slurm_does_not_answer(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED)
     site.answer.unlink()
@@ -162,7 +162,7 @@ def test_where_slurm_does_not_answer_the_failure_is_said_all_the_same(site: Site
     assert "WARNING scontrol show job" in site.paths.train_log.read_text()
 
 
-def test_a_task_of_an_array_is_found_by_its_index(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epilog_finds_a_task_of_an_array_by_its_index(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = SweepPaths(site.paths.root, "job", 1)
     sweep.create()
     write_points(sweep, ["other", "run"])
@@ -174,7 +174,7 @@ def test_a_task_of_an_array_is_found_by_its_index(site: Site, monkeypatch: pytes
     assert site.requests() == ["requeue 5_1"]
 
 
-def test_a_spec_that_cannot_be_read_is_said(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epilog_names_a_spec_that_cannot_be_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.paths.spec.write_text("train: [")
     assert main([str(site.paths.root), "run", "1"]) == 1
     assert str(site.paths.spec) in capsys.readouterr().err

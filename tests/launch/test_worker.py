@@ -64,6 +64,7 @@ def python(*words: str, before: str = "", **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [number.name for number in STOP_SIGNALS])
 def test_ignore_signals_lets_a_task_live_until_its_handlers_take_over(name: str) -> None:
     done = python(EARLY_AND_LATE, name, before=IGNORE_SIGNALS)
@@ -116,6 +117,7 @@ def test_array_task_trains_the_run_of_its_index(tmp_path: Path, monkeypatch: pyt
     assert slurm.own_job_id() == "5"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_train_ends_the_process_at_once_with_the_status_of_an_unfinished_attempt(tmp_path: Path, status: int) -> None:
     frozen(tmp_path)
@@ -123,12 +125,14 @@ def test_train_ends_the_process_at_once_with_the_status_of_an_unfinished_attempt
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
 
 
+@pytest.mark.process
 def test_train_returns_after_the_last_epoch_and_ignores_later_signals(tmp_path: Path) -> None:
     frozen(tmp_path)
     done = python(ENDING, str(tmp_path), "finished", "0", **LOCAL)
     assert (done.returncode, done.stdout) == (0, "run run finished\ninterpreter ended\n"), done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("spec", "words"), [(None, "spec.yaml is missing"), ("train: [", "not readable as YAML")])
 def test_train_refuses_a_run_without_a_readable_spec(tmp_path: Path, spec: str | None, words: str) -> None:
     if spec is not None:

@@ -42,7 +42,7 @@ def test_job_fields(fake: Path) -> None:
     assert fields["EndTime"] == "2026-01-01T10:00:00" and fields["Command"] == "/x y/z.sh"
 
 
-def test_fields_in_a_comment_are_none_of_the_job(fake: Path) -> None:
+def test_job_fields_ignores_fields_in_a_comment(fake: Path) -> None:
     (fake / "shown").write_text("JobId=5 JobState=RUNNING Restarts=2 Comment=x JobState=FAILED Restarts=9 WorkDir=/a b")
     program(fake, "scontrol", f"cat '{fake}/shown'")
     fields = slurm.job_fields("5")
@@ -98,7 +98,7 @@ def test_jobs_ahead(fake: Path) -> None:
     assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="11")) is None
 
 
-def test_a_slow_squeue_is_given_up(fake: Path) -> None:
+def test_queue_and_jobs_ahead_do_not_wait_for_a_slow_squeue(fake: Path) -> None:
     program(fake, "squeue", "exec sleep 60")
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
         run_queue.queue(fake, timeout_seconds=0.2)
@@ -106,7 +106,7 @@ def test_a_slow_squeue_is_given_up(fake: Path) -> None:
         slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
 
 
-def test_the_users_own_settings_of_the_commands_do_not_count(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["SQUEUE_STATES", "SQUEUE_FORMAT2", "SINFO_PARTITION", "SCONTROL_LOCAL", "SCANCEL_NAME"]
     for name in (*settings, "SLURM_TIME_FORMAT", "SQUEUE_ALL", "SLURM_CONF", "SQUEUER"):
         monkeypatch.setenv(name, "x")
@@ -118,7 +118,7 @@ def test_the_users_own_settings_of_the_commands_do_not_count(fake: Path, monkeyp
     assert "SLURM_TIME_FORMAT=x" in slurm.command(["sbatch"]).splitlines()  # a job has the user's own environment
 
 
-def test_a_folder_of_any_name_is_no_hindrance(fake: Path) -> None:
+def test_queue_reads_folders_of_any_name(fake: Path) -> None:
     ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
     program(fake, "squeue", f"printf '7|x|RUNNING|None|N/A|n1|gpu|(null)|/d\\351j\\340\\n'; echo '{ours}'")
     assert list(run_queue.queue(fake)) == ["b"]
@@ -134,7 +134,7 @@ def test_a_folder_of_any_name_is_no_hindrance(fake: Path) -> None:
         ("PENDING", "BeginTime", ["update"]),
     ],
 )
-def test_requeue_releases_what_is_held(
+def test_requeue_run_releases_what_is_held(
     fake: Path, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, calls: list[str]
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
@@ -147,7 +147,7 @@ def test_requeue_releases_what_is_held(
 
 
 @pytest.mark.parametrize(("then", "fails"), [("RUNNING", False), ("PENDING", True)])
-def test_requeue_of_a_job_that_starts_meanwhile(
+def test_requeue_run_of_a_job_that_starts_meanwhile(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], then: str, fails: bool
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(fake))
@@ -159,7 +159,7 @@ def test_requeue_of_a_job_that_starts_meanwhile(
     assert ("no longer pending" in capsys.readouterr().err) is fails
 
 
-def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
+def test_queue_is_empty_without_a_cluster(fake: Path) -> None:
     program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
     assert run_queue.queue(fake) == {}
     program(fake, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
@@ -167,7 +167,7 @@ def test_programs_without_a_cluster_have_no_queue(fake: Path) -> None:
         run_queue.queue(fake)
 
 
-def test_refusals_carry_the_words(fake: Path) -> None:
+def test_a_refusal_has_slurms_words(fake: Path) -> None:
     program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
     with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
         slurm.requeue_job("9")
@@ -187,19 +187,19 @@ def asked(fake: Path) -> list[str]:
         (0, 2, ["requeue 9", "update jobid=9 NumTasks=2"]),
     ],
 )
-def test_requeue(fake: Path, delay: int, fewest: int | None, expected: list[str]) -> None:
+def test_requeue_job(fake: Path, delay: int, fewest: int | None, expected: list[str]) -> None:
     program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
     slurm.requeue_job("9", delay, fewest)
     assert asked(fake) == expected
 
 
-def test_requeue_counts_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
+def test_requeue_job_succeeds_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
     program(fake, "scontrol", f'echo "$@" >> \'{fake}/asked\'; [ "$1" = requeue ]')
     slurm.requeue_job("9", 240, 2)
     assert len(asked(fake)) == 3
 
 
-def test_release_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
+def test_release_job_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
     program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'")
     slurm.release_job("9")
     (line,) = asked(fake)
@@ -233,9 +233,9 @@ def test_answers(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["None", "N/A", "Unknown", "", None])
-def test_no_instant(text: str | None) -> None:
+def test_parse_instant_of_no_time(text: str | None) -> None:
     assert slurm.parse_instant(text) is None
 
 
-def test_instant() -> None:
+def test_parse_instant() -> None:
     assert slurm.parse_instant("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)

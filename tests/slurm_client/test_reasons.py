@@ -39,7 +39,7 @@ def job(reason: str, dependency: str = "(null)", start: str = "N/A") -> QueuedJo
         ("SomethingNew", "SomethingNew"),
     ],
 )
-def test_the_code_comes_first_and_what_is_not_known_stands_alone(reason: str, words: str) -> None:
+def test_why_begins_with_the_code_and_has_no_words_for_an_unknown_one(reason: str, words: str) -> None:
     assert waiting.why(job(reason)).startswith(words)
 
 
@@ -52,7 +52,7 @@ def test_the_code_comes_first_and_what_is_not_known_stands_alone(reason: str, wo
         ("(null)", "another job must end first"),
     ],
 )
-def test_dependencies_are_named(dependency: str, words: str) -> None:
+def test_why_names_dependencies(dependency: str, words: str) -> None:
     assert waiting.why(job("Dependency", dependency)) == f"Dependency: {words}"
 
 
@@ -67,15 +67,15 @@ def test_dependencies_are_named(dependency: str, words: str) -> None:
         ("N/A", ""),
     ],
 )
-def test_the_expected_start_is_relative(start: str, words: str) -> None:
+def test_expected(start: str, words: str) -> None:
     assert waiting.expected(waiting.start_of(job("Resources", start=start)), NOW) == words
 
 
-def test_a_job_that_is_held_is_not_expected_to_start() -> None:
+def test_start_of_a_held_job_is_none() -> None:
     for reason in ("JobHeldUser", "job requeued in held state"):
         assert waiting.start_of(job(reason, start="2026-01-02T12:12:10")) is None
 
 
-def test_times_of_another_day_have_their_date() -> None:
+def test_clock() -> None:
     assert waiting.clock(NOW + timedelta(minutes=2), NOW) == "12:02:00"
     assert waiting.clock(NOW + timedelta(days=1), NOW) == "2026-01-03 12:00:00"

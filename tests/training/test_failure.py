@@ -225,7 +225,7 @@ def last_start(runs: Runs) -> tuple[dict[str, Any], str]:
     return events[-1], runs.log("run").rpartition("=" * 100)[2]
 
 
-def test_every_way_to_lose_a_rank_is_told_once_and_the_weights_stay_the_same(runs: Runs) -> None:
+def test_every_way_to_lose_a_rank_is_reported_once_and_the_weights_stay_the_same(runs: Runs) -> None:
     runs.finish("reference", 1)
     start: dict[str, Any] = {"name": "run", "world": 3}
 

@@ -176,8 +176,8 @@ def test_the_log_tells_the_interval_once_and_when_it_changes_noticeably() -> Non
     measured, lines = pace()
     assert [measured.interval(now) for now in (0.0, 1.0, 60.0)] == [pytest.approx(417, rel=0.01)] * 3
     assert len(lines) == 1
-    assert "every 6.9 min (auto)" in lines[0]
-    assert "0 in 0 s, expected every 24.0 h" in lines[0]
+    assert "every 6m56s (auto)" in lines[0]
+    assert "0 in 0s, expected every 1d00h" in lines[0]
     measured.saved(0.9, 100)
     measured.step(0.1, False, 101)
     assert measured.interval(101) < 417
@@ -195,7 +195,7 @@ def test_losses_shorten_the_interval() -> None:
     quiet, _ = pace()
     harsh, lines = pace(Losses(12, 3600))
     assert harsh.interval(0) < quiet.interval(0) / 4
-    assert "unannounced losses so far: 12 in 60.0 min" in lines[0]
+    assert "unannounced losses so far: 12 in 1h00m" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as outcome
 from cifar_hpc.training import process as startup
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.process import Launch, Stopwatch, process_age
+from cifar_hpc.training.process import Launch, Stopwatch, is_running, process_age
 from cifar_hpc.training.signals import StopFlag
 
 PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
@@ -40,7 +40,7 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.process
-def test_the_age_of_a_process_whatever_its_name() -> None:
+def test_process_age_whatever_the_name_of_the_process() -> None:
     code = (
         "import time; began = time.monotonic()\n"
         "from pathlib import Path; from cifar_hpc.training.process import process_age\n"
@@ -53,9 +53,28 @@ def test_the_age_of_a_process_whatever_its_name() -> None:
     assert least - 0.02 <= age <= time.monotonic() - began + 0.02  # it is known to a hundredth of a second
 
 
-def test_an_unknown_age_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_age_is_0_where_it_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self: "")
     assert process_age() == 0.0
+
+
+@pytest.mark.process
+def test_siblings_are_the_other_children_of_the_parent() -> None:
+    code = "from cifar_hpc.training.process import siblings; print(*siblings())"
+    with subprocess.Popen(["sleep", "600"]) as other:
+        done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+        other.kill()
+    assert str(other.pid) in done.stdout.split()
+    assert str(os.getpid()) not in done.stdout.split()
+
+
+def test_is_running() -> None:
+    process = subprocess.Popen(["true"])
+    assert is_running(os.getpid())
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
+    assert not is_running(process.pid)
+    process.wait()
+    assert not is_running(process.pid)
 
 
 @pytest.mark.process

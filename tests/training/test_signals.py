@@ -21,7 +21,7 @@ def flag() -> Any:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_sets_the_flag_and_the_first_one_tells_why(flag: StopFlag, number: signal.Signals) -> None:
+def test_the_first_signal_sets_the_flag(flag: StopFlag, number: signal.Signals) -> None:
     assert not flag.requested
     os.kill(os.getpid(), number)
     assert flag.requested
@@ -35,7 +35,7 @@ def test_sigcont_is_ignored(flag: StopFlag) -> None:
     assert not flag.requested
 
 
-def test_a_flag_raised_by_hand_counts_as_sigterm_unless_a_signal_came_first(flag: StopFlag) -> None:
+def test_raise_flag_counts_as_sigterm_unless_a_signal_came_first(flag: StopFlag) -> None:
     other = StopFlag()
     other.raise_flag()
     assert other.requested and other.signal is signal.SIGTERM
@@ -44,7 +44,7 @@ def test_a_flag_raised_by_hand_counts_as_sigterm_unless_a_signal_came_first(flag
     assert flag.signal is signal.SIGUSR2
 
 
-def test_the_time_of_a_signal_is_that_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_since_the_first_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = StopFlag()
     assert flag.seconds is None
     clock = iter([100.0, 107.5])

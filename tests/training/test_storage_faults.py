@@ -27,6 +27,8 @@ from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.store import candidates, newest_good
 
+pytestmark = pytest.mark.process
+
 # 3 steps an epoch, 12 in all; checkpoints after steps 2, 4, 6, ... and after each epoch, 3.
 JOB = merge(
     TINY,

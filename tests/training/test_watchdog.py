@@ -58,17 +58,17 @@ class Watched:
 
     def __init__(self, place: RankBoard, limit_seconds: float, heart: Heartbeat | None = None) -> None:
         self.heart = heart or Heartbeat()
-        self.told = threading.Event()
+        self.reported = threading.Event()
         self.reports: list[Report] = []
         self.dog = Watchdog(place, self.heart, limit_seconds, self._end).start()
 
     def _end(self, report: Report) -> None:
         self.reports.append(report)
-        self.told.set()
+        self.reported.set()
         self.dog.stop()
 
     def verdict(self) -> Report:
-        assert self.told.wait(LIMIT), "the watchdog has noticed nothing"
+        assert self.reported.wait(LIMIT), "the watchdog has noticed nothing"
         return self.reports[0]
 
 
@@ -89,7 +89,7 @@ def report(rank: int, cause: str = "error") -> Report:
     return Report(rank, "node1", cause, "ValueError: x", "a traceback", 7, retryable=True)
 
 
-def test_one_process_that_stops_getting_anything_done(watch: Callable[..., Watched]) -> None:
+def test_watchdog_reports_a_hang_of_one_process(watch: Callable[..., Watched]) -> None:
     heart = Heartbeat()
     heart.beat("step 49", 49)
     verdict = watch(RankBoard(None, 0, 1), 0.2, heart).verdict()
@@ -98,7 +98,7 @@ def test_one_process_that_stops_getting_anything_done(watch: Callable[..., Watch
     assert "rank 0 (" in verdict.text and "last at: step 49" in verdict.text
 
 
-def test_whatever_gets_done_anywhere_starts_the_time_anew(store: dist.TCPStore) -> None:
+def test_progress_of_any_rank_restarts_the_time_limit(store: dist.TCPStore) -> None:
     hearts = [Heartbeat(), Heartbeat()]
     dogs = [Watchdog(RankBoard(store, rank, 2), hearts[rank], 0.2, lambda report: None) for rank in range(2)]
     for step in range(8):
@@ -113,14 +113,16 @@ def test_whatever_gets_done_anywhere_starts_the_time_anew(store: dist.TCPStore) 
     assert any(dogs[1].tick() for _ in range(20))
 
 
-def test_rank_0_names_the_rank_that_shows_nothing_any_more(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+def test_rank_0_names_the_rank_that_posts_no_status_any_more(
+    watch: Callable[..., Watched], store: dist.TCPStore
+) -> None:
     RankBoard(store, 1, 2).post(host="node9", space="-", pid=1, count=3, doing="step 3", step=3)
     verdict = watch(RankBoard(store, 0, 2), 0.4).verdict()
     assert verdict.cause == "hang"
     assert "stopped or without a network: rank 1 (node9, pid 1, last at: step 3)" in verdict.text
 
 
-def test_rank_0_notices_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+def test_rank_0_reports_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     here = watchdog._pid_namespace()
@@ -130,7 +132,7 @@ def test_rank_0_notices_a_process_that_is_gone(watch: Callable[..., Watched], st
     assert f"pid {process.pid}" in verdict.text
 
 
-def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
+def test_the_first_failure_ends_a_rank_that_is_stuck(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
     first, second = RankBoard(store, 0, 2), RankBoard(store, 1, 2)
     watched = watch(first, 600)
     assert second.publish(report(1)) == report(1)
@@ -139,7 +141,7 @@ def test_a_failure_elsewhere_ends_a_rank_that_is_stuck(watch: Callable[..., Watc
 
 
 @pytest.mark.process
-def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) -> None:
+def test_watchdog_reports_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) -> None:
     process, client = server
     watched = watch(RankBoard(client, 1, 2), 600)
     process.kill()
@@ -149,7 +151,9 @@ def test_a_rank_0_that_was_killed(watch: Callable[..., Watched], server: Any) ->
 
 
 @pytest.mark.process
-def test_a_rank_0_that_was_stopped(watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_and_bounded_do_not_wait_for_a_rank_0_that_is_stopped(
+    watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process, client = server
     monkeypatch.setattr(rank_board, "ANSWER_SECONDS", 0.2)
     place = RankBoard(client, 1, 2)
@@ -174,7 +178,7 @@ def test_a_board_without_a_store_serves_one_process() -> None:
     assert board.publish(report(0)) == board.publish(report(0, "lost")) == board.failure() == report(0)
 
 
-def test_stacks_show_where_every_thread_is() -> None:
+def test_stacks_show_every_thread() -> None:
     release = threading.Event()
 
     def waits_for_release() -> None:
@@ -188,4 +192,4 @@ def test_stacks_show_where_every_thread_is() -> None:
         release.set()
         thread.join()
     assert "waits_for_release" in text
-    assert "test_stacks_show_where_every_thread_is" in text
+    assert "test_stacks_show_every_thread" in text

@@ -1,16 +1,34 @@
-"""python -m cifar_hpc doctor: problems that runs would meet here, and what to do about them."""
+"""python -m cifar_hpc doctor: problems that runs would meet here, and what to do about them.
+
+With --job it submits a job as runs are submitted, waits for it, and removes all of it unless there was a problem.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from cifar_hpc.cli.doctor import machine
-from cifar_hpc.cli.doctor.job import check_job
-from cifar_hpc.cli.doctor.node import check_python
-from cifar_hpc.cli.doctor.report import Finding, Report
-from cifar_hpc.cli.doctor.slurm import SlurmChecks
-from cifar_hpc.runs.paths import project_root
+from cifar_hpc.cli.doctor import login
+from cifar_hpc.cli.doctor.node import KEPT, LOCK, PLAN, Plan, TaskReport, check_python, hold_lock
+from cifar_hpc.cli.doctor.report import STATUSES, Finding, counted, ok, problem, run_check, show, warning
+from cifar_hpc.config.site import Site
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.files import write_atomic
+from cifar_hpc.launch import batch_script, executors
+from cifar_hpc.launch.snapshot import take_snapshot
+from cifar_hpc.runs.paths import RunPaths, project_root
+from cifar_hpc.runs.requeue import ALIVE
+from cifar_hpc.slurm import client as slurm
+from cifar_hpc.text import printable
 
 HELP = "what would go wrong here: Slurm, partition, GPUs, file system, data, torch"
 DESCRIPTION = """\
@@ -31,6 +49,20 @@ EXAMPLES = (
     "--profile mycluster --account lab --job",
     "--partition gpu --job --nodes 2 --gpus-per-node 4 --wait 60",
 )
+
+NEEDED_ON_NODES = ("torch", "torchvision", "submitit", "pyyaml", "numpy")  # the others draw, export and show
+TIME_LIMIT = "5"  # minutes; it takes one, most of it for importing torch
+POLL_SECONDS = 1.0
+ENDING_SECONDS = 60.0
+NETWORK = (
+    "the nodes do not reach each other on the network that was picked: export NCCL_SOCKET_IFNAME=... and "
+    "GLOO_SOCKET_IFNAME=... in the profile's setup: (ip link shows the names); NCCL_DEBUG=INFO tells more"
+)
+# With these a job waits until somebody changes it or the partition (squeue(1), JOB REASON CODES).
+HOPELESS = (
+    "AccountNotAllowed", "BadConstraints", "InvalidAccount", "InvalidQOS", "JobHeldAdmin", "PartitionConfig",
+    "PartitionDown", "PartitionInactive", "PartitionNodeLimit", "PartitionTimeLimit", "QOSNotAllowed",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,31 +86,181 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check this machine, Slurm and, with --job, the compute nodes; returns 1 where there is a problem."""
-    report = Report(arguments.json)
+    return show(_findings(arguments), arguments.json)
+
+
+def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
+    """All findings, one after the other."""
     root = project_root()
     flags = {key: getattr(arguments, key) for key in ("partition", "account", "gpus_per_node")}
     flags = {key: value for key, value in flags.items() if value is not None} | {"nodes": str(arguments.nodes)}
-    finding, site, spec = machine.read_site(arguments.profile, flags)
-    plan = machine.plan_of(spec, root)
-    report.run("python", check_python, plan)
-    report.add(finding)
-    slurm = SlurmChecks(spec.resources)
-    report.run("slurm", slurm.check_slurm)
-    if has_slurm := report.status("slurm") == "ok":
-        report.run("partition", slurm.check_partition)
-        if slurm.partition:
-            report.run("nodes", slurm.check_nodes)
-            report.run("preemption", slurm.check_preemption)
-        report.run("requeue", slurm.check_requeue)
-        report.run("account", slurm.check_account)
-    report.run("file system", machine.check_file_system, root, not has_slurm)
-    if report.status("file system") != "problem":
-        report.run("locks", machine.check_locks, root)
-        report.run("free space", machine.check_free_space, root)
-    report.run("torch", machine.check_torch, plan)
+    profile, site, spec = login.read_site(arguments.profile, flags)
+    plan = login.plan_of(spec, root)
+    yield from run_check("python", check_python, plan)
+    yield profile
+    cluster = login.SlurmChecks(spec.resources)
+    (answer,) = run_check("slurm", cluster.check_slurm)
+    yield answer
+    if has_slurm := answer.status == "ok":
+        on_nodes = {"nodes": cluster.check_nodes, "preemption": cluster.check_preemption} if cluster.partition else {}
+        checks = {"partition": cluster.check_partition, **on_nodes, "requeue": cluster.check_requeue}
+        for name, check in (checks | {"account": cluster.check_account}).items():
+            yield from run_check(name, check)
+    (folder,) = run_check("file system", login.check_file_system, root, not has_slurm)
+    yield folder
+    if folder.status != "problem":
+        yield from run_check("locks", login.check_locks, root)
+        yield from run_check("free space", login.check_free_space, root)
+    yield from (torch := run_check("torch", login.check_torch, plan))
     if arguments.job and has_slurm:
-        plan = replace(plan, data_here=report.status("data") == "ok")
-        report.run("job", check_job, root, spec, site, plan, 60 * arguments.wait)
+        plan = replace(plan, data_here=any(f.check == "data" and f.status == "ok" for f in torch))
+        yield from run_check("job", check_job, root, spec, site, plan, 60 * arguments.wait)
     elif arguments.job:
-        report.add(Finding("job", "warning", "--job needs a Slurm that answers", "try again on a login node"))
-    return report.close()
+        yield Finding("job", "warning", "--job needs a Slurm that answers", "try again on a login node")
+
+
+def check_job(root: Path, spec: Spec, site: Site, plan: Plan, patience: float) -> Iterator[Finding]:
+    """Run the job; yields the findings of its tasks. What it printed is kept where there is a problem.
+
+    Args:
+        patience: seconds that the job may wait for its start.
+    """
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=logs, ignore_cleanup_errors=True) as folder:
+        paths = RunPaths(root, Path(folder).name)
+        paths.slurm.mkdir()
+        tasks = spec.resources.max_nodes * spec.resources.ntasks_per_node
+        try:
+            with hold_lock(paths.logs / LOCK):
+                job_id = _submit(paths, spec, site, plan)
+                nodes = counted(spec.resources.max_nodes, "node")
+                say(f"job {job_id}: {counted(tasks, 'task')} on {nodes}; Ctrl-C cancels it")
+                state, reason = _wait(job_id, patience)
+        except SchedulerError as error:
+            yield problem(str(error), "--partition, --account and the profile's resources are what sites ask for")
+            return
+        output, ended = _last_lines(paths.slurm), f"job {job_id} ended as {state} ({reason})"
+        findings = [not_started(job_id, reason)]
+        if state != "PENDING":
+            findings = job_findings(ended, tasks, _task_reports(paths.logs), output)
+        yield from findings
+        if output and any(finding.status == "problem" for finding in findings):
+            kept = shutil.copytree(paths.slurm, f"{folder}-kept/slurm")
+            say(f"what the job printed is kept in {kept}")
+
+
+def _submit(paths: RunPaths, spec: Spec, site: Site, plan: Plan) -> str:
+    plan = replace(plan, pins={name: pin for name, pin in plan.pins.items() if name in NEEDED_ON_NODES})
+    write_atomic(paths.logs / PLAN, json.dumps(asdict(plan)).encode())
+    spec = replace(spec, resources=replace(spec.resources, time=TIME_LIMIT))
+    script = batch_script.module_script(paths, spec, site, ["cifar_hpc.cli.doctor.node", str(paths.logs)])
+    return executors.submit_script(script, take_snapshot(paths))
+
+
+def _wait(job_id: str, patience: float) -> tuple[str, str]:
+    """Wait until the job has ended, or will not start; returns its state and the reason. An interrupt cancels it."""
+    begin, said = time.monotonic(), ""
+    try:
+        while True:
+            fields = slurm.job_fields(job_id)
+            state, reason = fields.get("JobState", "?"), fields.get("Reason", "?")
+            if state not in (*ALIVE, "PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED"):
+                return state, reason
+            if state == "PENDING" and (reason in HOPELESS or time.monotonic() - begin > patience):
+                _cancel(job_id)
+                return state, reason
+            words = f"{state.lower()} on {fields.get('NodeList', '?')}"
+            if state == "PENDING":
+                words = "queued" if reason == "None" else f"queued ({reason})"
+            if words != said:
+                say(f"job {job_id}: {words}")
+                said = words
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        _cancel(job_id)
+        say(f"job {job_id}: cancelled")
+        raise
+
+
+def _cancel(job_id: str) -> None:
+    """Cancel the job and wait until its processes have stopped writing."""
+    with contextlib.suppress(SchedulerError):
+        slurm.cancel_job(job_id)
+        end = time.monotonic() + ENDING_SECONDS
+        while slurm.job_fields(job_id).get("JobState") in (*ALIVE, "COMPLETING") and time.monotonic() < end:
+            time.sleep(POLL_SECONDS / 5)
+
+
+def _task_reports(folder: Path) -> list[TaskReport]:
+    reports = []
+    for path in folder.glob("task-*.json"):  # lists the folder, so that an NFS client does not trust its cache
+        fields = json.loads(path.read_text())
+        findings = [Finding(**finding) for finding in fields["findings"]]
+        reports.append(TaskReport(fields["rank"], fields["node"], fields["finished"], findings))
+    return sorted(reports, key=lambda report: report.rank)
+
+
+def _last_lines(folder: Path) -> str:
+    """The last lines that rank 0, or else another task, has printed."""
+    for path in sorted(folder.glob("*_log.out")):
+        if lines := [line for line in path.read_text(errors="replace").splitlines() if line.strip()]:
+            return " / ".join(lines[-3:])
+    return ""
+
+
+def not_started(job_id: str, reason: str) -> Finding:
+    """A job that Slurm did not start in time."""
+    words = f"job {job_id} did not start: {reason}; it is cancelled"
+    if reason in HOPELESS:
+        return problem(words, "it would wait for ever: another --partition, --account or --time")
+    return warning(words, "so nothing is known of the compute nodes: try again with --wait MINUTES")
+
+
+def job_findings(ended: str, expected: int, tasks: Sequence[TaskReport], output: str) -> list[Finding]:
+    """The findings of all tasks together: of each check the worst.
+
+    Args:
+        ended: a sentence about the job's end.
+        expected: the number of tasks.
+        tasks: the reports that came back, by rank.
+        output: the last lines of what the job printed.
+    """
+    if not tasks and output:
+        advice = "see python: and setup: (module load ...) in the site profile; the whole output is kept"
+        return [problem(f"{ended}; the last it printed: {output}", advice)]
+    if not tasks:
+        advice = "clone the project to where the nodes see it at the same path as here, or set CIFAR_HPC_ROOT"
+        return [problem(f"{ended} and nothing of it can be seen in this folder", advice)]
+    words = f"{len(tasks)} of {expected} tasks on {', '.join(sorted({task.node for task in tasks}))}"
+    findings = [ok(words)]
+    if killed := [task for task in tasks if not task.finished]:
+        findings = [problem(f"{_who(killed[0])} ended too early: {output}", KEPT)]
+    elif len(tasks) < expected:
+        findings = [problem(f"{words} came back: {output}", KEPT)]
+    words = "what the login node wrote was read by the tasks, and the other way round; fsync and rename work there"
+    findings.append(replace(ok(words), check="job file system"))
+    for check in dict.fromkeys(finding.check for task in tasks for finding in task.findings):
+        findings.append(_worst([(task, f) for task in tasks for f in task.findings if f.check == check]))
+    return findings
+
+
+def _worst(found: Sequence[tuple[TaskReport, Finding]]) -> Finding:
+    """The worst of the tasks' findings of one check; of equals the first."""
+    task, worst = max(found, key=lambda pair: STATUSES.index(pair[1].status))
+    pythons = sorted({finding.found for _, finding in found if finding.check == "python"})
+    if worst.status != "ok":
+        advice = NETWORK if worst.check == "all-reduce" else worst.advice
+        worst = replace(worst, found=f"{_who(task)}: {worst.found}", advice=advice)
+    elif len({words.split()[0] for words in pythons}) > 1:
+        worst = warning(f"not the same on all nodes: {', '.join(pythons)}", "name one in the profile: python:")
+    return replace(worst, check=f"job {found[0][1].check}")
+
+
+def _who(task: TaskReport) -> str:
+    return f"task {task.rank} on {task.node}"
+
+
+def say(words: str) -> None:
+    """Print a line about progress on stderr, for people who wait; it is not part of the answer."""
+    print(printable(words), file=sys.stderr, flush=True)

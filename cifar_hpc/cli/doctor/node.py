@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -27,6 +27,7 @@ from cifar_hpc.data.image_folder import list_folder
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.files import try_lock, write_atomic
 from cifar_hpc.slurm import client as slurm
+from cifar_hpc.training.process import Launch
 
 PLAN, LOCK = "plan.json", "lock"  # files in the folder of doctor's job; the login node holds the lock meanwhile
 LEAST_PYTHON = (3, 11)
@@ -68,18 +69,6 @@ class TaskReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-Check = Callable[[Plan], Finding]
-
-
-def run(check: Check, plan: Plan) -> Finding:
-    """The finding of a check, under its name: all-reduce of check_all_reduce."""
-    return run_check(_name(check), check, plan)[0]
-
-
-def _name(check: Check) -> str:
-    return check.__name__.removeprefix("check_").replace("_", "-")
-
-
 def check_python(plan: Plan) -> Finding:
     """The version of this Python."""
     words = f"{platform.python_version()} ({sys.executable})"
@@ -112,13 +101,11 @@ def check_torch(plan: Plan) -> Finding:
     except Exception as error:  # a broken installation raises anything
         return problem(f"import torch: {type(error).__name__}: {error}", INSTALL)
     seconds = time.monotonic() - begin
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-    built = f"ROCm {torch.version.hip}" if torch.version.hip else built
+    versions = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    built = next((f"{name} {version}" for name, version in versions.items() if version), "the CPU only")
     words = f"torch {torch.__version__}, built for {built}, imported in {seconds:.1f} s"
-    if seconds > SLOW_IMPORT_SECONDS:
-        advice = "every start waits for it: use a faster file system, or a container image (docs/clusters.md)"
-        return warning(words, advice)
-    return ok(words)
+    advice = "every start waits for it: use a faster file system, or a container image (docs/clusters.md)"
+    return warning(words, advice) if seconds > SLOW_IMPORT_SECONDS else ok(words)
 
 
 def check_data(plan: Plan) -> Finding:
@@ -132,11 +119,11 @@ def check_data(plan: Plan) -> Finding:
             check_cifar10(Path(plan.data))
     except (UserError, ImportError, OSError) as error:
         words = str(error).partition(" HINT: ")[0]  # there is better advice than the hint
-        if plan.data_here:
-            advice = "the folder of the images must be shared with the compute nodes: another data.root"
-            return problem(words, advice)
         advice = "submit.py downloads it on a machine with internet; --set data.source=synthetic needs nothing"
-        return warning(words, advice) if plan.source == "cifar10" else problem(words, advice)
+        if plan.source == "cifar10" and not plan.data_here:
+            return warning(words, advice)
+        shared = "the folder of the images must be shared with the compute nodes: another data.root"
+        return problem(words, shared if plan.data_here else advice)
     return ok(f"{plan.source} in {plan.data}" if plan.source != "synthetic" else plan.source)
 
 
@@ -146,7 +133,7 @@ def check_gpus(plan: Plan) -> Finding:
 
     if plan.gpus == 0:
         return ok("none were asked for")
-    given = _number("SLURM_GPUS_ON_NODE")
+    given = number(os.environ.get("SLURM_GPUS_ON_NODE"))
     words = f"Slurm gave {counted(given, 'GPU')} but CUDA is not usable" if given else "Slurm gave no GPU"
     if not torch.cuda.is_available():
         why = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
@@ -165,8 +152,10 @@ class Task:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = Plan(**json.loads((folder / PLAN).read_text()))
-        self.rank, self.world_size = _number("SLURM_PROCID"), max(1, _number("SLURM_NTASKS"))
-        self.local_rank, self.job_id = _number("SLURM_LOCALID"), str(slurm.own_job_id())
+        rank, tasks, local = (os.environ.get(f"SLURM_{name}") for name in ("PROCID", "NTASKS", "LOCALID"))
+        self.rank, self.world_size, self.job_id = number(rank), max(1, number(tasks)), str(slurm.own_job_id())
+        meeting = folder / "meeting" / "rendezvous.json"
+        self.launch = Launch(self.rank, self.world_size, number(local), "slurm", self.job_id, meeting)
         self.report = TaskReport(self.rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         self.store: Any = None  # what the tasks share, where there are several
         self.signalled = threading.Event()
@@ -176,13 +165,14 @@ class Task:
         signal.signal(signal.SIGUSR2, lambda *_: self.signalled.set())
         alone = (self.check_locks, check_python, check_packages, self.check_requeue, check_torch, check_gpus)
         for check in (*alone, check_data, self.check_all_reduce, self.check_signals):
-            limit = threading.Timer(CHECK_SECONDS, self._give_up, [check])
+            name = check.__name__.removeprefix("check_").replace("_", "-")
+            limit = threading.Timer(CHECK_SECONDS, self._give_up, [name])
             limit.daemon = True
             limit.start()
-            finding = run(check, self.plan)
+            (finding,) = run_check(name, check, self.plan)
             limit.cancel()
             self.report.findings.append(finding)
-            if finding.status == "problem" and finding.check in ("torch", "all-reduce"):
+            if finding.status == "problem" and name in ("torch", "all-reduce"):
                 break  # the next checks need it
             self.write()
         self.write(finished=True)
@@ -192,9 +182,8 @@ class Task:
         self.report.finished = finished
         write_atomic(self.folder / f"task-{self.rank}.json", json.dumps(asdict(self.report)).encode())
 
-    def _give_up(self, check: Check) -> None:
-        words = f"not finished within {CHECK_SECONDS:g} s"
-        self.report.findings.append(Finding(_name(check), "problem", words, KEPT))
+    def _give_up(self, name: str) -> None:
+        self.report.findings.append(Finding(name, "problem", f"not finished within {CHECK_SECONDS:g} s", KEPT))
         self.write(finished=True)
         os._exit(1)
 
@@ -227,18 +216,15 @@ class Task:
         import torch.distributed as dist
 
         from cifar_hpc.training.distributed.rendezvous import meet
-        from cifar_hpc.training.process import Launch
         from cifar_hpc.training.signals import StopFlag
 
-        rendezvous = self.folder / "meeting" / "rendezvous.json"
-        launch = Launch(self.rank, self.world_size, self.local_rank, "slurm", self.job_id, rendezvous)
-        self.store = meet(launch, StopFlag())  # as runs do
+        self.store = meet(self.launch, StopFlag())  # as runs do
         if self.store is None:
             return ok("one task: there is nothing to reduce; try --nodes 2 or --gpus-per-node 2")
         backend, device = "gloo", None
         if all(answer == "True" for answer in self._exchange("usable", str(torch.cuda.is_available()))):
-            local = self.local_rank if self.local_rank < torch.cuda.device_count() else 0
-            backend, device = "nccl", torch.device("cuda", local)
+            local = self.launch.local_rank
+            backend, device = "nccl", torch.device("cuda", local if local < torch.cuda.device_count() else 0)
             torch.cuda.set_device(device)
         group = dist.PrefixStore("doctor", self.store)
         dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world_size, device_id=device)
@@ -300,17 +286,17 @@ def is_locked(path: Path) -> bool:
         return False
 
 
-def _number(variable: str) -> int:
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdigit() else 0
+def number(text: str | None) -> int:
+    """A whole number; 0 where the text is none."""
+    return int(text) if text and text.isdigit() else 0
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--plan":
+        checks = {"packages": check_packages, "torch": check_torch, "data": check_data}
         plan = Plan(**json.loads(sys.argv[2]))
-        print(json.dumps([asdict(run(check, plan)) for check in (check_packages, check_torch, check_data)]))
+        print(json.dumps([asdict(found) for name in checks for found in run_check(name, checks[name], plan)]))
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the batch script has had ignored
         Task(Path(sys.argv[1])).run()
-        sys.stdout.flush()
         os._exit(0)  # without the teardown of process groups, which may wait for tasks that are gone

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cifar_hpc.cli.figures.style import DOUBLE_COLUMN, new_figure, shorten
+from cifar_hpc.cli.figures.style import DOUBLE_COLUMN, Axes, Figure, new_figure, shorten
 from cifar_hpc.config.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from cifar_hpc.models.summary import Architecture, Block, Layer
 
 # Inches from the left or the top. Blocks, shapes and parameters are three columns, the single block is a fourth.
@@ -28,8 +24,7 @@ SMALL = 6.5  # points
 DETAIL_LETTERS = 46  # the width of a box
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A box of the figure with a line of detail, and the shape and parameters beside it."""
 
     words: str
@@ -89,11 +84,10 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], parameters: int) -> None:
         if y > TOP:
             _arrow(axis, (middle, y - GAP), (middle, y))
         _box(axis, BLOCK_LEFT, y, BLOCK_WIDTH, row.height, row.words)
-        detail = shorten(row.detail, DETAIL_LETTERS)
-        _text(axis, middle, y + row.height * 0.72, detail, fontsize=SMALL, color=EDGE)
+        _text(axis, middle, y + row.height * 0.72, shorten(row.detail, DETAIL_LETTERS), fontsize=SMALL, color=EDGE)
         _text(axis, SHAPE_RIGHT, y + row.height / 2, _dimensions(row.shape), ha="right")
-        count = "" if row.parameters is None else f"{row.parameters:,}"
-        _text(axis, PARAMETERS_RIGHT, y + row.height / 2, count, ha="right")
+        if row.parameters is not None:
+            _text(axis, PARAMETERS_RIGHT, y + row.height / 2, f"{row.parameters:,}", ha="right")
         y += row.height + GAP
     left = SHAPE_RIGHT - 0.85
     axis.plot([left, PARAMETERS_RIGHT], [y - 0.05, y - 0.05], color=EDGE, linewidth=0.6)
@@ -145,9 +139,8 @@ def _box(axis: Axes, left: float, top: float, width: float, height: float, words
     _text(axis, left + width / 2, top + height * (0.5 if height == LOW else 0.3), words)
 
 
-def _text(axis: Axes, x: float, y: float, words: str, **style: Any) -> None:
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-    axis.text(x, y, words, **centred | style)
+def _text(axis: Axes, x: float, y: float, words: str, ha: str = "center", fontsize: float = 7, **style: Any) -> None:
+    axis.text(x, y, words, ha=ha, fontsize=fontsize, **{"va": "center"} | style)
 
 
 def _arrow(axis: Axes, begin: tuple[float, float], end: tuple[float, float]) -> None:

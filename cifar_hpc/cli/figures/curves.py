@@ -1,18 +1,23 @@
-"""Figures of accuracy, loss and learning rate against the epoch."""
+"""Curves of runs, averaged over their seeds, and figures of them: accuracy, loss and learning rate by epoch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
-from cifar_hpc.cli.figures.series import Curve, Line, Series, steep_part_left_out
-from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN, add_legend, new_figure
-from cifar_hpc.runs.groups import shared_label
+from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN, Axes, Figure, add_legend, new_figure
+from cifar_hpc.runs.groups import Group, labels, shared_label
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Curve = dict[int, float]  # epoch -> value, in the order of the epochs
+# Greater values are damage, and would flatten everything else.
+GREATEST = {"train_accuracy": 100.0, "test_accuracy": 100.0, "train_loss": 1e6, "test_loss": 1e6, "lr": 1e6}
+MAX_EPOCH = 1_000_000
+# Of runs with LONG epochs or more this part is steep.
+LONG, FIRST_PART = 40, 0.05
 
 Style = dict[str, Any]  # as Line2D takes it
 YLABELS = {"accuracy": "accuracy (%)", "loss": "loss (cross-entropy)"}
@@ -31,11 +36,132 @@ RESTART: Style = {"linestyle": "", "marker": "o", "markersize": 3, "markerfaceco
 BEST: Style = {"linestyle": "", "marker": "*", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
+class RunCurves(NamedTuple):
+    """Valid rows of one run's metrics.jsonl.
+
+    curves: by field of the rows, those of GREATEST.
+    restarts: the first epoch that was finished after each restart.
+    """
+
+    run: RunPaths
+    curves: Mapping[str, Curve]
+    restarts: tuple[int, ...]
+
+
+class Line(NamedTuple):
+    """A field of a group: one run's curve, or the mean of several seeds.
+
+    mean: up to the epoch that each of the seeds has finished.
+    low, high: the least and the greatest of the seeds; empty for a single run.
+    beyond: the curves of those seeds that are further, from the last common epoch on.
+    restarts: for each restart of any of the seeds, the drawn value at its epoch.
+    """
+
+    mean: Curve
+    low: Curve
+    high: Curve
+    beyond: tuple[Curve, ...]
+    restarts: Curve
+
+
+class Score(NamedTuple):
+    """Test accuracy in percent: mean over the seeds, and standard deviation (None for a single run).
+
+    epoch: the last one that all seeds have finished, to which `last` belongs.
+    best_epoch: that of `best`; None for several seeds, of which each has its own.
+    """
+
+    epoch: int
+    last: float
+    last_deviation: float | None
+    best: float
+    best_epoch: int | None
+
+    @property
+    def last_text(self) -> str:
+        """The last accuracy and its deviation, such as `93.10 ± 0.20`."""
+        return f"{self.last:.2f}" + ("" if self.last_deviation is None else f" ± {self.last_deviation:.2f}")
+
+
+class Series(NamedTuple):
+    """A group that has at least one finished epoch, without its runs that have none."""
+
+    label: str
+    group: Group
+    members: tuple[RunCurves, ...]
+
+    def line(self, field: str) -> Line:
+        """The line of a field of metrics.jsonl; its parts are empty where no row has it."""
+        curves, by_epoch = self._common(field)
+        end = max(by_epoch, default=0)
+        mean = {epoch: fmean(values) for epoch, values in by_epoch.items()}
+        several = by_epoch if len(curves) > 1 else {}
+        low, high = ({epoch: of(values) for epoch, values in several.items()} for of in (min, max))
+        beyond = tuple({e: value for e, value in curve.items() if e >= end} for curve in curves if max(curve) > end)
+        restarts = [(epoch, member.curves[field]) for member in self.members for epoch in member.restarts]
+        return Line(mean, low, high, beyond, {e: mean.get(e, curve[e]) for e, curve in restarts if e in curve})
+
+    def score(self) -> Score | None:
+        """Last and best test accuracy; None where the seeds have no epoch in common."""
+        curves, by_epoch = self._common("test_accuracy")
+        if not by_epoch:
+            return None
+        end, alone = max(by_epoch), len(curves) == 1
+        best = [max(by_epoch, key=curve.__getitem__) for curve in curves]
+        mean = fmean(curve[epoch] for curve, epoch in zip(curves, best, strict=True))
+        last, deviation = fmean(by_epoch[end]), None if alone else stdev(by_epoch[end])
+        return Score(end, last, deviation, mean, best[0] if alone else None)
+
+    def _common(self, field: str) -> tuple[list[Curve], dict[int, list[float]]]:
+        """The curves of the runs that have the field, and all their values at each epoch that they share."""
+        curves = [curve for member in self.members if (curve := member.curves[field])]
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        return curves, {epoch: [curve[epoch] for curve in curves] for epoch in epochs}
+
+
+def read_series(groups: Sequence[Group]) -> list[Series]:
+    """The groups that have anything to show, each labelled by its differences from the others."""
+    series = []
+    for group, label in zip(groups, labels(groups), strict=True):
+        if members := tuple(read for run in group.runs if any((read := read_curves(run)).curves.values())):
+            series.append(Series(label, group, members))
+    return series
+
+
+def read_curves(run: RunPaths) -> RunCurves:
+    """The curves of one run. The last row wins for a duplicate epoch; invalid values are left out.
+
+    Raises:
+        OSError: metrics.jsonl cannot be read.
+    """
+    found = {row["epoch"]: row for row in read_jsonl(run.metrics) if type(row.get("epoch")) is int}
+    rows = {epoch: found[epoch] for epoch in sorted(found) if 1 <= epoch <= MAX_EPOCH}
+    curves: dict[str, Curve] = {field: {} for field in GREATEST}
+    restarts: dict[int, int] = {}  # the epoch by the number of the restart, which only grows
+    for epoch, row in rows.items():
+        for field, greatest in GREATEST.items():
+            value: Any = row.get(field)
+            if type(value) in (int, float) and 0 <= value <= greatest:
+                curves[field][epoch] = float(value)
+        restart: Any = row.get("restart")
+        if type(restart) is int and restart > max(restarts, default=0):
+            restarts[restart] = epoch
+    return RunCurves(run, curves, tuple(restarts.values()))
+
+
+def steep_part_left_out(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Least and greatest value of long runs without their first steep part, which would take most of an axis; None
+    for short ones."""
+    last = max((epoch for curve in curves for epoch in curve), default=0)
+    rest = [value for curve in curves for epoch, value in curve.items() if epoch > FIRST_PART * last]
+    return (min(rest), max(rest)) if last >= LONG and rest else None
+
+
 def score_figure(series: Sequence[Series], what: str) -> Figure:
     """Training and test `accuracy` (the legend has the last and the best one), or `loss`, with label smoothing."""
     from matplotlib.lines import Line2D
 
-    alone, wide = len(series) == 1, len(series) > ONE_PANEL
+    alone, wide, accuracy = len(series) == 1, len(series) > ONE_PANEL, what == "accuracy"
     figure = new_figure(DOUBLE_COLUMN if wide else SINGLE_COLUMN, PANEL_HEIGHT)
     panels = figure.subplots(1, 2 if wide else 1, sharey=True, squeeze=False)[0]
     training, test = panels[0], panels[-1]
@@ -43,34 +169,28 @@ def score_figure(series: Sequence[Series], what: str) -> Figure:
     entries: list[tuple[Any, str, str]] = []
     for one, style in looks(series):
         trained, tested = one.line(f"train_{what}"), one.line(f"test_{what}")
-        in_training = style if wide else style | TRAINING | ({"color": COLOURS[1]} if alone else {})
-        _draw(training, trained, in_training)
+        _draw(training, trained, style if wide else style | TRAINING | ({"color": COLOURS[1]} if alone else {}))
         _draw(test, tested, style)
         lines += [trained, tested]
-        if style is OTHERS:
-            continue
-        if tested.restarts:
-            restarts = RESTART | {"color": style["color"], "zorder": 3, "gid": "restart"}
-            test.plot(list(tested.restarts), list(tested.restarts.values()), **restarts)
-        entries.append((Line2D([], [], **style), *_texts(one, what, alone)))
-    score = series[0].score() if alone and what == "accuracy" else None
+        if style is not OTHERS:
+            if tested.restarts:
+                restarts = RESTART | {"color": style["color"], "zorder": 3, "gid": "restart"}
+                test.plot(list(tested.restarts), list(tested.restarts.values()), **restarts)
+            entries.append((Line2D([], [], **style), *_texts(one, what, alone)))
+    score = series[0].score() if alone and accuracy else None
     if score and score.best_epoch and score.epoch > 1:
         (star,) = test.plot(score.best_epoch, score.best, **BEST, color=BLACK, zorder=4, gid="best")
         entries.append((star, f"best: {score.best:.2f}% at epoch {score.best_epoch}", ""))
-    title = "" if alone or what == "loss" else "last test accuracy"
-    if what == "accuracy" and any(len(one.members) > 1 for one in series):
+    title = "last test accuracy" if accuracy and not alone else ""
+    if accuracy and any(len(one.members) > 1 for one in series):
         title = "last test accuracy, mean ± standard deviation over the seeds"
     add_legend(figure, entries + _explanations(series, lines), title)
-    _finish(training, YLABELS[what])
-    limits = steep_part_left_out([curve for line in lines for curve in (line.mean, *line.beyond)])
-    if limits:
-        low, high = limits
-        room = 0.05 * (high - low) or 0.5
-        training.set_ylim(low - room, min(100.5, high + room) if what == "accuracy" else high + room)
+    _finish(training, YLABELS[what], "training" if wide else "")
+    if limits := steep_part_left_out([curve for line in lines for curve in (line.mean, *line.beyond)]):
+        room = 0.05 * (limits[1] - limits[0]) or 0.5
+        training.set_ylim(limits[0] - room, min(limits[1] + room, 100.5 if accuracy else math.inf))
     if wide:
-        _finish(test, "")
-        training.set_title("training")
-        test.set_title("test")
+        _finish(test, "", "test")
     return figure
 
 
@@ -85,11 +205,10 @@ def learning_rate_figure(series: Sequence[Series]) -> Figure:
         _plot(axis, curve, _style(number))
     _finish(axis, "learning rate")
     axis.set_ylim(bottom=0)
-    entries = [(Line2D([], [], **_style(n)), label, "") for n, (label, _) in enumerate(merged[:MOST_STYLES])]
-    if len(merged) > MOST_STYLES:
-        entries.append((Line2D([], [], **OTHERS), f"{len(merged) - MOST_STYLES} others", ""))
+    texts = [label for label, _ in merged[:MOST_STYLES]]
+    texts += [f"{len(merged) - MOST_STYLES} others"] if len(merged) > MOST_STYLES else []
     if len(merged) > 1:
-        add_legend(figure, entries)
+        add_legend(figure, [(Line2D([], [], **_style(number)), text, "") for number, text in enumerate(texts)])
     return figure
 
 
@@ -132,7 +251,7 @@ def _draw(axis: Axes, line: Line, style: Style) -> None:
     for curve in line.beyond:
         _plot(axis, curve, style | BEYOND)
     if line.low:
-        low, high = list(line.low.values()), list(line.high.values())
+        low, high = (list(bound.values()) for bound in (line.low, line.high))
         axis.fill_between(list(line.low), low, high, color=style["color"], **BAND)
 
 
@@ -142,11 +261,9 @@ def _plot(axis: Axes, curve: Curve, style: Style) -> None:
     axis.plot(list(curve), list(curve.values()), **style | marker | {"linewidth": width})
 
 
-def _finish(axis: Axes, ylabel: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axis.set(xlabel="epoch", ylabel=ylabel)
+def _finish(axis: Axes, ylabel: str, title: str = "") -> None:
+    axis.locator_params("x", integer=True, nbins=6, min_n_ticks=1, steps=[1, 2, 5, 10])
+    axis.set(xlabel="epoch", ylabel=ylabel, title=title)
 
 
 def _texts(one: Series, what: str, alone: bool) -> tuple[str, str]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, add_legend, new_figure, shorten
+from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, Axes, Figure, add_legend, new_figure, shorten
 from cifar_hpc.runs.timeline import LOST, STARTING, TRAINING, WAITING, Timeline
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MOST_ROWS = 40
 ROW_HEIGHT, PROGRESS_HEIGHT, AROUND = 0.24, 1.5, 0.5  # inches
@@ -55,26 +51,25 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     figure = new_figure(DOUBLE_COLUMN, sum(heights) + AROUND)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     rows: Axes = axes[-1]
-    entries = _draw_spans(rows, shown, begin, length) + _draw_marks(rows, shown, begin, length)
+    entries = _draw_rows(rows, shown, begin, length)
     if alone:
         _draw_progress(axes[0], shown[0], begin, length)
-    rows.set_ylim(len(shown) - 0.4, -0.6)
+    more = f"; {left_out} more runs are not shown" if left_out else ""
+    since = f"{unit} since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC"
+    rows.set(ylim=(len(shown) - 0.4, -0.6), xlabel=since + more)
     rows.set_yticks([] if alone else range(len(shown)), [] if alone else [shorten(x, LABEL_LETTERS) for x in labels])
     rows.tick_params(axis="y", length=0)
     rows.grid(visible=False, axis="y")
     rows.spines["left"].set_visible(False)
     rows.margins(x=0.01)
-    rows.set_xlabel(
-        f"{unit} since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC"
-        + (f"; {left_out} more runs are not shown" if left_out else "")
-    )
     add_legend(figure, entries)
     return figure
 
 
-def _draw_spans(axis: Axes, shown: Sequence[Timeline], begin: float, length: float) -> list[tuple[Any, str, str]]:
-    """Draw the bars; return the legend's entries, with how long each kind took."""
-    entries = []
+def _draw_rows(axis: Axes, shown: Sequence[Timeline], begin: float, length: float) -> list[tuple[Any, str, str]]:
+    """Draw the bars and marks; return the legend's entries, with how long each kind of bar took and the number of
+    marks. Checkpoints are drawn of a single run only."""
+    entries: list[tuple[Any, str, str]] = []
     for kind, (words, style) in SPANS.items():
         sample: Any = None
         for row, timeline in enumerate(shown):
@@ -83,19 +78,13 @@ def _draw_spans(axis: Axes, shown: Sequence[Timeline], begin: float, length: flo
                 sample = axis.broken_barh(bars, (row - BAR / 2, BAR), **style, linewidth=0.4, gid=kind)
         if sample:
             entries.append((sample, words, f": {in_words(sum(timeline.seconds(kind) for timeline in shown))}"))
-    return entries
-
-
-def _draw_marks(axis: Axes, shown: Sequence[Timeline], begin: float, length: float) -> list[tuple[Any, str, str]]:
-    """Draw the marks, checkpoints of a single run only; return the legend's entries, with their numbers."""
-    entries: list[tuple[Any, str, str]] = []
     for kind, (marker, colour, size, height) in MARKS.items():
         moments = [((at - begin) / length, row + height) for row, one in enumerate(shown) for at in one.moments(kind)]
         if moments and (kind != CHECKPOINT or len(shown) == 1):
             edge = colour if kind == CHECKPOINT else "white"
-            style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size, "markeredgecolor": edge}
-            style |= {"linestyle": "", "markeredgewidth": 0.4, "zorder": 4, "clip_on": False, "gid": kind}
-            (sample,) = axis.plot(*zip(*moments, strict=True), **style)
+            look: Any = {"marker": marker, "color": colour, "markersize": size, "markeredgecolor": edge, "gid": kind}
+            look |= {"linestyle": "", "markeredgewidth": 0.4, "zorder": 4, "clip_on": False}
+            (sample,) = axis.plot(*zip(*moments, strict=True), **look)
             entries.append((sample, kind, f": {len(moments):,}"))
     return entries
 
@@ -112,8 +101,7 @@ def _draw_progress(axis: Axes, timeline: Timeline, begin: float, length: float) 
             axis.plot(*zip(before[-1], points[0], strict=True), color="#888888", linewidth=0.7, linestyle=":")
         axis.plot(*zip(*points, strict=True), color=COLOURS[0], gid="progress")
         before = points
-    axis.set_ylabel("epochs done")
-    axis.set_ylim(bottom=0)
+    axis.set(ylabel="epochs done", ylim=(0, None))
 
 
 def in_words(seconds: float) -> str:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cifar_hpc.runs.history import Losses
+from cifar_hpc.text import duration
 
 # Before the first measurement a checkpoint is assumed to cost a second. This prior fades measurement by measurement,
 # since the first one may be far off on a shared machine.
@@ -158,13 +159,7 @@ class CheckpointPacer:
         )
         goodput = expected_goodput(interval, costs, self.restart, mean)
         return (
-            f"checkpoints every {_amount(interval)} (auto): {cost}; a restart takes {self.restart:.0f} s; unannounced "
-            f"losses so far: {seen.count} in {_amount(seen.seconds)}, expected every {_amount(mean)}; expected goodput "
-            f"{100 * goodput:.2f}%"
+            f"checkpoints every {duration(interval)} (auto): {cost}; a restart takes {self.restart:.0f} s; unannounced "
+            f"losses so far: {seen.count} in {duration(seen.seconds)}, expected every {duration(mean)}; "
+            f"expected goodput {100 * goodput:.2f}%"
         )
-
-
-def _amount(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
