@@ -9,5 +9,5 @@ cd "$(dirname "$0")/.."
 for python in ${PYTHON:-.venv/bin/python python3}; do
     if "$python" -c 'import torch, torchvision, yaml' 2>/dev/null; then exec "$python" -m benchmarks.gpu "$@"; fi
 done
-echo "error: no python3 with torch, torchvision and pyyaml here. HINT: make .venv/.run, or PYTHON=/path/to/python" >&2
+echo "error: no python3 with torch, torchvision and pyyaml here. HINT: make setup, or PYTHON=/path/to/python" >&2
 exit 2

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import PROJECT, TESTS
 
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 
-PROJECT = Path(__file__).resolve().parents[2]
-RECORDED = PROJECT / "tests" / "recorded"
+RECORDED = TESTS / "recorded"
+pytestmark = pytest.mark.process
 EXPECTED = json.loads((RECORDED / "expected.json").read_text())
 
 
