@@ -11,11 +11,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Report, Steps, differing, figure, state_tensors, wrong
 from benchmarks.measure import ROOT, Row
 from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment import geometry, parameters
+from cifar_hpc.data.augment import kernels, parameters
 from cifar_hpc.data.augment import pipeline as augment
 from cifar_hpc.randomness import Stream, mix, uniform
 
@@ -42,9 +43,10 @@ def _augmentation(bench: Bench) -> list[Row]:
     images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config, key = AugmentConfig(), mix(0, Stream.AUGMENT, 0, 0)
     draws, there = uniform(key, samples, parameters.DRAWS), uniform(key, samples.to(bench.device), parameters.DRAWS)
-    sampled = [parameters.sample_parameters(d, config) for d in (draws, draws.to(bench.device))]
-    moved = geometry.geometry(images, sampled[0], config)
-    moved_there = geometry.geometry(images.to(bench.device), sampled[1], config).cpu()
+    moved, moved_there = (
+        _moved(pixels, parameters.sample_parameters(draws.to(pixels.device), config), config).cpu()
+        for pixels in (images, images.to(bench.device))
+    )
     whole = augment.augment(images, draws, config)
     whole_there = augment.augment(images.to(bench.device), draws.to(bench.device), config).cpu()
     furthest = float((whole - whole_there).abs().max())
@@ -60,6 +62,11 @@ def _augmentation(bench: Bench) -> list[Row]:
             f"{exact} of {whole.numel()} values differ in some bit",
         ),
     ]
+
+
+def _moved(images: Tensor, sampled: parameters.Parameters, config: AugmentConfig) -> Tensor:
+    plan = kernels.make_plan(sampled, config, sorted_by_hue=False)
+    return kernels.move(images, plan, torch.empty(4, len(images), 32, 32, device=images.device))
 
 
 def no_syncs(bench: Bench, report: Report) -> None:

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from benchmarks import reduction
 from benchmarks.measure import Row, meets, quartiles, run_part
 from benchmarks.running import full_trainer, train
-from cifar_hpc.training.distributed.agreement import Request
+from cifar_hpc.training.distributed.group import Request
 from cifar_hpc.training.engine import NO_BAD_STEP
 from cifar_hpc.training.trainer import Trainer
 

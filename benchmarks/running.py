@@ -15,12 +15,11 @@ from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.agreement import Agreement
+from cifar_hpc.training.distributed.group import Agreement
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import Launch, StopFlag
 from cifar_hpc.training.trainer import Trainer
 
 CORES = 2
@@ -42,7 +41,7 @@ def full_trainer(folder: Path, batch: int, rank: int = 0, world: int = 1) -> Tra
     paths = RunPaths(folder, "run")
     paths.create()
     context = Context(paths, spec, Launch(rank, world, rank), StopFlag())
-    store = CheckpointStore(paths.checkpoints, 3, lambda *what: None, _fail) if rank == 0 else None
+    store = CheckpointStore(paths.checkpoints, 3, lambda event: None, _fail) if rank == 0 else None
     trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, device))
     if store is not None:
         trainer.pacer = CheckpointPacer(Losses(), 0.0, context.log.line, time.monotonic())
@@ -58,5 +57,5 @@ def train(trainer: Trainer, steps: int) -> None:
         position.step += 1
 
 
-def _fail(name: str, reason: str) -> None:
-    raise RuntimeError(f"{name} could not be written: {reason}")
+def _fail(text: str) -> None:
+    raise RuntimeError(text)

@@ -82,7 +82,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            temporary.replace(path)  # while it is still locked, so that nobody takes it for abandoned
+            temporary.replace(path)  # while it is still locked, so that no process takes it for abandoned
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
@@ -102,7 +102,7 @@ def _new_temporary(path: Path) -> tuple[Path, int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # somebody tidied up in the moment before the lock
+        os.close(descriptor)  # another process tidied up before the lock
 
 
 def remove_leftovers(directory: Path) -> list[str]:
@@ -112,23 +112,15 @@ def remove_leftovers(directory: Path) -> list[str]:
         with suppress(OSError):  # another process may be tidying up as well
             if path.is_symlink():
                 path.unlink()  # not one of ours, which are never links
-            elif not _remove_abandoned(path):
+                removed.append(path.name)
                 continue
-            removed.append(path.name)
+            with os.fdopen(open_regular(path, os.O_RDWR), "rb") as file:
+                locked = try_flock(file.fileno())
+                old = time.time() - os.fstat(file.fileno()).st_mtime >= ABANDONED_SECONDS
+                if locked or (locked is None and old):
+                    path.unlink()  # while it is locked, so that a writer that comes now finds out
+                    removed.append(path.name)
     return removed
-
-
-def _remove_abandoned(path: Path) -> bool:
-    descriptor = open_regular(path, os.O_RDWR)
-    try:
-        locked = try_flock(descriptor)
-        recent = time.time() - os.fstat(descriptor).st_mtime < ABANDONED_SECONDS
-        if locked is False or (locked is None and recent):
-            return False
-        path.unlink()  # while it is locked, so that a writer that comes now finds out
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
@@ -149,18 +141,14 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Try to take the lock; false where another process has it. On a file system without locks it counts as taken.
+def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Take a lock; false if another process has it, None on a file system without locks.
+
+    Without locks (some Lustre and NFS mounts) --dependency=singleton alone keeps a run to one writer.
 
     Args:
         kind: LOCK_SH for a look, so that two processes that look at once do not take each other for the holder.
     """
-    # Without locks (some Lustre and NFS mounts) --dependency=singleton alone keeps a run to one writer.
-    return try_flock(descriptor, kind) is not False
-
-
-def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Take a lock; false if another process has it, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

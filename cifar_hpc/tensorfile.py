@@ -95,15 +95,14 @@ def _check_whole(file: BinaryIO) -> None:
         with zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise BadFileError("compressed, which no checkpoint or cache of cifar_hpc is")
-            bad = archive.testzip()
+            if (bad := archive.testzip()) is not None:
+                raise BadFileError(f"damaged: the sum of its record {bad} is wrong")
     except BadFileError:
         raise
     except Exception as error:  # zipfile fails in many ways on a damaged file
         if isinstance(error, OSError) and error.errno not in _DAMAGE:
             raise
         raise BadFileError(f"damaged or cut short ({type(error).__name__}: {error})") from None
-    if bad is not None:
-        raise BadFileError(f"damaged: the sum of its record {bad} is wrong")
 
 
 def _interpret(file: BinaryIO) -> Any:
@@ -165,7 +164,8 @@ def _update(sha: Any, value: Any) -> None:
 
 def seal(tree: dict[str, Any]) -> dict[str, Any]:
     """Add the digest that `check_seal` verifies."""
-    tree["digest"] = _content_digest(tree)
+    tree.pop("digest", None)
+    tree["digest"] = digest(tree)
     return tree
 
 
@@ -176,12 +176,8 @@ def check_seal(tree: dict[str, Any]) -> None:
         BadFileError: the content is not what was sealed.
     """
     try:
-        right = tree["digest"] == _content_digest(tree)
+        right = tree["digest"] == digest({key: value for key, value in tree.items() if key != "digest"})
     except Exception as error:  # kinds of tensors that have no plain bytes, nesting without end, ...
         raise BadFileError(f"holds what was never saved ({type(error).__name__})") from None
     if not right:
         raise BadFileError("its content does not match its digest: damaged")
-
-
-def _content_digest(tree: Mapping[str, Any]) -> str:
-    return digest({key: value for key, value in tree.items() if key != "digest"})

@@ -14,7 +14,7 @@ import torch
 from helpers import TESTS, Ranks
 from processes import Runs
 
-from cifar_hpc.training.signals import STOP_SIGNALS
+from cifar_hpc.training.process import STOP_SIGNALS
 
 # A shell without job control lets what it runs in the background ignore SIGINT, and so would every test's children.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ from helpers import blank_state
 from PIL import Image
 
 from cifar_hpc.data.synthetic import make_synthetic
-from cifar_hpc.runs.metrics import metrics_text
+from cifar_hpc.runs.logs import metrics_text
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 
@@ -33,7 +33,7 @@ def state(step: int) -> TrainingState:
 
 def save(folder: Path, *steps: int, keep: int = 9) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    writer = CheckpointStore(folder, keep, lambda *_: None, lambda *what: pytest.fail(str(what)))
+    writer = CheckpointStore(folder, keep, lambda event: None, pytest.fail)
     for step in steps:
         writer.save(state(step), best=step in [10 * e for e in BEST_EPOCHS])
         assert writer.wait() is None

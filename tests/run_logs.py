@@ -11,9 +11,9 @@ from helpers import tiny_spec
 
 from cifar_hpc.cli.figures.curves import Series, read_series
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.groups import group_runs
-from cifar_hpc.runs.metrics import metrics_text
+from cifar_hpc.runs.logs import metrics_text
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.results import group_runs
 
 BEGIN = datetime(2026, 1, 2, 3, 0, tzinfo=UTC)
 STEPS = 10  # in an epoch

@@ -16,7 +16,7 @@ from processes import Runs
 from spec_page import PAGE, page
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.doctor.report import Finding
+from cifar_hpc.cli.doctor.node import Finding
 from cifar_hpc.cli.parser import build_parser
 from cifar_hpc.config.sweep import _PARTS
 from cifar_hpc.runs import events

@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifar_hpc.cli import submit
-from cifar_hpc.config.io import load_spec
-from cifar_hpc.config.site import load_site
+from cifar_hpc.config.io import load_site, load_spec
 from cifar_hpc.config.yaml_loader import MAX_CHARACTERS, read_mapping
 from cifar_hpc.errors import SpecError
 from cifar_hpc.launch.batch_script import IGNORE_SIGNALS, SRUN_PATIENCE

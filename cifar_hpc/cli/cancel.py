@@ -12,10 +12,9 @@ from cifar_hpc.runs.lock import signal_local
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import find_run, project_root
 from cifar_hpc.runs.progress import record_event
-from cifar_hpc.runs.queue import queue
+from cifar_hpc.runs.state import queue
 from cifar_hpc.slurm import client
 
-HELP = "cancel a run's job; it saves a checkpoint first"
 DESCRIPTION = """\
 The job gets SIGTERM, saves, and stays away; a waiting one is taken out of the
 queue, also out of a sweep's job array. Submitting again goes on from there."""

@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from cifar_hpc.cli.table import Column, fit, lay_out
-from cifar_hpc.cli.terminal import paint, use_colour
+from cifar_hpc.cli.terminal import PLAIN, Column, Style, fit, lay_out, paint, use_colour
 from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
-from cifar_hpc.runs.groups import MANY_KEYS, group_runs, settings, sort_key, varied_keys
 from cifar_hpc.runs.paths import find_runs, project_root
-from cifar_hpc.runs.queue import ANSWER_SECONDS, queue
-from cifar_hpc.runs.results import Row, read_rows
+from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, sort_key, varied_keys
+from cifar_hpc.runs.state import ANSWER_SECONDS, queue
 from cifar_hpc.text import printable, shown
 
-HELP = "a table of runs: what differs, accuracy (mean and std over seeds), time, restarts"
 DESCRIPTION = """\
 A row for each setting, with only the keys in which the runs differ; runs that
 differ in nothing but the seed are one row, mean and standard deviation. --each
@@ -99,8 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         print_on_terminal(columns)
     else:
-        for line in lay_out(_table(columns), [(None, "")] * (len(rows) + 1)):
-            print(line.text)
+        print(*lay_out(columns), sep="\n")
     for group in groups:
         if group.problem:
             print(f"warning: {group.runs[0].name}: {printable(group.problem)}", file=sys.stderr)
@@ -122,22 +118,22 @@ def as_json(rows: Sequence[Row]) -> str:
         restarts, world_sizes, shards, date (of the last epoch, ISO 8601 in UTC), hardware and versions (lists of
         text, one for each that its starts had), command.
     """
-    return json.dumps({"rows": [_plain(row) for row in rows]}, indent=1, allow_nan=False)
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {
-        "runs": [member.name for member in row.members],
-        "changed": row.group.changed,
-        "seeds": list(row.group.seeds),
-        "finished": row.finished,
-        "counted": [member.name for member in row.counted],
-        **{name: asdict(figure) if (figure := row.figure(name)) else None for name in FIGURES},
-        "restarts": row.causes(),
-        "data": row.data or None,
-        "problem": row.group.problem or None,
-        "members": [asdict(member) for member in row.members],
-    }
+    plain = [
+        {
+            "runs": [member.name for member in row.members],
+            "changed": row.group.changed,
+            "seeds": row.group.seeds,
+            "finished": row.finished,
+            "counted": [member.name for member in row.counted],
+            **{name: asdict(figure) if (figure := row.figure(name)) else None for name in FIGURES},
+            "restarts": row.causes(),
+            "data": row.data or None,
+            "problem": row.group.problem or None,
+            "members": [asdict(member) for member in row.members],
+        }
+        for row in rows
+    ]
+    return json.dumps({"rows": plain}, indent=1, allow_nan=False)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -145,7 +141,8 @@ def as_csv(rows: Sequence[Row]) -> str:
 
     Lists (runs, seeds, hardware, ...) are one field, separated by '; '.
     """
-    records = [_csv_record(row, varied_keys([row.group for row in rows])) for row in rows]
+    keys = varied_keys([row.group for row in rows])
+    records = [_csv_record(row, keys) for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, records[0])
     writer.writeheader()
@@ -211,38 +208,32 @@ def _in_markdown(text: str) -> str:
 def print_on_terminal(columns: Sequence[CompareColumn]) -> None:
     """Print the columns that fit the terminal, the best row in colour, and the names of the other columns."""
     width, coloured = shutil.get_terminal_size().columns, use_colour(sys.stdout)
-    fitted = fit(_table(columns), width, DROPPED)
+    fitted = fit(columns, width, DROPPED)
     headings = [column.heading for column in fitted]
     accuracies = next(column.values for column in columns if column.name == "test_accuracy")
     best = max((value for value in accuracies if value is not None), default=None) if len(accuracies) > 1 else None
-    best_style = (headings.index("test %"), "bold green")
-    styles = [best_style if value == best is not None else (None, "") for value in accuracies]
-    for line in lay_out(fitted, [(None, "bold"), *styles], width):
-        print(line.painted if coloured else line.text)
+    best_style: Style = (headings.index("test %"), "bold green")
+    styles = [best_style if value == best is not None else PLAIN for value in accuracies]
+    print(*lay_out(fitted, width, [(None, "bold"), *styles] if coloured else ()), sep="\n")
     if left_out := [column.heading for column in columns if column.heading not in headings]:
         note = f"no room for: {', '.join(left_out)}; a wider terminal, a pipe, --markdown, --csv and --json have them"
         print("\n".join(paint(line, "dim") if coloured else line for line in textwrap.wrap(note, width)))
 
 
-def _table(columns: Sequence[CompareColumn]) -> list[Column]:
-    return [Column(c.heading, c.cells, c.right, SEPARATORS.get(c.name, "")) for c in columns]
+@dataclass(kw_only=True)
+class CompareColumn(Column):
+    """A column with a value to sort by for each row.
 
-
-@dataclass(frozen=True)
-class CompareColumn:
-    """One column, with a cell and a value to sort by for each row.
-
+    name: as --sort takes it.
+    long_heading: in a document.
     values: numbers, text, or None where missing.
     shown: the table has it; hidden ones only sort.
     """
 
     name: str
-    heading: str
     long_heading: str
-    cells: Sequence[str]
     values: Sequence[Any]
     shown: bool
-    right: bool
 
 
 def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
@@ -282,7 +273,11 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
 def _column(
     name: str, cells: Sequence[str], values: Sequence[Any], shown: bool = True, right: bool = True
 ) -> CompareColumn:
-    return CompareColumn(name, *HEADINGS[name], cells, values, shown, right)
+    heading, long_heading = HEADINGS[name]
+    separator = SEPARATORS.get(name, "")
+    return CompareColumn(
+        heading, cells, right, separator, name=name, long_heading=long_heading, values=values, shown=shown
+    )
 
 
 def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> CompareColumn:
@@ -290,7 +285,7 @@ def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> Com
     values = [values.get(key) for values in changed]
     cells = [one_line(in_words(values[key])) if key in values else MISSING for values in changed]
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values if v is not None)
-    return CompareColumn(key, heading, f"`{key}`", cells, values, shown, numbers)
+    return CompareColumn(heading, cells, numbers, name=key, long_heading=f"`{key}`", values=values, shown=shown)
 
 
 def _figures(

@@ -8,20 +8,17 @@ starts no Python.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cifar_hpc.cli.parser import build_parser
 from cifar_hpc.cli.submit import build_parser as build_submit_parser
+from cifar_hpc.config.io import flatten, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.paths import PROJECT
 
-HELP = "print what makes a shell complete commands, options and runs"
 DESCRIPTION = """\
 bash, in ~/.bashrc:   source <(python -m cifar_hpc completion bash)
 zsh, in ~/.zshrc,
@@ -73,7 +70,7 @@ def script(shell: str) -> str:
     words = {
         "@python@": shlex.quote(sys.executable),
         "@project@": shlex.quote(str(PROJECT)),
-        "@keys@": " ".join(f"{key}=" for key in spec_keys()),
+        "@keys@": " ".join(f"{key}=" for key in flatten(to_plain(Spec()))),
     }
     for placeholder, word in words.items():
         helpers = helpers.replace(placeholder, word)
@@ -86,14 +83,3 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 yield from _actions(below)
-
-
-def spec_keys(cls: type[Any] = Spec, above: str = "") -> list[str]:
-    """Every dotted key of a job file."""
-    hints = typing.get_type_hints(cls)
-    keys: list[str] = []
-    for field in dataclasses.fields(cls):
-        dotted = f"{above}{field.name}"
-        nested = dataclasses.is_dataclass(hints[field.name])
-        keys += spec_keys(hints[field.name], f"{dotted}.") if nested else [dotted]
-    return keys

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from cifar_hpc.cli.table import Column, lay_out
+from cifar_hpc.cli.tail import EpochFollower
 from cifar_hpc.errors import RunBusyError
 from cifar_hpc.launch.preflight import why_busy
 from cifar_hpc.runs.events import Resumed
@@ -17,15 +17,6 @@ from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
 RUN = "demo"
 PREEMPT_AFTER_EPOCH = 2
 PATIENCE_SECONDS = 1800
-COLUMNS = (  # heading, field of metrics.jsonl, format
-    ("epoch", "epoch", "{}"),
-    ("train loss", "train_loss", "{:.4f}"),
-    ("train acc %", "train_accuracy", "{:.2f}"),
-    ("test loss", "test_loss", "{:.4f}"),
-    ("test acc %", "test_accuracy", "{:.2f}"),
-    ("img/s", "images_per_second", "{:,.0f}"),
-    ("restart", "restart", "{}"),
-)
 
 
 def main() -> int:
@@ -63,9 +54,7 @@ def _wait_for_epoch(paths: RunPaths, follower: subprocess.Popen[bytes]) -> bool:
 def _report(paths: RunPaths) -> int:
     rows, events = read_jsonl(paths.metrics), read_jsonl(paths.events)
     resumed = [e for e in events if e["event"] == Resumed.name]
-    columns = [Column(heading, [form.format(row[key]) for row in rows], right=True) for heading, key, form in COLUMNS]
-    for line in lay_out(columns, [(None, "")] * (len(rows) + 1)):
-        print(line.text)
+    print(*EpochFollower(paths.metrics).poll(), sep="\n")
     for event in resumed:
         print(f"preempted and resumed at step {event['step']} (epoch {event['epoch'] + 1}, from {event['file']})")
     print(f"test accuracy after {rows[-1]['epoch']} epochs: {rows[-1]['test_accuracy']:.2f}% of the synthetic images")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.cli.figures.style import new_figure, save_figure
 from cifar_hpc.cli.parser import add_model_arguments
-from cifar_hpc.cli.terminal import output_folder
+from cifar_hpc.cli.terminal import output_folder, shorten
 from cifar_hpc.config.spec import CLASSES
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import printable
@@ -19,10 +18,9 @@ from cifar_hpc.text import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cifar_hpc.data.evaluation_set import LabelledImages
+    from cifar_hpc.data.datasets import LabelledImages
     from cifar_hpc.training.trained_model import TrainedModel
 
-HELP = "accuracy on the test set: all, by class, and which classes are confused"
 DESCRIPTION = """\
 Runs the test set through a checkpoint. Prints accuracy and loss, the accuracy
 of each class, and which classes are taken for which; --out draws the confusion
@@ -63,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: names the run, file or folder that is wrong.
     """
-    from cifar_hpc.data.evaluation_set import other_images, own_images
+    from cifar_hpc.data.datasets import other_images, own_images
     from cifar_hpc.training.trained_model import load_trained
 
     root, data = project_root(), arguments.data
@@ -71,9 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
     trained = load_trained(root, arguments.run, arguments.weights)
     spec = trained.spec.data
     images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
-    report = _report(trained, images, measure(trained, images))
-    if data is None:
-        report["logged"] = trained.logged
+    report = _report(trained, images, trained.logged if data is None else None)
     if folder is not None:
         title = (
             f"{trained.run or trained.path.name}, epoch {report['epoch']}: "
@@ -119,8 +115,7 @@ def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
 
 def short(name: str) -> str:
     """A class's name, fit for a column of a table."""
-    text = " ".join(printable(name).split())
-    return text if len(text) <= NAME_WIDTH else text[: NAME_WIDTH - 2] + ".."
+    return shorten(" ".join(printable(name).split()), NAME_WIDTH)
 
 
 def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[str]:
@@ -167,17 +162,11 @@ def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list
     return save_figure(figure, folder, "confusion", printable(title))
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Accuracy in %, mean loss (label smoothing as in training), and the confusion matrix."""
+def measure(trained: TrainedModel, data: LabelledImages) -> tuple[float, float, Matrix]:
+    """Accuracy in %, mean loss (label smoothing as in training), and the confusion matrix.
 
-    accuracy: float
-    loss: float
-    matrix: Matrix
-
-
-def measure(trained: TrainedModel, data: LabelledImages) -> Figures:
-    """Evaluate as the trainer does: the same batches, summed in the same order, so the figures have the same bits."""
+    The batches are the trainer's, summed in the same order, so the figures have the same bits.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -195,11 +184,11 @@ def measure(trained: TrainedModel, data: LabelledImages) -> Figures:
         sums[first // BATCH, 1] = (found == part).sum().cpu()
         predicted[first : first + BATCH] = found.cpu()
     loss, correct = (float(value) for value in sums.sum(0))
-    return Figures(100 * correct / count, loss / count, confusion(data.labels, predicted))
+    return 100 * correct / count, loss / count, confusion(data.labels, predicted)
 
 
-def _report(trained: TrainedModel, data: LabelledImages, figures: Figures) -> dict[str, Any]:
-    matrix = figures.matrix
+def _report(trained: TrainedModel, data: LabelledImages, logged: Mapping[str, Any] | None) -> dict[str, Any]:
+    accuracy, loss, matrix = measure(trained, data)
     return {
         "run": trained.run,
         "file": str(trained.path),
@@ -208,9 +197,9 @@ def _report(trained: TrainedModel, data: LabelledImages, figures: Figures) -> di
         "weights": trained.weights,
         "data": data.source,
         "images": len(data.labels),
-        "accuracy": figures.accuracy,
-        "loss": figures.loss,
-        "logged": None,
+        "accuracy": accuracy,
+        "loss": loss,
+        "logged": logged,
         "classes": [
             {
                 "label": label,

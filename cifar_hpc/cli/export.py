@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from cifar_hpc.training.trained_model import TrainedModel
 
-HELP = "the model as safetensors, with a card that says what it is and how to load it"
 DESCRIPTION = """\
 Writes the weights as safetensors, which hold tensors and text and no code,
 with spec, accuracy and versions in the metadata, and a model card beside it
@@ -81,12 +80,13 @@ def main(arguments: argparse.Namespace) -> int:
     write_atomic(path, content)
     write_atomic(card_path, text)
 
-    facts = trained.facts(root)
-    del facts["computed"]
     measured = "test_accuracy" in card
-    facts["accuracy"] = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured"
-    facts["parameters"] = f"{int(card['parameters']):,}"
-    facts["sha256"] = sha256
+    facts = trained.facts(root) | {
+        "accuracy": f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured",
+        "parameters": f"{int(card['parameters']):,}",
+        "sha256": sha256,
+    }
+    del facts["computed"]
     written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
     print(summary(facts, [], trained.notes, written))
     return 0
@@ -108,9 +108,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
     if "test_accuracy" in card:
         accuracy = f"{float(card['test_accuracy']):.2f}%"
         loss = f"{float(card['test_loss']):.4f} (label smoothing {card['label_smoothing']})"
-    spec_yaml = yaml.dump(spec, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100).replace(
-        "```", "'''"
-    )
+    spec_yaml = yaml.dump(spec, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
     parts = [
         f"# {_plain(card['run']) if 'run' in card else name}",
         f"{WRITTEN_BY} (cifar_hpc {card['cifar_hpc']}); exporting again replaces it.\n",
@@ -128,7 +126,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         f"```python\n{_LOAD.format(file=json.dumps(file))}```\n",
         *_curve(rows, kind),
         "## Spec",
-        f"```yaml\n{spec_yaml}```\n",
+        "```yaml\n" + spec_yaml.replace("```", "'''") + "```\n",
         "## Where it comes from",
         "| | |\n|---|---|",
         f"| checkpoint | {_plain(card['checkpoint'])} |",
@@ -182,7 +180,7 @@ def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
     """
     import torch
 
-    from cifar_hpc.data.augment.color import CIFAR10_MEAN, CIFAR10_STD
+    from cifar_hpc.data.augment.kernels import CIFAR10_MEAN, CIFAR10_STD
 
     state, spec, environment = trained.state, trained.spec, trained.state.environment
     logged = trained.logged or {}

@@ -14,7 +14,6 @@ from cifar_hpc.runs.paths import find_run, project_root
 if TYPE_CHECKING:
     from cifar_hpc.training.checkpoints.format import TrainingState
 
-HELP = "verify a checkpoint; show what it holds and its sha256 sums"
 DESCRIPTION = """\
 The sums are those of the fast weights, the slow weights, momentum and
 BatchNorm buffers: two runs computed the same if and only if they agree. Exit
@@ -75,7 +74,7 @@ def describe(path: Path, state: TrainingState, skipped: list[str]) -> dict[str, 
 def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
     from cifar_hpc.tensorfile import BadFileError
     from cifar_hpc.training.checkpoints.format import read_checkpoint
-    from cifar_hpc.training.checkpoints.store import candidates, newest_good
+    from cifar_hpc.training.checkpoints.store import candidates, newest_good, step_name
 
     if run.endswith(".pt"):
         path = Path(run)
@@ -88,9 +87,9 @@ def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
             if found is None:
                 raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
             return found.path, found.state, [f"{path.name}: {reason}" for path, reason in found.bad]
-        path = directory / f"step_{step:08d}.pt"
+        path = directory / step_name(step)
         if not path.exists():
-            known = ", ".join(p.stem.removeprefix("step_").lstrip("0") or "0" for p in candidates(directory)) or "none"
+            known = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in candidates(directory)) or "none"
             raise SpecError(f"--step: run {run} has no checkpoint of step {step}; there are: {known}.")
     try:
         return path, read_checkpoint(path), []

@@ -2,13 +2,13 @@
 
 A command is a module of this package with
 
-    HELP                       its line in the list of commands
     DESCRIPTION                the text of its --help
     EXAMPLES                   arguments of examples, such as "jobs/demo.yaml --name try"
     add_arguments(parser)
     main(arguments) -> int     which returns the exit status
 
-Heavy packages (torch, numpy, matplotlib, rich, submitit, shtab) are imported inside its functions: --help stays fast.
+Heavy packages (torch, numpy, matplotlib, rich, submitit, shtab) are imported inside its functions, and the module only
+for its own command: --help stays fast.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = (  # modules in this package, in the order of --help
-    "train",
-    "status",
-    "tail",
-    "inspect",
-    "requeue",
-    "cancel",
-    "evaluate",
-    "predict",
-    "export",
-    "figures.plot",
-    "compare",
-    "track",
-    "doctor.doctor",
-    "completion",
-)
+COMMANDS = {  # module in this package: its line in the list of commands, in the order of --help
+    "train": "train here: one process, or each process of torchrun",
+    "status": "one line a run: state, epoch, accuracy, speed, time left, restarts",
+    "tail": "follow a run's train.log, from its beginning until the run ends",
+    "inspect": "verify a checkpoint; show what it holds and its sha256 sums",
+    "requeue": "requeue a running job, or let a requeued one start now",
+    "cancel": "cancel a run's job; it saves a checkpoint first",
+    "evaluate": "accuracy on the test set: all, by class, and which classes are confused",
+    "predict": "the class of each image of a folder, an array file or a CIFAR pickle, as a CSV (ID,Labels)",
+    "export": "the model as safetensors, with a card that says what it is and how to load it",
+    "figures.plot": "figures of runs: accuracy, loss, learning rate, architecture, timeline",
+    "compare": "a table of runs: what differs, accuracy (mean and std over seeds), time, restarts",
+    "track": "show runs in TensorBoard or Weights & Biases, while they go on or afterwards",
+    "doctor.doctor": "what would go wrong here: Slurm, partition, GPUs, file system, data, torch",
+    "completion": "print what makes a shell complete commands, options and runs",
+}
 EPILOG = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
   torchrun --nproc-per-node 4 -m cifar_hpc train jobs/improved_resnet.yaml
@@ -45,8 +45,8 @@ EPILOG = """examples:
 """
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser for `argv`. It imports the module of the command in it, or of all commands if there is none."""
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser for `argv`: complete for the command in it, or for all commands if it is None."""
     top = argparse.ArgumentParser(
         prog="python -m cifar_hpc",
         epilog=EPILOG,
@@ -54,18 +54,17 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         description="Train, watch, control and use runs. To submit one: python submit.py --help",
     )
     parsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for path in [path for path in COMMANDS if argv and argv[0] == _name(path)] or COMMANDS:
-        name, command = _name(path), import_module(f"cifar_hpc.cli.{path}")
-        examples = "".join(f"\n  python -m cifar_hpc {name} {example}".rstrip() for example in command.EXAMPLES)
-        parser = parsers.add_parser(
-            name,
-            help=command.HELP,
-            description=f"{command.HELP[0].upper()}{command.HELP[1:]}.\n\n{command.DESCRIPTION}",
-            epilog=f"examples:{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_arguments(parser)
-        parser.set_defaults(main=command.main)
+    for path, line in COMMANDS.items():
+        name = path.rpartition(".")[2]
+        parser = parsers.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if argv is None or name in argv:
+            command = import_module(f"cifar_hpc.cli.{path}")
+            parser.description = f"{line[0].upper()}{line[1:]}.\n\n{command.DESCRIPTION}"
+            parser.epilog = "examples:" + "".join(
+                f"\n  python -m cifar_hpc {name} {example}".rstrip() for example in command.EXAMPLES
+            )
+            command.add_arguments(parser)
+            parser.set_defaults(main=command.main)
     return top
 
 
@@ -78,7 +77,3 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="slow",
         help="slow: those that the run evaluates, Lookahead's slow or ema's averaged ones (default); or the fast ones",
     )
-
-
-def _name(path: str) -> str:
-    return path.rpartition(".")[2]

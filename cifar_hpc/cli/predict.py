@@ -16,7 +16,6 @@ from cifar_hpc.runs.paths import project_root
 
 COLUMNS = ("ID", "Labels")
 
-HELP = "the class of each image of a folder, an array file or a CIFAR pickle, as a CSV (ID,Labels)"
 DESCRIPTION = """\
 Writes a CSV with the columns ID and Labels, one row an image in the order of
 the input. A CIFAR pickle is read without executing anything in it."""

@@ -8,12 +8,11 @@ import signal
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import signal_local
-from cifar_hpc.runs.paths import RunPaths, find_run, project_root
-from cifar_hpc.runs.queue import queue
+from cifar_hpc.runs.paths import find_run, project_root
+from cifar_hpc.runs.state import queue
 from cifar_hpc.slurm import client
 from cifar_hpc.text import printable
 
-HELP = "requeue a running job, or let a requeued one start now"
 DESCRIPTION = """\
 A running job saves a checkpoint and goes back into the queue; a local run
 saves and starts again. A job that Slurm has requeued waits about two minutes
@@ -32,7 +31,9 @@ def main(arguments: argparse.Namespace) -> int:
     job = queue(paths.root).get(run)
     if job is not None and job.waits:
         try:
-            _start_soon(paths, job)
+            if (spec := read_frozen(paths)) is not None:
+                client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
+            client.release_job(job.job_id, job.held)
         except SchedulerError:
             now = queue(paths.root).get(run)
             if now is None or now.waits:
@@ -47,10 +48,3 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         raise SpecError(f"{run}: has no job in the queue and no process here. HINT: submit it again to go on.")
     return 0
-
-
-def _start_soon(paths: RunPaths, job: client.QueuedJob) -> None:
-    spec = read_frozen(paths)
-    if spec is not None:
-        client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
-    client.release_job(job.job_id, job.held)

@@ -15,19 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_hpc.cli.table import GAP, Column, Line, Style, display_width, fit, lay_out, least_width, shorten
-from cifar_hpc.cli.terminal import paint, use_colour
+from cifar_hpc.cli.terminal import GAP, Column, display_width, fit, lay_out, least_width, paint, shorten, use_colour
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root
-from cifar_hpc.runs.queue import QueuePoller
-from cifar_hpc.runs.state import WAITING, RunState, read_state
-from cifar_hpc.slurm.reasons import expected
+from cifar_hpc.runs.state import WAITING, QueuePoller, RunState, read_state
+from cifar_hpc.slurm.client import expected
 from cifar_hpc.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = "one line a run: state, epoch, accuracy, speed, time left, restarts"
 DESCRIPTION = """\
 States: queued (with Slurm's reason), running, requeued, hung (no log line for
 much longer than usual), suspended (by Slurm), stopping (Slurm ends the job),
@@ -90,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         _print_on_terminal(states)
     else:
-        _print_plain(states)
+        print(*status_lines(states), sep="\n")
     if reader.queue.trouble:
         print(f"error: {printable(reader.queue.trouble)}", file=sys.stderr)
         return SchedulerError.exit_code
@@ -129,8 +126,7 @@ def watch(reader: Reader) -> int:
                 if on_terminal:
                     screen.draw()
                 else:
-                    _print_plain(screen.states)
-                    print(flush=True)
+                    print(*status_lines(screen.states), "", sep="\n", flush=True)
                 screen.wait()
                 screen.read()
     except KeyboardInterrupt:
@@ -192,7 +188,7 @@ class Screen:
         states = by_urgency(self.states)
         room = max(1, height - 2 - bool(self.reader.queue.trouble))  # besides the headings and the notes
         notes = [shorten(note, width) for note in self._notes(max(0, len(states) - room))]
-        lines = [line.painted if self._coloured else line.text for line in status_lines(states[:room], width)]
+        lines = status_lines(states[:room], width, self._coloured)
         return [*lines, *(paint(note, "bold") if self._coloured else note for note in notes)][:height]
 
     def _notes(self, hidden: int) -> list[str]:
@@ -207,18 +203,11 @@ class Screen:
         return notes
 
 
-def _print_plain(states: Sequence[RunState]) -> None:
-    """Print all columns by name without colours, for a pipe or a file."""
-    for line in status_lines(states):
-        print(line.text)
-
-
 def _print_on_terminal(states: Sequence[RunState]) -> None:
     """Print what fits, with the most urgent runs last, next to the prompt."""
-    coloured, width = use_colour(sys.stdout), shutil.get_terminal_size().columns
-    for line in status_lines(by_urgency(states, last=True), width):
-        print(line.painted if coloured else line.text)
-    print(textwrap.fill(summary(states), width))
+    width = shutil.get_terminal_size().columns
+    lines = status_lines(by_urgency(states, last=True), width, use_colour(sys.stdout))
+    print(*lines, textwrap.fill(summary(states), width), sep="\n")
 
 
 def by_urgency(states: Sequence[RunState], *, last: bool = False) -> list[RunState]:
@@ -234,7 +223,7 @@ def summary(states: Sequence[RunState]) -> str:
     return f"{len(states)} run{'s' * (len(states) != 1)}: {words}"
 
 
-def status_lines(states: Sequence[RunState], width: int | None = None) -> list[Line]:
+def status_lines(states: Sequence[RunState], width: int | None = None, coloured: bool = False) -> list[str]:
     """The headings and a line for each run.
 
     Args:
@@ -248,8 +237,8 @@ def status_lines(states: Sequence[RunState], width: int | None = None) -> list[L
         room = width - least_width(columns) - len(GAP)
         details = [_detail(state, text, headings, room) for state, text in zip(states, detail.cells, strict=True)]
         detail = Column("DETAIL", details)
-    styles: list[Style] = [(None, style) if (style := STYLES[s.state]) == "dim" else (1, style) for s in states]
-    return lay_out([*columns, detail], [(None, "bold"), *styles], width)
+    styles = [(None if (style := STYLES[state.state]) == "dim" else 1, style) for state in states]
+    return lay_out([*columns, detail], width, [(None, "bold"), *styles] if coloured else ())
 
 
 def _fitted(columns: Sequence[Column], width: int) -> list[Column]:

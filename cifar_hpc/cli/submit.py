@@ -1,4 +1,12 @@
-"""submit.py: from arguments to an order, and from its outcome to text or JSON. Never imports torch."""
+"""Submit a preemptible, resumable training run to Slurm, or start it on this
+machine. Prints the job id, the run's name and folders, and the commands that
+watch and cancel it.
+
+JOB.yaml says what to train, the site profile where it runs; --set and the
+flags below come last. The run's name is made from what differs from the
+defaults, so the same submission continues the same run, which has one job at a
+time. The code is copied: editing it does not change a queued job.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +47,6 @@ RESOURCE_FLAGS = (
     ("comment", "S", "comment; some sites read wishes from it, such as preemption=yes;requeue=true"),
 )
 
-DESCRIPTION = """\
-Submit a preemptible, resumable training run to Slurm, or start it on this
-machine. Prints the job id, the run's name and folders, and the commands that
-watch and cancel it.
-
-JOB.yaml says what to train, the site profile where it runs; --set and the
-flags below come last. The run's name is made from what differs from the
-defaults, so the same submission continues the same run, which has one job at a
-time. The code is copied: editing it does not change a queued job.
-"""
-
 EPILOG = """examples:
   python submit.py --partition gpu                          train jobs/improved_resnet.yaml
   python submit.py --partition gpu --nodes 1-2 --gpus-per-node 4 --time 1-00 --follow
@@ -69,46 +66,27 @@ exit status: 0 submitted (with --follow: finished), 1 run failed, 2 bad spec or 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of submit.py."""
     parser = argparse.ArgumentParser(
-        prog="submit.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "submit.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("job", metavar="JOB.yaml", nargs="?", help="what to train (default: jobs/improved_resnet.yaml)")
-    parser.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="override keys of the job, such as train.epochs=10",
-    )
-    parser.add_argument(
-        "--name",
-        metavar="RUN",
-        help="the run's name (default: JOB and a hash of what it changes); of a sweep, in place of JOB",
-    )
+    text = "override keys of the job, such as train.epochs=10"
+    parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help=text, **several)
+    text = "the run's name (default: JOB and a hash of what it changes); of a sweep, in place of JOB"
+    parser.add_argument("--name", metavar="RUN", help=text)
     where = parser.add_argument_group("where")
     where.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where it is")
     where.add_argument("--profile", metavar="NAME", help="site profile in slurm/clusters (default: default)")
     for key, metavar, text in RESOURCE_FLAGS:
         where.add_argument(f"--{key.replace('_', '-')}", dest=f"resources_{key}", metavar=metavar, help=text)
-    where.add_argument(
-        "--sbatch",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="any other options of sbatch, by their long names",
-    )
+    text = "any other options of sbatch, by their long names"
+    where.add_argument("--sbatch", metavar="KEY=VALUE", help=text, **several)
     where.add_argument("--no-requeue", action="store_true", help="never requeue the job; submit again to go on")
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the batch script that would be sent; change nothing")
     how.add_argument("--test-only", action="store_true", help="ask Slurm when the job would start; submit nothing")
-    how.add_argument(
-        "--follow", action="store_true", help="follow train.log until the run ends; Ctrl-C leaves it running"
-    )
+    text = "follow train.log until the run ends; Ctrl-C leaves it running"
+    how.add_argument("--follow", action="store_true", help=text)
     how.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     return parser
 
@@ -139,16 +117,10 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.dry_run or arguments.test_only:
         print(preview(order, ask_slurm=not arguments.dry_run))
         return 0
-    if order.sweep is not None:
-        answer, text = _sweep_answer(order, submit(order))
-        print(json.dumps(answer) if arguments.json else text, flush=True)
-        return 0
     run = order.run(order.points[0])
     seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
     outcome = submit(order)
-    if outcome.busy:
-        raise RunBusyError(outcome.busy[run.name])
-    answer, text = _run_answer(order, run, outcome)
+    answer, text = _sweep_answer(order, outcome) if order.sweep else _run_answer(order, run, outcome)
     print(json.dumps(answer) if arguments.json else text, flush=True)
     if outcome.finished or not arguments.follow:
         return 0
@@ -158,8 +130,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace) -> Order:
-    from cifar_hpc.config.io import from_plain, load_values, run_name
-    from cifar_hpc.config.site import load_site
+    from cifar_hpc.config.io import from_plain, load_site, load_values, run_name
     from cifar_hpc.config.sweep import Point, expand
     from cifar_hpc.launch.preflight import on_slurm
     from cifar_hpc.launch.submit import Order
@@ -173,9 +144,8 @@ def _order(arguments: argparse.Namespace) -> Order:
         points = [Point(check_run_name(arguments.name or run_name(job.stem, spec)), {}, spec)]
     else:
         if arguments.follow:
-            raise SpecError(
-                "--follow: a sweep is many runs, and this follows one. HINT: python -m cifar_hpc status --watch"
-            )
+            hint = "HINT: python -m cifar_hpc status --watch"
+            raise SpecError(f"--follow: a sweep is many runs, and this follows one. {hint}")
         sweep = check_run_name(arguments.name or job.stem)
         keys = [override.partition("=")[0].strip() for override in arguments.overrides]
         points, parallel = expand(sweep, section, values, keys)
@@ -186,6 +156,8 @@ def _order(arguments: argparse.Namespace) -> Order:
 
 def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answer, str]:
     """(answer for programs, answer for people) to the submission of a single run."""
+    if outcome.busy:
+        raise RunBusyError(outcome.busy[run.name])
     if outcome.finished:
         epochs = outcome.finished[run.name]
         return {"run": run.name, "state": "finished", "epochs": epochs, "logs": str(run.logs)}, (
@@ -216,19 +188,14 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
             "status": f"{_python()} status {shlex.quote(f'{order.sweep}-*')}",
             "cancel": f"{'scancel' if order.on_slurm else 'kill'} {outcome.job_id}",
         }
-    total = len(order.points)
     counts = [f"{len(outcome.submitted)} submitted" if outcome.submitted else "nothing is left to submit"]
     others = ((outcome.finished, "finished"), (outcome.busy, "queued, running or being submitted"))
-    counts += [f"{len(runs)} of {total} {words}" for runs, words in others if runs]
+    counts += [f"{len(runs)} of {len(order.points)} {words}" for runs, words in others if runs]
     known = {key: value for key, value in job.items() if value is not None}
     text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **known})]
     text += [_lines({"left out": reason}) for reason in list(outcome.busy.values())[:SHOWN_REASONS]]
     if len(outcome.busy) > SHOWN_REASONS:
         text.append(_lines({"": f"and {len(outcome.busy) - SHOWN_REASONS} more"}))
-    return {"sweep": order.sweep, **job, "points": _point_rows(order, outcome)}, "\n".join(text)
-
-
-def _point_rows(order: Order, outcome: Submission) -> list[Answer]:
     index = {point.run: number for number, point in enumerate(outcome.submitted)}
     rows = []
     for point in order.points:
@@ -240,7 +207,7 @@ def _point_rows(order: Order, outcome: Submission) -> list[Answer]:
         elif order.on_slurm:
             row["job_id"] = f"{outcome.job_id}_{index[point.run]}"
         rows.append(row)
-    return rows
+    return {"sweep": order.sweep, **job, "points": rows}, "\n".join(text)
 
 
 def _lines(answer: Answer) -> str:
@@ -265,8 +232,5 @@ def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
         if not key:
             raise SpecError(f"--sbatch {item}: not understood; allowed: KEY=VALUE, such as mail-type=END.")
         options[key] = value if separator else "true"
-    if options:
-        resources["sbatch"] = options
-    if arguments.no_requeue:
-        resources["requeue"] = False
-    return resources
+    requeue = {"requeue": False} if arguments.no_requeue else {}
+    return resources | requeue | ({"sbatch": options} if options else {})

@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from cifar_hpc.cli.terminal import kind_of_line, paint, style_of_line, use_colour
+from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
-from cifar_hpc.runs.queue import ANSWER_SECONDS, QueuePoller
-from cifar_hpc.runs.state import RunState, read_state
+from cifar_hpc.runs.state import ANSWER_SECONDS, QueuePoller, RunState, read_state
 from cifar_hpc.slurm.client import QueuedJob, jobs_ahead
-from cifar_hpc.text import printable
+from cifar_hpc.text import duration, printable
 
-HELP = "follow a run's train.log, from its beginning until the run ends"
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
 DESCRIPTION = """\
 Prints train.log from its beginning, and new lines until the run ends. A run
 that has not started yet is waited for. Ctrl-C ends this command, not the run.
@@ -36,6 +37,28 @@ REPEAT_SECONDS = 600.0  # after which details that have changed, such as the exp
 # A file server may be away for a moment: so many reads in a row must fail before a log, or a run, is given up.
 LOG_FAILURES, STATE_FAILURES = 60, 6
 _REPORTED = ("queued", "requeued", "hung", "suspended", "unknown")  # states that the log itself does not show
+_DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+LINES = {  # kind of a line of train.log: (style of `paint`, beginning of the line)
+    "banner": ("bold cyan", r"={20}|== "),
+    "progress": ("", rf"{_DATE}epoch \d+/\d+ step "),
+    "phase": ("", rf"{_DATE}(?:evaluating: |epoch \d+: measuring )"),  # of an epoch's end
+    "epoch": ("green", rf"(?:{_DATE})?epoch +\d+(?:/\d+ DONE)?  train loss "),
+    "trouble": ("bold red", rf"{_DATE}(?:FAILED|HUNG|OUT OF MEMORY|not requeued)|---- "),
+    "warning": ("yellow", rf"{_DATE}WARNING |WARNING "),
+    "stop": (
+        "magenta",
+        rf"{_DATE}(?:STOPPED|CANCELLED|JobState=|requeue|timeout|preemption|all processes were killed)",
+    ),
+    "good": ("bold", rf"{_DATE}FINISHED "),
+    "other": ("", ""),
+}
+NOTE_STYLE = "yellow"
+LEAST_BAR, MOST_BAR = 8, 40  # characters
+PROGRESS = re.compile(
+    r"[-0-9]{10} [:0-9]{8} epoch (?P<epoch>\d{1,9}/\d{1,9}) step (?P<step>\d{1,9})/(?P<steps>\d{1,9}) \(total \d+\)  "
+    r"(?P<loss>loss \S+)  (?P<accuracy>acc \S+%)  lr \S+  (?P<speed>\S{1,30}?)(?:\.\d*)? img/s  "
+    r"run ETA (?:(?P<days>\d{1,9}) days?, )?(?P<hours>\d{1,2}):(?P<minutes>\d\d):(?P<seconds>\d\d)$"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +83,6 @@ def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
     try:
         if not sys.stdout.isatty():
             return _follow_to_end(paths, log, PlainView())
-        from cifar_hpc.cli.tail_screen import LiveView
-
         with LiveView() as view:
             return _follow_to_end(paths, log, view)
     except KeyboardInterrupt:
@@ -69,17 +90,9 @@ def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
         return 0
 
 
-class View(Protocol):
-    """The place where news of a run is shown."""
-
-    def line(self, text: str) -> None:
-        """Show a line of the log."""
-
-    def note(self, text: str) -> None:
-        """Show a message that is not in the log: about the queue, or the end of the run."""
-
-    def state(self, state: RunState, words: str) -> None:
-        """Show the state, after each time it was read."""
+def kind_of_line(line: str) -> str:
+    """Kind of a line of train.log: one of LINES."""
+    return next(kind for kind, (_, beginning) in LINES.items() if re.match(beginning, line))
 
 
 class PlainView:
@@ -89,17 +102,107 @@ class PlainView:
         self._colour_lines, self._colour_notes = use_colour(sys.stdout), use_colour(sys.stderr)
 
     def line(self, text: str) -> None:
-        print(paint(text, style_of_line(kind_of_line(text))) if self._colour_lines else text, flush=True)
+        """Show a line of the log."""
+        print(paint(text, LINES[kind_of_line(text)][0]) if self._colour_lines else text, flush=True)
 
     def note(self, text: str) -> None:
+        """Show a message that is not in the log: about the queue, or the end of the run."""
         note = f"[{text}]"
-        print(paint(note, style_of_line("note")) if self._colour_notes else note, file=sys.stderr, flush=True)
+        print(paint(note, NOTE_STYLE) if self._colour_notes else note, file=sys.stderr, flush=True)
 
     def state(self, state: RunState, words: str) -> None:
-        """Show nothing: notes have what matters."""
+        """Show the state, after each time it was read. Here notes have what matters."""
 
 
-def _follow_to_end(paths: RunPaths, log: LogFollower | EpochFollower, view: View) -> int:
+def eta_seconds(progress: re.Match[str]) -> int:
+    """The time left in a line that matches PROGRESS."""
+    days, hours, minutes, seconds = (int(progress[unit] or 0) for unit in ("days", "hours", "minutes", "seconds"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class LiveView(PlainView):
+    """The log, and below it a progress bar of the epoch, or the state of the run. It is redrawn only after changes."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = console or Console(highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._progress: re.Match[str] | None = None
+        self._eta: float | None = None
+        self._words = "submitted"
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        self._draw()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def line(self, text: str) -> None:
+        """Move the bar by a line of progress; print any other line above it."""
+        kind = kind_of_line(text)
+        if kind == "progress":
+            self._progress = PROGRESS.match(text)
+            if self._eta is None and self._progress is not None:
+                self._eta = eta_seconds(self._progress)
+        elif kind == "phase":
+            self._progress, self._words = None, text[len("2026-01-01 00:00:00 ") :]
+        else:
+            if kind in ("epoch", "banner", "stop", "good", "trouble"):
+                self._progress = None
+            self._print(text, LINES[kind][0])
+        self._draw()
+
+    def note(self, text: str) -> None:
+        """Print a message that is not in the log above the bar."""
+        self._print(f"[{text}]", NOTE_STYLE)
+
+    def state(self, state: RunState, words: str) -> None:
+        """Show the state in place of a missing bar. Its time left replaces the log's, which ignores restarts."""
+        self._words = words
+        if state.eta_seconds is not None:
+            self._eta = state.eta_seconds
+        if state.state != "running":
+            self._progress = None
+        self._draw()
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+    def _draw(self) -> None:
+        self._live.update(self._renderable(), refresh=True)
+
+    def _renderable(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        progress = self._progress
+        if progress is None:
+            left = f"  ETA {duration(self._eta)}" if self._eta is not None else ""
+            return Text(f"{self._words}{left}", "yellow", no_wrap=True, overflow="ellipsis")
+        before = f"epoch {progress['epoch']} "
+        step, steps = int(progress["step"]), int(progress["steps"])
+        speed, eta = f"{progress['speed']} img/s", f"ETA {duration(self._eta)}"
+        parts = [f" {step}/{steps}", progress["loss"], progress["accuracy"], speed, eta]
+        while len(parts) > 2 and self._room(before, parts) < LEAST_BAR:
+            parts.pop(-2)
+        room = self._room(before, parts)
+        grid = Table.grid()
+        cells: list[RenderableType] = [Text(before, no_wrap=True)]
+        if room >= LEAST_BAR:
+            cells.append(ProgressBar(total=steps, completed=step, width=min(room, MOST_BAR)))
+        grid.add_row(*cells, Text("  ".join(parts), no_wrap=True, overflow="ellipsis"))
+        return grid
+
+    def _room(self, before: str, parts: list[str]) -> int:
+        return self._console.width - len(before) - len("  ".join(parts)) - 1
+
+
+def _follow_to_end(paths: RunPaths, log: LogFollower, view: PlainView) -> int:
     states, failures = StateFollower(paths), 0
     with contextlib.closing(log):
         while True:
@@ -189,41 +292,25 @@ class LogFollower:
         return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < file.tell()
 
 
-class EpochFollower:
+class EpochFollower(LogFollower):
     """A line for each new epoch in metrics.jsonl; an epoch that is computed again is not repeated."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._epoch = 0
+    _epoch = 0
 
     def poll(self) -> list[str]:
         """New lines."""
         lines = []
         for row in read_jsonl(self.path):
-            line = _epoch_line(row)
-            if line is not None and row["epoch"] > self._epoch:
-                self._epoch = row["epoch"]
-                lines.append(line)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # no row of an epoch
+                line = (
+                    f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
+                    f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
+                    f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s"
+                )
+                if row["epoch"] > self._epoch:
+                    self._epoch = row["epoch"]
+                    lines.append(line)
         return lines
-
-    def rest(self) -> list[str]:
-        """No lines: rows are always complete."""
-        return []
-
-    def close(self) -> None:
-        """Do nothing: no file is open between two polls."""
-
-
-def _epoch_line(row: Mapping[str, Any]) -> str | None:
-    """A row of metrics.jsonl for people; None for anything else."""
-    try:
-        return (
-            f"epoch {row['epoch']:>4d}  train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f}%  "
-            f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:6.2f}%  lr {row['lr']:.6f}  "
-            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.0f} img/s"
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class StateFollower:

@@ -12,11 +12,10 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from cifar_hpc.cli.tail import StateFollower
 from cifar_hpc.config.io import to_plain
@@ -27,7 +26,6 @@ from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
 
-HELP = "show runs in TensorBoard or Weights & Biases, while they go on or afterwards"
 DESCRIPTION = """\
 Reads metrics.jsonl here, on the login node, where the internet is; the job is
 not involved. Follows runs until they end, and shows finished ones. Each call
@@ -68,10 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
     tracked: list[TrackedRun] = []
     try:
         for paths in find_runs(project_root(), arguments.runs):
-            spec = read_frozen(paths)
-            if spec is None:
-                raise SpecError(f"{paths.spec}: missing; the run {paths.name} has not been submitted.")
-            tracked.append(TrackedRun(paths, spec, partial(_open_trackers, arguments)))
+            tracked.append(TrackedRun(paths, arguments))
             print(f"tracking {paths.name}", flush=True)
         while sum(run.poll() for run in tracked):
             time.sleep(POLL_SECONDS)
@@ -79,29 +74,6 @@ def main(arguments: argparse.Namespace) -> int:
         for run in tracked:
             run.close()
     return 0
-
-
-def _open_trackers(arguments: argparse.Namespace, paths: RunPaths, spec: Spec) -> list[Tracker]:
-    trackers: list[Tracker] = []
-    if arguments.tensorboard is not None:
-        trackers.append(TensorBoard(Path(arguments.tensorboard).expanduser() / paths.name))
-    if arguments.wandb is not None:
-        paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-        trackers.append(WandB(paths.tracking, paths.name, spec, arguments.wandb, arguments.project))
-    return trackers
-
-
-class Tracker(Protocol):
-    """A viewer of epochs."""
-
-    def show(self, epoch: int, time: float, values: Mapping[str, float]) -> None:
-        """Add one epoch, completed at `time` (seconds since 1970)."""
-
-    def flush(self) -> None:
-        """Write everything so far to disk, and remove the epochs of earlier calls."""
-
-    def close(self, finished: bool) -> None:
-        """End; `finished` if all epochs of the run are done."""
 
 
 class TensorBoard:
@@ -120,6 +92,7 @@ class TensorBoard:
         self._writer.add_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
 
     def show(self, epoch: int, time: float, values: Mapping[str, float]) -> None:
+        """Add one epoch, completed at `time` (seconds since 1970)."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -127,19 +100,21 @@ class TensorBoard:
         self._writer.add_event(Event(step=epoch, wall_time=time, summary=summary))
 
     def flush(self) -> None:
+        """Write everything so far to disk, and remove the epochs of earlier calls."""
         self._writer.flush()
         while self._older:
             with contextlib.suppress(OSError):
                 os.close(open_regular(self._older.pop(), os.O_WRONLY | os.O_TRUNC))
 
     def close(self, finished: bool) -> None:
+        """End; `finished` if all epochs of the run are done."""
         self._writer.close()
 
 
 class WandB:
-    """A run of the wandb package under `folder`/wandb, with the run's name as its id."""
+    """A run of the wandb package under `folder`/wandb, with the run's name as its id. Its methods are TensorBoard's."""
 
-    def __init__(self, folder: Path, run: str, spec: Spec, mode: Literal["online", "offline"], project: str) -> None:
+    def __init__(self, folder: Path, run: str, spec: Spec, mode: Any, project: str) -> None:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # not in a home that is full
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -171,13 +146,30 @@ class WandB:
 
 
 class TrackedRun:
-    """A run and its trackers."""
+    """A run and its trackers.
 
-    def __init__(self, paths: RunPaths, spec: Spec, open_trackers: Callable[[RunPaths, Spec], list[Tracker]]) -> None:
-        self.paths, self._spec, self._open = paths, spec, open_trackers
+    Raises:
+        SpecError: the run has no spec.
+    """
+
+    def __init__(self, paths: RunPaths, arguments: argparse.Namespace) -> None:
+        spec = read_frozen(paths)
+        if spec is None:
+            raise SpecError(f"{paths.spec}: missing; the run {paths.name} has not been submitted.")
+        self.paths, self._spec, self._arguments = paths, spec, arguments
         self.states = StateFollower(paths)
-        self._trackers = open_trackers(paths, spec)
+        self._trackers = self._open()
         self._shown: list[dict[str, Any]] = []
+
+    def _open(self) -> list[TensorBoard | WandB]:
+        trackers: list[TensorBoard | WandB] = []
+        paths, arguments = self.paths, self._arguments
+        if arguments.tensorboard is not None:
+            trackers.append(TensorBoard(Path(arguments.tensorboard).expanduser() / paths.name))
+        if arguments.wandb is not None:
+            paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            trackers.append(WandB(paths.tracking, paths.name, self._spec, arguments.wandb, arguments.project))
+        return trackers
 
     def poll(self) -> bool:
         """Show new epochs; returns true while there may be more."""
@@ -186,7 +178,7 @@ class TrackedRun:
         rows = [row for row in read_jsonl(self.paths.metrics) if {"epoch", "time", *SCALARS.values()} <= row.keys()]
         if rows[: len(self._shown)] != self._shown:  # epochs were computed again
             self.close()
-            self._trackers, self._shown = self._open(self.paths, self._spec), []
+            self._trackers, self._shown = self._open(), []
         for row in rows[len(self._shown) :]:
             values = {name: float(row[field]) for name, field in SCALARS.items()}
             for tracker in self._trackers:

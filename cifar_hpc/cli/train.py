@@ -7,10 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from cifar_hpc.training.process import Stopwatch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import StopFlag, Stopwatch
 
-HELP = "train here: one process, or each process of torchrun"
 DESCRIPTION = """\
 Trains in this very process, without Slurm and submitit; several processes
 under torchrun train together. The same command again goes on from the newest

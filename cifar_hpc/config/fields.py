@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from cifar_hpc.config.yaml_loader import WrittenFloat, WrittenInt
@@ -38,18 +41,16 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         raise SpecError(f"{where}: {shown(values)} is not allowed; allowed: a mapping of keys to values")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise SpecError(
-                f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}." + nearest(str(key), fields)
-            )
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            arguments[key] = build(typing.cast(Any, hint), value, dotted)
+            hint = nearest(str(key), fields)
+            raise SpecError(f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}.{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            arguments[key] = build(hints[key], value, dotted)
         else:
-            arguments[key] = _convert(value, hint, fields[key].metadata, dotted)
+            arguments[key] = _convert(value, hints[key], fields[key].metadata, dotted)
     return cls(**arguments)
 
 
@@ -62,32 +63,16 @@ def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
         converted = _to_type(value, hint)
     except (TypeError, ValueError, OverflowError) as error:
         reason = str(error) if isinstance(error, _TextError) else ""
-        choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
+        kinds = (hint, *typing.get_args(hint))
+        choices = [kind for kind in kinds if isinstance(kind, str)]
         raise SpecError(
             f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}{reason}."
             + nearest(str(value)[:MAX_TEXT], choices)
-            + (" HINT: put it in quotes." if isinstance(value, bool) and _is_text(hint) else "")
+            + (" HINT: put it in quotes." if isinstance(value, bool) and str in kinds else "")
         ) from None
-    for number in converted if isinstance(converted, tuple) else (converted,):
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not _in_range(number, metadata):
-            raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
+    if not _in_range(converted, metadata):
+        raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
     return converted
-
-
-def check_bounds(config: Any, section: str) -> None:
-    """Check the numbers of a dataclass of fields as `option` declares them.
-
-    Raises:
-        SpecError: names the dotted key.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not _in_range(number, field.metadata):
-                hint = typing.get_type_hints(type(config))[field.name]
-                raise SpecError(
-                    f"{section}.{field.name}: {value!r} is not allowed; allowed: {describe(hint, field.metadata)}."
-                )
 
 
 def _name(key: Any, dotted: str) -> str:
@@ -109,10 +94,6 @@ def _text(text: str) -> str:
     return text
 
 
-def _is_text(hint: Any) -> bool:
-    return hint is str or str in typing.get_args(hint)
-
-
 def _to_type(value: Any, hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -131,29 +112,25 @@ def _to_type(value: Any, hint: Any) -> Any:
         if len(value) != len(arguments):
             raise ValueError
         return tuple(_to_type(v, a) for v, a in zip(value, arguments, strict=True))
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (WrittenInt, WrittenFloat)):
-        return _text(value.text)  # as it stands in the file: 1.10 is not 1.1
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return _text(str(value))
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if hint is bool and isinstance(value, bool):
-        return value
-    raise TypeError
+    allowed = {float: (int, float), str: (str, int, float), int: (int,), bool: (bool,)}.get(hint, ())
+    if not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool):
+        raise TypeError
+    if hint is str:  # a number as it is written in the file: 1.10 is not 1.1
+        return _text(value.text if isinstance(value, (WrittenInt, WrittenFloat)) else str(value))
+    return hint(value)
 
 
-def _in_range(number: float, metadata: Any) -> bool:
-    low, above, high = (metadata.get(k) for k in ("low", "above", "high"))
-    # Written so that NaN, which compares false with everything, is out of every range.
-    return (
-        (low is None or number >= low)
-        and (above is None or number > above)
-        and (high is None or number <= high)
-        and number == number
-        and abs(number) != float("inf")
-    )
+def _in_range(value: Any, metadata: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_in_range(item, metadata) for item in value)
+    if not isinstance(value, (int, float)):
+        return True
+    return abs(value) < math.inf and all(compare(value, bound) for _, compare, bound in _bounds(metadata))
+
+
+def _bounds(metadata: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+    kinds = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<=", operator.le))
+    return [(symbol, compare, metadata[key]) for key, symbol, compare in kinds if metadata.get(key) is not None]
 
 
 def describe(hint: Any, metadata: Any) -> str:
@@ -170,7 +147,5 @@ def describe(hint: Any, metadata: Any) -> str:
     if origin is dict:
         return "a mapping of names to values"
     name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
-    low, above, high = (metadata.get(k) for k in ("low", "above", "high"))
-    limits = ((">=", low), (">", above), ("<=", high))
-    bounds = [f"{symbol} {b if isinstance(b, int) else format(b, 'g')}" for symbol, b in limits if b is not None]
+    bounds = [f"{symbol} {b if isinstance(b, int) else format(b, 'g')}" for symbol, _, b in _bounds(metadata)]
     return " ".join([name, " and ".join(bounds)]).strip()

@@ -1,51 +1,43 @@
-"""Specs from and to YAML, --set overrides, differences, and the name of a run."""
+"""Specs from and to YAML, --set overrides, site profiles, differences, and the name of a run."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cifar_hpc.config.fields import build
-from cifar_hpc.config.spec import Spec
-from cifar_hpc.config.validate import check
+from cifar_hpc.config.fields import build, option
+from cifar_hpc.config.spec import ResourcesSpec, Spec, check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
-from cifar_hpc.errors import SpecError
+from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.text import shown
 
 # Keys that do not change the result of a run. They are left out of its name.
 NOT_IN_NAME = (
-    "resources",
-    "checkpoint",
-    "failures",
-    "timeouts",
-    "tracking",
-    "data.root",
-    "train.log_seconds",
-    "train.watchdog_minutes",
-)
+    "resources", "checkpoint", "failures", "timeouts", "tracking",
+    "data.root", "train.log_seconds", "train.watchdog_minutes",
+)  # fmt: skip
 # Keys that may change between a run's first start and a later one.
 MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
 MAX_DEPTH = 8  # sections in a key; the spec has two
+CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 
-def load_spec(
-    path: Path,
-    overrides: Iterable[str] = (),
-    base: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
-) -> Spec:
-    """Read a job file, laid over `base` (a site's defaults), under `key.path=value` overrides and `flags`.
+def load_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
+    """Read a job file of one run under `key.path=value` overrides.
 
     Raises:
-        SpecError: names the file, the flag or the dotted key.
+        SpecError: names the file, the override or the dotted key.
     """
-    values = load_values(path, overrides, base, flags)
+    values = load_values(path, overrides)
     if values.pop("sweep", None) is not None:
         raise SpecError(
             f"sweep: {path} describes many runs, and this command trains one. HINT: submit them with submit.py, or "
@@ -55,34 +47,35 @@ def load_spec(
 
 
 def load_values(
-    path: Path,
-    overrides: Iterable[str] = (),
-    base: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    path: Path, overrides: Iterable[str] = (), base: Mapping[str, Any] = {}, flags: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Read the same as plain, unchecked values; a section `sweep` may be among them.
+    """Read a job file as plain, unchecked values; a section `sweep` may be among them.
+
+    Args:
+        overrides: `key.path=value`, above the file.
+        base: below the file, such as a site's defaults.
+        flags: above the overrides.
 
     Raises:
-        SpecError: names the file or the flag.
+        SpecError: names the file or the override.
     """
-    values = merge(dict(base or {}), read_mapping(path))
+    values = merge(base, read_mapping(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
             raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
         values = merge(values, nested(key.strip(), parse_yaml(text, f"--set {key}")))
-    return merge(values, flags or {})
+    return merge(values, flags)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
     """{'a': {'b': value}} for the dotted key a.b."""
     for section in reversed(key.split(".")):
         value = {section: value}
-    result: dict[str, Any] = value
-    return result
+    return dict(value)
 
 
-def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`below` with the values of `above` laid over it, section by section."""
     result = dict(below)
     for key, value in above.items():
@@ -93,8 +86,7 @@ def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_plain(spec: Spec) -> dict[str, Any]:
     """Convert to nested dicts, lists, numbers and strings, which YAML, JSON and checkpoints can hold."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
-    return plain
+    return dict(json.loads(json.dumps(asdict(spec))))
 
 
 def from_plain(values: Mapping[str, Any]) -> Spec:
@@ -104,15 +96,13 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
 
 def to_yaml(spec: Spec, header: str) -> str:
     """YAML of every key, under comment lines."""
-    comment = "".join(f"# {line}\n" for line in header.splitlines())
     sections = (_section_yaml(name, json.dumps(values)) for name, values in to_plain(spec).items())
-    return comment + "".join(sections)
+    return textwrap.indent(header, "# ") + "\n" + "".join(sections)
 
 
 @functools.lru_cache(maxsize=1000)  # the points of a sweep differ in few sections, and yaml takes its time
 def _section_yaml(name: str, values: str) -> str:
-    text: str = yaml.dump({name: json.loads(values)}, Dumper=Dumper, sort_keys=False)
-    return text
+    return str(yaml.dump({name: json.loads(values)}, Dumper=Dumper, sort_keys=False))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,9 +119,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: Spec, new: Spec) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new)."""
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
-    return {
-        k: (before.get(k), after.get(k)) for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)
-    }
+    keys = sorted(before.keys() | after.keys())
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
 
 def covered(key: str, prefixes: Iterable[str]) -> bool:
@@ -145,11 +134,15 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
     Raises:
         SpecError: shows each differing key, old and new.
     """
-    fatal = {k: v for k, v in differences(old, new).items() if not covered(k, MAY_CHANGE)}
     # A value that is only resolved at the first start (null) agrees with whatever it became.
-    fatal = {k: (a, b) for k, (a, b) in fatal.items() if not (k in ("train.shards", "train.cpu_threads") and b is None)}
+    resolved = ("train.shards", "train.cpu_threads")
+    fatal = [
+        f"  {k}: {a!r} -> {b!r}"
+        for k, (a, b) in differences(old, new).items()
+        if not covered(k, MAY_CHANGE) and not (k in resolved and b is None)
+    ]
     if fatal:
-        lines = "\n".join(f"  {k}: {a!r} -> {b!r}" for k, (a, b) in fatal.items())
+        lines = "\n".join(fatal)
         raise SpecError(
             f"run {run}: it was started under another spec:\n{lines}\n"
             f"Allowed to change: {', '.join(MAY_CHANGE)}. HINT: give the new run another --name."
@@ -172,3 +165,64 @@ def in_words(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(in_words, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site profile, slurm/clusters/*.yaml: settings of a cluster, not of a job."""
+
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    setup: tuple[str, ...] = option((), "shell lines before training, such as module load")
+    python: str | None = option(None, "command that runs Python on a compute node; null is this very Python")
+    srun: tuple[str, ...] = option((), "further options of srun")
+    gpus: str = option(
+        "gpus-per-node={gpus}",
+        "the option of sbatch that asks for a node's GPUs, such as gres=gpu:{gpus} or gpus-per-node=a100:{gpus}",
+    )
+
+    def gpu_option(self, gpus: int) -> dict[str, str]:
+        """Option of sbatch that requests so many GPUs on each node; none for 0."""
+        name, _, value = self.gpus.partition("=")
+        return {name: value.replace("{gpus}", str(gpus))} if gpus else {}
+
+
+def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
+    """Load a site profile; returns it and the resource keys that it sets, a layer below the job's own.
+
+    Args:
+        profile: a name in slurm/clusters, or a path; None is `default`.
+
+    Raises:
+        SpecError: names the file and lists the profiles there are.
+    """
+    path = _find(profile or "default")
+    values = read_mapping(path)
+    try:
+        site = build(Site, values)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+    for line in site.setup:
+        if re.match(r"\s*#\s*(SBATCH|PBS|BSUB)", line):
+            raise SpecError(
+                f"{path}: setup: {shown(line)} is not allowed; allowed: shell lines. HINT: options of sbatch belong "
+                "into resources.sbatch, as option: value."
+            )
+    if re.fullmatch(r"(gpus-per-node|gres)=[^{}]*\{gpus\}[^{}]*", site.gpus) is None:
+        raise SpecError(
+            f"{path}: gpus: {shown(site.gpus)} is not allowed; allowed: gpus-per-node=... or gres=..., with {{gpus}} "
+            "once for the number, such as gres=gpu:a100:{gpus}. HINT: without '--'; put it in quotes."
+        )
+    chosen = values.get("resources") or {}
+    return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}
+
+
+def _find(profile: str) -> Path:
+    if profile.endswith((".yaml", ".yml")):
+        return Path(profile)
+    names = sorted(p.stem for p in CLUSTERS.glob("*.yaml"))
+    if profile in names:  # and nothing else: a '/' or '..' would lead out of the directory
+        return CLUSTERS / f"{profile}.yaml"
+    raise SpecError(
+        f"--profile: {shown(profile)} is not in {CLUSTERS}; there are: {', '.join(names)}, or a path ending in .yaml."
+        + nearest(profile[:100], names)
+    )

@@ -1,29 +1,28 @@
-"""The spec of a run: frozen dataclasses with every key, its default, unit and range.
+"""The spec of a run: frozen dataclasses with every key, its default, unit and range; and what must fit together.
 
 Defaults are the report's recipe. `batch_size` and `dropout`, which the report leaves open, are our choice."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cifar_hpc.config.fields import check_bounds, option
+from cifar_hpc.config.fields import option
 from cifar_hpc.errors import SpecError
+from cifar_hpc.slurm.options import check_dependency, check_option_names, parse_time
+from cifar_hpc.text import shown
 
 CLASSES = 10
-
-
-IMAGE_SIZE = 32
-"""Height and width of a CIFAR-10 image, in pixels."""
+IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
+# Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
+# than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
+LEAST_WIDTH = 4
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The report's six augmentations, and one more, with torchvision's meaning; 0 switches one off at no cost.
-
-    Raises:
-        SpecError: for an impossible value; the message starts with the dotted key.
-    """
+    """The report's six augmentations, and one more, with torchvision's meaning; 0 switches one off at no cost."""
 
     crop_padding: int = option(4, "zero padding, in pixels, before a crop to 32x32; 0 is off", low=0, high=31)
     flip: float = option(0.5, "probability of a horizontal flip; 0 is off", low=0, high=1)
@@ -33,21 +32,12 @@ class AugmentConfig:
     saturation: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
     hue: float = option(0.1, "shift is uniform in [-x, x] turns of the circle; 0 is off", low=0, high=0.5)
     erasing: float = option(0.5, "probability of erasing a box after normalisation; 0 is off", low=0, high=1)
-    erasing_scale: tuple[float, float] = option(
-        (0.02, 0.33), "area of the erased box over area of the image, from and to", low=0, high=1
-    )
+    erasing_scale: tuple[float, float] = option((0.02, 0.33), "erased area over image area, from and to", low=0, high=1)
     erasing_ratio: tuple[float, float] = option(
-        (0.3, 3.3), "height over width of the erased box, from and to (log-uniform)", above=0
+        (0.3, 3.3), "height over width of the box, from and to (log-uniform)", above=0
     )
 
     trivial: bool = option(False, "TrivialAugmentWide, on the image as it is, before all others")
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "augment")  # the spec has done so; this is for a config that is built in Python
-        for name in ("erasing_scale", "erasing_ratio"):
-            first, last = getattr(self, name)
-            if first > last:
-                raise SpecError(f"augment.{name}: [{first:g}, {last:g}] is not allowed; allowed: the smaller first.")
 
     @property
     def geometric(self) -> bool:
@@ -64,26 +54,14 @@ class AugmentConfig:
         """Return whether any of brightness, contrast and saturation is changed."""
         return self.brightness > 0 or self.contrast > 0 or self.saturation > 0
 
-    @classmethod
-    def off(cls) -> AugmentConfig:
-        """No augmentation at all."""
-        return cls(crop_padding=0, flip=0, rotation=0, brightness=0, contrast=0, saturation=0, hue=0, erasing=0)
-
 
 @dataclass(frozen=True)
 class MixingConfig:
-    """Mixup and CutMix with their papers' meaning, drawn for each sample alone; with both on, each takes one of them.
-
-    Raises:
-        SpecError: for an impossible value; the message starts with the dotted key.
-    """
+    """Mixup and CutMix with their papers' meaning, drawn for each sample; with both on, each takes one of them."""
 
     mixup: float = option(0.0, "alpha: shares of two images are from Beta(alpha, alpha); 0 is off", low=0, high=100)
     cutmix: float = option(0.0, "alpha: area of the pasted box is from Beta(alpha, alpha); 0 is off", low=0, high=100)
     probability: float = option(1.0, "probability that a sample is mixed at all; 0 is off", low=0, high=1)
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "mixing")  # the spec has done so; this is for a config that is built in Python
 
     @property
     def on(self) -> bool:
@@ -128,8 +106,7 @@ class LookaheadSpec:
     alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
     bn_batches: int = option(
         16,
-        "training batches for re-estimating BatchNorm statistics before an evaluation under the slow weights, or the "
-        "averaged ones (ema), or while training's images are smaller (resizing); 0 keeps training's own statistics",
+        "training batches to re-estimate BatchNorm statistics for slow, averaged or resized training; 0 is off",
         low=0,
     )
 
@@ -146,10 +123,7 @@ class ScheduleSpec:
 @dataclass(frozen=True)
 class EmaSpec:
     decay: float | None = option(
-        None,
-        "evaluate an exponential moving average of the weights, of which an update keeps this share; null is off",
-        above=0,
-        high=0.999999,
+        None, "evaluate averaged weights, of which an update keeps this share; null is off", above=0, high=0.999999
     )
 
 
@@ -170,17 +144,13 @@ class TrainSpec:
     device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
     cpu_threads: int | None = option(
         None,
-        "threads of a process, part of the bits on a CPU; null is cpus_per_task, or without it 1 under Slurm and "
-        "a share of this machine elsewhere",
+        "threads of a process, part of the bits; null: cpus_per_task, or 1 (Slurm), or a fair share",
         low=1,
         high=4096,
     )
     log_seconds: float = option(30.0, "seconds between two progress lines in train.log", above=0, high=60)
     watchdog_minutes: float = option(
-        15.0,
-        "minutes without any progress of any process after which the run counts as hung, and is started again",
-        above=0,
-        high=100_000,
+        15.0, "minutes without progress after which a run counts as hung and starts again", above=0, high=100_000
     )
 
 
@@ -188,14 +158,11 @@ class TrainSpec:
 class DataSpec:
     source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
     root: str = option("data", "folder of the images (relative to the project's root); synthetic ignores it")
-    train_size: int | None = option(
-        None, "training images to use (a fixed random choice); null is all", low=1, high=INT32
-    )
+    train_size: int | None = option(None, "training images (a fixed random choice); null is all", low=1, high=INT32)
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
     holdout: int | None = option(
         None,
-        "of the training images so many are kept apart (a fixed random choice) and evaluated on in place of the test "
-        "images: for tuning",
+        "training images kept apart (a fixed random choice) and evaluated on as the test images",
         low=1,
         high=INT32,
     )
@@ -204,10 +171,7 @@ class DataSpec:
 @dataclass(frozen=True)
 class ResizingSpec:
     initial: int | None = option(
-        None,
-        "height and width in pixels of the training images in the first epochs, which grow to 32; null is off",
-        low=4,
-        high=IMAGE_SIZE,
+        None, "height and width of training images at first, in pixels; null is off", low=4, high=IMAGE_SIZE
     )
     delay: float = option(0.5, "share of the epochs before the images grow", low=0, high=1)
     finetune: float = option(0.2, "share of the epochs, at the end, on whole images", low=0, high=1)
@@ -222,9 +186,7 @@ class ResizingSpec:
 @dataclass(frozen=True)
 class CheckpointSpec:
     every: Literal["auto"] | None = option(
-        None,
-        "auto: checkpoints within an epoch as far apart as loses least (interval.py), from measured costs and losses; "
-        "null is auto, too, unless every_minutes or every_steps is given",
+        None, "auto, as null without the next two: an interval within an epoch from measured costs and losses"
     )
     every_minutes: float | None = option(None, "minutes between two checkpoints within an epoch", above=0, high=100_000)
     every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
@@ -313,3 +275,82 @@ class Spec:
     timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+
+
+def check(spec: Spec) -> Spec:
+    """Return `spec` if its values fit together.
+
+    Raises:
+        SpecError: names the dotted keys that contradict each other.
+    """
+    train, model, checkpoint = spec.train, spec.model, spec.checkpoint
+    if len(model.blocks) != len(model.widths):
+        raise SpecError(
+            f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
+            f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
+        )
+    _check_layers(model, spec.resizing.initial or IMAGE_SIZE)
+    if train.shards is not None and train.shards > train.batch_size:
+        raise SpecError(
+            f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "
+            f"({train.batch_size}), since each shard needs an image of each batch."
+        )
+    paces = [k for k in ("every", "every_minutes", "every_steps") if getattr(checkpoint, k) is not None]
+    if len(paces) > 1:
+        given = " and ".join(f"checkpoint.{key}: {str(getattr(checkpoint, key)).removesuffix('.0')}" for key in paces)
+        raise SpecError(
+            f"{given} are given together; allowed: one of them. HINT: --set checkpoint.{paces[0]}=null takes one away."
+        )
+    if train.compile and train.deterministic:
+        raise SpecError(
+            "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
+            "of restarts and the number of processes; such a run resumes exactly, but not to the same bits."
+        )
+    check_option_names(spec.resources.sbatch)
+    check_dependency(spec.resources.dependency)
+    if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
+        raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
+    warmup, epochs = spec.schedule.warmup_epochs, train.epochs
+    if warmup >= epochs:
+        raise SpecError(
+            f"schedule.warmup_epochs: {warmup:g} is not allowed; allowed: less than train.epochs ({epochs})."
+        )
+    for name in ("erasing_scale", "erasing_ratio"):
+        first, last = getattr(spec.augment, name)
+        if first > last:
+            raise SpecError(f"augment.{name}: [{first:g}, {last:g}] is not allowed; allowed: the smaller first.")
+    if spec.resizing.delay + spec.resizing.finetune > 1:
+        raise SpecError(
+            f"resizing.delay: {spec.resizing.delay:g} and resizing.finetune: {spec.resizing.finetune:g} are more than "
+            "all epochs; allowed: a sum of at most 1."
+        )
+    if spec.data.holdout is not None and spec.data.test_size is not None:
+        raise SpecError(
+            "data.holdout and data.test_size are given together; allowed: one of them, since the images that are "
+            "held out take the place of the test images."
+        )
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", train.device) is None:
+        raise SpecError(f"train.device: {shown(train.device)} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
+    parse_time(spec.resources.time, "resources.time")
+    nodes = spec.resources.nodes
+    numbers = [int(n) for n in nodes.split("-")] if re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", nodes) else [0]
+    if not 1 <= numbers[0] <= numbers[-1]:
+        raise SpecError(f"resources.nodes: {shown(nodes)} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")
+    return spec
+
+
+def _check_layers(model: ModelSpec, smallest: int) -> None:
+    most = (smallest - 1).bit_length()
+    if len(model.widths) > most:
+        # BatchNorm has no variance over a single pixel of a single image, which a shard's last batch may be.
+        raise SpecError(
+            f"model.widths: {len(model.widths)} layers are not allowed; allowed: at most {most}, since each layer "
+            f"after the first halves images of {smallest}x{smallest} pixels, and one pixel is too few."
+            + (" HINT: give resizing.initial more pixels." if smallest < IMAGE_SIZE else "")
+        )
+    narrow = [w for w in model.widths[:-1] if model.scaled(w) < LEAST_WIDTH]
+    if narrow:
+        raise SpecError(
+            f"model.widths: {narrow[0]} with model.width_multiplier: {model.width_multiplier:g} makes a layer of width "
+            f"{model.scaled(narrow[0])}; allowed: at least {LEAST_WIDTH} in every layer but the last."
+        )

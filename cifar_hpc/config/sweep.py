@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cifar_hpc.config.fields import build, option
-from cifar_hpc.config.io import flatten, from_plain, in_words, merge, nested, run_name
+from cifar_hpc.config.io import covered, flatten, from_plain, in_words, merge, nested, run_name
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.text import shown
@@ -39,7 +39,7 @@ class Point:
 
 
 def expand(
-    job: str, section: Any, base: Mapping[str, Any], set_keys: Iterable[str] = ()
+    job: str, section: Any, base: Mapping[str, Any], set_keys: Collection[str] = ()
 ) -> tuple[list[Point], int | None]:
     """(points of the section `sweep`, how many may train at the same time; None is no limit).
 
@@ -50,7 +50,7 @@ def expand(
         section: `grid` and `zip`, each a mapping of dotted keys to lists of values (those of zip are of one length and
             taken together), `list` (mappings of dotted keys to a value), `seeds` (a list, or how many from 0 on), and
             `parallel`.
-        base: what all points have in common, as `spec_io.load_values` returns it.
+        base: what all points have in common, as `io.load_values` returns it.
         set_keys: what --set has set, which no point may change.
 
     Raises:
@@ -58,9 +58,9 @@ def expand(
     """
     if not isinstance(section, dict):
         raise SpecError(f"sweep: {shown(section)} is not allowed; allowed: a mapping of {', '.join(_PARTS)}, parallel.")
+    known = (*_PARTS, "parallel")
     for key in section:
-        if key not in (*_PARTS, "parallel"):
-            known = (*_PARTS, "parallel")
+        if key not in known:
             raise SpecError(f"sweep.{key}: unknown key; allowed: {', '.join(known)}." + nearest(str(key), known))
     parts = {key: value for key, value in section.items() if key in _PARTS and value is not None}
     limits = build(_Limits, {k: v for k, v in section.items() if k not in _PARTS}, "sweep")
@@ -83,11 +83,10 @@ def expand(
 
 
 def _point(job: str, values: Values, base: Mapping[str, Any]) -> Point:
-    merged = dict(base)
     for key, value in values.items():
-        merged = merge(merged, nested(key, value))
+        base = merge(base, nested(key, value))
     try:
-        spec = from_plain(merged)
+        spec = from_plain(base)
     except SpecError as error:
         raise SpecError(f"sweep: the point {_words(values)}: {error}") from None
     return Point(run_name(job, spec), values, spec)
@@ -140,32 +139,33 @@ def _lists(where: str, value: Any) -> dict[str, list[Any]]:
 
 def _flat(where: str, value: dict[Any, Any]) -> Values:
     """Convert nested mappings to dotted keys, as --set does."""
-    odd = [key for key in value if not isinstance(key, str)]
-    if odd:
-        raise SpecError(f"{where}: the key {shown(odd[0])} is not allowed; allowed: dotted keys, such as {SEED}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise SpecError(f"{where}: the key {shown(key)} is not allowed; allowed: dotted keys, such as {SEED}.")
     return flatten(value)
 
 
-def _check_keys(axes: Sequence[Sequence[Values]], set_keys: Iterable[str]) -> None:
+def _check_keys(axes: Sequence[Sequence[Values]], set_keys: Collection[str]) -> None:
     """Refuse keys that a sweep cannot vary, varies twice, or that --set has set."""
-    keys_of = [sorted({key for values in axis for key in values}) for axis in axes]
-    for number, keys in enumerate(keys_of):
+    varied: list[str] = []
+    for axis in axes:
+        keys = sorted({key for values in axis for key in values})
         for key in keys:
-            if any(_overlap(key, reserved) for reserved in OF_THE_ARRAY):
+            if _overlapping(key, OF_THE_ARRAY):
                 raise SpecError(
                     f"sweep: {key} is not allowed; allowed: keys outside {' and '.join(OF_THE_ARRAY)}, since all "
                     "points share one job array. HINT: submit once for each value, with --set."
                 )
-            for other in (other for keys in keys_of[number + 1 :] for other in keys):
-                if _overlap(key, other):
-                    raise SpecError(f"sweep: {key} and {other} are varied twice; allowed: once, in grid, zip or list.")
-            for given in set_keys:
-                if _overlap(key, given):
-                    raise SpecError(
-                        f"--set {given}: the sweep varies {key}. HINT: set the section sweep itself, such as "
-                        f"--set sweep.grid.{key}=[...], or take the job file alone with --set sweep=null."
-                    )
+            for other in _overlapping(key, varied):
+                raise SpecError(f"sweep: {other} and {key} are varied twice; allowed: once, in grid, zip or list.")
+            for given in _overlapping(key, set_keys):
+                raise SpecError(
+                    f"--set {given}: the sweep varies {key}. HINT: set the section sweep itself, such as "
+                    f"--set sweep.grid.{key}=[...], or take the job file alone with --set sweep=null."
+                )
+        varied += keys
 
 
-def _overlap(one: str, other: str) -> bool:
-    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+def _overlapping(key: str, others: Iterable[str]) -> list[str]:
+    """Those of `others` that set the same value as `key`, or one in its section, or its section."""
+    return [other for other in others if covered(key, [other]) or covered(other, [key])]

@@ -41,13 +41,9 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
-    def construct_written_int(self, node: yaml.ScalarNode) -> WrittenInt:
-        number = WrittenInt(self.construct_yaml_int(node))
-        number.text = self.construct_scalar(node)
-        return number
-
-    def construct_written_float(self, node: yaml.ScalarNode) -> WrittenFloat:
-        number = WrittenFloat(self.construct_yaml_float(node))
+    def construct_number(self, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
+        is_int = node.tag == _INT
+        number = WrittenInt(self.construct_yaml_int(node)) if is_int else WrittenFloat(self.construct_yaml_float(node))
         number.text = self.construct_scalar(node)
         return number
 
@@ -58,8 +54,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag not in _NOT_AS_IN_YAML_1_1]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_constructor(_INT, _Loader.construct_written_int)
-_Loader.add_constructor(_FLOAT, _Loader.construct_written_float)
+for _tag in (_INT, _FLOAT):
+    _Loader.add_constructor(_tag, _Loader.construct_number)
 
 
 class Dumper(yaml.SafeDumper):
@@ -83,7 +79,6 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise SpecError(f"{name}: is too long; allowed: {MAX_CHARACTERS:,} characters.")
-    loader = None
     try:
         loader = _Loader(text)  # looks for characters that YAML does not allow
         node = loader.get_single_node()
@@ -95,9 +90,6 @@ def parse_yaml(text: str, name: str) -> Any:
         raise SpecError(f"{name}: not readable as YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
         raise SpecError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:

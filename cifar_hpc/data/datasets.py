@@ -1,7 +1,8 @@
-"""The images of a run: read once, then resident on the training device as uint8."""
+"""The images of a run: read once, then resident on the training device as uint8; and those that `evaluate` takes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -15,10 +16,9 @@ from torch import Tensor
 from cifar_hpc import tensorfile
 from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE, DataSpec
 from cifar_hpc.data import synthetic
-from cifar_hpc.data.cifar10 import read_cifar10
-from cifar_hpc.data.image_folder import list_folder
+from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
+from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
 from cifar_hpc.data.image_input import decode
-from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, replacing
 from cifar_hpc.randomness import Stream, mix, permutation
@@ -26,6 +26,8 @@ from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
 _DECODED_AT_ONCE = 500
+CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 Progress = Callable[[str], bool]
 
 
@@ -54,20 +56,18 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
         SpecError: names the file or folder that is missing or wrong.
         Interrupted: where `progress` returned true.
     """
-    whole = _read(spec, root, progress)
+    if spec.source == "cifar10":
+        whole = Dataset(*read_cifar10(root / spec.root))
+    elif spec.source == "folder":
+        whole = _read_folder(root / spec.root, root, progress)
+    else:
+        sizes = spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE
+        whole = Dataset(*synthetic.make_synthetic(*sizes))
     chosen = Dataset(
         *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
         *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
     )
     return chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
-
-
-def _read(spec: DataSpec, root: Path, progress: Progress) -> Dataset:
-    if spec.source == "cifar10":
-        return Dataset(*read_cifar10(root / spec.root))
-    if spec.source == "folder":
-        return _read_folder(root / spec.root, root, progress)
-    return Dataset(*make_synthetic(spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE))
 
 
 def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
@@ -158,10 +158,6 @@ def _decode(files: list[Path], progress: Progress) -> Tensor:
     return images
 
 
-CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
-
-
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
     """The names in the order of the labels; "class 0" and so on where a folder of images no longer exists.
 
@@ -177,8 +173,65 @@ def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
 
 def folder_classes(folder: Path) -> tuple[str, ...] | None:
     """The names of the class folders in `folder`, in the order of their labels; None where it has not ten."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:
-        return None
-    return tuple(names) if len(names) == CLASSES else None
+    with contextlib.suppress(SpecError):
+        names = class_folders(folder)
+        return tuple(names) if len(names) == CLASSES else None
+    return None
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Test images uint8 [N, 3, 32, 32], labels int64 [N], names of the classes, a description, notes for the user."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def own_images(data: DataSpec, root: Path) -> LabelledImages:
+    """The images that the run evaluates on.
+
+    Raises:
+        SpecError: they are not there.
+    """
+    found = load_dataset(data, root)
+    what = {"cifar10": f"CIFAR-10 in {root / data.root}", "folder": str(root / data.root), "synthetic": "synthetic"}
+    held = ", held out of the training images" if data.holdout is not None else ""
+    return LabelledImages(found.test_images, found.test_labels, class_names(data, root), what[data.source] + held)
+
+
+def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
+    """All test images of `folder`: CIFAR-10 as torchvision keeps it, or files in test/<class>/ or <class>/.
+
+    Args:
+        data: of the run; the labels follow the order of its classes.
+
+    Raises:
+        SpecError: it holds neither, or a file in it is wrong.
+    """
+    if not folder.is_dir():
+        raise SpecError(f"--data: {folder} is no folder.")
+    cifar10 = folder.parent if folder.name == FOLDER else folder
+    if (cifar10 / FOLDER).is_dir():
+        found = load_dataset(DataSpec(source="cifar10", root=str(cifar10.absolute())), root)
+        images, labels, classes, source = found.test_images, found.test_labels, CIFAR10, f"CIFAR-10 in {cifar10}"
+    else:
+        split = folder / "test" if (folder / "test").is_dir() else folder
+        if folder_classes(split) is None:
+            raise SpecError(
+                f"--data: {folder} holds no test images; allowed: a folder with {FOLDER}, with test/<class>/*, or with "
+                "ten class folders."
+            )
+        files, numbers, names = list_split(split)
+        images, labels, classes, source = decode(files), torch.tensor(numbers), tuple(names), str(split)
+    known = class_names(data, root)
+    if sorted(classes) == sorted(known):  # matched by name
+        order = torch.tensor([known.index(name) for name in classes])
+        return LabelledImages(images, order[labels], known, source)
+    note = (
+        f"The classes there ({', '.join(classes)}) are not those of the run ({', '.join(known)}): they are "
+        "matched by their order."
+    )
+    return LabelledImages(images, labels, classes, source, (note,))

@@ -25,7 +25,7 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
             f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
             + nearest(folder.name, siblings)
         )
-    classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = class_folders(folder)
     if len(classes) != CLASSES:
         raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {CLASSES}.")
     files: list[Path] = []
@@ -43,6 +43,15 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
         files += [Path(image.path) for image in images]
         labels += [label] * len(images)
     return files, labels, classes
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the class folders in `folder`, in the order of their labels.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

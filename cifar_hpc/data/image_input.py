@@ -95,10 +95,7 @@ def decode(files: Sequence[Path]) -> Tensor:
         except Exception as error:  # PIL has many
             raise SpecError(f"{path}: is not a readable image: {error}.") from None
         if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-            raise SpecError(
-                f"{path}: is {width}x{height} pixels; allowed: {IMAGE_SIZE}x{IMAGE_SIZE}. "
-                "HINT: resize the images first."
-            )
+            raise SpecError(f"{path}: is {width}x{height} pixels; allowed: 32x32. HINT: resize the images first.")
     return images
 
 
@@ -164,9 +161,8 @@ def _from_array(path: Path, array: NDArray[Any], ids: Any) -> ImageInput:
     elif array.shape[1:] == (side, side, 3):
         rows = array.transpose(0, 3, 1, 2)
     else:
-        hint = (
-            " HINT: for a single image, save image[None]." if array.shape in ((side, side, 3), (3, side, side)) else ""
-        )
+        single = array.shape in ((side, side, 3), (3, side, side))
+        hint = " HINT: for a single image, save image[None]." if single else ""
         raise SpecError(f"{path}: the images are of shape {list(array.shape)}; allowed: {_SHAPES}.{hint}")
     if count == 0:
         raise SpecError(f"{path}: holds no image.")
@@ -220,8 +216,6 @@ def read_pickle(path: Path, content: bytes) -> dict[str, Any]:
 
 class _Dictionary(dict[Any, Any]):
     """A dictionary that refuses keys whose hash may be expensive."""
-
-    __slots__ = ()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         # Hashing a tuple never ends if it repeats itself at each of many levels, and overflows the stack if it is deep.

@@ -56,7 +56,6 @@ def _make(size: int, key: int) -> tuple[Tensor, Tensor]:
 
 def _draw(samples: Tensor, labels: Tensor, key: int) -> Tensor:
     """uint8 [B, 3, 32, 32]."""
-    count = samples.shape[0]
     # Whole numbers below 2**24 from here on.
     bits = (uniform(mix(key, 1), samples, _DRAWS) * 2**24).to(torch.int32)
     ink = _masks(labels, bits)[:, None]
@@ -67,7 +66,7 @@ def _draw(samples: Tensor, labels: Tensor, key: int) -> Tensor:
     fore = torch.where(bits[:, _SIGN : _SIGN + 3] & 1 == 0, back + step, back - step) & 255
     picture = torch.where(ink, fore[:, :, None, None], back[:, :, None, None])
     noise = (uniform(mix(key, 2), samples, _SIZE * _SIZE) * 2**24).to(torch.int32)
-    noise = noise.view(count, 1, _SIZE, _SIZE)
+    noise = noise.view(-1, 1, _SIZE, _SIZE)
     noise = torch.cat([noise & 255, (noise >> 8) & 255, noise >> 16], dim=1)
     return (picture + (noise * 33 >> 8) - 16).clamp_(0, 255).to(torch.uint8)
 
@@ -124,7 +123,5 @@ def _mask(name: str, a: Tensor, b: Tensor, r: Tensor, h: Tensor, pu: Tensor, pv:
         return ((a + b + pu) * 7 // 10 // h) % 2 == 0  # 7 / 10: a step along x or y is 0.7 across the stripes
     if name == "checkerboard":
         return (across + down) % 2 == 0
-    if name == "dots":
-        x, y = (((t + p) % (2 * h) - h) >> 6 for t, p in ((a, pu), (b, pv)))
-        return x**2 + y**2 < ((h * 6 // 10) >> 6) ** 2
-    raise ValueError(f"unknown class {name!r}")
+    x, y = (((t + p) % (2 * h) - h) >> 6 for t, p in ((a, pu), (b, pv)))  # dots
+    return x**2 + y**2 < ((h * 6 // 10) >> 6) ** 2

@@ -1,23 +1,34 @@
-"""Batch script of a job: options of sbatch, set-up, the tasks, the epilog."""
+"""Batch script of a job (options of sbatch, set-up, the tasks, the epilog), its submission, and the record of that."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from cifar_hpc.config.site import Site
+from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import SchedulerError
+from cifar_hpc.launch.worker import Task
+from cifar_hpc.runs.events import Submitted
+from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
+from cifar_hpc.runs.progress import record_event
+from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import parse_time
 
 # Before a task has installed its handlers, Python would die of a preemption's SIGTERM. See worker.
 IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
 
 ARRAY_PICKLE = "task.pkl"  # callable of all tasks of an array
+ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
 
 # By default srun may kill the other tasks when one fails; they still have to log why and to requeue the job (srun(1)).
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
@@ -32,18 +43,14 @@ SUBMITIT_NAMES = (
 def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> dict[str, Any]:
     """Convert the spec's resources, except dependencies, to submitit's parameters; other options pass unchanged."""
     resources = spec.resources
-    gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
     further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
-    gpu_option = dict([site.gpu_option(gpus)]) if gpus else {}
-    given = further.get("gres")
-    if isinstance(given, str) and "gres" in gpu_option:
-        further["gres"] = _joined_gres(gpu_option["gres"], given)
     plain = {
-        **gpu_option,
+        **site.gpu_option(0 if spec.train.device == "cpu" else resources.gpus_per_node),
         **{key: getattr(resources, key) for key in ("nodes", "time", "mem", "reservation")},
         "requeue" if resources.requeue else "no-requeue": True,
-        **further,
     }
+    if "gres" in plain and isinstance(further.get("gres"), str):
+        further["gres"] = _joined_gres(plain["gres"], str(further["gres"]))
     srun = [*SRUN_PATIENCE, *site.srun]
     if resources.cpus_per_task is not None:
         # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
@@ -62,7 +69,7 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         "stderr_to_stdout": True,
         "setup": list(site.setup) or None,
         "srun_args": srun,
-        "additional_parameters": {k: in_script(v) for k, v in plain.items() if v is not None},
+        "additional_parameters": {k: in_script(v) for k, v in (plain | further).items() if v is not None},
     }
 
 
@@ -99,8 +106,7 @@ def batch_script(
 
 def module_script(paths: RunPaths, spec: Spec, site: Site, arguments: Sequence[str]) -> str:
     """Batch script whose tasks run `python -m` with these arguments, started as a run's tasks are."""
-    executor = _bare_executor(paths, site)
-    executor.update_parameters(**slurm_parameters(paths, spec, site))
+    executor = _executor(paths, site, slurm_parameters(paths, spec, site))
     return _text(executor, f"{_python(site)} -u -m {shlex.join(arguments)}")
 
 
@@ -121,8 +127,7 @@ def slurm_executor(
         parallel: how many may run at the same time; None is no limit.
     """
     array = isinstance(paths, SweepPaths)
-    target = str(paths.points) if isinstance(paths, SweepPaths) else paths.name
-    epilog = f"{_python(site)} -m cifar_hpc.launch.epilog {shlex.quote(str(paths.root))} {shlex.quote(target)}"
+    epilog = f"{_python(site)} -m cifar_hpc.launch.epilog {shlex.quote(str(paths.root))} {shlex.quote(_target(paths))}"
     dependency = ",".join(filter(None, (None if array else "singleton", spec.resources.dependency)))
     parameters = slurm_parameters(paths, spec, site) | {
         "dependency": in_script(dependency or None),
@@ -137,14 +142,13 @@ def slurm_executor(
         pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
         parameters["array_parallelism"] = parallel or points
         parameters["setup"] = [*site.setup, f"ln -sf {ARRAY_PICKLE} {pickle}"]  # where submitit looks for it
-    executor = _bare_executor(paths, site)
-    executor.update_parameters(**parameters)
+    executor = _executor(paths, site, parameters)
     if array:
         executor.parameters["map_count"] = points
     return executor
 
 
-def _bare_executor(paths: RunPaths | SweepPaths, site: Site) -> Any:
+def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, Any]) -> Any:
     import submitit
 
     class AnywhereSlurmExecutor(submitit.SlurmExecutor):
@@ -154,8 +158,81 @@ def _bare_executor(paths: RunPaths | SweepPaths, site: Site) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    return AnywhereSlurmExecutor(folder=paths.slurm, python=_python(site))
+    executor = AnywhereSlurmExecutor(folder=paths.slurm, python=_python(site))
+    executor.update_parameters(**parameters)
+    return executor
 
 
 def _python(site: Site) -> str:
     return IGNORE_SIGNALS + (site.python or shlex.quote(sys.executable))
+
+
+def _target(paths: RunPaths | SweepPaths) -> str:
+    """Name of the run, or the path of the sweep's points.json, as `paths.run_of_task` takes them."""
+    return paths.name if isinstance(paths, RunPaths) else str(paths.points)
+
+
+def submit_slurm(
+    paths: RunPaths | SweepPaths, spec: Spec, site: Site, code: Path, points: int, parallel: int | None
+) -> str:
+    """Submit a run, or a sweep's points as one job array, from inside the code snapshot; returns the job id.
+
+    submitit's map_array writes a pickle for each task of an array, under names that it knows only after sbatch. Here
+    all tasks share one that exists before: a job whose submission was killed finds all it needs.
+
+    Args:
+        spec: for the resources, which all points share.
+        parallel: how many points may run at the same time; None is no limit.
+
+    Raises:
+        SchedulerError: with sbatch's own words.
+    """
+    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+
+    executor = slurm_executor(paths, spec, site, points, parallel)
+    task = Task(str(paths.root), _target(paths))
+    try:
+        # submitit prints what it then raises.
+        with contextlib.chdir(code), contextlib.redirect_stderr(io.StringIO()):
+            if isinstance(paths, RunPaths):
+                return str(executor.submit(task).job_id)
+            DelayedSubmission(task).dump(paths.slurm / ARRAY_PICKLE)
+            return str(executor._submit_command(executor._submitit_command_str).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
+        raise SchedulerError(f"sbatch refused the job: {words}{hint}") from None
+
+
+def sbatch(option: str, script: str) -> str:
+    """Pass a batch script to sbatch; returns its answer.
+
+    Args:
+        option: --parsable (submit it), or --test-only (when and where would it start?).
+
+    Raises:
+        SchedulerError: with sbatch's own words.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            return client.command(["sbatch", option, file.name], stderr_too=option == "--test-only").strip()
+        except SchedulerError as error:
+            words = str(error).partition(" was refused: ")[2] or error
+            raise SchedulerError(f"sbatch refused the job: {words}") from None
+
+
+def record_submitted(
+    run: RunPaths, job_id: str, scheduler: str, code: Path, command: str | None = None, sweep: str | None = None
+) -> None:
+    """Append the event `submitted`, and a line to train.log for readers who wait for the start.
+
+    Args:
+        code: the code snapshot.
+        command: command line of the submission; None is that of this process.
+    """
+    event = Submitted(scheduler=scheduler, code=code.name, command=command or shlex.join(sys.argv), sweep=sweep)
+    record_event(run, event, job_id=job_id, restart=None, world_size=None)
+    where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
+    TrainLog(run.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")

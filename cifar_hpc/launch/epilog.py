@@ -1,24 +1,23 @@
 """Epilog of the batch script: reports and requeues an attempt whose processes were all killed at once.
 
 That happens to a run of one process on a node short of memory, and to the tasks that are left when one node's
-slurmstepd dies. Any task that lives does so itself (see training/failure).
+slurmstepd dies. Any task that lives does so itself (training/exit).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
-from cifar_hpc.errors import SchedulerError, SpecError, UserError
+from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
-from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.history import History, step_of
 from cifar_hpc.runs.logs import TrainLog, read_jsonl
-from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_at
+from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.requeue import ALIVE, Decision, Ending, decide, request_requeue
 from cifar_hpc.slurm.client import job_fields, own_job_id
@@ -33,8 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     root, target, status = arguments
     keep_others_out()
     try:
-        run = run_at(Path(target), os.environ.get("SLURM_ARRAY_TASK_ID", "")) if "/" in target else target
-        Epilog(RunPaths(Path(root), run), own_job_id() or "").run(status)
+        Epilog(run_of_task(Path(root), target), own_job_id() or "").run(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,10 +45,7 @@ class Epilog:
     def __init__(self, paths: RunPaths, job_id: str) -> None:
         self.paths, self.job_id = paths, job_id
         self.log = TrainLog(paths.train_log, enabled=True)
-        spec = read_frozen(paths)
-        if spec is None:
-            raise SpecError(f"{paths.spec}: is missing. HINT: submit the run again.")
-        self.spec = spec
+        self.spec = require_frozen(paths)
         self.job: dict[str, str] | None = None
         self.history = History.read(paths.events)
         self.attempt = self.history.attempt_of(job_id)

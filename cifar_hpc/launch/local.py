@@ -17,15 +17,18 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from cifar_hpc.errors import SchedulerError, SpecError, UserError
-from cifar_hpc.launch.executors import start_here
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.launch.batch_script import record_submitted, warning_seconds
 from cifar_hpc.launch.preflight import finished_epochs, why_busy
-from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.launch.worker import Task
+from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
+from cifar_hpc.slurm.options import parse_time
+from cifar_hpc.training.process import StopFlag
 
 POLL_SECONDS = 1.0
 
@@ -67,54 +70,69 @@ def start(folder: RunPaths | SweepPaths, code: Path, locks: Iterable[RunLock], p
     return job_id
 
 
-class Controller:
-    """Starts the points of a sweep while there is room, until all have ended or a signal stops it.
+def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str) -> None:
+    """Start the points of a sweep while there is room; on SIGTERM stop those that run, and wait until they have ended.
 
-    locks: the inherited locks of the runs' submissions; each is released when its run has started.
-    command: command line of the submission, for the event `submitted`.
+    Args:
+        locks: the inherited locks of the runs' submissions; each is released when its run has started.
+        command: command line of the submission, for the event `submitted`.
     """
+    stop = StopFlag().install()
+    waiting, running = list(locks), list[Any]()
+    while (waiting or running) and not stop.requested:
+        if waiting and len(running) < parallel:
+            run = waiting.pop(0)
+            running += _start_point(run, command)
+            locks[run].release()
+        else:
+            running = _poll(running)
+    for job in running:
+        os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it to every task: the run saves and ends
+    while running:
+        running = _poll(running)
 
-    def __init__(self, locks: dict[RunPaths, RunLock], parallel: int, command: str) -> None:
-        self.locks, self.parallel, self.command = locks, parallel, command
-        self.stopping = False
 
-    def run(self) -> None:
-        """Start the points one after the other; on SIGTERM stop those that run, and return when they have ended."""
-        signal.signal(signal.SIGTERM, self._stop)
-        waiting, stopped = list(self.locks), False
-        running: list[Any] = []
-        while running or (waiting and not self.stopping):
-            if waiting and len(running) < self.parallel and not self.stopping:
-                running += self._start(waiting.pop(0))
-                continue
-            time.sleep(POLL_SECONDS)
-            running = [job for job in running if not job.done()]
-            if self.stopping and not stopped:
-                for job in running:
-                    os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it to every task: the run saves and ends
-                stopped = True
+def _poll(running: list[Any]) -> list[Any]:
+    time.sleep(POLL_SECONDS)
+    return [job for job in running if not job.done()]
 
-    def _start(self, run: RunPaths) -> list[Any]:
-        """[submitit's job] of a point; nothing if it need not or cannot start."""
-        try:
-            if (reason := why_busy(run, {})) is not None:
-                raise UserError(reason)
-            spec = read_frozen(run)
-            if spec is None:
-                raise SpecError(f"{run.spec} is missing. HINT: submit the sweep again.")
-            if finished_epochs(run) >= spec.train.epochs:
-                return []
-            job = start_here(run, spec, self.command)
-        except (UserError, OSError) as error:
-            print(f"{run.name}: not started: {error}", file=sys.stderr, flush=True)
+
+def _start_point(run: RunPaths, command: str) -> list[Any]:
+    """[submitit's job] of a point; nothing if it need not or cannot start."""
+    try:
+        if (reason := why_busy(run, {})) is not None:
+            raise UserError(reason)
+        spec = require_frozen(run)
+        if finished_epochs(run) >= spec.train.epochs:
             return []
-        finally:
-            self.locks[run].release()
-        print(f"{run.name}: started as job {job.job_id}", file=sys.stderr, flush=True)
-        return [job]
+        job = start_here(run, spec, command)
+    except (UserError, OSError) as error:
+        print(f"{run.name}: not started: {error}", file=sys.stderr, flush=True)
+        return []
+    print(f"{run.name}: started as job {job.job_id}", file=sys.stderr, flush=True)
+    return [job]
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
+
+def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
+    """Start a run on this machine from the code snapshot, the current folder, and record it; returns submitit's job.
+
+    Args:
+        command: command line of the submission.
+    """
+    import submitit
+
+    resources = spec.resources
+    executor = submitit.LocalExecutor(folder=run.slurm)
+    executor.update_parameters(
+        timeout_min=parse_time(resources.time) / 60,
+        tasks_per_node=resources.ntasks_per_node,
+        gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus_per_node,
+        signal_delay_s=warning_seconds(spec),
+        stderr_to_stdout=True,
+    )
+    job = executor.submit(Task(str(run.root), run.name))
+    record_submitted(run, job.job_id, "local", Path.cwd(), command)
+    return job
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -127,9 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # jobs inherit the log, not the pipe to submit.py
     if number == "0":
         run = RunPaths(Path(root), name)
-        spec = read_frozen(run)
-        assert spec is not None
-        return _answer(pipe, start_here(run, spec, command).job_id)
+        return _answer(pipe, start_here(run, require_frozen(run), command).job_id)
     sweep = SweepPaths(Path(root), name, int(number))
     runs = [RunPaths(Path(root), run) for run in read_points(sweep.points)]
     folders = [sweep.sweep, *(run.logs for run in runs)]
@@ -137,7 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     for lock in locks:
         lock.sign({"pid": os.getpid(), "host": socket.gethostname(), "controller": True})
     _answer(pipe, str(os.getpid()))
-    Controller(dict(zip(runs, locks[1:], strict=True)), int(parallel), command).run()
+    run_points(dict(zip(runs, locks[1:], strict=True)), int(parallel), command)
 
 
 def _answer(pipe: int, job_id: str) -> None:

@@ -12,7 +12,8 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.image_folder import list_folder
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.runs.events import Finished
-from cifar_hpc.runs.lock import describe, holder, local_controller
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import controller_of, describe, holder
 from cifar_hpc.runs.paths import PROJECT, RunPaths
 from cifar_hpc.runs.progress import DAMAGE, read_progress
 from cifar_hpc.slurm import client
@@ -31,16 +32,11 @@ def check_data(spec: Spec, root: Path) -> None:
     if spec.data.source == "folder":
         list_folder(folder)
     elif spec.data.source == "cifar10":
-        result = subprocess.run(
-            [sys.executable, "-m", "cifar_hpc.data.cifar10", str(folder)],
-            cwd=PROJECT,
-            stderr=subprocess.PIPE,
-            stdout=2,  # to standard error: torchvision's download messages; standard output is for the answer
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "cifar_hpc.data.cifar10", str(folder)]
+        # torchvision's download messages go to standard error; standard output is for the answer.
+        result = subprocess.run(command, cwd=PROJECT, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:
-            raise SpecError(result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "data check failed")
+            raise SpecError("".join(result.stderr.strip().splitlines()[-1:]) or "data check failed")
 
 
 def check_this_machine(spec: Spec) -> None:
@@ -72,20 +68,16 @@ def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> str | None:
     """Reason why a run must not be submitted now, since a run has at most one writer; None if there is none.
 
     Args:
-        jobs: by run, as `runs.queue.queue` returns them.
+        jobs: by run, as `runs.state.queue` returns them.
     """
-    owner = holder(paths.lock)
-    if owner is not None:
-        return f"run {paths.name} is being trained by {describe(owner)}."
-    job = jobs.get(paths.name)
-    if job is not None:
-        return (
-            f"run {paths.name} is already in the queue as job {job.job_id} ({job.state}). "
-            f"HINT: python -m cifar_hpc cancel {paths.name}"
-        )
-    controller = local_controller(paths)
-    if controller is not None:
-        return f"run {paths.name} is already running on this machine as job {controller}."
+    run = f"run {paths.name} is"
+    if (owner := holder(paths.lock)) is not None:
+        return f"{run} being trained by {describe(owner)}."
+    if job := jobs.get(paths.name):
+        hint = f"HINT: python -m cifar_hpc cancel {paths.name}"
+        return f"{run} already in the queue as job {job.job_id} ({job.state}). {hint}"
+    if controller := controller_of(paths, History.read(paths.events)):
+        return f"{run} already running on this machine as job {controller}."
     return None
 
 
@@ -95,11 +87,8 @@ def on_slurm(cluster: str) -> bool:
     Raises:
         SchedulerError: if Slurm is asked for and does not answer.
     """
-    if cluster == "local":
-        return False
-    if client.answers():
-        return True
-    if cluster == "slurm":
+    answers = cluster != "local" and client.answers()
+    if cluster == "slurm" and not answers:
         reason = "sbatch is not on PATH" if shutil.which("sbatch") is None else "squeue does not answer"
         raise SchedulerError(f"--cluster slurm: {reason}. HINT: is this a login node, is Slurm's module loaded?")
-    return False
+    return answers

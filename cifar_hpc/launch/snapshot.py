@@ -48,17 +48,13 @@ def _is(target: Path, files: dict[str, bytes]) -> bool:
     """Check that `target` holds exactly `files`, and that only its owner and group may write there."""
     for cache in list(target.rglob("__pycache__")):
         _remove(cache)  # of earlier jobs; compiled code is not compared, so not trusted
-    found: dict[str, bytes] = {}
-    for path in [target, *target.rglob("*")]:
-        try:
-            mode = path.lstat().st_mode
-        except FileNotFoundError:
-            return False
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or mode & stat.S_IWOTH:
-            return False
-        if stat.S_ISREG(mode):
-            found[path.relative_to(target).as_posix()] = path.read_bytes()
-    return found == files
+    if not os.path.lexists(target):
+        return False
+    modes = {path: path.lstat().st_mode for path in [target, *target.rglob("*")]}
+    if any(not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or mode & stat.S_IWOTH for mode in modes.values()):
+        return False
+    found = [path for path, mode in modes.items() if stat.S_ISREG(mode)]
+    return {path.relative_to(target).as_posix(): path.read_bytes() for path in found} == files
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

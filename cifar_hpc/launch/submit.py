@@ -10,27 +10,25 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from cifar_hpc.config.site import Site
+from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
 from cifar_hpc.errors import RunBusyError, SpecError
 from cifar_hpc.files import remove_leftovers, write_atomic
 from cifar_hpc.launch import local, preflight
-from cifar_hpc.launch.batch_script import batch_script
-from cifar_hpc.launch.executors import record_submitted, submit_slurm, test_only
+from cifar_hpc.launch.batch_script import batch_script, record_submitted, sbatch, submit_slurm
 from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.frozen_spec import freeze, resolve
 from cifar_hpc.runs.lock import RunLock, read_owner
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
-from cifar_hpc.runs.queue import queue
+from cifar_hpc.runs.state import queue
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 THREADS = 16  # on shared file systems most of the time passes in waiting for each small file
 SPARE_FILES = 200  # open files besides the locks of the runs
@@ -91,7 +89,7 @@ def preview(order: Order, ask_slurm: bool) -> str:
     left, _ = _split_finished(order)
     script = batch_script(folder, order.resolve(first), order.site, max(1, len(left)), order.parallel)
     if ask_slurm:
-        return test_only(script)
+        return sbatch("--test-only", script)
     rows = [f"# {index} {point.run} {point}" for index, point in enumerate(left)] if order.sweep else []
     return "\n".join([script, *rows])
 
@@ -121,13 +119,13 @@ def submit(order: Order) -> Submission:
             code = take_snapshot(folder)
             if isinstance(folder, SweepPaths):
                 write_points(folder, [run.name for run in runs])
-            _each(lambda pair: freeze(*pair), list(zip(runs, specs, strict=True)))
+            _each(freeze, runs, specs)
             if order.on_slurm:
                 job_id = submit_slurm(folder, specs[0], order.site, code, len(runs), order.parallel)
             else:
                 job_id = local.start(folder, code, [*held, *locked.values()], order.parallel or 1)
         if order.on_slurm:
-            _each(lambda item: _record(folder, item[1], item[0], job_id, code), list(enumerate(runs)))
+            _each(lambda index, run: _record(folder, run, index, job_id, code), range(len(runs)), runs)
     return Submission(free, finished, busy, job_id, folder)
 
 
@@ -173,30 +171,28 @@ def _lock_free(
         except RunBusyError as error:
             busy[point.run] = str(error)
     jobs = queue(order.root) if order.on_slurm else {}
-    reasons = _each(lambda run: preflight.why_busy(RunPaths(order.root, run), jobs), list(locked))
+    reasons = _each(lambda run: preflight.why_busy(RunPaths(order.root, run), jobs), locked)
     busy |= {run: reason for run, reason in zip(locked, reasons, strict=True) if reason is not None}
     return {run: lock for run, lock in locked.items() if run not in busy}, busy
 
 
 def _allow_open_files(number: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        raise SpecError(
+            f"sweep: needs {number} open files, one for each point, and {hard} are allowed here (ulimit -Hn). "
+            "HINT: submit it in parts."
+        )
     if soft != resource.RLIM_INFINITY and soft < number:
-        most = number if hard == resource.RLIM_INFINITY else min(number, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if most < number:
-            raise SpecError(
-                f"sweep: needs {number} open files, one for each point, and {hard} are allowed here (ulimit -Hn). "
-                "HINT: submit it in parts."
-            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
 def _new_folder(sweep: SweepPaths) -> SweepPaths:
     """Folder of this submission of a sweep, beside those of earlier ones, whose jobs may still run."""
-    numbers = [int(path.name) for path in sweep.sweep.iterdir() if path.name.isdigit()]
-    for earlier in (SweepPaths(sweep.root, sweep.name, number) for number in numbers):
-        if not earlier.points.exists():  # killed before it submitted anything
-            shutil.rmtree(earlier.logs)
-    new = SweepPaths(sweep.root, sweep.name, max(numbers, default=0) + 1)
+    earlier = [replace(sweep, number=int(path.name)) for path in sweep.sweep.iterdir() if path.name.isdigit()]
+    for killed in (folder for folder in earlier if not folder.points.exists()):  # before it submitted anything
+        shutil.rmtree(killed.logs)
+    new = replace(sweep, number=max((folder.number for folder in earlier), default=0) + 1)
     new.create()
     return new
 
@@ -233,6 +229,6 @@ def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) 
         raise
 
 
-def _each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def _each(function: Callable[..., Result], *arguments: Iterable[Any]) -> list[Result]:
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
+        return list(pool.map(function, *arguments))

@@ -15,62 +15,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
-from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_at
+from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.requeue import is_stopping
-from cifar_hpc.slurm import client as slurm
-from cifar_hpc.training.process import Stopwatch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.slurm import client
+from cifar_hpc.training.process import StopFlag, Stopwatch
 
 
 @dataclass(frozen=True)
 class Task:
-    """Train the run `name` under `root`."""
+    """Train the run `target` under `root`, or that of this task's index in the sweep's points.json `target`."""
 
     root: str
-    name: str
-
-    def __call__(self) -> str:
-        """Train as `train` does."""
-        return train(RunPaths(Path(self.root), self.name), StopFlag().install())
-
-
-@dataclass(frozen=True)
-class ArrayTask:
-    """Train the run of a sweep that has this task's index in the file `points`."""
-
-    root: str
-    points: str
+    target: str
 
     def __call__(self) -> str:
         """Train as `train` does."""
         stop = StopFlag().install()
         try:
-            name = run_at(Path(self.points), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+            return train(run_of_task(Path(self.root), self.target), stop)
         except UserError as error:
             sys.exit(f"error: {error}")
-        return train(RunPaths(Path(self.root), name), stop)
 
 
 def train(paths: RunPaths, stop: StopFlag) -> str:
     """Run one attempt; returns after the last epoch, and otherwise ends the process with the attempt's exit status."""
     startup = Stopwatch()
     keep_others_out()
-    job_id = slurm.own_job_id()
+    job_id = client.own_job_id()
     if job_id and os.environ.get("SLURM_PROCID") == "0":
         threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
     import submitit
 
-    from cifar_hpc.runs.frozen_spec import read_frozen
+    from cifar_hpc.runs.frozen_spec import require_frozen
     from cifar_hpc.training.attempt import Attempt
     from cifar_hpc.training.context import Context
     from cifar_hpc.training.process import Launch
 
-    try:
-        spec = read_frozen(paths)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if spec is None:
-        sys.exit(f"error: {paths.spec} is missing. HINT: submit the run again.")
+    spec = require_frozen(paths)
     environment = submitit.JobEnvironment()
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
     launch = Launch(
@@ -95,5 +76,5 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
 def _ask_slurm(job_id: str, stop: StopFlag) -> None:
     """Raise the flag if Slurm was already ending the job before the signal handlers existed."""
     with contextlib.suppress(SchedulerError):
-        if is_stopping(slurm.job_fields(job_id)):
+        if is_stopping(client.job_fields(job_id)):
             stop.raise_flag()

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from cifar_hpc.config.spec import IMAGE_SIZE, ModelSpec
-from cifar_hpc.models.improved_resnet import ImprovedResNet
-from cifar_hpc.models.layers import KeyedDropout
+from cifar_hpc.models.improved_resnet import ImprovedResNet, KeyedDropout
 
 Shape = tuple[int, ...]
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, dataclass_transform
 
 from cifar_hpc.runs.logs import append_line, utc_now
 
+STATES: dict[str, str] = {}  # state of a run after its last event; an event that is not here says nothing about it
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Event:
@@ -17,12 +19,14 @@ class Event:
 
     name: ClassVar[str] = ""
 
-    def __init_subclass__(cls, name: str) -> None:
+    def __init_subclass__(cls, name: str, state: str | None = None) -> None:
         cls.name = name
+        if state is not None:
+            STATES[name] = state
         dataclass(frozen=True, kw_only=True)(cls)
 
 
-class Submitted(Event, name="submitted"):
+class Submitted(Event, name="submitted", state="queued"):
     """A job was queued, or started on this machine; `sweep` is the folder of a sweep's submission."""
 
     scheduler: str
@@ -31,7 +35,7 @@ class Submitted(Event, name="submitted"):
     sweep: str | None = None
 
 
-class Started(Event, name="started"):
+class Started(Event, name="started", state="running"):
     """An attempt found no checkpoint and begins at step 0."""
 
     step: int
@@ -47,7 +51,7 @@ class Started(Event, name="started"):
     startup: dict[str, float]
 
 
-class Resumed(Started, name="resumed"):
+class Resumed(Started, name="resumed", state="running"):
     """An attempt continues from a checkpoint."""
 
 
@@ -67,7 +71,7 @@ class Evaluated(Event, name="evaluated"):
     test_loss: float
 
 
-class Checkpoint(Event, name="checkpoint"):
+class Checkpoint(Event, name="checkpoint", state="running"):
     """A checkpoint is on disk, complete and synced."""
 
     file: str
@@ -106,7 +110,7 @@ class Signal(Event, name="signal"):
     epoch: int | None = None
 
 
-class Requeued(Event, name="requeued"):
+class Requeued(Event, name="requeued", state="requeued"):
     """Slurm, or the local executor, is asked for another attempt."""
 
     reason: str
@@ -120,27 +124,27 @@ class RequeueFailed(Event, name="requeue_failed"):
     reason: str
 
 
-class Holding(Event, name="holding"):
+class Holding(Event, name="holding", state="stopping"):
     """Slurm does not answer: the process waits until Slurm ends it."""
 
     reason: str
     explanation: str
 
 
-class Left(Event, name="left"):
+class Left(Event, name="left", state="stopped"):
     """The attempt ended without a requeue, as intended."""
 
     reason: str
     explanation: str
 
 
-class Cancelled(Event, name="cancelled"):
+class Cancelled(Event, name="cancelled", state="cancelled"):
     """A user cancelled the run."""
 
     by: str
 
 
-class Failed(Event, name="failed"):
+class Failed(Event, name="failed", state="failed"):
     """The attempt failed; `again` says whether another one was requested."""
 
     step: int
@@ -151,11 +155,11 @@ class Failed(Event, name="failed"):
     again: bool
 
 
-class Hang(Failed, name="hang"):
+class Hang(Failed, name="hang", state="failed"):
     """No rank made progress for train.watchdog_minutes."""
 
 
-class Finished(Event, name="finished"):
+class Finished(Event, name="finished", state="finished"):
     """The state after the last epoch is on disk."""
 
     step: int

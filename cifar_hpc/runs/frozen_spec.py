@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cifar_hpc.config.io import check_resumable, from_plain, to_yaml
-from cifar_hpc.config.spec import Spec
-from cifar_hpc.config.validate import check
+from cifar_hpc.config.spec import Spec, check
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic
@@ -24,6 +23,18 @@ def read_frozen(paths: RunPaths) -> Spec | None:
     if not paths.spec.is_file():  # reading a FIFO would wait for a writer
         raise SpecError(f"{paths.spec}: is no regular file. HINT: find out who put it there, and remove it.")
     return from_plain(read_mapping(paths.spec))
+
+
+def require_frozen(paths: RunPaths) -> Spec:
+    """Read logs/<run>/spec.yaml, which every submitted run has.
+
+    Raises:
+        SpecError: as `read_frozen`, and if it is missing.
+    """
+    spec = read_frozen(paths)
+    if spec is None:
+        raise SpecError(f"{paths.spec} is missing. HINT: submit the run again.")
+    return spec
 
 
 def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:

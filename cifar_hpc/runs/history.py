@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.runs import events
-from cifar_hpc.runs.events import FAILURES, STARTS, Event
+from cifar_hpc.runs.events import FAILURES, STARTS, STATES, Event
 from cifar_hpc.runs.logs import read_jsonl
 
 Row = Mapping[str, Any]
 
 # Causes of the next attempt that are no reason of an event: a user submitted the run again, or no event says why.
 SUBMITTED, KILLED = "submitted", "killed"
-# The last of these says what the state of a run without a job is.
-_STATE = (
-    *(events.Submitted.name, *STARTS, events.Checkpoint.name, events.Requeued.name, events.Holding.name),
-    *(events.Finished.name, *FAILURES, events.Left.name, events.Cancelled.name),
-)
-# These end an attempt, or announce its end.
-_ENDS = (
-    *(events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name),
-    events.Submitted.name,
-)
-_ANNOUNCED = (*_ENDS[:-1], events.Signal.name)
+# Events by which an attempt ends or announces its end; a submission ends it, too.
+_OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
+_ENDS = (*_OWN_ENDS, events.Submitted.name)
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ class Attempt:
 
 @dataclass
 class History:
-    """What the events so far say.
+    """Summary of the events so far.
 
     requeues: by cause, all of them; `requeues_since_submission` are those that limits count.
     failed_step: step of the last failure since the last submission.
@@ -134,9 +126,9 @@ class History:
                 counts[str(row.get("reason"))] = counts.get(str(row.get("reason")), 0) + 1
         elif name in FAILURES:
             self.failed_step = step_of(row)
-        if name in _ANNOUNCED:
+        if name in (*_OWN_ENDS, events.Signal.name):
             self.end = kept
-        if name in _STATE:
+        if name in STATES:
             # What a cancelled attempt still does about it is no news.
             self.state = kept if name == events.Finished.name else self.last.get(events.Cancelled.name, kept)
 
@@ -200,6 +192,12 @@ def time_of(row: Row) -> float | None:
         return instant.timestamp() if instant.tzinfo is not None else None
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def number_of(row: Row, key: str, most: float = 1e12) -> float | None:
+    """A field that is a number between 0 and `most`; None for anything else."""
+    value: Any = row.get(key)
+    return float(value) if type(value) in (int, float) and 0 <= value <= most else None
 
 
 def step_of(row: Row) -> int:

@@ -10,12 +10,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cifar_hpc.errors import RunBusyError, SpecError
-from cifar_hpc.files import NotRegularError, open_regular, try_lock
+from cifar_hpc.files import NotRegularError, open_regular, try_flock
 from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
@@ -42,7 +41,7 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + patience_seconds
-        while not try_lock(descriptor):
+        while try_flock(descriptor) is False:
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunBusyError(
@@ -77,7 +76,7 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        return None if try_lock(descriptor, fcntl.LOCK_SH) else read_owner(path)
+        return read_owner(path) if try_flock(descriptor, fcntl.LOCK_SH) is False else None
     finally:
         os.close(descriptor)
 
@@ -98,15 +97,14 @@ def holder_pid(path: Path) -> int | None:
     The number in the file is checked with the kernel, since a signal will go there: the process must have this file
     open.
     """
-    owner = holder(path)
-    pid = owner.get("pid") if owner is not None else None
-    if owner is None or owner.get("host") != socket.gethostname() or type(pid) is not int or pid <= 1:
+    owner = holder(path) or {}
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or type(pid) is not int or pid <= 1:
         return None
-    try:
-        held = any(link.samefile(path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
-    except OSError:
-        return None
-    return pid if held else None
+    with contextlib.suppress(OSError):
+        if any(link.samefile(path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()):
+            return pid
+    return None
 
 
 def describe(owner: dict[str, Any]) -> str:
@@ -133,13 +131,9 @@ def _open(path: Path, flags: int) -> int:
         ) from None
 
 
-def local_controller(paths: RunPaths) -> int | None:
+def controller_of(paths: RunPaths, history: History) -> int | None:
     """Process id of submitit's local controller, if that of the run's last submission is alive on this machine."""
-    return controller_of(paths, History.read(paths.events).last_of(Submitted))
-
-
-def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
-    """`local_controller`, from the run's last `submitted` event."""
+    submitted = history.last_of(Submitted)
     if submitted.get("scheduler") != "local":
         return None
     try:
@@ -152,7 +146,8 @@ def controller_of(paths: RunPaths, submitted: Mapping[str, Any]) -> int | None:
 
 def signal_local(paths: RunPaths, number: signal.Signals) -> bool:
     """Signal the run's processes on this machine; false if there are none."""
-    pid = local_controller(paths) if number is signal.SIGTERM else None  # it passes the signal on to every task
+    # The controller passes SIGTERM on to every task.
+    pid = controller_of(paths, History.read(paths.events)) if number is signal.SIGTERM else None
     if pid is None:
         pid = holder_pid(paths.lock)  # one rank is enough: all agree on where to stop
     if pid is not None:

@@ -11,13 +11,13 @@ import os
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.files import DIRECTORY_MODE, NotRegularError, open_regular, read_regular
+from cifar_hpc.files import DIRECTORY_MODE, NotRegularError, open_regular, read_regular, write_atomic
 
 # Lines of one log that are kept for later; beyond it the oldest are only on standard error.
 KEPT_LINES = 1000
@@ -85,6 +85,10 @@ class TrainLog:
             self._begun = True
             append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
+    def warn(self, text: str) -> None:
+        """Write one line that begins with WARNING."""
+        self.line(f"WARNING {text}")
+
     def banner(self, lines: Sequence[str]) -> None:
         """Write a block that is easy to find by eye: one for each attempt."""
         if self.enabled:
@@ -108,13 +112,60 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def parse_jsonl(content: bytes) -> list[dict[str, Any]]:
     """The rows in `content`, as `read_jsonl`."""
-    return [row for line in content.split(b"\n") if (row := parse_row(line)) is not None]
+    rows = []
+    for line in content.split(b"\n"):
+        try:
+            row = json.loads(line.decode(errors="replace").strip("\0 \r"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The row in one line, or None where it is no row."""
+def metrics_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """metrics.jsonl for `rows`."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def restore_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Make metrics.jsonl hold exactly `rows`, those of the training state; returns the number of rows removed.
+
+    Rows that a killed attempt wrote after its last checkpoint are cut off in place, and missing rows are appended, so
+    that a `tail -F` continues; a lost or damaged file is replaced. A failure is reported on standard error; the next
+    call repairs it.
+    """
     try:
-        row = json.loads(line.decode(errors="replace").strip("\0 \r"))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        return write_metrics(path, rows)
+    except OSError as error:
+        complain(f"{path}: {error.strerror}; its rows are in the checkpoints too")
+        return 0
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """`restore_metrics`, where a failure matters.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    wanted = metrics_text(rows).encode()
+    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    try:
+        present = read_regular(path)
+    except FileNotFoundError:
+        present = b""
+    if present == wanted:
+        return 0
+    if wanted.startswith(present) or present.startswith(wanted):
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            if len(present) > len(wanted):
+                os.ftruncate(descriptor, len(wanted))
+                os.fsync(descriptor)
+            write_all(descriptor, wanted[len(present) :])
+        finally:
+            os.close(descriptor)
+    else:
+        write_atomic(path, wanted)
+    beyond = {row["epoch"] for row in parse_jsonl(present) if isinstance(row.get("epoch"), int)}
+    return len(beyond - {row["epoch"] for row in rows})

@@ -133,15 +133,6 @@ class SweepPaths:
         _make(self.logs, self.slurm)
 
 
-def points_file(root: Path, directory: str) -> Path | None:
-    """Path of points.json for a sweep's jobs, which run in `directory`; None for the directory of any other job."""
-    above = root / "logs" / SWEEPS
-    if not Path(directory).is_relative_to(above):
-        return None
-    sweep, number, *_ = (*Path(directory).relative_to(above).parts, "", "")
-    return SweepPaths(root, sweep, int(number)).points if re.fullmatch(r"[0-9]{1,9}", number) else None
-
-
 def _make(*directories: Path) -> None:
     for directory in directories:
         try:
@@ -216,16 +207,30 @@ def read_points(file: Path) -> list[str]:
     return names
 
 
-def run_at(file: Path, index: str) -> str:
-    """Read the name of the run that a task of the array trains.
+def array_points(root: Path, directory: str) -> list[str]:
+    """Read the runs of the job array that works in `directory`, by index; none if it is not a sweep's."""
+    above = root / "logs" / SWEEPS
+    if not Path(directory).is_relative_to(above):
+        return []
+    sweep, number, *_ = (*Path(directory).relative_to(above).parts, "", "")
+    try:
+        return read_points(SweepPaths(root, sweep, int(number)).points) if re.fullmatch(r"[0-9]{1,9}", number) else []
+    except SpecError:  # removed, while its jobs are still there
+        return []
+
+
+def run_of_task(root: Path, target: str) -> RunPaths:
+    """Files of the run that this task of a job trains.
 
     Args:
-        index: SLURM_ARRAY_TASK_ID.
+        target: name of the run, or path of a sweep's points.json, in which SLURM_ARRAY_TASK_ID is the task's index.
 
     Raises:
         SpecError: as `read_points`, and if there is no such point.
     """
-    names = read_points(file)
+    if "/" not in target:
+        return RunPaths(root, target)
+    names, index = read_points(Path(target)), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not (index.isascii() and index.isdigit() and int(index) < len(names)):
-        raise SpecError(f"{file}: has {len(names)} points and none of index {index!r}.")
-    return names[int(index)]
+        raise SpecError(f"{target}: has {len(names)} points and none of index {index!r}.")
+    return RunPaths(root, names[int(index)])

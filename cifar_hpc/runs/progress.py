@@ -13,7 +13,7 @@ import os
 import socket
 import statistics
 import threading
-import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,34 +23,62 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import UserError
 from cifar_hpc.files import NotRegularError, open_regular, read_regular, write_atomic
 from cifar_hpc.runs import events
-from cifar_hpc.runs.events import Event, append_event
+from cifar_hpc.runs.events import STATES, Event, append_event
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.history import Attempt, History
 from cifar_hpc.runs.logs import parse_jsonl, utc_now
-from cifar_hpc.runs.metrics import EpochSummary
 from cifar_hpc.runs.paths import RunPaths
 
 FORMAT = 1
 # Errors from files that are damaged, or not of this project.
 DAMAGE = (UserError, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+RECENT_EPOCHS = 5  # from which the time left is estimated
 # An hour without a restart is assumed before anything has been measured.
 PRIOR_UP_SECONDS = 3600.0
-_STATES = {
-    events.Submitted.name: "queued",
-    events.Requeued.name: "requeued",
-    events.Holding.name: "stopping",
-    events.Finished.name: "finished",
-    events.Failed.name: "failed",
-    events.Hang.name: "failed",
-    events.Left.name: "stopped",
-    events.Cancelled.name: "cancelled",
-    "": "not started",
-}
 _POSITION = (
     *("epochs", "log_seconds", "step", "epoch", "loss", "accuracy", "lr", "images_per_second", "eta_seconds"),
     "peak_memory_bytes",
 )
+_SIZES = ("events_bytes", "metrics_bytes", "spec_mtime_ns")  # of the files that it was made from
 _lock = threading.Lock()  # checkpoints are reported from a thread of their own
+
+
+@dataclass
+class EpochSummary:
+    """Summary of metrics.jsonl: the last row, the best test accuracy, and the time of recent epochs.
+
+    epoch_seconds: of those of the last RECENT_EPOCHS rows that were trained by as many ranks as the last one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    lr: float | None = None
+    test_accuracy: float | None = None
+    best_accuracy: float | None = None
+    images_per_second: float | None = None
+    epoch_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> EpochSummary:
+        """Sum up the rows.
+
+        Raises:
+            TypeError, ValueError, OverflowError: a value is no number.
+        """
+        if not rows:
+            return cls()
+        last, recent = rows[-1], rows[-RECENT_EPOCHS:]
+        of_last = ("train_loss", "train_accuracy", "lr", "test_accuracy", "images_per_second")
+        same = [row for row in recent if row.get("world_size") == last.get("world_size")]
+        return cls(
+            epoch=int(last.get("epoch", 0)),
+            step=int(last.get("step", 0)),
+            **{key: float(last[key]) for key in of_last if last.get(key) is not None},
+            best_accuracy=max((float(row["test_accuracy"]) for row in rows if "test_accuracy" in row), default=None),
+            epoch_seconds=[float(row["epoch_seconds"]) for row in same if "epoch_seconds" in row],
+        )
 
 
 @dataclass
@@ -135,12 +163,12 @@ class Progress:
 
     def plain(self) -> dict[str, Any]:
         """The object in progress.json."""
-        history, summary, last = self.history, self.summary, self.history.last_of(events.Checkpoint)
+        history, summary, saved = self.history, self.summary, self.history.last_of(events.Checkpoint)
         epoch, step = (summary.epoch, summary.step) if summary.step else (self.epoch, self.step)
         epochs_a_step = epoch / max(1, step)
         shown = {
             "format": FORMAT,
-            "state": _STATES.get(history.state.get("event", ""), "running"),
+            "state": STATES[history.state["event"]] if history.state else "not started",
             **{key: getattr(self, key) for key in _POSITION},
             "test_accuracy": summary.test_accuracy,
             "best": summary.best_accuracy,
@@ -150,15 +178,13 @@ class Progress:
             "host": socket.gethostname(),
             "time": utc_now(),
         }
-        checkpoint = {"step": last.get("step"), "epoch": last.get("step", 0) * epochs_a_step, "time": last.get("time")}
+        last = {"step": saved.get("step"), "epoch": saved.get("step", 0) * epochs_a_step, "time": saved.get("time")}
         return {
             **{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in shown.items()},
-            "checkpoint": checkpoint if last else None,
+            "checkpoint": last if saved else None,
             "history": {**vars(history), "attempts": [vars(attempt) for attempt in history.attempts]},
-            "events_bytes": self.events_bytes,
             "metrics": vars(summary),
-            "metrics_bytes": self.metrics_bytes,
-            "spec_mtime_ns": self.spec_mtime_ns,
+            **{key: getattr(self, key) for key in _SIZES},
         }
 
 
@@ -220,21 +246,16 @@ def _mtime_ns(path: Path) -> int:
 
 
 def _stored(paths: RunPaths) -> Progress:
-    """What progress.json holds: nothing where it is missing, damaged or of another version."""
+    """Read progress.json: an empty Progress where it is missing, damaged or of another version."""
     try:
         row = json.loads(read_regular(paths.progress))
         if row["format"] != FORMAT:
             return Progress()
-        history, position = row["history"], {key: row[key] for key in _POSITION}
-        if not all(isinstance(value, (int, float, dict, types.NoneType)) for value in position.values()):
-            return Progress()
+        history = row["history"]
         return Progress(
-            **position,
+            **{key: row[key] for key in (*_POSITION, *_SIZES)},
             history=History(**{**history, "attempts": [Attempt(**attempt) for attempt in history["attempts"]]}),
-            events_bytes=row["events_bytes"],
             summary=EpochSummary(**row["metrics"]),
-            metrics_bytes=row["metrics_bytes"],
-            spec_mtime_ns=row["spec_mtime_ns"],
         )
     except DAMAGE:
         return Progress()

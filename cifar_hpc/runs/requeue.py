@@ -74,25 +74,24 @@ def decide(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] 
         job: fields of `scontrol show job`; None if scontrol does not answer or there is no Slurm.
         now: local time, as Slurm's own times are.
     """
-    requeues = history.requeues_since_submission
     if ending.cause == "signal" and ending.scheduler != "slurm":
-        return _after_signal_without_slurm(ending, requeues)
+        return _after_signal_without_slurm(ending, history)
     if ending.cause == "signal" or (ending.cause == "killed" and job is not None and _preempted(job)):
-        return _after_signal(ending, spec, requeues, job, now)
+        return _after_signal(ending, spec, history, job, now)
     return _after_failure(ending, spec, history, job)
 
 
-def _after_signal_without_slurm(ending: Ending, requeues: Mapping[str, int]) -> Decision:
+def _after_signal_without_slurm(ending: Ending, history: History) -> Decision:
     if ending.scheduler is None or ending.received is signal.SIGTERM:
         return Decision("leave", "stopped", "not requeued; submit the same again to go on from here")
-    if requeues.get("preemption", 0) >= LOCAL_REQUEUES:
+    if history.requeues_since_submission.get("preemption", 0) >= LOCAL_REQUEUES:
         limit = f"not requeued: the local executor restarts a job at most {LOCAL_REQUEUES} times"
         return Decision("leave", "stopped", f"{limit}; submit the same again to go on from here")
     return Decision("requeue", "preemption", "requeued: the local executor starts the run again")
 
 
 def _after_signal(
-    ending: Ending, spec: Spec, requeues: Mapping[str, int], job: Mapping[str, str] | None, now: datetime
+    ending: Ending, spec: Spec, history: History, job: Mapping[str, str] | None, now: datetime
 ) -> Decision:
     if job is None:
         return Decision("hold", "unknown", "scontrol does not answer, so requeueing is left to Slurm; waiting for it")
@@ -108,7 +107,7 @@ def _after_signal(
     reason = "timeout" if timeout else "preemption"
     if not _may_requeue(spec, job):
         return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
-    if timeout and requeues.get("timeout", 0) >= spec.timeouts.max:
+    if timeout and history.requeues_since_submission.get("timeout", 0) >= spec.timeouts.max:
         return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
     killed = "all processes were killed, " if ending.cause == "killed" else ""
     return Decision("requeue", reason, f"JobState={state}: {killed}{reason}; requeueing")
@@ -119,10 +118,9 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
     state = "unknown" if job is None else job.get("JobState")
     ended = ending.scheduler == "slurm" and state not in ALIVE
     if ended and job is not None and ending.cause == "lost":
-        explanation = f"JobState={state}: the job is being ended, and another rank was faster"
-        return Decision("leave", "ended", explanation)
+        return Decision("leave", "ended", f"JobState={state}: the job is being ended, and another rank was faster")
     used, limit = history.requeues_since_submission.get("failure", 0), spec.failures.max
-    earlier, refusal = history.failed_step, None
+    earlier, refusal = history.failed_step, ""
     if not ending.retryable:
         refusal = ": the same would happen again"
     elif ending.scheduler is None or not _may_requeue(spec, job):
@@ -136,7 +134,7 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
         refusal = f": failures.max ({limit}) is used up; submit again to go on"
     elif ended:
         refusal = f": JobState={state}" if job else ": scontrol does not answer; submit again to go on"
-    if refusal is not None:
+    if refusal:
         return Decision("fail", "failure", f"not requeued{refusal}")
     first, longest = DELAY_SECONDS[str(ending.scheduler)]
     # The other process holds the lock for longer than this one has already waited for it.

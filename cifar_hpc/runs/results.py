@@ -1,24 +1,142 @@
-"""Results of runs, from their files: one for each run, a row for each group of runs."""
+"""Results of runs: groups of runs that differ in their seed alone, with what differs, and a row of results for each."""
 
 from __future__ import annotations
 
-import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
+from cifar_hpc.config.io import NOT_IN_NAME, covered, flatten, in_words, to_plain
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.events import STARTS
 from cifar_hpc.runs.frozen_spec import read_frozen
-from cifar_hpc.runs.groups import Group
-from cifar_hpc.runs.history import History
+from cifar_hpc.runs.history import History, number_of
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.state import read_state
 from cifar_hpc.slurm.client import QueuedJob
 
-Json = dict[str, Any]
+SEED = "train.seed"
+SHARDS = "train.shards"
+# Where and with how many threads a run computes is no difference in what it computes, but for the last bits.
+NO_DIFFERENCE = (*NOT_IN_NAME, "train.device", "train.cpu_threads")
+# Beyond so many keys that differ, as in a sweep of a list, each of which would fill a column or a legend's line alone,
+# a group is told by those in which it is not as most are.
+MANY_KEYS = 5
+AS_MOST = "as most"
+Values = dict[str, Any]  # plain values by dotted key
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same spec except the seed.
+
+    changed: dotted key -> value, of the keys in which the runs that were given differ.
+    seeds: that of each run, in the order of `runs`; ascending.
+    problem: why the spec of the only run here cannot be read; empty where it can.
+    """
+
+    runs: tuple[RunPaths, ...]
+    changed: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    problem: str = ""
+
+
+def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
+    """The groups of `runs`, in the order of their changed values; then each run whose spec cannot be read, alone.
+
+    Args:
+        each: a group for each run, with the seed as one of the keys.
+    """
+    specs: dict[RunPaths, Values] = {}
+    unreadable = []
+    for run in runs:
+        try:
+            specs[run] = _values(run)
+        except (UserError, OSError) as error:
+            unreadable.append(Group((run,), problem=str(error)))
+    shards = {values[SHARDS] for values in specs.values()} - {None}
+    if len(shards) == 1:  # a run that has not started yet will get as many as all others have
+        specs = {run: values | {SHARDS: max(shards)} for run, values in specs.items()}
+    first = next(iter(specs.values()), {})
+    keys = dict.fromkeys(key for values in specs.values() for key in values if each or key != SEED)
+    differing = [key for key in keys if any(values.get(key) != first.get(key) for values in specs.values())]
+    members: defaultdict[str, list[RunPaths]] = defaultdict(list)
+    for run in sorted(specs, key=lambda run: (specs[run][SEED], run.name)):
+        members[run.name if each else repr([specs[run].get(key) for key in differing])].append(run)
+    groups = [
+        Group(tuple(alike), {key: specs[alike[0]].get(key) for key in differing}, tuple(specs[r][SEED] for r in alike))
+        for alike in members.values()
+    ]
+    groups.sort(key=lambda group: ([sort_key(v) for v in group.changed.values()], group.runs[0].name))
+    return [*groups, *unreadable]
+
+
+def varied_keys(groups: Sequence[Group]) -> list[str]:
+    """The keys in which the groups differ, in the spec's order."""
+    return list(dict.fromkeys(key for group in groups for key in group.changed))
+
+
+def settings(groups: Sequence[Group]) -> list[str]:
+    """For groups that differ in many keys, each in few: the values that most do not have, as --set takes them."""
+    texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
+    usual = {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
+    return [
+        " ".join(f"{key}={value}" for key, value in text.items() if value != usual[key]) or (AS_MOST if text else "")
+        for text in texts
+    ]
+
+
+def labels(groups: Sequence[Group]) -> list[str]:
+    """Label of each group: changed keys and values, else the run's name."""
+    keys = varied_keys(groups)
+    short = _short_keys(keys)
+    words = settings(groups) if len(keys) > MANY_KEYS else [_words(group.changed, short) for group in groups]
+    count = Counter(words)
+    return [
+        text if text and count[text] == 1 else " ".join(filter(None, (group.runs[0].name, text)))
+        for group, text in zip(groups, words, strict=True)
+    ]
+
+
+def shared_label(groups: Sequence[Group]) -> str:
+    """The changed values that all of `groups` have in common, in words; empty where there are none, or too many."""
+    first, *others = (group.changed for group in groups)
+    if len(first) > MANY_KEYS:
+        return ""
+    alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return _words(alike, _short_keys(list(first)))
+
+
+def _words(changed: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    return ", ".join(f"{short[key]} {in_words(value)}" for key, value in changed.items())
+
+
+def _values(run: RunPaths) -> Values:
+    spec = read_frozen(run)
+    if spec is None:
+        raise UserError(f"{run.spec}: is not there. HINT: a run that was never submitted has none.")
+    values = flatten(to_plain(spec))
+    ignored = tuple(k for k in NO_DIFFERENCE if not (k == "data.root" and spec.data.source == "folder"))
+    return {key: value for key, value in values.items() if not covered(key, ignored)}
+
+
+def sort_key(value: Any) -> tuple[int, list[Any]]:
+    """Key that sorts None before numbers, numbers before text, and lists by their items."""
+    if value is None:
+        return 0, []
+    if isinstance(value, list):
+        return 3, [sort_key(item) for item in value]
+    return (1, [value]) if isinstance(value, (bool, int, float)) else (2, [str(value)])
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key's last part, where no other key has the same; schedule.name is the schedule."""
+    last = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {key: short if count[short] == 1 else key for key, short in last.items()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +174,7 @@ class RunResult:
 
     @property
     def finished(self) -> bool:
-        """Whether all of its epochs are done."""
+        """True if all of its epochs are done."""
         return self.state == "finished"
 
 
@@ -97,11 +215,10 @@ class Row:
 
     def causes(self) -> dict[str, int]:
         """Restarts of all members by cause."""
-        sums: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for member in self.members:
-            for cause, count in member.restarts.items():
-                sums[cause] = sums.get(cause, 0) + count
-        return dict(sorted(sums.items()))
+            total.update(member.restarts)
+        return dict(sorted(total.items()))
 
     def all_of(self, name: str) -> list[Any]:
         """Distinct values of a field, or of its items, over all members."""
@@ -114,7 +231,7 @@ def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob] | None) -> 
     """A row for each group. Damaged files lead to empty fields, never to an error.
 
     Args:
-        jobs: as `slurm.queue` returns them; None where Slurm does not answer.
+        jobs: as `queue` returns them; None where Slurm does not answer.
     """
     return [Row(group, tuple(read_result(run, jobs) for run in group.runs), _data(group)) for group in groups]
 
@@ -126,68 +243,53 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResul
         events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
     except OSError:
         return RunResult(run.name, "unreadable")
-    by_epoch = {row["epoch"]: row for row in rows if _count(row.get("epoch")) is not None}
+    by_epoch = {row["epoch"]: row for row in rows if _count(row, "epoch") is not None}
     last = by_epoch[max(by_epoch)] if by_epoch else {}
     past = History.of(events)
     starts = [event for event in events if event.get("event") in STARTS]
-    seconds = [value for row in by_epoch.values() if (value := _number(row.get("epoch_seconds"))) is not None]
-    accuracies = [value for row in by_epoch.values() if (value := _percent(row.get("test_accuracy"))) is not None]
+    seconds = [value for row in by_epoch.values() if (value := number_of(row, "epoch_seconds")) is not None]
+    accuracies = (number_of(row, "test_accuracy", 100) for row in by_epoch.values())
     return RunResult(
         name=run.name,
         state=state.state,
         epoch=max(by_epoch, default=0),
         epochs=state.epochs,
-        test_accuracy=_percent(last.get("test_accuracy")),
-        best_accuracy=max(accuracies, default=None),
-        train_accuracy=_percent(last.get("train_accuracy")),
+        test_accuracy=number_of(last, "test_accuracy", 100),
+        best_accuracy=max((value for value in accuracies if value is not None), default=None),
+        train_accuracy=number_of(last, "train_accuracy", 100),
         training_seconds=sum(seconds) if seconds else None,
         wall_seconds=past.up_seconds + past.lost_seconds if state.state == "finished" else None,
         restarts=past.restart_causes,
-        world_sizes=tuple(sorted({n for row in by_epoch.values() if (n := _count(row.get("world_size"))) is not None})),
-        shards=_count(last.get("shards")),
+        world_sizes=tuple(sorted({size for row in by_epoch.values() if (size := _count(row, "world_size"))})),
+        shards=_count(last, "shards"),
         date=_text(last.get("time")),
-        hardware=_distinct(_hardware(event) for event in starts),
-        versions=_distinct(_versions(event) for event in starts),
-        command=next((text for e in reversed(events) if (text := _text(e.get("command")))), None),
+        hardware=tuple(dict.fromkeys(filter(None, map(_hardware, starts)))),
+        versions=tuple(dict.fromkeys(filter(None, map(_versions, starts)))),
+        command=next((text for event in reversed(events) if (text := _text(event.get("command")))), None),
     )
 
 
-def _number(value: Any) -> float | None:
-    """A finite number of sensible size; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e12 and math.isfinite(value) else None
-
-
-def _percent(value: Any) -> float | None:
-    number = _number(value)
-    return number if number is not None and 0 <= number <= 100 else None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1e9 else None
+def _count(row: Mapping[str, Any], key: str) -> int | None:
+    value = row.get(key)
+    return value if type(value) is int and 0 < value < 1e9 else None
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _distinct(words: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text for text in words if text))
-
-
-def _part(start: Mapping[str, Any], key: str) -> Json:
+def _part(start: Mapping[str, Any], key: str) -> Values:
     part = start.get(key)
     return part if isinstance(part, dict) else {}
 
 
 def _hardware(start: Mapping[str, Any]) -> str:
     environment, processor = _part(start, "environment"), _text(_part(start, "machine").get("processor"))
-    device, ranks, threads = _text(environment.get("device")), start.get("world_size"), environment.get("threads")
+    device, threads = _text(environment.get("device")), _count(environment, "threads")
     if device is None:
         return ""
-    on_cpu = f", {threads} CPU thread{'s' * (threads != 1)} each" if _count(threads) else ""
-    times = f"{ranks} × " if _count(ranks) else ""
+    on_cpu = f", {threads} CPU thread{'s' * (threads != 1)} each" if threads else ""
+    times = f"{ranks} × " if (ranks := _count(start, "world_size")) else ""
     return times + (f"{processor} ({device})" if on_cpu and processor else device) + on_cpu
 
 
@@ -202,7 +304,7 @@ def _data(group: Group) -> str:
     try:
         spec = read_frozen(group.runs[0])
     except (UserError, OSError):
-        return ""
+        spec = None
     if spec is None:
         return ""
     data = spec.data

@@ -1,8 +1,9 @@
-"""Current state of a run, from progress.json, its lock and the queue."""
+"""Jobs of runs in Slurm's queue, and the current state of a run: from progress.json, its lock and the queue."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 import time
@@ -12,83 +13,63 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import controller_of, holder
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.paths import RunPaths, array_points
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
-from cifar_hpc.slurm import reasons as waiting
-from cifar_hpc.slurm.client import QueuedJob
+from cifar_hpc.slurm.client import SILENT_SECONDS, QueuedJob, expected, squeue
 from cifar_hpc.text import duration
 
+ANSWER_SECONDS = 10.0  # for which a person waits for Slurm's answer
 
-def in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tuple[str, str]:
-    """(state, detail) of a run that has a job.
 
-    Args:
-        last: as `History.state`.
-        now: with a zone.
+def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
+    """This user's jobs of runs under `root` by the run's name, from one call of squeue; empty without Slurm.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
     """
-    name = str(last.get("event"))
-    if job.waits:
-        start = waiting.start_of(job)
-        if job.reason == "BeginTime" and name == Submitted.name:
-            begin = f"not before {waiting.clock(start, now)}" if start is not None else "waits for its begin time"
-            return "queued", f"BeginTime: {begin}"
-        if job.reason != "BeginTime":
-            return "queued", ", ".join(filter(None, (waiting.why(job), waiting.expected(start, now))))
-        cause = _REQUEUED.get(str(last.get("reason"))) if name in (Requeued.name, Left.name) else None
-        until = f"until {waiting.clock(start, now)}" if start is not None else "waits for its begin time"
-        return "requeued", ", ".join(filter(None, (until, cause)))
-    if job.state in (*ALIVE, "CONFIGURING"):
-        return "running", f"on {job.nodes}"
-    if job.state == "SUSPENDED":
-        return "suspended", f"by Slurm, on {job.nodes}"
-    return "stopping", f"{job.state}: {_STOPPING.get(name, 'Slurm ends the job')}"
+    queued = squeue(timeout_seconds)
+    sweeps = {directory: array_points(root, directory) for directory in {job.directory for job in queued}}
+    jobs: dict[str, QueuedJob] = {}
+    for job in queued:
+        points, index = sweeps[job.directory], job.job_id.partition("_")[2]
+        if index.isdigit() and int(index) < len(points):
+            name = points[int(index)]
+            jobs[name] = dataclasses.replace(job, name=name)
+        elif Path(job.directory).is_relative_to(root / "logs" / job.name):
+            jobs[job.name] = job
+    return jobs
 
 
-_REQUEUED = {"preemption": "preempted", "timeout": "at its time limit", "failure": "after a failure"}
-_STOPPING = {
-    Finished.name: "the run has finished",
-    Requeued.name: "to be requeued",
-    Failed.name: "the run has failed",
-    Hang.name: "the run has failed",
-    Cancelled.name: "it was cancelled",
-}
+class QueuePoller:
+    """The queue, asked at most every `interval` seconds, and less often while Slurm does not answer.
 
+    jobs: Slurm's last answer; None before the first.
+    asked_at: when the question that it answers was asked, in seconds since the epoch.
+    trouble: the error while Slurm does not answer; else empty.
+    """
 
-def without_a_job(event: Mapping[str, Any]) -> tuple[str, str]:
-    """(state, detail) once the job is gone, from `History.state`."""
-    name = event["event"]
-    if name == Finished.name:
-        return "finished", f"{event.get('test_accuracy', float('nan')):.2f}%"
-    if name in FAILURES:
-        return "failed", _failure(event)
-    if name == Cancelled.name:
-        return "cancelled", f"by {event.get('by', '?')}"
-    if name == Left.name and event.get("reason") == "ended":
-        return "cancelled", "by scancel, or its node was lost"
-    if name == Left.name:
-        return "stopped", str(event.get("explanation", ""))
-    return "stopped", f"{_NO_END.get(name, 'it ended without a word (killed?)')}; submit again to go on"
+    def __init__(self, root: Path, interval: float) -> None:
+        self.root, self.interval = root, interval
+        self.jobs: Mapping[str, QueuedJob] | None = None
+        self.asked_at: float | None = None
+        self.trouble = ""
+        self.next_poll = 0.0
 
-
-# Events that say of no end: that comes from the job being gone.
-_NO_END = {
-    Submitted.name: "its job is gone from the queue",
-    Requeued.name: "its requeued job is gone from the queue",
-    Holding.name: "Slurm ended the job",
-}
-
-
-def _failure(event: Mapping[str, Any]) -> str:
-    """Reason of a failure, without the names of this project's own exceptions."""
-    words = re.sub(r"^(User|Spec|RunFailed|RanksLost|Scheduler|RunBusy)Error: ", "", str(event.get("error", "")))
-    if event.get("event") == Hang.name:
-        return f"hung: {words}"
-    known = event.get("cause") == "out_of_memory" and "out of memory" not in words.lower()
-    return f"out of memory: {words}" if known else words
+    def poll(self) -> None:
+        """Ask Slurm, if it is time to."""
+        if time.monotonic() < self.next_poll:
+            return
+        asked_at = time.time()
+        try:
+            self.jobs, self.asked_at, self.trouble = queue(self.root, ANSWER_SECONDS), asked_at, ""
+        except SchedulerError as error:
+            self.trouble = str(error)
+        self.next_poll = time.monotonic() + (SILENT_SECONDS if self.trouble else self.interval)
 
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
@@ -98,6 +79,21 @@ AT_WORK = ("running", "hung", "suspended", "stopping")
 ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
 UNKNOWN = "unknown"
 CLOCKS_DIFFER = 2.0  # seconds, between the machine that looks and one that writes events
+_REQUEUED = {"preemption": "preempted", "timeout": "at its time limit", "failure": "after a failure"}
+# By the last event: why Slurm ends a job, ...
+_STOPPING = {
+    Finished.name: "the run has finished",
+    Requeued.name: "to be requeued",
+    Failed.name: "the run has failed",
+    Hang.name: "the run has failed",
+    Cancelled.name: "it was cancelled",
+}
+# ... and how a run ended whose last event is no end.
+_NO_END = {
+    Submitted.name: "its job is gone from the queue",
+    Requeued.name: "its requeued job is gone from the queue",
+    Holding.name: "Slurm ended the job",
+}
 
 
 @dataclass(frozen=True)
@@ -107,13 +103,13 @@ class RunState:
     run: str
     state: str
     detail: str
-    epoch: int
-    epochs: int
-    test_accuracy: float | None
-    best_accuracy: float | None
-    images_per_second: float | None
-    eta_seconds: float | None
-    restarts: int
+    epoch: int = 0
+    epochs: int = 0
+    test_accuracy: float | None = None
+    best_accuracy: float | None = None
+    images_per_second: float | None = None
+    eta_seconds: float | None = None
+    restarts: int = 0
     requeues: dict[str, int] = field(default_factory=dict)
     world_size: int | None = None
     job_id: str | None = None
@@ -126,7 +122,7 @@ class RunState:
 
     @property
     def ended(self) -> bool:
-        """Whether the run is over until it is submitted again."""
+        """True if the run is over until it is submitted again."""
         return self.state in ENDED
 
     def plain(self) -> dict[str, Any]:
@@ -156,15 +152,14 @@ class RunState:
             (again, by a person). Unlike `requeues` it has those that Slurm saw to itself.
         lost_seconds: float, what the restarts have cost, but those after submitting again (`History.lost_seconds`).
         """
-        unknown = {key for key, value in vars(self).items() if isinstance(value, float) and not math.isfinite(value)}
-        return {key: None if key in unknown else value for key, value in vars(self).items()}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
 
 
 def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, asked_at: float | None = None) -> RunState:
     """State of one run; if its files are damaged or not of this project, from its job or lock alone.
 
     Args:
-        jobs: as `runs.queue.queue` returns them; None where Slurm does not answer.
+        jobs: as `queue` returns them; None where Slurm does not answer.
         asked_at: when Slurm was asked for `jobs`, in seconds since the epoch: of a run that was heard of since then
             they cannot tell that it has no job.
     """
@@ -172,9 +167,8 @@ def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, asked_at: 
     now = datetime.now(UTC)
     try:
         progress = read_progress(paths)
-        state, detail = _busy(paths, job, progress.history, now) or _without_a_job(
-            progress.history, jobs is not None, asked_at
-        )
+        history = progress.history
+        state, detail = _busy(paths, job, history, now) or _without_a_job(history, jobs is not None, asked_at)
         return _state_of(paths, job, progress, state, detail, now)
     except OSError as error:
         trouble = f"its files cannot be read now ({error.strerror or error})"
@@ -182,22 +176,24 @@ def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, asked_at: 
         trouble = f"its files make no sense ({type(error).__name__}: {error})"
     state, detail = "unreadable", trouble
     with contextlib.suppress(*DAMAGE):
-        if (busy := _busy(paths, job, History(), now)) is not None:
+        if busy := _busy(paths, job, History(), now):
             state, detail = busy[0], f"{busy[1]}; {trouble}"
-    return RunState(paths.name, state, detail, 0, 0, None, None, None, None, 0, job_id=job.job_id if job else None)
+    return RunState(paths.name, state, detail, job_id=job.job_id if job else None)
 
 
 def _state_of(
     paths: RunPaths, job: QueuedJob | None, progress: Progress, state: str, detail: str, now: datetime
 ) -> RunState:
-    history, summary = progress.history, progress.summary
-    log_age = _age(paths.train_log)
+    history, summary, log_age = progress.history, progress.summary, _age(paths.train_log)
     booting = job is not None and job.state == "CONFIGURING"  # which takes a node in a cloud many minutes
     if state == "running" and progress.log_seconds is not None and not booting:
-        silent = _silence(paths, job, log_age, now)
-        if silent is not None and silent > max(HUNG_SECONDS, HUNG_INTERVALS * progress.log_seconds):
+        # The last line may be of an earlier attempt, hours ago.
+        begun = (now - job.start_time).total_seconds() if job and job.start_time else _age(paths.lock)
+        silent = min((age for age in (log_age, begun) if age is not None), default=0.0)
+        if silent > max(HUNG_SECONDS, HUNG_INTERVALS * progress.log_seconds):
             state, detail = "hung", f"no log line for {duration(silent)}, {detail}"
-    start = waiting.start_of(job) if job is not None and state in WAITING else None
+    waiting = job if state in WAITING else None
+    start = waiting.start_time if waiting else None
     eta = None if state in (*ENDED, "hung", UNKNOWN) else progress.eta_seconds
     if eta is not None and start is not None:
         eta += max(0.0, (start - now).total_seconds())
@@ -221,7 +217,7 @@ def _state_of(
         world_size=world_size,
         job_id=job_id,
         log_age_seconds=log_age,
-        reason=waiting.reason_code(job) if job is not None and state in WAITING else None,
+        reason=waiting.reason_code if waiting else None,
         start_time=start.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if start else None,
         epoch_progress=part if state in AT_WORK and 0 < part <= 1 else None,
         restart_causes=history.restart_causes,
@@ -239,38 +235,74 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _silence(paths: RunPaths, job: QueuedJob | None, log_age: float | None, now: datetime) -> float | None:
-    """Time without a log line in this attempt: the last line may be of an earlier one, hours ago."""
-    start = waiting.start_of(job) if job is not None else None
-    begun = (now - start).total_seconds() if start is not None else _age(paths.lock)
-    ages = [age for age in (log_age, begun) if age is not None]
-    return min(ages, default=None)
-
-
 def _busy(paths: RunPaths, job: QueuedJob | None, history: History, now: datetime) -> tuple[str, str] | None:
     """(state, detail) of a run that has a job or processes; None for any other."""
     if job is not None:
-        return in_the_queue(job, history.state, now)
+        return _in_the_queue(job, history.state, now)
     owner = holder(paths.lock)
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
-    return (
-        ("running", "starting on this machine")
-        if controller_of(paths, history.last_of(Submitted)) is not None
-        else None
-    )
+    if controller_of(paths, history) is not None:
+        return "running", "starting on this machine"
+    return None
+
+
+def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tuple[str, str]:
+    """(state, detail) of a run that has a job; `last` is `History.state`."""
+    name, start = str(last.get("event")), job.start_time
+    if job.waits and job.reason != "BeginTime":
+        return "queued", ", ".join(filter(None, (job.why, expected(start, now))))
+    begin = clock(start, now) if start is not None else None
+    if job.waits and name == Submitted.name:
+        return "queued", f"BeginTime: not before {begin}" if begin else "BeginTime: waits for its begin time"
+    if job.waits:
+        cause = _REQUEUED.get(str(last.get("reason"))) if name in (Requeued.name, Left.name) else None
+        until = f"until {begin}" if begin else "waits for its begin time"
+        return "requeued", ", ".join(filter(None, (until, cause)))
+    if job.state in (*ALIVE, "CONFIGURING"):
+        return "running", f"on {job.nodes}"
+    if job.state == "SUSPENDED":
+        return "suspended", f"by Slurm, on {job.nodes}"
+    return "stopping", f"{job.state}: {_STOPPING.get(name, 'Slurm ends the job')}"
+
+
+def clock(instant: datetime, now: datetime) -> str:
+    """Local time such as `14:05:30`, with its date unless that is today's."""
+    local = instant.astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d %H:%M:%S}"
 
 
 def _without_a_job(history: History, slurm_answers: bool, asked_at: float | None) -> tuple[str, str]:
+    """(state, detail) of a run that has neither a job nor processes."""
     last = history.state
     if not last:
         return "not started", "never submitted"
-    if history.last_of(Submitted).get("scheduler") == "slurm" and last["event"] not in (Finished.name, Cancelled.name):
+    name, reason = last["event"], last.get("reason")
+    if history.last_of(Submitted).get("scheduler") == "slurm" and name not in (Finished.name, Cancelled.name):
         if not slurm_answers:
             return UNKNOWN, "Slurm does not answer"
         heard_at = time_of(last)
         news = asked_at is not None and heard_at is not None and heard_at > asked_at - CLOCKS_DIFFER
-        if news and last["event"] not in (*FAILURES, Left.name):  # by which the run itself says that it ended
-            submitted = last["event"] == Submitted.name
-            return UNKNOWN, f"{'submitted' if submitted else 'heard of'} since Slurm last answered"
-    return without_a_job(last)
+        if news and name not in (*FAILURES, Left.name):  # by which the run itself says that it ended
+            return UNKNOWN, f"{'submitted' if name == Submitted.name else 'heard of'} since Slurm last answered"
+    match name:
+        case Finished.name:
+            return "finished", f"{last.get('test_accuracy', float('nan')):.2f}%"
+        case Failed.name | Hang.name:
+            return "failed", _failure(last)
+        case Cancelled.name:
+            return "cancelled", f"by {last.get('by', '?')}"
+        case Left.name if reason == "ended":
+            return "cancelled", "by scancel, or its node was lost"
+        case Left.name:
+            return "stopped", str(last.get("explanation", ""))
+    return "stopped", f"{_NO_END.get(name, 'it ended without a word (killed?)')}; submit again to go on"
+
+
+def _failure(event: Mapping[str, Any]) -> str:
+    """Reason of a failure, without the names of this project's own exceptions."""
+    words = re.sub(r"^(User|Spec|RunFailed|RanksLost|Scheduler|RunBusy)Error: ", "", str(event.get("error", "")))
+    if event["event"] == Hang.name:
+        return f"hung: {words}"
+    known = event.get("cause") == "out_of_memory" and "out of memory" not in words.lower()
+    return f"out of memory: {words}" if known else words

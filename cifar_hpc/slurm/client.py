@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.text import duration
 
 # After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
 SLURM_DELAY_SECONDS = 121
@@ -161,6 +162,49 @@ def parse_instant(text: str | None) -> datetime | None:
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
+# Reasons of squeue(1), JOB REASON CODES, and https://slurm.schedmd.com/job_reason_codes.html, in words. The code itself
+# always comes first, so that it can be looked up; one that is not known here has no words.
+_WORDS = {
+    "Resources": "no room yet",
+    "Priority": "other jobs go first",
+    "JobHeldUser": "held by its owner; the command requeue releases it",
+    "JobHeldAdmin": "held by an administrator; ask them",
+    "JobArrayTaskLimit": "as many of the sweep's runs at a time as sweep.parallel allows",
+    "DependencyNeverSatisfied": "what it depends on has failed: cancel it",
+    "Licenses": "no licence free",
+    "Reservation": "its reservation has not begun",
+    "ReservationDeleted": "its reservation is gone",
+    "PartitionDown": "the partition takes no jobs now",
+    "PartitionInactive": "the partition takes no jobs now",
+    "PartitionNodeLimit": "more nodes than the partition allows, or they are down",
+    "PartitionTimeLimit": "a longer time limit than the partition allows",
+    "PartitionConfig": "it asks for what the partition does not allow",
+    "BadConstraints": "no node has the features it asks for",
+    "ReqNodeNotAvail": "a node it asks for is busy, reserved or down",
+    "NodeDown": "a node it asks for is down",
+    "Cleaning": "its last start is still being tidied up",
+    "Prolog": "its node is being prepared",
+    "JobLaunchFailure": "it could not be launched; ask an administrator",
+    "InvalidAccount": "no such account",
+    "AccountNotAllowed": "the partition does not allow the account",
+    "InvalidQOS": "no such QOS",
+    "QOSNotAllowed": "the partition does not allow the QOS",
+    "Nodes required": "its nodes are down, or kept for partitions that go first",
+    "job requeued in held state": "whoever requeued it holds it; the command requeue releases it",
+    "launch failed requeued held": "it could not be launched and is held; the command requeue releases it",
+}
+_LIMITS = (
+    ("QOSMaxJobs", "as many of your jobs at a time as the QOS allows"),
+    ("QOSJobLimit", "as many jobs at a time as the QOS allows"),
+    ("QOSGrp", "all jobs of the QOS together are at its limit"),
+    ("QOSMax", "a limit of the QOS for one job or user"),
+    ("QOS", "a limit of the QOS"),
+    ("AssocMaxJobs", "as many of your jobs at a time as your account allows"),
+    ("AssocGrp", "all jobs of your account together are at its limit"),
+    ("Assoc", "a limit of your account"),
+)
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """One line of squeue."""
@@ -184,6 +228,36 @@ class QueuedJob:
     def held(self) -> bool:
         """True if it waits until it is released."""
         return self.state in _HELD or "held" in self.reason.lower()
+
+    @property
+    def start_time(self) -> datetime | None:
+        """Expected or actual start, in local time with its zone; None if it is not known or the job is held."""
+        instant = parse_instant(self.start) if not self.held else None
+        return None if instant is None else instant.astimezone()
+
+    @property
+    def reason_code(self) -> str:
+        """Slurm's reason without details such as the names of nodes."""
+        code = self.reason.replace("_", " ") if "held" in self.reason else self.reason
+        # A sentence, in place of a code.
+        return "Nodes required" if code.startswith("Nodes required for job are") else code.partition(",")[0].strip()
+
+    @property
+    def why(self) -> str:
+        """`Priority: other jobs go first`; the code alone if it is not known here."""
+        code = self.reason_code
+        if code == "None":
+            return "Slurm has not looked at it yet"
+        after = re.findall(r"after\w*:([0-9_*]+)", self.dependency) if code == "Dependency" else []
+        if after:
+            words: str | None = f"job{'s' * (len(after) > 1)} {', '.join(after)} must end first"
+        elif code == "Dependency":
+            words = f"another job{' of this run' * ('singleton' in self.dependency)} must end first"
+        elif limit := re.fullmatch(r"Max\w*Per(Account|User)", code):
+            words = f"a limit of the QOS for one {limit[1].lower()}"
+        else:
+            words = _WORDS.get(code) or next((text for prefix, text in _LIMITS if code.startswith(prefix)), None)
+        return f"{code}: {words}" if words else code
 
 
 _QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
@@ -244,3 +318,10 @@ def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[list[str
 def _unconfigured(error: SchedulerError) -> bool:
     """True if Slurm's programs are installed here without belonging to any cluster."""
     return any(words in str(error) for words in ("configuration source", "Unable to process configuration file"))
+
+
+def expected(start: datetime | None, now: datetime) -> str:
+    """`starts in ~12m`, or nothing where that is not known or has passed. Slurm plans by the time limits of what
+    runs, so that jobs often start earlier; and later where others come that go first."""
+    seconds = 0.0 if start is None else (start - now).total_seconds()
+    return f"starts in ~{duration(seconds)}" if seconds > 0 else ""

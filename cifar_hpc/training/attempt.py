@@ -14,26 +14,24 @@ import torch
 
 from cifar_hpc import __version__
 from cifar_hpc.config.io import check_resumable, from_plain
-from cifar_hpc.data.datasets import Dataset, load_dataset
+from cifar_hpc.data.datasets import load_dataset
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
-from cifar_hpc.runs.events import Checkpoint, CheckpointFailed, Resumed, Started
+from cifar_hpc.runs.events import Resumed, Started
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import RunLock
-from cifar_hpc.runs.metrics import restore_metrics
+from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.tensorfile import digest
-from cifar_hpc.training import exit as outcome
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.recovery import Choice, choose
 from cifar_hpc.training.checkpoints.store import CheckpointStore
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.agreement import Agreement, Request
-from cifar_hpc.training.distributed.rendezvous import clear_rendezvous, connect, disconnect, meet, resolve_device
+from cifar_hpc.training.distributed.group import Agreement, Request, connect, disconnect, meet, resolve_device
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.distributed.watchdog import Watchdog
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch, describe_environment, describe_machine, resolve_amp
-from cifar_hpc.training.failure import FailureReporter
+from cifar_hpc.training.exit import FailureReporter, finished, stopped
 from cifar_hpc.training.process import process_age
 from cifar_hpc.training.trainer import Position, Trainer
 
@@ -47,7 +45,7 @@ class Attempt:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.lock = RunLock(context.paths.lock)
-        self.failures = FailureReporter(context, lambda: self.trainer.position if self.trainer else None)
+        self.failures = FailureReporter(context, self._position)
         self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
         self.finished = False  # otherwise the process must exit at once: its peers may be gone
@@ -56,37 +54,29 @@ class Attempt:
         """Train; return the exit status for this process."""
         context = self.context
         try:
-            finished = self._prepare().train(self._pacer())
+            trained = self._prepare().train(self._pacer())
         except Interrupted:
-            finished = False
+            trained = False
         except Exception as error:
-            return self._failed(error)
+            if self.trainer is not None and self.trainer.store is not None:
+                self.trainer.store.wait()
+            return self.failures.report(error)
+        finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
         position = self._position()
-        if self.watchdog is not None:
-            self.watchdog.stop()
-        if not finished:
-            return outcome.stopped(context, position, self.trainer is None or self.trainer.stored)
-        outcome.finished(context, position)
+        if not trained:
+            return stopped(context, position, self.trainer is None or self.trainer.stored)
+        finished(context, position)
         self.finished = True
         self.trainer = None  # drops the process groups, so that `disconnect` can end their threads
         disconnect()
         self.lock.release()
         return 0
 
-    def _failed(self, error: Exception) -> int:
-        self._position()
-        status = self.failures.report(error)
-        if self.watchdog is not None:
-            self.watchdog.stop()
-        return status
-
     def _position(self) -> Position | None:
-        """Return the run's position once nothing is being written any more; None before it is known."""
-        if self.trainer is None:
-            return None
-        if self.trainer.store is not None:
-            self.trainer.store.wait()
-        return self.trainer.position
+        """Return the run's position; None before it is known."""
+        return self.trainer.position if self.trainer is not None else None
 
     # ------------------------------------------------------------ start
 
@@ -103,7 +93,9 @@ class Attempt:
         layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
         chosen = agreement.from_rank_0(lambda: choose(context))
         context.startup.lap("checkpoint")
-        data = agreement.rank_0_first(self._load_data)  # which decodes a folder once, and the others read the cache
+        data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
+            lambda: load_dataset(spec.data, context.paths.root, self._loading)
+        )
         if agreement.now(Request.STOP if context.stop.requested else Request.GO_ON) is Request.STOP:
             raise Interrupted
         environment = describe_environment(spec, device) | {"data": digest([data.train_images, data.train_labels])}
@@ -116,7 +108,10 @@ class Attempt:
         agreement.now(Request.GO_ON)
         context.heart.beat("setting up the model")
         engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
-        trainer = self.trainer = Trainer(engine, context, agreement, self._checkpoint_store(), environment)
+        store: CheckpointStore | None = None
+        if context.first:
+            store = CheckpointStore(context.paths.checkpoints, spec.checkpoint.keep, context.emit, context.log.warn)
+        trainer = self.trainer = Trainer(engine, context, agreement, store, environment)
         if state is not None:
             trainer.resume(state)
         context.startup.lap("model")
@@ -144,24 +139,19 @@ class Attempt:
         context, launch = self.context, self.context.launch
         context.paths.create()
         owner = {"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()}
-        self._take_lock(owner | {"scheduler": launch.scheduler}, LOCK_PATIENCE_SECONDS[launch.scheduler])
-        clear_rendezvous(context.paths.slurm / "rendezvous")
-        return len(History.read(context.paths.events).attempts)
-
-    def _take_lock(self, owner: dict[str, Any], patience_seconds: float) -> None:
-        deadline = time.monotonic() + patience_seconds
-        while True:
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS[launch.scheduler]
+        while self.lock.descriptor is None:
             try:
-                return self.lock.acquire(owner, 1.0)
+                self.lock.acquire(owner | {"scheduler": launch.scheduler}, 1.0)
             except RunBusyError:
                 if time.monotonic() > deadline:
                     raise
-            if self.context.stop.requested:
-                raise Interrupted
-            self.context.heart.beat("waiting for the run's lock")
-
-    def _load_data(self) -> Dataset:
-        return load_dataset(self.context.spec.data, self.context.paths.root, self._loading)
+                if context.stop.requested:
+                    raise Interrupted from None
+                context.heart.beat("waiting for the run's lock")
+        for path in (context.paths.slurm / "rendezvous").glob("*"):  # of killed attempts
+            path.unlink(missing_ok=True)
+        return len(History.read(context.paths.events).attempts)
 
     def _loading(self, text: str) -> bool:
         """Report the progress of loading. True to stop it, on rank 0 only: the other ranks must not leave alone."""
@@ -184,8 +174,6 @@ class Attempt:
                 f"{self.context.paths.name} was started with. HINT: give the run on other images another --name."
             )
 
-    # ------------------------------------------------------------ checkpoints, rank 0 only
-
     def _pacer(self) -> CheckpointPacer | None:
         """Return the pacer for checkpoint.every: auto. The event of this attempt must have been written."""
         context = self.context
@@ -193,28 +181,6 @@ class Attempt:
             return None
         past = History.read(context.paths.events).losses
         return CheckpointPacer(past, process_age(), context.log.line, time.monotonic())
-
-    def _checkpoint_store(self) -> CheckpointStore | None:
-        if not self.context.first:
-            return None
-        return CheckpointStore(
-            self.context.paths.checkpoints,
-            self.context.spec.checkpoint.keep,
-            self._checkpoint_written,
-            self._checkpoint_failed,
-            lambda text: self.context.log.line(f"WARNING {text}"),
-        )
-
-    def _checkpoint_written(self, name: str, entry: dict[str, Any]) -> None:
-        figures = {key: entry[key] for key in ("step", "epoch", "step_in_epoch", "bytes")}
-        self.context.emit(Checkpoint(file=name, **figures))
-
-    def _checkpoint_failed(self, name: str, reason: str) -> None:
-        self.context.emit(CheckpointFailed(file=name, reason=reason))
-        self.context.log.line(
-            f"WARNING checkpoint {name} could not be written: {reason}; training goes on, and the older checkpoints "
-            "are kept"
-        )
 
     # ------------------------------------------------------------ reports
 
@@ -244,8 +210,8 @@ class Attempt:
         if cut:
             log.line(f"metrics.jsonl: {cut} row(s) beyond the checkpoint cut off; they are computed again")
         if changed:
-            log.line(
-                "WARNING this is not the environment of the checkpoint, so the bits may differ from here: "
+            log.warn(
+                "this is not the environment of the checkpoint, so the bits may differ from here: "
                 + "; ".join(f"{k}: {old} -> {new}" for k, (old, new) in changed.items())
             )
         event = Resumed if chosen else Started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from cifar_hpc.config.spec import Spec
@@ -11,8 +12,7 @@ from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import record_event, update_progress
 from cifar_hpc.training.distributed.watchdog import Heartbeat
-from cifar_hpc.training.process import FIRST_STEP, Launch, Stopwatch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import FIRST_STEP, Launch, StopFlag, Stopwatch
 
 
 class Context:
@@ -20,7 +20,7 @@ class Context:
 
     Attributes:
         first: true on rank 0.
-        speaks: true on the rank that writes the run's logs and calls Slurm: rank 0, or another one once that is gone.
+        log: enabled on the rank that also writes events and calls Slurm: rank 0, or another one once that is gone.
     """
 
     def __init__(
@@ -31,21 +31,11 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heartbeat()
-        self.speaks = self.first
-        self._restart: int | None = None
 
-    @property
+    @cached_property
     def restart(self) -> int:
         """Number of earlier attempts; from events.jsonl until all ranks have agreed on it."""
-        return len(History.read(self.paths.events).attempts) if self._restart is None else self._restart
-
-    @restart.setter
-    def restart(self, number: int) -> None:
-        self._restart = number
-
-    def speak(self) -> None:
-        """Let this rank write the logs in place of rank 0."""
-        self.speaks = self.log.enabled = True
+        return len(History.read(self.paths.events).attempts)
 
     def say_first_step(self, step: int) -> None:
         """Report the first step, which takes longer than others: it loads kernels, and may compile the model."""
@@ -65,13 +55,7 @@ class Context:
             update_progress(self.paths, self.spec, eta_by_rate, peak_memory_bytes=memory, **position)
 
     def emit(self, event: Event) -> None:
-        """Append to events.jsonl, on the rank that `speaks`."""
-        if self.speaks:
-            record_event(
-                self.paths,
-                event,
-                job_id=self.launch.job_id,
-                restart=self.restart,
-                world_size=self.launch.world_size,
-                spec=self.spec,
-            )
+        """Append to events.jsonl, on the rank whose log is enabled."""
+        if self.log.enabled:
+            sender = {"job_id": self.launch.job_id, "restart": self.restart, "world_size": self.launch.world_size}
+            record_event(self.paths, event, self.spec, **sender)

@@ -20,7 +20,6 @@ from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.improved_resnet import build_model
-from cifar_hpc.models.layers import batch_norms
 from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
@@ -144,7 +143,7 @@ class Engine:
         images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
         if self.spec.augment.trivial:
             images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
-        return augment(images, draws, self.spec.augment, memory_format=torch.channels_last)
+        return augment(images, draws, self.spec.augment)
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the summed cross-entropy with label smoothing, in float32."""
@@ -157,17 +156,10 @@ class Engine:
         """
         step = int(self.bad_step)
         if step < NO_BAD_STEP:
-            return (
-                f"the training loss was NaN or infinite at step {step}, in epoch "
-                f"{(step - 1) // self.steps_per_epoch + 1}. The last good checkpoint is kept. "
-                "HINT: lower optimizer.lr, or set train.amp=fp32."
-            )
-        if self.amp == "fp16" and self.scaler.get_scale() < LEAST_SCALE:
-            return (
-                f"fp16: the gradients overflow at every loss scale (now {self.scaler.get_scale():g}), so no step "
-                "updates the weights any more. The checkpoints so far are kept. HINT: lower optimizer.lr, or set "
-                "train.amp=fp32."
-            )
+            epoch = (step - 1) // self.steps_per_epoch + 1
+            return f"the training loss was NaN or infinite at step {step}, in epoch {epoch}"
+        if self.amp == "fp16" and (scale := self.scaler.get_scale()) < LEAST_SCALE:
+            return f"fp16: the gradients overflow at every loss scale (now {scale:g}), so no step updates the weights"
         return None
 
     def check_finite(self) -> None:
@@ -182,12 +174,10 @@ class Engine:
         # A step with a finite loss may leave weights that are not finite; their checkpoint would not be a good one.
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if problem is None and not torch.stack(norms).isfinite().all():
-            problem = (
-                f"the weights became NaN or infinite by update {self.updates}. The last good checkpoint is kept. "
-                "HINT: lower optimizer.lr, or set train.amp=fp32."
-            )
+            problem = f"the weights became NaN or infinite by update {self.updates}"
         if problem is not None:
-            error = RunFailedError(problem)
+            hint = "HINT: lower optimizer.lr, or set train.amp=fp32."
+            error = RunFailedError(f"{problem}. The checkpoints so far are kept. {hint}")
             error.everywhere = True  # all ranks have the same bad step and the same weights
             raise error
 
@@ -206,11 +196,6 @@ class Engine:
         share = max(1.0, images * len(self.layout.mine) / self.layout.shards)
         loss, correct = self.sums.sum(0).tolist()
         return loss / share, 100 * correct / share
-
-    @property
-    def evaluates_fast_weights(self) -> bool:
-        """True if the weights to evaluate are those being trained."""
-        return self.average is None and not isinstance(self.optimizer, Lookahead)
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[object]:
         """Put the weights to evaluate into the model for the context: their average, else the slow or the only ones."""
@@ -254,6 +239,6 @@ class Engine:
     def share_buffers(self) -> None:
         """Copy rank 0's running statistics to every rank. Collective."""
         if self.layout.world_size > 1:
-            for module in batch_norms(self.model):
+            for module in self.model.norms:
                 for buffer in module.buffers():
                     dist.broadcast(buffer, 0)

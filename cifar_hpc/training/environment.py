@@ -45,11 +45,9 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
 
 def describe_environment(spec: Spec, device: torch.device) -> dict[str, Any]:
     """Return all that the bits depend on beside the spec and the data."""
-    cuda = device.type == "cuda"
+    cuda, cpu = device.type == "cuda", f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if cuda else cpu,
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -64,19 +62,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Make malloc keep freed memory instead of returning it to the kernel (mallopt(3)).
 
     A training step on a CPU frees and allocates gigabytes of activations. glibc maps each large block again, and the
     kernel fills it with zeros page by page, which took a third of a step. With this the process keeps its peak memory.
-
-    Returns:
-        False where it is not possible, without glibc; then nothing changes.
+    Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    if mallopt is not None and mallopt(_M_MMAP_MAX, 0):
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def describe_machine() -> dict[str, Any]:

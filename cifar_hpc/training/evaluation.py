@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar_hpc.config.schedule import training_size
-from cifar_hpc.config.spec import IMAGE_SIZE
+from cifar_hpc.config.spec import IMAGE_SIZE, Spec
 from cifar_hpc.data.augment.pipeline import normalize
-from cifar_hpc.models.layers import batch_norms
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.optim import restored
 
 BATCH = 500
 # Called between batches on every rank, with a text for the log. True if all ranks stop.
 Between = Callable[[str], bool]
+
+
+def evaluated_kind(spec: Spec) -> str:
+    """Name the weights that a run evaluates, which `Engine.evaluated_weights` has: averaged, slow or fast."""
+    if spec.ema.decay is not None:
+        return "averaged"
+    return "slow" if spec.lookahead.enabled else "fast"
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ def evaluate(engine: Engine, epoch: int, between: Between) -> Result | None:
         The result, or None if `between` returned true.
     """
     engine.share_buffers()
-    with torch.no_grad(), engine.evaluated_weights(), _kept_buffers(engine):
-        foreign = not engine.evaluates_fast_weights or training_size(engine.spec, epoch) < IMAGE_SIZE
+    with torch.no_grad(), engine.evaluated_weights(), restored(list(engine.model.buffers())):
+        foreign = evaluated_kind(engine.spec) != "fast" or training_size(engine.spec, epoch) < IMAGE_SIZE
         if foreign and engine.spec.lookahead.bn_batches > 0 and not _estimate_statistics(engine, epoch, between):
             return None
         engine.model.eval()
@@ -58,25 +64,15 @@ def evaluate(engine: Engine, epoch: int, between: Between) -> Result | None:
     return Result(loss / count, 100 * correct / count, buffers)
 
 
-@contextlib.contextmanager
-def _kept_buffers(engine: Engine) -> Iterator[None]:
-    saved = {name: buffer.clone() for name, buffer in engine.buffers().items()}
-    try:
-        yield
-    finally:
-        for name, buffer in engine.buffers().items():
-            buffer.copy_(saved[name])
-
-
 def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
     """Set the running statistics to the mean over training batches. False if `between` returned true."""
     spec, layout = engine.spec, engine.layout
     size = min(spec.train.batch_size, len(engine.data.train_images))
     batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
     rows = permutation(mix(spec.train.seed, Stream.BN_ESTIMATE), epoch, len(engine.data.train_images)).to(engine.device)
-    norms = batch_norms(engine.model)
-    channels = [n.num_features for n in norms]
-    table = torch.zeros(batches, 2 * sum(channels), device=engine.device)
+    norms = engine.model.norms
+    running = [b for n in norms for b in n.buffers() if b.is_floating_point()]  # mean and variance of each
+    table = torch.zeros(batches, sum(len(b) for b in running), device=engine.device)
     engine.model.eval()
     momenta = [n.momentum for n in norms]
     for norm in norms:
@@ -92,8 +88,7 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
                 )
                 with engine.autocast():
                     engine.model(images)
-                parts = [t for n in norms for t in (n.running_mean, n.running_var) if t is not None]
-                table[batch] = torch.cat(parts)
+                table[batch] = torch.cat(running)
             if between(
                 f"epoch {epoch + 1}: measuring BatchNorm statistics of the weights to evaluate, "
                 f"batch {min(first + layout.world_size, batches)}/{batches}"
@@ -104,12 +99,10 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
             norm.momentum = momentum
     if layout.world_size > 1:
         dist.all_reduce(table)  # each row is zero on every rank but one: exact
-    pieces = iter(table.double().mean(0).float().split([c for c in channels for _ in range(2)]))
+    means = table.double().mean(0).float().split([len(b) for b in running])
+    torch._foreach_copy_(running, means)
     for norm in norms:
-        assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None
-        norm.running_mean.copy_(next(pieces))
-        norm.running_var.copy_(next(pieces))
         norm.num_batches_tracked.fill_(batches)  # this rank has seen only its own
     return True
 
@@ -123,7 +116,7 @@ def _test_sums(engine: Engine, between: Between) -> Tensor | None:
         batch = first + layout.rank
         if batch < batches:
             rows = slice(batch * BATCH, (batch + 1) * BATCH)
-            pixels = normalize(images[rows], memory_format=torch.channels_last)
+            pixels = normalize(images[rows])
             with engine.autocast():
                 logits = engine.model(pixels)
             table[batch, 0] = engine.loss_sum(logits, labels[rows])

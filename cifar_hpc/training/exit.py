@@ -1,19 +1,32 @@
-"""The end of an attempt that finished or was stopped: logs, and the requeue if there is one."""
+"""End of an attempt that finished, was stopped or failed: logs, and the requeue if there is one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
-from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs.events import Finished, Holding, Left, Signal
+import torch
+import torch.distributed as dist
+
+from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
+from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
 from cifar_hpc.runs.history import History
+from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
 from cifar_hpc.runs.requeue import Decision, Ending, decide, request_requeue
-from cifar_hpc.slurm.client import allow_fewer_nodes, job_fields
+from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, job_fields
 from cifar_hpc.training.context import Context
+from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
+from cifar_hpc.training.process import is_running, siblings
 from cifar_hpc.training.trainer import Position
 
 # submitit's local controller starts the tasks again when one exits with this (submitit.local.local).
@@ -21,6 +34,13 @@ LOCAL_REQUEUE_STATUS = 144
 # How long a process waits for Slurm to end it, if it could not ask for a requeue itself.
 HOLD_SECONDS = 3600
 ASK_AGAIN_SECONDS = 10
+# Time in which the other ranks leave the report to rank 0, and in which processes may end by themselves.
+RANK_0_SECONDS = 10.0
+# Time in which the other ranks show that they have noticed the failure.
+LAST_WORDS_SECONDS = 3.0
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+_HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
 def finished(context: Context, position: Position | None) -> None:
@@ -42,7 +62,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
     """
     _log_stop(context, position, stored)
     launch, received = context.launch, context.stop.signal
-    if launch.scheduler is not None and not context.speaks:
+    if launch.scheduler is not None and not context.log.enabled:
         return 0  # any other status could make srun kill rank 0 before it has requeued, or the executor restart the job
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     ending = Ending("signal", launch.scheduler, received, restarts)
@@ -98,7 +118,7 @@ def decide_now(context: Context, ending: Ending, quiet: bool = False) -> Decisio
             job = job_fields(context.launch.job_id or "")
         except SchedulerError as error:
             if not quiet:
-                context.log.line(f"WARNING {error}")
+                context.log.warn(str(error))
     return decide(ending, context.spec, History.read(context.paths.events), job, datetime.now())
 
 
@@ -114,3 +134,191 @@ def restart(context: Context, decision: Decision) -> int:
     context.emit(decision.event())
     time.sleep(decision.delay_seconds)
     return LOCAL_REQUEUE_STATUS
+
+
+def report_of(error: BaseException, context: Context) -> Report:
+    """The report of an exception on this rank."""
+    words = str(error)
+    summary = f"{type(error).__name__}: {words}".splitlines()[0][:500]
+    cause, text, retryable, status = "error", "".join(traceback.format_exception(error)), True, 1
+    if isinstance(error, UserError):
+        text, retryable, status = words, error.retryable, error.exit_code
+        cause = "lost" if isinstance(error, RanksLostError) else "error"
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in words for w in _OUT_OF_MEMORY):
+        cause, text = "out_of_memory", f"{_memory_advice(context)}\n{text}"
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in _LOST)):
+        cause, text = "lost", f"lost contact with another rank ({summary})"  # its traceback explains nothing
+    rank, host = context.launch.rank, socket.gethostname()
+    return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, retryable, status)
+
+
+def _memory_advice(context: Context) -> str:
+    where, other = "the node's memory", "ask for more with --mem"
+    if torch.cuda.is_initialized():
+        where, other = "the GPU's memory", "see with nvidia-smi whether another process uses the GPU"
+        with suppress(RuntimeError):  # CUDA may not work any more
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+            where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
+    return (
+        f"{where}. HINT: lower train.batch_size, or spread the train.shards ({context.spec.train.shards}) over more "
+        f"processes, or {other}."
+    )
+
+
+class FailureReporter:
+    """Reports a failed attempt once, whichever rank and thread comes first, and acts on the decision on a requeue."""
+
+    def __init__(self, context: Context, position: Callable[[], Position | None] = lambda: None) -> None:
+        self.context, self.position = context, position
+        self.board = RankBoard(None, context.launch.rank, context.launch.world_size)
+        self._attempt = f"{os.getpid()}-{time.time_ns()}"  # the same on all ranks once they have met
+        self._began = utc_now()
+        self._met = False
+        self._reporting = threading.Lock()
+
+    def meet(self, store: dist.Store | None) -> RankBoard:
+        """Share failures with the other ranks through the store in which they have met."""
+        self.board = RankBoard(store, self.board.rank, self.board.world_size)
+        if self.context.first:
+            self.board.set("attempt", self._attempt)
+        self._attempt = self.board.wait("attempt")
+        self._met = True
+        return self.board
+
+    def from_watchdog(self, report: Report) -> None:
+        """End this process with `report`, unless its main thread is already reporting."""
+        if self._reporting.acquire(blocking=False):
+            os._exit(self._report(report))
+
+    def report(self, error: Exception) -> int:
+        """Report an exception of this rank; returns the exit status."""
+        report = report_of(error, self.context)
+        brief = isinstance(error, UserError) or self.context.stop.requested or report.cause == "lost"
+        with suppress(OSError):  # srun, which reads this, may have gone with its node
+            print(f"error: {error if brief else report.text}", file=sys.stderr, flush=True)
+        if isinstance(error, UserError) and error.everywhere and not self.context.first:
+            return error.exit_code
+        if not self._reporting.acquire(blocking=False):
+            threading.Event().wait()  # the watchdog is reporting, and ends the process
+        return self._requeue_busy(error) if isinstance(error, RunBusyError) else self._report(report)
+
+    def _requeue_busy(self, error: RunBusyError) -> int:
+        """Come back later, if there is a queue to wait in: another process holds the run and writes its logs.
+
+        A lost node can hold its lock on a network file system for long after Slurm has requeued the job.
+        """
+        if self.context.launch.scheduler == "slurm":
+            decision = decide_now(self.context, Ending("busy"), quiet=True)
+            if decision.action == "requeue":
+                with suppress(SchedulerError):
+                    restart(self.context, replace(decision, explanation=str(error)))
+        return error.exit_code
+
+    def _report(self, mine: Report) -> int:
+        context, board = self.context, self.board
+        if context.launch.world_size > 1 and (status := self._status_if_over(mine)) is not None:
+            return status
+        if mine.cause == "hang":
+            where = f"rank {board.rank} ({socket.gethostname()}, pid {os.getpid()})"
+            dump = f"---- stacks of {where}\n{stacks().rstrip()}\n---- end of stacks of {where}"
+            append_line(context.paths.train_log, dump)
+        first = board.bounded(lambda: board.publish(mine)) or mine
+        board.bounded(lambda: board.set(f"over/{board.rank}"))
+        if not self._claim():
+            return mine.status if context.stop.signal is None else 128 + context.stop.signal
+        context.log.enabled = True
+        missing = self._missing_ranks() if first.cause in ("lost", "hang") else ""
+        if first.cause == "lost" and context.stop.requested:
+            # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
+            return stopped(context, self.position(), stored=False)
+        ending = Ending(first.cause, context.launch.scheduler, step=first.step, retryable=first.retryable)
+        decision = decide_now(context, ending)
+        if decision.action == "leave":
+            context.log.line(decision.explanation)
+            return first.status
+        self._log(first, missing if first.cause == "lost" else "", decision)
+        return self._act(first, decision)
+
+    def _status_if_over(self, mine: Report) -> int | None:
+        """The exit status if other ranks have already ended this attempt, by events.jsonl."""
+        events = read_jsonl(self.context.paths.events)
+        if [e["event"] for e in events if e.get("event") in (*STARTS, Finished.name)][-1:] == [Finished.name]:
+            return mine.status
+        since = {e.get("event") for e in events if str(e.get("time")) >= self._began}
+        if mine.cause == "lost" and Signal.name in since:
+            return 128 + signal.SIGTERM  # they were stopped, and are gone
+        return mine.status if not self._met and since & set(FAILURES) else None
+
+    def _claim(self) -> bool:
+        """True if this rank is to report: rank 0, or if that is gone, the first to create a file.
+
+        The store could not decide that, since it is gone with rank 0.
+        """
+        folder = self.context.paths.slurm / "rendezvous"
+        claim = folder / f"{self._attempt}.spoken"
+        end = time.monotonic() + (0.0 if self.context.first or self.board.silent else RANK_0_SECONDS)
+        while not claim.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            claim.touch(0o644, exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return self.context.first  # a folder that is gone or full
+        return True
+
+    def _missing_ranks(self) -> str:
+        """A sentence about the ranks that ended without a report; empty if there are none."""
+        board = self.board
+        before = board.bounded(board.statuses) or {}
+        end = time.monotonic() + LAST_WORDS_SECONDS  # the others' own reports, and their stacks, come first
+        while (silent := board.bounded(self._silent_ranks)) and time.monotonic() < end:
+            time.sleep(0.1)
+        statuses = board.bounded(board.statuses) or {}
+        # A rank whose status still changes is alive, and has only not noticed the failure yet.
+        gone = [0] if silent is None else [rank for rank in silent if statuses.get(rank) == before.get(rank)]
+        if not gone:
+            return ""
+        return f"no word from {describe(statuses, gone)}: killed (out of memory? see --mem), or its node was lost"
+
+    def _silent_ranks(self) -> list[int]:
+        board = self.board
+        return [rank for rank in range(board.world_size) if rank != board.rank and board.get(f"over/{rank}") is None]
+
+    def _log(self, report: Report, missing: str, decision: Decision) -> None:
+        context = self.context
+        event = Hang if report.cause == "hang" else Failed
+        error, again = missing or report.summary, decision.action == "requeue"
+        who: dict[str, Any] = {"cause": report.cause, "rank": report.rank, "rank_host": report.host}
+        context.emit(event(step=report.step, error=error, again=again, **who))
+        # The reason comes last in the log, where a `tail` shows it.
+        context.log.line(decision.explanation)
+        head, reason = _HEADS.get(report.cause, "FAILED"), f"{report.text}\n{missing}".rstrip()
+        context.log.line(f"{head} on rank {report.rank} ({report.host}): {reason}")
+
+    def _act(self, report: Report, decision: Decision) -> int:
+        context = self.context
+        try:
+            if context.launch.scheduler == "local":
+                _end_other_ranks()
+            if decision.action == "requeue":
+                return restart(context, decision)
+            if report.cause == "hang" and context.launch.scheduler == "slurm":
+                end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
+        except SchedulerError as refusal:
+            context.log.warn(str(refusal))
+        return report.status
+
+
+def _end_other_ranks() -> None:
+    """End the other ranks under the local executor, which waits for all; one that is stuck would block it.
+
+    All are children of its controller. Those that are not stuck have time to end by themselves.
+    """
+    end = time.monotonic() + RANK_0_SECONDS
+    while (left := [pid for pid in siblings() if is_running(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -61,6 +61,9 @@ class Lookahead(Optimizer):
         inner: any torch optimizer, already constructed.
         k: updates between two syncs, >= 1.
         alpha: step size of the slow weights, in (0, 1].
+
+    Attributes:
+        slow: the slow weights, in the order of the parameters in `param_groups`.
     """
 
     def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
@@ -68,12 +71,12 @@ class Lookahead(Optimizer):
             raise ValueError(f"k must be >= 1, not {k}")
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], not {alpha}")
-        self._slow: list[Tensor] = []
+        self.slow: list[Tensor] = []
         self.inner = inner
         super().__init__(inner.param_groups, inner.defaults)
         self.k, self.alpha, self.counter = k, alpha, 0
         self._share_inner()
-        self._slow = [p.detach().clone() for p in self._parameters()]
+        self.slow = [p.detach().clone() for p in self._parameters()]
 
     def _share_inner(self) -> None:
         # load_state_dict and add_param_group replace the inner optimizer's containers; this follows them.
@@ -82,11 +85,6 @@ class Lookahead(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.inner.param_groups for p in group["params"]]
-
-    @property
-    def slow(self) -> list[Tensor]:
-        """The slow weights, in the order of the parameters in `param_groups`."""
-        return self._slow
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -99,12 +97,12 @@ class Lookahead(Optimizer):
 
     def _sync(self) -> None:
         fast = self._parameters()
-        torch._foreach_add_(self._slow, torch._foreach_sub(fast, self._slow), alpha=self.alpha)
-        torch._foreach_copy_(fast, self._slow)
+        torch._foreach_add_(self.slow, torch._foreach_sub(fast, self.slow), alpha=self.alpha)
+        torch._foreach_copy_(fast, self.slow)
 
     def slow_weights(self) -> AbstractContextManager[None]:
         """Put the slow weights into the parameters for the context. Afterwards the fast ones are back, bit for bit."""
-        return replaced(self._parameters(), self._slow)
+        return replaced(self._parameters(), self.slow)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the parameters' gradients."""
@@ -117,17 +115,12 @@ class Lookahead(Optimizer):
             return
         self.inner.add_param_group(param_group)
         self._share_inner()
-        self._slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
+        self.slow += [p.detach().clone() for p in self.inner.param_groups[-1]["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"inner": the inner optimizer's state, "slow": [Tensor, ...], "counter": updates, "k", "alpha"}."""
-        return {
-            "inner": self.inner.state_dict(),
-            "slow": list(self._slow),
-            "counter": self.counter,
-            "k": self.k,
-            "alpha": self.alpha,
-        }
+        numbers = {"counter": self.counter, "k": self.k, "alpha": self.alpha}
+        return {"inner": self.inner.state_dict(), "slow": list(self.slow), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a saved state into this optimizer.
@@ -135,13 +128,13 @@ class Lookahead(Optimizer):
         Raises:
             ValueError: number or shapes of the slow weights do not fit the parameters.
         """
-        shapes = [s.shape for s in self._slow]
+        shapes = [s.shape for s in self.slow]
         if [s.shape for s in state_dict["slow"]] != shapes:
             raise ValueError("the slow weights' shapes do not fit the parameters")
         self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # torch itself would share the momentum
         self._share_inner()
         with torch.no_grad():
-            for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
+            for slow, saved in zip(self.slow, state_dict["slow"], strict=True):
                 slow.copy_(saved)
         self.counter, self.k, self.alpha = state_dict["counter"], state_dict["k"], state_dict["alpha"]
 
@@ -149,14 +142,21 @@ class Lookahead(Optimizer):
 @contextmanager
 def replaced(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
     """Put `values` into `parameters` for the context. Afterwards their own are back, bit for bit."""
-    with torch.no_grad():
-        own = [p.detach().clone() for p in parameters]
-        torch._foreach_copy_(parameters, values)
+    with restored(parameters):
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, values)
+        yield
+
+
+@contextmanager
+def restored(tensors: list[Tensor]) -> Iterator[None]:
+    """Put the values of `tensors` back after the context, bit for bit."""
+    own = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, own)
+            torch._foreach_copy_(tensors, own)
 
 
 class WeightAverage:

@@ -31,7 +31,7 @@ from cifar_hpc.text import printable
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
-from cifar_hpc.training.evaluation import BATCH
+from cifar_hpc.training.evaluation import BATCH, evaluated_kind
 
 _LOGGED = ("epoch", "test_accuracy", "test_loss")
 
@@ -68,7 +68,7 @@ class TrainedModel:
         Raises:
             RunFailedError: they are NaN or infinite.
         """
-        pixels = normalize(images.to(self.device), memory_format=torch.channels_last)
+        pixels = normalize(images.to(self.device))
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.amp != "fp32"):
             logits: Tensor = self.model(pixels)
@@ -125,13 +125,11 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     fast = weights == "fast"
     path, state, notes = _find(root, run, fast)
     spec = from_plain(state.spec)
-    evaluated = _evaluated(spec)
+    evaluated = evaluated_kind(spec)
     kind = "fast" if fast else evaluated
-    logged = None
-    if kind == evaluated and state.slow_buffers is not None:
-        rows = state.rows
-        if rows and all(isinstance(rows[-1].get(key), (int, float)) for key in _LOGGED):
-            logged = {key: rows[-1][key] for key in _LOGGED}
+    row = state.rows[-1] if kind == evaluated and state.slow_buffers is not None and state.rows else {}
+    whole = all(isinstance(row.get(key), (int, float)) for key in _LOGGED)
+    logged = {key: row[key] for key in _LOGGED} if whole else None
     if evaluated == "fast":
         notes.append("The run has neither Lookahead nor ema: it has but one set of weights.")
     own = state.environment
@@ -152,17 +150,10 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     return TrainedModel(path, known, state, spec, model, kind, logged, device, amp, environment, tuple(notes))
 
 
-def _evaluated(spec: Spec) -> str:
-    """The weights that the run evaluates, as `Engine.evaluated_weights`."""
-    if spec.ema.decay is not None:
-        return "averaged"
-    return "slow" if spec.lookahead.enabled else "fast"
-
-
 def _usable(state: TrainingState, fast: bool) -> bool:
     """True if the checkpoint has the BatchNorm statistics of the requested weights."""
     spec = from_plain(state.spec)
-    measured = (_evaluated(spec) != "fast" or spec.resizing.on) and spec.lookahead.bn_batches > 0
+    measured = (evaluated_kind(spec) != "fast" or spec.resizing.on) and spec.lookahead.bn_batches > 0
     return fast or not measured or state.slow_buffers is not None
 
 

@@ -15,13 +15,12 @@ from cifar_hpc.config.schedule import epochs_left, learning_rate
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.randomness import permutation
 from cifar_hpc.runs.events import Evaluated
-from cifar_hpc.runs.logs import utc_now
-from cifar_hpc.runs.metrics import metrics_text, restore_metrics, write_metrics
+from cifar_hpc.runs.logs import metrics_text, restore_metrics, utc_now, write_metrics
 from cifar_hpc.training.checkpoints.format import TrainingState, to_host
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import BEST, CheckpointStore
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.agreement import Agreement, Request
+from cifar_hpc.training.distributed.group import Agreement, Request
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.evaluation import Result, evaluate
 
@@ -266,8 +265,8 @@ class Trainer:
 
     def _warn_slow(self) -> None:
         if not self._warned_slow:
-            self.context.log.line(
-                "WARNING a checkpoint takes longer to write than the time to the next one: checkpoints that are due "
+            self.context.log.warn(
+                "a checkpoint takes longer to write than the time to the next one: checkpoints that are due "
                 "meanwhile are skipped, and training continues (this warning comes once)"
             )
         self._warned_slow = True

@@ -192,7 +192,7 @@ PLACES: dict[str, Place] = {
     "reduce": Place(
         "step", _before("cifar_hpc.training.distributed.shards", "ShardSum.add"), needs="ranks", unit="step"
     ),
-    "agree": Place("step", _before("cifar_hpc.training.distributed.agreement", "Agreement.after_step"), unit="step"),
+    "agree": Place("step", _before("cifar_hpc.training.distributed.group", "Agreement.after_step"), unit="step"),
     # evaluation
     "evaluate": Place("evaluation", _before("cifar_hpc.training.trainer", "evaluate"), unit="epoch"),
     "statistics": Place("evaluation", _before("cifar_hpc.training.evaluation", "_estimate_statistics"), unit="epoch"),
@@ -218,7 +218,7 @@ PLACES: dict[str, Place] = {
     "retention": Place("checkpoint", _file_call("unlink", CHECKPOINT), only_first=True, unit="save"),
     # the end
     "settle": Place("shutdown", _before("cifar_hpc.training.trainer", "Trainer._wait_until_stored")),
-    "finished": Place("shutdown", _before("cifar_hpc.training.exit", "finished")),
+    "finished": Place("shutdown", _before("cifar_hpc.training.attempt", "finished")),
     "disconnect": Place("shutdown", _before("cifar_hpc.training.attempt", "disconnect")),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
 
-from cifar_hpc.training.signals import STOP_SIGNALS
+from cifar_hpc.training.process import STOP_SIGNALS
 from tests.chaos.plan import EPOCHS, STEPS_PER_EPOCH
 from tests.chaos.ranks import Rank
 

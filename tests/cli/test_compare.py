@@ -22,9 +22,8 @@ from cifar_hpc.cli.compare import FIGURES, all_columns, as_json, print_on_termin
 from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.groups import group_runs
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.results import Row, read_rows
+from cifar_hpc.runs.results import Row, group_runs, read_rows
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 ENVIRONMENT = {"device": "A100", "torch": "2.12.1", "cuda": "13.0", "cudnn": 9, "threads": None, "amp": "bf16"}

@@ -38,12 +38,12 @@ def test_the_pairs_that_are_confused_most() -> None:
 
 def test_names_of_unknown_origin_are_cut_and_harmless() -> None:
     assert short("cat") == "cat"
-    assert short("\x1b[2J\n" + "x" * 90) == "\\x1b[2J xx.."
+    assert short("\x1b[2J\n" + "x" * 90) == "\\x1b[2J xxx…"
 
 
 def test_the_figure_holds_the_shares(tmp_path: Path) -> None:
     names = ["$x^2$", *CIFAR10[1:]]  # no formula
-    paths = draw(MATRIX, names, "run, epoch 3: 71.43%", tmp_path / "new")
+    paths = draw(MATRIX, names, "run, epoch 3: 71.43%", tmp_path)
     assert [path.name for path in paths] == ["confusion.png", "confusion.svg"]
     assert paths[0].read_bytes()[:4] == b"\x89PNG"
     svg = paths[1].read_text()

@@ -16,6 +16,7 @@ import torch
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli.doctor import doctor, login, node
+from cifar_hpc.cli.doctor.doctor import as_text, show
 from cifar_hpc.cli.doctor.login import (
     SlurmChecks,
     check_file_system,
@@ -24,9 +25,8 @@ from cifar_hpc.cli.doctor.login import (
     gpus_of,
     mount_of,
 )
-from cifar_hpc.cli.doctor.node import LOCK, PLAN, Plan, Task, TaskReport, hold_lock, is_locked
-from cifar_hpc.cli.doctor.report import Finding, as_text, run_check, show
-from cifar_hpc.config.site import Site
+from cifar_hpc.cli.doctor.node import LOCK, PLAN, Finding, Plan, Task, TaskReport, hold_lock, is_locked, run_check
+from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import ResourcesSpec, Spec, TrainSpec
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.slurm import client as slurm
@@ -246,7 +246,7 @@ def test_a_slurm_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPat
 )
 def test_mounts(path: str, point: str, kind: str, option: str) -> None:
     found = mount_of(Path(path), MOUNTS)
-    assert (found.point, found.kind) == (point, kind) and option in found.options
+    assert found[:2] == (point, kind) and option in found[2]
 
 
 def test_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,7 +542,7 @@ def test_a_job_that_is_interrupted_is_cancelled_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancelled: list[str] = []
-    monkeypatch.setattr(doctor.executors, "submit_script", lambda script, code: "7")
+    monkeypatch.setattr(doctor.batch_script, "sbatch", lambda option, script: "7")
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "PENDING", "Reason": "Priority"})
     monkeypatch.setattr(slurm, "cancel_job", cancelled.append)
 
@@ -560,14 +560,14 @@ def test_a_job_that_is_interrupted_is_cancelled_and_leaves_nothing(
 def test_what_the_job_printed_is_kept_where_there_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool, kept: list[str]
 ) -> None:
-    def submit(script: str, code: Path) -> str:
+    def submit(option: str, script: str) -> str:
         (folder,) = (tmp_path / "logs").iterdir()
         report = {"rank": 0, "node": "n1", "finished": finished, "findings": []}
         (folder / "task-0.json").write_text(json.dumps(report))
         (folder / "slurm" / "7_0_log.out").write_text("last words\n")
         return "7"
 
-    monkeypatch.setattr(doctor.executors, "submit_script", submit)
+    monkeypatch.setattr(doctor.batch_script, "sbatch", submit)
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"JobState": "COMPLETED", "Reason": "None"})
     found = run_check("job", doctor.check_job, tmp_path, Spec(), Site(), plan(), 60)
     assert found[0].check == "job" and found[0].status == ("ok" if finished else "problem")

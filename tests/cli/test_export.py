@@ -24,7 +24,7 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.cli import export as export_command
 from cifar_hpc.cli.export import metadata
 from cifar_hpc.config.spec import DataSpec, ModelSpec
-from cifar_hpc.data.evaluation_set import own_images
+from cifar_hpc.data.datasets import own_images
 from cifar_hpc.data.synthetic import CLASSES
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.checkpoints.format import read_checkpoint

@@ -23,7 +23,7 @@ from cifar_hpc.cli.figures.curves import (
     score_figure,
 )
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN
-from cifar_hpc.runs.metrics import metrics_text
+from cifar_hpc.runs.logs import metrics_text
 
 
 def accuracy_figure(series: Sequence[Series]) -> Figure:

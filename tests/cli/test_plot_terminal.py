@@ -12,8 +12,8 @@ from run_logs import make_run, write_metrics
 
 from cifar_hpc.cli.figures.curves import MOST_STYLES, Series, read_series
 from cifar_hpc.cli.figures.plot import draw
-from cifar_hpc.runs.groups import group_runs
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.results import group_runs
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 Make = Callable[..., RunPaths]

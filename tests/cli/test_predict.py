@@ -14,7 +14,7 @@ from PIL import Image
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli.evaluate import confusion, measure
-from cifar_hpc.data.evaluation_set import own_images
+from cifar_hpc.data.datasets import own_images
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.trained_model import TrainedModel, load_trained
 
@@ -47,7 +47,7 @@ def test_every_input_gives_the_labels_that_evaluate_counts(root: Path, tmp_path:
     header, *rows = list(csv.reader(contents[0].splitlines()))
     assert header == ["ID", "Labels"] and [row[0] for row in rows] == [str(n) for n in range(100)]
     labels = torch.tensor([int(row[1]) for row in rows])
-    assert confusion(data.labels, labels) == measure(trained, data).matrix
+    assert confusion(data.labels, labels) == measure(trained, data)[2]
     assert contents[0].startswith(f"ID,Labels\n0,{labels[0]}\n1,")
     out = capsys.readouterr().out
     assert "wrote" in out and "IDs 0 to 99" in out and "images      100 in " in out

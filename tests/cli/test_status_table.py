@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cifar_hpc.cli import table
+from cifar_hpc.cli import terminal
 from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, status_lines, summary
 from cifar_hpc.runs.state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 
@@ -33,11 +33,11 @@ RUNS = [
 
 
 def header(width: int | None) -> list[str]:
-    return status_lines(RUNS, width)[0].text.replace("LOG AGE", "LOG_AGE").split()
+    return status_lines(RUNS, width)[0].replace("LOG AGE", "LOG_AGE").split()
 
 
 def test_everything_is_there_in_full_where_nothing_limits_it() -> None:
-    table = [line.text for line in status_lines(RUNS)]
+    table = status_lines(RUNS)
     assert table[0].split() == "RUN STATE EPOCH ACC BEST IMG/S ETA RESTARTS RANKS LOG AGE JOB DETAIL".split()
     assert RUNS[1].run in table[2] and table[2].endswith("y" * 300) and "HINT" in table[2] and "…" not in "".join(table)
     row = (
@@ -49,9 +49,8 @@ def test_everything_is_there_in_full_where_nothing_limits_it() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_line_is_longer_than_the_terminal(width: int) -> None:
     for line in status_lines(RUNS, width):
-        wide = sum(character in "日本語" for character in line.text)
-        assert len(line.text) + wide <= max(width, 40)
-        assert line.text == line.before + line.cell + line.after
+        wide = sum(character in "日本語" for character in line)
+        assert len(line) + wide <= max(width, 40)
 
 
 def test_the_most_important_columns_stay() -> None:
@@ -62,17 +61,17 @@ def test_the_most_important_columns_stay() -> None:
 
 
 def test_what_has_lost_its_column_stands_in_detail() -> None:
-    table = [line.text for line in status_lines(RUNS, 80)]
+    table = status_lines(RUNS, 80)
     assert table[1].endswith("5h00m  3 restarts, on node1")
-    assert status_lines(RUNS, 70)[1].text.endswith("12/400  ETA 5h00m, 3 restarts, …")
+    assert status_lines(RUNS, 70)[1].endswith("12/400  ETA 5h00m, 3 restarts, …")
     assert table[2].rstrip("…y").endswith("NaN at step 3.")  # without its hint
     assert table[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
     assert "until 12:00:00, pre…" in table[4]
-    assert status_lines(RUNS[2:3], 160)[1].text.endswith("starts in ~7d00h")
+    assert status_lines(RUNS[2:3], 160)[1].endswith("starts in ~7d00h")
 
 
 def test_a_long_name_loses_its_middle() -> None:
-    name = status_lines(RUNS, 80)[2].text.split()[0]
+    name = status_lines(RUNS, 80)[2].split()[0]
     assert name.startswith("xxx") and "…" in name and name.endswith("xx-lr0.05")
 
 
@@ -93,7 +92,7 @@ def test_every_state_has_its_place_and_its_colour() -> None:
 
 def test_a_table_of_nothing_is_its_head() -> None:
     (head,) = status_lines([], 80)
-    assert head.text.startswith("RUN")
+    assert head.startswith("RUN")
     assert len(status_lines([], 10)) == 1
 
 
@@ -106,9 +105,9 @@ def test_cells() -> None:
 def test_the_work_for_a_column_does_not_grow_with_the_number_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     def columns_measured(count: int) -> int:
         calls: list[str] = []
-        monkeypatch.setattr(table.Column, "__post_init__", lambda self: calls.append(self.heading) or measure(self))
+        monkeypatch.setattr(terminal.Column, "__post_init__", lambda self: calls.append(self.heading) or measure(self))
         status_lines(RUNS[:1] * count, 80)
         return len(calls)
 
-    measure = table.Column.__post_init__
+    measure = terminal.Column.__post_init__
     assert columns_measured(2) == columns_measured(50)

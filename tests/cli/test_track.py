@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.track import SCALARS, TensorBoard, TrackedRun
+from cifar_hpc.cli.track import SCALARS, TrackedRun
 from cifar_hpc.config.io import check_resumable, from_plain, run_name, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.metrics import restore_metrics
+from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.runs.paths import RunPaths
 
 
@@ -106,7 +107,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def follow(run: Run, folder: Path) -> TrackedRun:
-    return TrackedRun(run.paths, tiny_spec(train={"epochs": 3}), lambda paths, spec: [TensorBoard(folder)])
+    """The run, shown in folder/run."""
+    return TrackedRun(run.paths, Namespace(tensorboard=str(folder), wandb=None))
 
 
 def test_a_finished_run_is_shown_at_once_and_once_by_each_call(run: Run, tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_epochs_that_are_computed_again_take_the_place_of_the_first_ones(run: Ru
     tracked = follow(run, tmp_path / "board")
     tracked.poll()
     tracked.close()
-    accumulator = EventAccumulator(str(tmp_path / "board"))  # a TensorBoard that is open all the time
+    accumulator = EventAccumulator(str(tmp_path / "board" / "run"))  # a TensorBoard that is open all the time
     accumulator.Reload()
     assert [e.value for e in accumulator.Scalars("loss/train")] == [1, 2, 3]
     run.go_back(1)
@@ -146,7 +148,7 @@ def test_a_run_that_goes_back_while_it_is_followed_is_shown_from_the_first_epoch
     run.add(5.0)
     tracked.poll()
     tracked.close()
-    assert tensorboard_shows(tmp_path / "board") == expected(run.rows)
+    assert tensorboard_shows(tmp_path / "board" / "run") == expected(run.rows)
 
 
 def test_a_run_that_is_not_finished_is_shown_as_preempted(run: Run) -> None:

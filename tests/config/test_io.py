@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from helpers import tiny_spec
 
-from cifar_hpc.config.io import check_resumable, differences, from_plain, load_spec, merge, run_name, to_plain, to_yaml
+from cifar_hpc.config.io import (
+    check_resumable,
+    differences,
+    from_plain,
+    load_spec,
+    load_values,
+    merge,
+    run_name,
+    to_plain,
+    to_yaml,
+)
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.yaml_loader import parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError
@@ -137,7 +147,7 @@ def test_overrides_of_lists_texts_and_open_mappings(tmp_path: Path) -> None:
 def test_job_over_base_and_the_last_override_wins(tmp_path: Path) -> None:
     job = job_file(tmp_path, "resources: {partition: gpu}")
     base = {"resources": {"partition": "all", "account": "us"}}
-    spec = load_spec(job, ["train.epochs=1", "train.epochs=2"], base)
+    spec = from_plain(load_values(job, ["train.epochs=1", "train.epochs=2"], base))
     assert (spec.resources.partition, spec.resources.account, spec.train.epochs) == ("gpu", "us", 2)
     assert base == {"resources": {"partition": "all", "account": "us"}}
 

@@ -15,8 +15,7 @@ from cifar_hpc.runs.frozen_spec import freeze, resolve
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import Launch, StopFlag
 
 LARGE = [1e3, 1e30, 1e38]
 HUGE = [*LARGE, 1.7e308]

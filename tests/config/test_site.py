@@ -9,11 +9,11 @@ import pytest
 from batch_scripts import options, run_with_stub_srun
 
 from cifar_hpc.cli import submit
-from cifar_hpc.config.site import Site, clusters_directory, load_site
+from cifar_hpc.config.io import CLUSTERS, Site, load_site
 from cifar_hpc.errors import SpecError
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in clusters_directory().glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
 def test_every_profile_is_readable(name: str) -> None:
     load_site(name)
 
@@ -44,8 +44,8 @@ def test_a_wrong_way_to_ask_for_gpus_names_the_right_ones(tmp_path: Path, gpus: 
 
 
 def test_the_number_of_gpus_goes_into_the_sites_option() -> None:
-    assert Site().gpu_option(4) == ("gpus-per-node", "4")
-    assert Site(gpus="gres=gpu:a100:{gpus},nvme:900").gpu_option(2) == ("gres", "gpu:a100:2,nvme:900")
+    assert Site().gpu_option(4) == {"gpus-per-node": "4"}
+    assert Site(gpus="gres=gpu:a100:{gpus},nvme:900").gpu_option(2) == {"gres": "gpu:a100:2,nvme:900"}
 
 
 @pytest.fixture

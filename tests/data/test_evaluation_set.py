@@ -9,9 +9,8 @@ import torch
 from made_files import write_classes
 
 from cifar_hpc.config.spec import DataSpec
-from cifar_hpc.data import evaluation_set as labelled_images
-from cifar_hpc.data.datasets import CIFAR10, Dataset, load_dataset
-from cifar_hpc.data.evaluation_set import other_images, own_images
+from cifar_hpc.data import datasets
+from cifar_hpc.data.datasets import CIFAR10, Dataset, load_dataset, other_images, own_images
 from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 from cifar_hpc.errors import SpecError
 
@@ -51,7 +50,7 @@ def test_cifar_10_is_known_by_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
         asked.append(spec)
         return Dataset(*make_synthetic(10, 20))
 
-    monkeypatch.setattr(labelled_images, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     (tmp_path / "cifar-10-batches-py").mkdir()
     found = other_images(tmp_path / below, DataSpec(test_size=5), tmp_path)
     assert asked == [DataSpec(source="cifar10", root=str(tmp_path))]

@@ -12,14 +12,12 @@ from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
 
 from cifar_hpc.data.augment import trivial as T
-from cifar_hpc.data.augment import trivial_tables
-from cifar_hpc.data.augment.trivial import _pixels_below, _places_when_sorted
-from cifar_hpc.data.augment.trivial_tables import magnitudes
+from cifar_hpc.data.augment.trivial import _pixels_below, _places_when_sorted, magnitudes
 from cifar_hpc.randomness import Stream, mix, uniform
 
 REFERENCE = TrivialAugmentWide()
-SPACE = REFERENCE._augmentation_space(trivial_tables.BINS)
-NAMES = dict(zip(trivial_tables.Operation, SPACE, strict=True))
+SPACE = REFERENCE._augmentation_space(T.BINS)
+NAMES = dict(zip(T.Operation, SPACE, strict=True))
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -46,13 +44,13 @@ def random_images(count: int) -> Tensor:
     return images
 
 
-def choices(operation: trivial_tables.Operation, magnitude_bin: int, negative: bool, count: int) -> T.Choices:
+def choices(operation: T.Operation, magnitude_bin: int, negative: bool, count: int) -> T.Choices:
     return T.Choices(
         torch.full((count,), int(operation)), torch.full((count,), magnitude_bin), torch.full((count,), negative)
     )
 
 
-def cases(operation: trivial_tables.Operation) -> Iterator[tuple[int, bool, float]]:
+def cases(operation: T.Operation) -> Iterator[tuple[int, bool, float]]:
     """Every bin, sign and magnitude of an operation, as torchvision has them."""
     values, signed = SPACE[NAMES[operation]]
     for number, magnitude in enumerate(values.tolist() if values.ndim else [0.0]):
@@ -65,17 +63,17 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pytest.mark.parametrize("operation", trivial_tables.Operation)
-def test_every_operation_has_torchvisions_magnitudes(operation: trivial_tables.Operation) -> None:
+@pytest.mark.parametrize("operation", T.Operation)
+def test_every_operation_has_torchvisions_magnitudes(operation: T.Operation) -> None:
     values, signed = SPACE[NAMES[operation]]
     assert NAMES[operation].lower() == operation.name.replace("_", "").lower()
-    assert magnitudes(operation) == (values.tolist() if values.ndim else [0.0] * trivial_tables.BINS)
-    assert (values.ndim > 0) == (trivial_tables.Operation.SHEAR_X <= operation <= trivial_tables.Operation.SOLARIZE)
-    assert signed == (trivial_tables.Operation.SHEAR_X <= operation <= trivial_tables.Operation.SHARPNESS)
+    assert magnitudes(operation) == (values.tolist() if values.ndim else [0.0] * T.BINS)
+    assert (values.ndim > 0) == (T.Operation.SHEAR_X <= operation <= T.Operation.SOLARIZE)
+    assert signed == (T.Operation.SHEAR_X <= operation <= T.Operation.SHARPNESS)
 
 
-@pytest.mark.parametrize("operation", trivial_tables.Operation)
-def test_every_case_equals_torchvisions(operation: trivial_tables.Operation) -> None:
+@pytest.mark.parametrize("operation", T.Operation)
+def test_every_case_equals_torchvisions(operation: T.Operation) -> None:
     images, differing, changed = random_images(42), 0, 0
     for number, negative, magnitude in cases(operation):
         expected = _apply_op(images, NAMES[operation], magnitude, InterpolationMode.NEAREST, None)
@@ -83,7 +81,7 @@ def test_every_case_equals_torchvisions(operation: trivial_tables.Operation) -> 
         differing += int((got != expected).sum())
         changed += int((got != images).sum())
     assert differing == 0
-    assert (changed > 0) == (operation is not trivial_tables.Operation.IDENTITY)
+    assert (changed > 0) == (operation is not T.Operation.IDENTITY)
 
 
 def test_a_batch_equals_torchvisions_transform_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +90,7 @@ def test_a_batch_equals_torchvisions_transform_of_each_image(monkeypatch: pytest
     for n, (operation, magnitude_bin, negative) in enumerate(zip(*(c.tolist() for c in chosen), strict=True)):
         asked = iter([operation, magnitude_bin, int(negative)])
         monkeypatch.setattr(torch, "randint", lambda *_, asked=asked, **__: torch.tensor([next(asked)]))
-        assert torch.equal(got[n], REFERENCE(images[n])), trivial_tables.Operation(operation)
+        assert torch.equal(got[n], REFERENCE(images[n])), T.Operation(operation)
 
 
 def test_augmenting_is_sampling_and_applying() -> None:
@@ -191,21 +189,21 @@ def chi_square(values: Tensor, cells: int) -> float:
 
 
 def test_all_operations_are_equally_likely() -> None:
-    assert abs(chi_square(T.sample_choices(draws_for(COUNT)).operation, len(trivial_tables.Operation))) < 4
+    assert abs(chi_square(T.sample_choices(draws_for(COUNT)).operation, len(T.Operation))) < 4
 
 
 def test_bins_and_signs_are_equally_likely_where_torchvision_draws_them() -> None:
     chosen = T.sample_choices(draws_for(COUNT))
-    for operation in trivial_tables.Operation:
+    for operation in T.Operation:
         values, signed = SPACE[NAMES[operation]]
         own = chosen.operation == operation
         bins, negative = chosen.magnitude_bin[own], chosen.negative[own]
         if values.ndim:
-            assert abs(chi_square(bins, trivial_tables.BINS)) < 4, operation
+            assert abs(chi_square(bins, T.BINS)) < 4, operation
         else:
             assert not bins.any()
         if signed:
-            assert abs(chi_square(bins * 2 + negative.long(), 2 * trivial_tables.BINS)) < 4, operation
+            assert abs(chi_square(bins * 2 + negative.long(), 2 * T.BINS)) < 4, operation
             assert abs(chi_square(negative.long(), 2)) < 4, operation
         else:
             assert not negative.any()
@@ -213,9 +211,7 @@ def test_bins_and_signs_are_equally_likely_where_torchvision_draws_them() -> Non
 
 def test_choices_do_not_depend_on_one_another() -> None:
     chosen = T.sample_choices(draws_for(COUNT))
-    both = (chosen.operation >= trivial_tables.Operation.SHEAR_X) & (
-        chosen.operation <= trivial_tables.Operation.SHARPNESS
-    )
+    both = (chosen.operation >= T.Operation.SHEAR_X) & (chosen.operation <= T.Operation.SHARPNESS)
     correlation = torch.corrcoef(torch.stack([c[both].double() for c in chosen]))
     assert float((correlation - torch.eye(3)).abs().max()) < 4.5 / math.sqrt(int(both.sum()))
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cifar_hpc.training.signals import StopFlag
 from helpers import PROJECT, end_processes
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch import local as launch_local
-from cifar_hpc.launch.local import Controller
+from cifar_hpc.launch.local import run_points
 from cifar_hpc.launch.preflight import finished_epochs
 from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import freeze
@@ -59,7 +60,8 @@ class StandIns:
         monkeypatch.setattr(launch_local, "start_here", self.start)
         monkeypatch.setattr(launch_local.os, "kill", self.kill)
         monkeypatch.setattr(launch_local.time, "sleep", self.sleep)
-        monkeypatch.setattr(launch_local.signal, "signal", lambda number, handler: None)
+        self.stop = StopFlag()
+        monkeypatch.setattr(StopFlag, "install", lambda flag: self.stop)
         self.at_sleep: Callable[[], None] = lambda: None
 
     def start(self, run: RunPaths, spec: Spec, command: str) -> Job:
@@ -101,7 +103,7 @@ def locks(tmp_path: Path) -> dict[RunPaths, RunLock]:
 def test_at_most_so_many_at_once_and_all_in_the_end(
     locks: dict[RunPaths, RunLock], stand_ins: StandIns, parallel: int
 ) -> None:
-    Controller(locks, parallel, "submit.py sweep.yaml").run()
+    run_points(locks, parallel, "submit.py sweep.yaml")
     assert stand_ins.started == [f"job-{i}" for i in range(5)]
     assert stand_ins.most == min(parallel, 5)
     assert [holder(lock.path) for lock in locks.values()] == [None] * 5
@@ -110,7 +112,7 @@ def test_at_most_so_many_at_once_and_all_in_the_end(
 def test_the_lock_of_a_point_is_held_until_it_has_started(locks: dict[RunPaths, RunLock], stand_ins: StandIns) -> None:
     seen: list[list[bool]] = []
     stand_ins.at_sleep = lambda: seen.append([holder(lock.path) is not None for lock in locks.values()])
-    Controller(locks, 2, "submit.py sweep.yaml").run()
+    run_points(locks, 2, "submit.py sweep.yaml")
     assert seen[0] == [False, False, True, True, True]
 
 
@@ -123,7 +125,7 @@ def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
     lock = RunLock(runs[1].lock)
     lock.acquire({"job_id": "7", "pid": 1, "host": "n1"})
     runs[2].spec.unlink()
-    Controller(locks, 2, "submit.py sweep.yaml").run()
+    run_points(locks, 2, "submit.py sweep.yaml")
     lock.release()
     assert stand_ins.started == ["job-3", "job-4"]
     said = capsys.readouterr().err
@@ -133,10 +135,9 @@ def test_what_is_finished_busy_or_gone_meanwhile_is_left_out(
 def test_a_stopped_controller_signals_its_points_once_and_starts_no_more(
     locks: dict[RunPaths, RunLock], stand_ins: StandIns
 ) -> None:
-    controller = Controller(locks, 2, "submit.py sweep.yaml")
     stand_ins.endless = True
-    stand_ins.at_sleep = lambda: controller._stop(signal.SIGTERM, None)
-    controller.run()
+    stand_ins.at_sleep = stand_ins.stop.raise_flag
+    run_points(locks, 2, "submit.py sweep.yaml")
     assert stand_ins.started == ["job-0", "job-1"] and sorted(stand_ins.told) == [1001, 1002]
 
 

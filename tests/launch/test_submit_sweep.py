@@ -18,12 +18,12 @@ from cifar_hpc.cli import submit
 from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.launch import worker
-from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import read_jsonl
-from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs, run_at
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs, read_points
 
 JOB = """
 train: {epochs: 2}
@@ -84,7 +84,7 @@ def test_a_sweep_is_one_job_array_and_each_point_a_run(project: Project) -> None
     }
     assert [p["values"] for p in points][1] == {"model.dropout": 0, "train.seed": 1}
     sweep = SweepPaths(project.root, "job", 1)
-    assert [run_at(sweep.points, str(i)) for i in range(4)] == [p["run"] for p in points]
+    assert read_points(sweep.points) == [p["run"] for p in points]
     (code,) = sweep.code.iterdir()
     for point in points:
         run, spec = project.run(point), read_frozen(project.run(point))
@@ -126,7 +126,7 @@ def test_the_script_puts_the_task_where_submitit_looks_for_it(
     assert words[-1] == str(sweep.slurm)
     with (sweep.slurm / "1_2_submitted.pkl").open("rb") as file:
         task = pickle.load(file).function
-    assert task == worker.ArrayTask(str(sweep.root), str(sweep.points))
+    assert task == worker.Task(str(sweep.root), str(sweep.points))
 
 
 def test_only_what_is_left_is_submitted(project: Project) -> None:
@@ -155,7 +155,7 @@ def test_only_what_is_left_is_submitted(project: Project) -> None:
 
 def test_a_point_is_found_by_its_run_and_refused_alone(project: Project) -> None:
     points = project.points()
-    jobs = run_queue.queue(project.root)
+    jobs = run_state.queue(project.root)
     assert {run: job.job_id for run, job in jobs.items()} == {p["run"]: p["job_id"] for p in points}
     alone = ["--set", "sweep=null", "model.dropout=0.5", "train.seed=0"]
     assert f"run {points[2]['run']} is already in the queue as job 1_2" in project.submit(*alone, expect=4)
@@ -163,7 +163,7 @@ def test_a_point_is_found_by_its_run_and_refused_alone(project: Project) -> None
     assert f"run          {points[2]['run']}" in project.submit(*alone)
     assert [p["state"] for p in project.points()] == ["left out"] * 4
     SweepPaths(project.root, "job", 1).points.write_text("[1]")
-    assert list(run_queue.queue(project.root)) == [points[2]["run"]]
+    assert list(run_state.queue(project.root)) == [points[2]["run"]]
 
 
 def test_a_point_that_trains_or_is_being_submitted_is_left_out(project: Project) -> None:
@@ -213,7 +213,7 @@ def test_a_point_started_under_another_spec_is_refused_before_anything_is_frozen
 def test_the_logs_of_one_point_are_no_other_points(project: Project) -> None:
     points = project.points()
     shutil.rmtree(project.run(points[0]).logs)
-    assert list(run_queue.queue(project.root)) == [p["run"] for p in points]
+    assert list(run_state.queue(project.root)) == [p["run"] for p in points]
     assert [p["state"] for p in project.points()] == ["left out"] * 4
 
 

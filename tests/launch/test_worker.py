@@ -17,7 +17,7 @@ from cifar_hpc.launch import worker
 from cifar_hpc.launch.batch_script import IGNORE_SIGNALS
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 from cifar_hpc.slurm import client as slurm
-from cifar_hpc.training.signals import STOP_SIGNALS, StopFlag
+from cifar_hpc.training.process import STOP_SIGNALS, StopFlag
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOCAL = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "SUBMITIT_LOCAL_GLOBALID": "0"} | {
@@ -102,7 +102,7 @@ def test_array_task_trains_the_run_of_its_index(tmp_path: Path, monkeypatch: pyt
     write_points(sweep, ["job-a", "job-b"])
     trained: list[Any] = []
     monkeypatch.setattr(worker, "train", lambda paths, stop: trained.append((paths, slurm.own_job_id())))
-    task = worker.ArrayTask(str(tmp_path), str(sweep.points))
+    task = worker.Task(str(tmp_path), str(sweep.points))
     monkeypatch.setenv("SLURM_JOB_ID", "5")  # the last task of an array to start has the array's own number
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     for index in ("0", "1"):

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from cifar_hpc.config.spec import ModelSpec
-from cifar_hpc.models.improved_resnet import ImprovedResNet, build_model
-from cifar_hpc.models.layers import KeyedDropout, batch_norms
+from cifar_hpc.models.improved_resnet import ImprovedResNet, KeyedDropout, build_model
 from cifar_hpc.tensorfile import digest
 
 TOY = ModelSpec(width_multiplier=0.125, blocks=(1, 1, 1), dropout=0.5)
@@ -40,7 +39,7 @@ def test_widths_and_blocks(spec: ModelSpec, stem: int, channels: int, blocks: in
     first = model.stem[0]
     assert isinstance(first, nn.Conv2d)
     assert (first.out_channels, model.head.in_features) == (stem, channels)
-    assert len(batch_norms(model)) == 1 + 3 * blocks + len(spec.blocks)
+    assert len(model.norms) == 1 + 3 * blocks + len(spec.blocks)
     assert len([m for m in model.modules() if isinstance(m, KeyedDropout)]) == len(spec.blocks)
     assert model(images(2)).shape == (2, 10)
 

@@ -11,8 +11,8 @@ from helpers import tiny_spec
 
 from cifar_hpc.config.io import in_words
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.groups import Group, group_runs, labels, settings, shared_label
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.results import Group, group_runs, labels, settings, shared_label
 
 Make = Callable[..., RunPaths]
 

@@ -14,8 +14,16 @@ import pytest
 
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.events import Requeued, Signal, append_event
-from cifar_hpc.runs.logs import KEPT_LINES, TrainLog, append_line, read_jsonl, utc_now
-from cifar_hpc.runs.metrics import metrics_text, restore_metrics, write_metrics
+from cifar_hpc.runs.logs import (
+    KEPT_LINES,
+    TrainLog,
+    append_line,
+    metrics_text,
+    read_jsonl,
+    restore_metrics,
+    utc_now,
+    write_metrics,
+)
 
 ROWS = [{"epoch": n, "test_accuracy": 10.1 * n, "job_id": None} for n in (1, 2, 3)]
 

@@ -19,9 +19,8 @@ from cifar_hpc.runs.events import Cancelled, Checkpoint, FirstStep, Requeued, Si
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl
-from cifar_hpc.runs.metrics import EpochSummary
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.progress import Progress, read_progress, record_event, update_progress
+from cifar_hpc.runs.progress import EpochSummary, Progress, read_progress, record_event, update_progress
 
 ROW: dict[str, Any] = {
     "epoch": 1, "step": 9, "train_loss": 2.0, "train_accuracy": 30.0, "test_accuracy": 40.0, "lr": 0.1,

@@ -10,8 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from cifar_hpc.config.io import load_spec
-from cifar_hpc.config.site import load_site
+from cifar_hpc.config.io import load_site, load_spec
 from cifar_hpc.launch.batch_script import slurm_executor
 from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.launch.worker import Task
@@ -25,7 +24,7 @@ root = Path(os.environ["CIFAR_HPC_ROOT"])
 for name in names:
     paths = RunPaths(root, name)
     paths.create()
-    spec = resolve(paths, load_spec(Path(job), [f"resources.{key}" for key in keys], {}), 1, 1)
+    spec = resolve(paths, load_spec(Path(job), [f"resources.{key}" for key in keys]), 1, 1)
     freeze(paths, spec)
 executor = slurm_executor(paths, spec, site)
 os.chdir(take_snapshot(paths))

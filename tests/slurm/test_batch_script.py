@@ -12,7 +12,7 @@ from batch_scripts import hostile_text, options, sbatch_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_hpc.config.site import Site
+from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import ResourcesSpec, Spec
 from cifar_hpc.launch.batch_script import batch_script
 from cifar_hpc.runs.paths import RunPaths

@@ -13,7 +13,7 @@ import pytest
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import queue as run_queue
+from cifar_hpc.runs import state as run_state
 from cifar_hpc.slurm import client as slurm
 
 SHOWN = (
@@ -52,7 +52,7 @@ def test_job_fields_ignores_fields_in_a_comment(fake: Path) -> None:
 def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "somebody-else")
     program(fake, "squeue", f"echo \"$@\" > '{fake}/asked'")
-    assert run_queue.queue(fake) == {}
+    assert run_state.queue(fake) == {}
     assert f"--user {os.getuid()} " in (fake / "asked").read_text()
 
 
@@ -63,7 +63,7 @@ def test_queue(fake: Path) -> None:
         "9|c|RUNNING|None|N/A|n1|gpu|(null)|/another/clone/logs/c/code/2e",
     ]
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    jobs = run_queue.queue(fake)
+    jobs = run_state.queue(fake)
     assert list(jobs) == ["a-1", "b"]
     first = jobs["a-1"]
     assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
@@ -101,7 +101,7 @@ def test_jobs_ahead(fake: Path) -> None:
 def test_queue_and_jobs_ahead_do_not_wait_for_a_slow_squeue(fake: Path) -> None:
     program(fake, "squeue", "exec sleep 60")
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
-        run_queue.queue(fake, timeout_seconds=0.2)
+        run_state.queue(fake, timeout_seconds=0.2)
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
         slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
 
@@ -121,7 +121,7 @@ def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, m
 def test_queue_reads_folders_of_any_name(fake: Path) -> None:
     ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
     program(fake, "squeue", f"printf '7|x|RUNNING|None|N/A|n1|gpu|(null)|/d\\351j\\340\\n'; echo '{ours}'")
-    assert list(run_queue.queue(fake)) == ["b"]
+    assert list(run_state.queue(fake)) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_requeue_run_of_a_job_that_starts_meanwhile(
 
 def test_queue_is_empty_without_a_cluster(fake: Path) -> None:
     program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
-    assert run_queue.queue(fake) == {}
+    assert run_state.queue(fake) == {}
     program(fake, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SchedulerError, match="Unable to contact"):
-        run_queue.queue(fake)
+        run_state.queue(fake)
 
 
 def test_a_refusal_has_slurms_words(fake: Path) -> None:

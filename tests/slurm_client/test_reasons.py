@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from cifar_hpc.slurm import reasons as waiting
-from cifar_hpc.slurm.client import QueuedJob
+from cifar_hpc.runs.state import clock
+from cifar_hpc.slurm.client import QueuedJob, expected
 
 JOB = QueuedJob("7", "run", "PENDING", "Priority", "N/A", "", "gpu", "(null)", "/logs/run/code/1")
 NOW = datetime(2026, 1, 2, 12, 0, 0).astimezone()
@@ -27,6 +27,7 @@ def job(reason: str, dependency: str = "(null)", start: str = "N/A") -> QueuedJo
         ("JobHeldUser", "JobHeldUser: held by its owner"),
         ("JobArrayTaskLimit", "JobArrayTaskLimit: as many of the sweep's runs"),
         ("QOSMaxJobsPerUserLimit", "QOSMaxJobsPerUserLimit: as many of your jobs at a time as the QOS allows"),
+        ("QOSNotAllowed", "QOSNotAllowed: the partition does not allow the QOS"),
         ("QOSGrpGRES", "QOSGrpGRES: all jobs of the QOS together"),
         ("QOSMaxWallDurationPerJobLimit", "QOSMaxWallDurationPerJobLimit: a limit of the QOS for one job"),
         ("AssocGrpCPUMinutesLimit", "AssocGrpCPUMinutesLimit: all jobs of your account together"),
@@ -40,7 +41,7 @@ def job(reason: str, dependency: str = "(null)", start: str = "N/A") -> QueuedJo
     ],
 )
 def test_why_begins_with_the_code_and_has_no_words_for_an_unknown_one(reason: str, words: str) -> None:
-    assert waiting.why(job(reason)).startswith(words)
+    assert job(reason).why.startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_why_begins_with_the_code_and_has_no_words_for_an_unknown_one(reason: st
     ],
 )
 def test_why_names_dependencies(dependency: str, words: str) -> None:
-    assert waiting.why(job("Dependency", dependency)) == f"Dependency: {words}"
+    assert job("Dependency", dependency).why == f"Dependency: {words}"
 
 
 @pytest.mark.parametrize(
@@ -68,14 +69,14 @@ def test_why_names_dependencies(dependency: str, words: str) -> None:
     ],
 )
 def test_expected(start: str, words: str) -> None:
-    assert waiting.expected(waiting.start_of(job("Resources", start=start)), NOW) == words
+    assert expected(job("Resources", start=start).start_time, NOW) == words
 
 
 def test_start_of_a_held_job_is_none() -> None:
     for reason in ("JobHeldUser", "job requeued in held state"):
-        assert waiting.start_of(job(reason, start="2026-01-02T12:12:10")) is None
+        assert job(reason, start="2026-01-02T12:12:10").start_time is None
 
 
 def test_clock() -> None:
-    assert waiting.clock(NOW + timedelta(minutes=2), NOW) == "12:02:00"
-    assert waiting.clock(NOW + timedelta(days=1), NOW) == "2026-01-03 12:00:00"
+    assert clock(NOW + timedelta(minutes=2), NOW) == "12:02:00"
+    assert clock(NOW + timedelta(days=1), NOW) == "2026-01-03 12:00:00"

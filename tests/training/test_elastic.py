@@ -34,8 +34,7 @@ from cifar_hpc.training.checkpoints.store import newest_good
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.shards import ShardReducer
 from cifar_hpc.training.engine import Engine
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import Launch, StopFlag
 
 BUCKET_MB = 0.005
 TEST_BATCH = 16  # of the evaluation: every rank gets some

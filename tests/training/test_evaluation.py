@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from helpers import Ranks, tiny_engine, tiny_spec
 
 from cifar_hpc.data.augment.pipeline import normalize
-from cifar_hpc.models.layers import batch_norms
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training import evaluation
 from cifar_hpc.training.engine import Engine
@@ -30,7 +29,7 @@ def trained(sections: dict[str, Any], rank: int = 0, world: int = 1) -> Engine:
 
 
 def state(engine: Engine) -> str:
-    momenta = [n.momentum for n in batch_norms(engine.model)]
+    momenta = [n.momentum for n in engine.model.norms]
     return digest({**engine.state(), "sums": engine.sums, "momenta": momenta})
 
 

@@ -18,8 +18,7 @@ from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as module
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.exit import ASK_AGAIN_SECONDS, HOLD_SECONDS, LOCAL_REQUEUE_STATUS, finished, stopped
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import Launch, StopFlag
 from cifar_hpc.training.trainer import Position
 
 RUNNING = {"JobState": "RUNNING", "Restarts": "0"}
@@ -71,7 +70,7 @@ def stop(tmp_path: Path) -> Callable[..., tuple[Context, int]]:
         flag = StopFlag()
         context = Context(RunPaths(tmp_path, "run"), spec, Launch(scheduler=scheduler, job_id="7", **launch), flag)
         context.paths.create()
-        flag._set(number)
+        flag.raise_flag(number)
         return context, stopped(context, Position(step=7, epoch=1), stored=True)
 
     return run

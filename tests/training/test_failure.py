@@ -21,13 +21,11 @@ from cifar_hpc.runs import requeue
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as exit_module
-from cifar_hpc.training import failure
 from cifar_hpc.training.checkpoints.store import newest_good
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.rank_board import Report
-from cifar_hpc.training.failure import FailureReporter, report_of
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.distributed.watchdog import Report
+from cifar_hpc.training.exit import FailureReporter, report_of
+from cifar_hpc.training.process import Launch, StopFlag
 
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -72,9 +70,9 @@ class Reporting:
         self.paths.create()
         monkeypatch.setattr(exit_module, "job_fields", lambda job_id: self.job)
         monkeypatch.setattr(requeue, "requeue_job", lambda *given: self.requests.append(("requeue", *given)))
-        monkeypatch.setattr(failure, "end_step", lambda *given: self.requests.append(("end step", *given)))
+        monkeypatch.setattr(exit_module, "end_step", lambda *given: self.requests.append(("end step", *given)))
         for name, seconds in (("RANK_0_SECONDS", 0.2), ("LAST_WORDS_SECONDS", 0.2)):
-            monkeypatch.setattr(failure, name, seconds)
+            monkeypatch.setattr(exit_module, name, seconds)
 
     def reporter(self, rank: int = 0, store: dist.Store | None = None, **launch: Any) -> FailureReporter:
         """A rank's, after it has met the others through `store`."""

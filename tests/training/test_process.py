@@ -1,12 +1,14 @@
-"""What a start says about its own time, and what it must not spend time on."""
+"""Processes of an attempt: the time that a start takes, what it must not load, and the flag that stop signals set."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,18 +17,17 @@ from helpers import PROJECT, TINY, tiny_spec
 from cifar_hpc.config.io import merge
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.training import exit as outcome
-from cifar_hpc.training import process as startup
+from cifar_hpc.training import process
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.process import Launch, Stopwatch, is_running, process_age
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.exit import stopped
+from cifar_hpc.training.process import STOP_SIGNALS, Launch, StopFlag, Stopwatch, is_running, process_age
 
 PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
 
 
 def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0, 14.0, 14.25])
-    monkeypatch.setattr(startup, "process_age", lambda: 0.5)
+    monkeypatch.setattr(process, "process_age", lambda: 0.5)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     watch = Stopwatch()
     for phase in ("import", "data", "import"):
@@ -35,7 +36,7 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.plain() == {"process": 0.5, "import": 1.25, "data": 3.0, "total": 4.75}
     assert str(watch) == "4.8 s: process 0.5, import 1.2, data 3.0"
     assert not watch.over
-    watch.lap(startup.FIRST_STEP)
+    watch.lap(process.FIRST_STEP)
     assert watch.over
 
 
@@ -69,12 +70,12 @@ def test_siblings_are_the_other_children_of_the_parent() -> None:
 
 
 def test_is_running() -> None:
-    process = subprocess.Popen(["true"])
+    child = subprocess.Popen(["true"])
     assert is_running(os.getpid())
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
-    assert not is_running(process.pid)
-    process.wait()
-    assert not is_running(process.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
+    assert not is_running(child.pid)
+    child.wait()
+    assert not is_running(child.pid)
 
 
 @pytest.mark.process
@@ -120,8 +121,52 @@ def test_a_stop_tells_how_long_ago_the_signal_was(tmp_path: Path, told: bool) ->
     context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
     if told:
         context.stop.raise_flag()
-    assert outcome.stopped(context, None, True) == 128 + 15
+    assert stopped(context, None, True) == 128 + 15
     (event,) = [e for e in read_jsonl(context.paths.events) if e["event"] == "signal"]
     assert (event["seconds"] is not None) == told
     assert not told or event["seconds"] >= 0
     assert ("s after the signal" in context.paths.train_log.read_text()) == told
+
+
+@pytest.fixture
+def flag() -> Any:
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
+    yield StopFlag().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_sets_the_flag(flag: StopFlag, number: signal.Signals) -> None:
+    assert not flag.requested
+    os.kill(os.getpid(), number)
+    assert flag.requested
+    assert flag.signal is number
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.signal is number
+
+
+def test_sigcont_is_ignored(flag: StopFlag) -> None:
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert not flag.requested
+
+
+def test_raise_flag_counts_as_sigterm_unless_a_signal_came_first(flag: StopFlag) -> None:
+    other = StopFlag()
+    other.raise_flag()
+    assert other.requested and other.signal is signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGUSR2)
+    flag.raise_flag()
+    assert flag.signal is signal.SIGUSR2
+
+
+def test_seconds_since_the_first_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = StopFlag()
+    assert flag.seconds is None
+    clock = iter([100.0, 107.5])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    flag.raise_flag()
+    flag.raise_flag()
+    seconds = flag.seconds
+    monkeypatch.undo()
+    assert seconds == 7.5

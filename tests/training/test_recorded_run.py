@@ -19,6 +19,7 @@ from cifar_hpc.runs.paths import RunPaths
 RECORDED = TESTS / "recorded"
 pytestmark = pytest.mark.process
 EXPECTED = json.loads((RECORDED / "expected.json").read_text())
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture

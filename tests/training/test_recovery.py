@@ -28,8 +28,7 @@ from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.recovery import Choice, choose, forget_damaged, set_aside, tidy_logs
 from cifar_hpc.training.checkpoints.store import newest_good
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.process import Launch, StopFlag
 
 
 @pytest.fixture

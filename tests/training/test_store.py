@@ -20,6 +20,7 @@ import torch
 from helpers import PROJECT, TESTS, blank_state, leftovers
 
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.runs.events import Checkpoint, CheckpointFailed, Event
 from cifar_hpc.training.checkpoints import store
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import (
@@ -44,13 +45,14 @@ class Recorder(CheckpointStore):
         self.written: list[str] = []
         self.failed: list[tuple[str, str]] = []
         self.notes: list[str] = []
-        super().__init__(
-            directory,
-            keep,
-            lambda name, entry: self.written.append(name),
-            lambda *what: self.failed.append(what),
-            self.notes.append,
-        )
+        super().__init__(directory, keep, self._emit, self.notes.append)
+
+    def _emit(self, event: Event) -> None:
+        if isinstance(event, CheckpointFailed):
+            self.failed.append((event.file, event.reason))
+        else:
+            assert isinstance(event, Checkpoint)
+            self.written.append(event.file)
 
     def put(self, step: int, best: bool = False) -> str | None:
         self.save(state(step), best)
@@ -98,7 +100,7 @@ def test_content_is_synced_before_the_name_and_the_name_before_it_is_reported(
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(Path, "replace", seen_replace)
-    writer = CheckpointStore(tmp_path, 3, lambda name, entry: order.append("reported"), lambda *what: None)
+    writer = CheckpointStore(tmp_path, 3, lambda event: order.append("reported"), pytest.fail)
     writer.save(state(7))
     assert writer.wait() is None
     assert order[:3] == ["sync .tmp", "rename to step_00000007.pt", "sync folder"]
@@ -138,19 +140,19 @@ def test_a_damaged_or_foreign_index_is_mended_by_the_next_save(tmp_path: Path, c
     writer.put(1, best=True)
     writer.put(2)
     good = read_index(tmp_path)
-    assert set(good["checkpoints"]) == {"step_00000001.pt", "step_00000002.pt"}
+    assert set(good) == {"step_00000001.pt", "step_00000002.pt", BEST}
     if content is None:
         (tmp_path / INDEX).unlink()
     else:
         (tmp_path / INDEX).write_text(content)
-    assert read_index(tmp_path) == {"checkpoints": {}, "best": None}
+    assert read_index(tmp_path) == {}
     assert writer.put(3) is None
     mended = json.loads((tmp_path / INDEX).read_text())
     assert list(mended["checkpoints"]) == [f"step_0000000{n}.pt" for n in (1, 2, 3)]
     times = [mended["checkpoints"]["step_00000001.pt"].pop("time"), mended["best"].pop("time")]
     assert times[0] == times[1]
     assert mended["best"] == {"file": BEST, **mended["checkpoints"]["step_00000001.pt"]}
-    assert mended["checkpoints"]["step_00000002.pt"]["sha256"] == good["checkpoints"]["step_00000002.pt"]["sha256"]
+    assert mended["checkpoints"]["step_00000002.pt"]["sha256"] == good["step_00000002.pt"]["sha256"]
 
 
 def test_a_stale_index_is_mended_by_the_next_save(tmp_path: Path) -> None:
@@ -163,10 +165,10 @@ def test_a_stale_index_is_mended_by_the_next_save(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(stale)
     writer.put(3)
     index = read_index(tmp_path)
-    assert index["checkpoints"]["step_00000001.pt"]["epoch"] == 7
-    for name, entry in {**index["checkpoints"], BEST: index["best"]}.items():
+    assert index["step_00000001.pt"]["epoch"] == 7
+    for name, entry in index.items():
         assert entry["sha256"] == sha256((tmp_path / name).read_bytes()).hexdigest()
-    assert index["best"]["step"] == 2
+    assert index[BEST]["step"] == 2
 
 
 @pytest.mark.parametrize("obstacle", ["folder", "FIFO"])
@@ -213,8 +215,7 @@ def test_what_a_killed_writer_did_not_get_to_is_done_at_the_next_start(tmp_path:
     (tmp_path / INDEX).write_text(json.dumps(index))
     Recorder(tmp_path, keep=2)
     assert names(tmp_path) == [BEST, INDEX, "step_00000003.pt", "step_00000004.pt"]
-    index = read_index(tmp_path)
-    assert list(index["checkpoints"]) == ["step_00000003.pt", "step_00000004.pt"]
+    assert list(read_index(tmp_path)) == ["step_00000003.pt", "step_00000004.pt", BEST]
     before = (tmp_path / INDEX).stat()
     Recorder(tmp_path, keep=2)
     assert (tmp_path / INDEX).stat() == before, "nothing to do"
@@ -402,7 +403,7 @@ def test_a_best_one_that_found_no_room_is_written_with_the_next(tmp_path: Path) 
     assert writer.put(4) is None
     assert writer.written == ["step_00000001.pt", "step_00000002.pt", "step_00000004.pt"]
     assert read_checkpoint(tmp_path / BEST).step == 2
-    assert read_index(tmp_path)["best"]["step"] == 2
+    assert read_index(tmp_path)[BEST]["step"] == 2
     assert writer.best_error is None
     assert leftovers(tmp_path) == []
 

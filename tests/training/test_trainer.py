@@ -12,6 +12,7 @@ import torch
 from helpers import Ranks, tiny_engine, tiny_spec
 
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.runs.events import Checkpoint, Event
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.tensorfile import digest
@@ -19,9 +20,8 @@ from cifar_hpc.training import trainer as training
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.store import CheckpointStore, newest_good
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.agreement import Agreement, Request
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.distributed.group import Agreement, Request
+from cifar_hpc.training.process import Launch, StopFlag
 from cifar_hpc.training.trainer import Trainer
 
 STEPS = 3  # of an epoch of 96 images
@@ -42,12 +42,13 @@ class Run:
         self.written: list[int] = []
         self.context = Context(self.paths, spec, Launch(rank, world, rank), StopFlag())
         self.engine = tiny_engine(spec, rank, world)
-        store = CheckpointStore(self.paths.checkpoints, 99, self._on_written, lambda *what: pytest.fail(str(what)))
+        store = CheckpointStore(self.paths.checkpoints, 99, self._emit, pytest.fail)
         agreement = agreement or Agreement(world, lag=0)
         self.trainer = Trainer(self.engine, self.context, agreement, store if rank == 0 else None, {"device": "cpu"})
 
-    def _on_written(self, name: str, entry: dict[str, Any]) -> None:
-        self.written.append(entry["step"])
+    def _emit(self, event: Event) -> None:
+        assert isinstance(event, Checkpoint)
+        self.written.append(event.step)
 
     def after_step(self, number: int, action: Callable[[], object]) -> Run:
         """Arrange for `action` right after the step with this number, counted from 1."""

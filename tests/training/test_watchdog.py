@@ -17,9 +17,8 @@ import nursery
 import pytest
 import torch.distributed as dist
 
-from cifar_hpc.training.distributed import rank_board, watchdog
-from cifar_hpc.training.distributed.rank_board import RankBoard, Report
-from cifar_hpc.training.distributed.watchdog import Heartbeat, Watchdog, stacks
+from cifar_hpc.training.distributed import watchdog
+from cifar_hpc.training.distributed.watchdog import Heartbeat, RankBoard, Report, Watchdog, stacks
 
 LIMIT = 60.0  # seconds; only bounds how long a failing test takes
 MINUTE = timedelta(minutes=1)
@@ -125,7 +124,7 @@ def test_rank_0_names_the_rank_that_posts_no_status_any_more(
 def test_rank_0_reports_a_process_that_is_gone(watch: Callable[..., Watched], store: dist.TCPStore) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    here = watchdog._pid_namespace()
+    here = str(Path("/proc/self/ns/pid").readlink())
     RankBoard(store, 1, 2).post(host=socket.gethostname(), space=here, pid=process.pid, count=1, doing="step 1", step=1)
     verdict = watch(RankBoard(store, 0, 2), 600).verdict()
     assert verdict.cause == "lost"
@@ -155,7 +154,7 @@ def test_watchdog_and_bounded_do_not_wait_for_a_rank_0_that_is_stopped(
     watch: Callable[..., Watched], server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, client = server
-    monkeypatch.setattr(rank_board, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.2)
     place = RankBoard(client, 1, 2)
     watched = watch(place, 0.2)
     os.kill(process.pid, signal.SIGSTOP)

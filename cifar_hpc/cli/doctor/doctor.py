@@ -11,36 +11,35 @@ import json
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cifar_hpc.cli.doctor import login
-from cifar_hpc.cli.doctor.node import KEPT, LOCK, PLAN, Plan, TaskReport, check_python, hold_lock
-from cifar_hpc.cli.doctor.report import STATUSES, Finding, counted, ok, problem, run_check, show, warning
-from cifar_hpc.config.site import Site
+from cifar_hpc.cli.doctor import login, node
+from cifar_hpc.cli.doctor.node import STATUSES, Finding, Plan, TaskReport, counted, ok, problem, run_check, warning
+from cifar_hpc.cli.terminal import paint, use_colour
+from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import write_atomic
-from cifar_hpc.launch import batch_script, executors
+from cifar_hpc.launch import batch_script
 from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.paths import RunPaths, project_root
 from cifar_hpc.runs.requeue import ALIVE
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 from cifar_hpc.text import printable
 
-HELP = "what would go wrong here: Slurm, partition, GPUs, file system, data, torch"
 DESCRIPTION = """\
 Each line is ok, a warning or a problem, with what was found and what to do.
-Without --job nothing is submitted: Python, packages, the profile, Slurm, the
-partition and what preempts there, account, file system, images, torch.
+Without --job nothing is submitted.
 
---job submits one small job the way runs are submitted, and reports from every
-task: the same Python and packages, GPUs usable, file system shared and
-lockable, images there, all-reduce between the tasks (NCCL or gloo), requeue
-permitted, signals heard. It leaves nothing behind, unless there is a problem:
-then what the job printed is kept. Ctrl-C cancels it.
+--job submits one small job the way runs are submitted, and checks in every
+task: Python and packages, GPUs, file system and locks, images, all-reduce
+between the tasks (NCCL or gloo), requeueing, signals. It leaves nothing
+behind, unless there is a problem: then what the job printed is kept. Ctrl-C
+cancels it.
 
 Exit status: 0 no problem (warnings are none), 1 a problem, 2 bad arguments.
 --json prints a list of {check, status, found, advice}."""
@@ -51,6 +50,7 @@ EXAMPLES = (
 )
 
 NEEDED_ON_NODES = ("torch", "torchvision", "submitit", "pyyaml", "numpy")  # the others draw, export and show
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 TIME_LIMIT = "5"  # minutes; it takes one, most of it for importing torch
 POLL_SECONDS = 1.0
 ENDING_SECONDS = 60.0
@@ -70,17 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="P", help="the partition that runs would go to")
     parser.add_argument("--account", metavar="A", help="the account that runs would be charged to")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="on so many nodes (default: 1)")
-    parser.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="with so many GPUs on each (default: the site's, else 1)"
-    )
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs on each (default: the site's, else 1)")
     parser.add_argument("--job", action="store_true", help="look on the compute nodes as well, in a job of a minute")
-    parser.add_argument(
-        "--wait",
-        type=float,
-        default=10,
-        metavar="MINUTES",
-        help="how long the job may wait for its start (default: 10)",
-    )
+    words = "how long the job may wait for its start (default: 10)"
+    parser.add_argument("--wait", type=float, default=10, metavar="MINUTES", help=words)
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -92,12 +85,11 @@ def main(arguments: argparse.Namespace) -> int:
 def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
     """All findings, one after the other."""
     root = project_root()
-    flags = {key: getattr(arguments, key) for key in ("partition", "account", "gpus_per_node")}
-    flags = {key: value for key, value in flags.items() if value is not None} | {"nodes": str(arguments.nodes)}
-    profile, site, spec = login.read_site(arguments.profile, flags)
+    flags = {key: getattr(arguments, key) for key in ("partition", "account", "gpus_per_node", "nodes")}
+    profile, site, spec = login.read_site(arguments.profile, {k: v for k, v in flags.items() if v is not None})
     plan = login.plan_of(spec, root)
-    yield from run_check("python", check_python, plan)
-    yield profile
+    yield from run_check("python", node.check_python, plan)
+    yield replace(profile, check="site")
     cluster = login.SlurmChecks(spec.resources)
     (answer,) = run_check("slurm", cluster.check_slurm)
     yield answer
@@ -132,7 +124,7 @@ def check_job(root: Path, spec: Spec, site: Site, plan: Plan, patience: float) -
         paths.slurm.mkdir()
         tasks = spec.resources.max_nodes * spec.resources.ntasks_per_node
         try:
-            with hold_lock(paths.logs / LOCK):
+            with node.hold_lock(paths.logs / node.LOCK):
                 job_id = _submit(paths, spec, site, plan)
                 nodes = counted(spec.resources.max_nodes, "node")
                 say(f"job {job_id}: {counted(tasks, 'task')} on {nodes}; Ctrl-C cancels it")
@@ -152,10 +144,11 @@ def check_job(root: Path, spec: Spec, site: Site, plan: Plan, patience: float) -
 
 def _submit(paths: RunPaths, spec: Spec, site: Site, plan: Plan) -> str:
     plan = replace(plan, pins={name: pin for name, pin in plan.pins.items() if name in NEEDED_ON_NODES})
-    write_atomic(paths.logs / PLAN, json.dumps(asdict(plan)).encode())
+    write_atomic(paths.logs / node.PLAN, json.dumps(asdict(plan)).encode())
     spec = replace(spec, resources=replace(spec.resources, time=TIME_LIMIT))
     script = batch_script.module_script(paths, spec, site, ["cifar_hpc.cli.doctor.node", str(paths.logs)])
-    return executors.submit_script(script, take_snapshot(paths))
+    with contextlib.chdir(take_snapshot(paths)):
+        return batch_script.sbatch("--parsable", script).partition(";")[0]
 
 
 def _wait(job_id: str, patience: float) -> tuple[str, str]:
@@ -163,7 +156,7 @@ def _wait(job_id: str, patience: float) -> tuple[str, str]:
     begin, said = time.monotonic(), ""
     try:
         while True:
-            fields = slurm.job_fields(job_id)
+            fields = client.job_fields(job_id)
             state, reason = fields.get("JobState", "?"), fields.get("Reason", "?")
             if state not in (*ALIVE, "PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED"):
                 return state, reason
@@ -186,18 +179,15 @@ def _wait(job_id: str, patience: float) -> tuple[str, str]:
 def _cancel(job_id: str) -> None:
     """Cancel the job and wait until its processes have stopped writing."""
     with contextlib.suppress(SchedulerError):
-        slurm.cancel_job(job_id)
+        client.cancel_job(job_id)
         end = time.monotonic() + ENDING_SECONDS
-        while slurm.job_fields(job_id).get("JobState") in (*ALIVE, "COMPLETING") and time.monotonic() < end:
+        while client.job_fields(job_id).get("JobState") in (*ALIVE, "COMPLETING") and time.monotonic() < end:
             time.sleep(POLL_SECONDS / 5)
 
 
 def _task_reports(folder: Path) -> list[TaskReport]:
-    reports = []
-    for path in folder.glob("task-*.json"):  # lists the folder, so that an NFS client does not trust its cache
-        fields = json.loads(path.read_text())
-        findings = [Finding(**finding) for finding in fields["findings"]]
-        reports.append(TaskReport(fields["rank"], fields["node"], fields["finished"], findings))
+    # Lists the folder, so that an NFS client does not trust its cache.
+    reports = [TaskReport(**json.loads(path.read_text())) for path in folder.glob("task-*.json")]
     return sorted(reports, key=lambda report: report.rank)
 
 
@@ -235,9 +225,9 @@ def job_findings(ended: str, expected: int, tasks: Sequence[TaskReport], output:
     words = f"{len(tasks)} of {expected} tasks on {', '.join(sorted({task.node for task in tasks}))}"
     findings = [ok(words)]
     if killed := [task for task in tasks if not task.finished]:
-        findings = [problem(f"{_who(killed[0])} ended too early: {output}", KEPT)]
+        findings = [problem(f"{_who(killed[0])} ended too early: {output}", node.KEPT)]
     elif len(tasks) < expected:
-        findings = [problem(f"{words} came back: {output}", KEPT)]
+        findings = [problem(f"{words} came back: {output}", node.KEPT)]
     words = "what the login node wrote was read by the tasks, and the other way round; fsync and rename work there"
     findings.append(replace(ok(words), check="job file system"))
     for check in dict.fromkeys(finding.check for task in tasks for finding in task.findings):
@@ -264,3 +254,34 @@ def _who(task: TaskReport) -> str:
 def say(words: str) -> None:
     """Print a line about progress on stderr, for people who wait; it is not part of the answer."""
     print(printable(words), file=sys.stderr, flush=True)
+
+
+def show(findings: Iterable[Finding], as_json: bool) -> int:
+    """Print each finding as soon as it is there, or all as JSON; returns 1 where there is a problem."""
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not as_json:
+            print(as_text(finding), flush=True)
+    good, warnings, problems = (sum(finding.status == status for finding in found) for status in STATUSES)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        print(f"\n{good} ok, {counted(warnings, 'warning')}, {counted(problems, 'problem')}")
+    return 1 if problems else 0
+
+
+def as_text(finding: Finding) -> str:
+    """One line, and the advice below it; folded and coloured on a terminal only, so that grep finds whole lines."""
+    indent = " " * len("problem  job file system  ")
+    width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else sys.maxsize
+    wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
+    lines = [f"{finding.status:7}  {finding.check:15}  {_one_line(finding.found)}"]
+    lines += [f"{indent}-> {_one_line(finding.advice)}"] if finding.advice else []
+    text = "\n".join(map(wrap.fill, lines))
+    style = COLOURS[finding.status] if use_colour(sys.stdout) else ""
+    return paint(finding.status, style) + text[len(finding.status) :]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())

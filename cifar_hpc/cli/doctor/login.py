@@ -15,18 +15,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from cifar_hpc.cli.doctor.node import Plan, hold_lock, is_locked, number
-from cifar_hpc.cli.doctor.report import Finding, ok, problem, warning
+from cifar_hpc.cli.doctor.node import Finding, Plan, hold_lock, is_locked, number, ok, problem, warning
 from cifar_hpc.cli.submit import DEFAULT_JOB
-from cifar_hpc.config.io import from_plain, load_values
-from cifar_hpc.config.site import Site, load_site
+from cifar_hpc.config.io import Site, from_plain, load_site, load_values
 from cifar_hpc.config.spec import ResourcesSpec, Spec
 from cifar_hpc.errors import SchedulerError, SpecError, UserError, explain, nearest
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.paths import PROJECT
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import parse_time
 
 PROBE_SECONDS = 300
@@ -53,14 +51,13 @@ def read_site(profile: str, flags: Mapping[str, Any]) -> tuple[Finding, Site, Sp
         spec = from_plain(load_values(DEFAULT_JOB, [], {"resources": defaults}, {"resources": flags}))
     except (UserError, OSError) as error:
         advice = "correct the profile or the flag; the rest is checked without them"
-        return Finding("site", "problem", explain(error)[0], advice), Site(), from_plain(load_values(DEFAULT_JOB))
+        return problem(explain(error)[0], advice), Site(), from_plain(load_values(DEFAULT_JOB))
     script = "\n".join([*site.setup, f"{site.python} -c pass" if site.python else "", ""])
     syntax = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     if wrong := syntax.stderr.strip():
-        words = f"{profile}: setup or python is no valid shell code: {wrong}"
-        return Finding("site", "problem", words, "correct it"), site, spec
-    words = f"{profile}: Python of the compute nodes: {site.python or f'{sys.executable} (this one)'}"
-    return Finding("site", "ok", words), site, spec
+        return problem(f"{profile}: setup or python is no valid shell code: {wrong}", "correct it"), site, spec
+    python = site.python or f"{sys.executable} (this one)"
+    return ok(f"{profile}: Python of the compute nodes: {python}"), site, spec
 
 
 def plan_of(spec: Spec, root: Path) -> Plan:
@@ -93,26 +90,18 @@ def check_torch(plan: Plan) -> list[Finding]:
         raise SpecError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]) from None
 
 
-class Mount(NamedTuple):
-    """The file system of a path."""
-
-    point: str
-    kind: str
-    options: set[str]
-
-
-def mount_of(path: Path, mountinfo: str) -> Mount:
-    """The mount that holds `path`, which must be absolute and resolved.
+def mount_of(path: Path, mountinfo: str) -> tuple[str, str, set[str]]:
+    """Mount point, kind and options of the file system that holds `path`, which must be absolute and resolved.
 
     Args:
         mountinfo: the text of /proc/self/mountinfo (proc(5)).
     """
-    found = Mount("/", "unknown", set())
+    found: tuple[str, str, set[str]] = ("/", "unknown", set())
     line = re.compile(r"^(?:\S+ ){4}(\S+) (\S+) (?:\S+ )*?- (\S+) \S+ (\S+)", re.MULTILINE)
     for point, options, kind, more in line.findall(mountinfo):
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point)
-        if path.is_relative_to(point) and len(point) >= len(found.point):  # of two on one point the later one is seen
-            found = Mount(point, kind, {*options.split(","), *more.split(",")})
+        if path.is_relative_to(point) and len(point) >= len(found[0]):  # of two on one point the later one is seen
+            found = (point, kind, {*options.split(","), *more.split(",")})
     return found
 
 
@@ -130,9 +119,9 @@ def check_file_system(folder: Path, alone: bool) -> Finding:
     except OSError as error:
         words = f"{folder}: writing, fsync or rename failed: {error.strerror or error}"
         return problem(words, "set CIFAR_HPC_ROOT to a folder that you can write and that the compute nodes share")
-    mount = mount_of(folder, _mountinfo())
-    words = f"{folder} ({mount.kind} on {mount.point}): writing, fsync and rename work"
-    if alone or not (mount.kind in LOCAL_TYPES or any(folder.is_relative_to(p) for p in LOCAL_FOLDERS)):
+    point, kind, _ = mount_of(folder, _mountinfo())
+    words = f"{folder} ({kind} on {point}): writing, fsync and rename work"
+    if alone or not (kind in LOCAL_TYPES or any(folder.is_relative_to(p) for p in LOCAL_FOLDERS)):
         return ok(words)
     advice = "compute nodes must see the same folder; --job finds out. Else clone elsewhere, or set CIFAR_HPC_ROOT"
     return warning(f"{words}, but this may be this machine's own disk", advice)
@@ -141,7 +130,7 @@ def check_file_system(folder: Path, alone: bool) -> Finding:
 def check_locks(folder: Path) -> Finding:
     """Locks (flock), which keep a run to one writer."""
     advice = "only Slurm keeps a run to one writer then: do not start it by hand or with --cluster local as well"
-    if private := mount_of(folder, _mountinfo()).options & PRIVATE_LOCKS:
+    if private := mount_of(folder, _mountinfo())[2] & PRIVATE_LOCKS:
         return warning(f"mounted with {', '.join(sorted(private))}: other nodes see no locks", advice)
     try:
         with _scratch(folder) as scratch, hold_lock(Path(scratch) / "lock"):
@@ -182,13 +171,13 @@ class SlurmChecks:
     @cached_property
     def config(self) -> Mapping[str, str]:
         """`scontrol show config`."""
-        text = slurm.command(["scontrol", "show", "config"])
+        text = client.command(["scontrol", "show", "config"])
         return {key: value.strip() for key, value in re.findall(r"^(\w+)\s*= ?(.*)$", text, re.MULTILINE)}
 
     @cached_property
     def partitions(self) -> Mapping[str, Mapping[str, str]]:
         """`scontrol show partition`, by the partition's name."""
-        lines = slurm.command(["scontrol", "show", "partition", "-o"]).splitlines()
+        lines = client.command(["scontrol", "show", "partition", "-o"]).splitlines()
         found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
         return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
 
@@ -202,10 +191,10 @@ class SlurmChecks:
     def check_slurm(self) -> Finding:
         """An answer from Slurm's controller."""
         try:
-            if not slurm.answers():
+            if not client.answers():
                 advice = "on a cluster: is this a login node, is Slurm's module loaded? Without one: --cluster local"
                 return warning("no Slurm here: only this machine is looked at", advice)
-            version, _ = slurm.command(["scontrol", "--version"]).strip(), self.partitions
+            version, _ = client.command(["scontrol", "--version"]).strip(), self.partitions
             return ok(f"{version}, cluster {self.config.get('ClusterName', '?')}")
         except SchedulerError as error:
             advice = "try again; `scontrol ping` and your site's status page tell more. Without Slurm: --cluster local"
@@ -322,11 +311,11 @@ def gpus_of(gres: str) -> int:
 
 def _table(*command: str) -> list[list[str]]:
     """The rows that a command prints, with its columns separated by bars."""
-    return [line.split("|") for line in slurm.command(command).splitlines() if "|" in line]
+    return [line.split("|") for line in client.command(command).splitlines() if "|" in line]
 
 
 def _node_names(partition: Mapping[str, str]) -> set[str]:
-    return set(slurm.command(["scontrol", "show", "hostnames", partition.get("Nodes", "")]).split())
+    return set(client.command(["scontrol", "show", "hostnames", partition.get("Nodes", "")]).split())
 
 
 def _seconds(text: str) -> int:

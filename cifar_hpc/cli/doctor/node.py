@@ -15,18 +15,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cifar_hpc.cli.doctor.report import Finding, counted, ok, problem, run_check, warning
 from cifar_hpc.data.image_folder import list_folder
-from cifar_hpc.errors import SchedulerError, UserError
-from cifar_hpc.files import try_lock, write_atomic
-from cifar_hpc.slurm import client as slurm
+from cifar_hpc.errors import SchedulerError, UserError, explain
+from cifar_hpc.files import try_flock, write_atomic
+from cifar_hpc.slurm import client
 from cifar_hpc.training.process import Launch
 
 PLAN, LOCK = "plan.json", "lock"  # files in the folder of doctor's job; the login node holds the lock meanwhile
@@ -38,6 +39,49 @@ NUMBERS = 4_903_082  # of an all-reduce: the full model's gradients in float32
 SLOW_SECONDS = 1.0  # of an all-reduce; gloo over 1 Gbit/s Ethernet takes 0.3 s
 INSTALL = "make .venv/.run && . .venv/bin/activate; or name another Python for the nodes in the profile (python:)"
 KEPT = "the whole output is kept"
+Status = Literal["ok", "warning", "problem"]
+STATUSES: tuple[Status, ...] = ("ok", "warning", "problem")  # from good to bad
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    check: its name, which stays the same from version to version; `run_check` sets it.
+    status: a warning is what runs can live with, a problem keeps them from working.
+    advice: what to do about it; empty where there is nothing to do.
+    """
+
+    check: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+# Findings without a name yet: ok(found, advice) and so on.
+ok, warning, problem = (partial(Finding, "", status) for status in STATUSES)
+
+
+def run_check(name: str, check: Callable[..., Finding | Iterable[Finding]], *arguments: Any) -> list[Finding]:
+    """The findings of `check(*arguments)`, under this name where they have none. Its failure is a finding, too."""
+    try:
+        found = check(*arguments)
+        findings = [found] if isinstance(found, Finding) else list(found)
+    except SchedulerError as error:
+        findings = [warning(str(error), "so this is not known; sbatch will tell")]
+    except Exception as error:
+        if isinstance(error, UserError | OSError):
+            words = explain(error)[0]
+        else:
+            traceback.print_exc()
+            words = f"{type(error).__name__}: {error}"
+        findings = [problem(f"it could not be checked: {words}", "fix that, and try again")]
+    return [replace(finding, check=finding.check or name) for finding in findings]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 task` or `2 tasks`."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 @dataclass(frozen=True)
@@ -67,6 +111,9 @@ class TaskReport:
     node: str
     finished: bool = False
     findings: list[Finding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.findings = [Finding(**f) if isinstance(f, dict) else f for f in self.findings]  # as JSON has them
 
 
 def check_python(plan: Plan) -> Finding:
@@ -119,11 +166,10 @@ def check_data(plan: Plan) -> Finding:
             check_cifar10(Path(plan.data))
     except (UserError, ImportError, OSError) as error:
         words = str(error).partition(" HINT: ")[0]  # there is better advice than the hint
+        if plan.data_here:
+            return problem(words, "the folder of the images must be shared with the compute nodes: another data.root")
         advice = "submit.py downloads it on a machine with internet; --set data.source=synthetic needs nothing"
-        if plan.source == "cifar10" and not plan.data_here:
-            return warning(words, advice)
-        shared = "the folder of the images must be shared with the compute nodes: another data.root"
-        return problem(words, shared if plan.data_here else advice)
+        return (warning if plan.source == "cifar10" else problem)(words, advice)
     return ok(f"{plan.source} in {plan.data}" if plan.source != "synthetic" else plan.source)
 
 
@@ -152,10 +198,10 @@ class Task:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = Plan(**json.loads((folder / PLAN).read_text()))
-        rank, tasks, local = (os.environ.get(f"SLURM_{name}") for name in ("PROCID", "NTASKS", "LOCALID"))
-        self.rank, self.world_size, self.job_id = number(rank), max(1, number(tasks)), str(slurm.own_job_id())
+        self.rank, tasks, local = (number(os.environ.get(f"SLURM_{name}")) for name in ("PROCID", "NTASKS", "LOCALID"))
+        self.world_size, self.job_id = max(1, tasks), str(client.own_job_id())
         meeting = folder / "meeting" / "rendezvous.json"
-        self.launch = Launch(self.rank, self.world_size, number(local), "slurm", self.job_id, meeting)
+        self.launch = Launch(self.rank, self.world_size, local, "slurm", self.job_id, meeting)
         self.report = TaskReport(self.rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         self.store: Any = None  # what the tasks share, where there are several
         self.signalled = threading.Event()
@@ -201,7 +247,7 @@ class Task:
     def check_requeue(self, plan: Plan) -> Finding:
         """The answer of scontrol within the job, and whether the site has taken --requeue away."""
         try:
-            value = slurm.job_fields(self.job_id).get("Requeue")
+            value = client.job_fields(self.job_id).get("Requeue")
         except SchedulerError as error:
             advice = "Slurm requeues only some preempted runs itself. In a container bind scontrol (docs/clusters.md)"
             return warning(str(error), advice)
@@ -215,16 +261,15 @@ class Task:
         import torch
         import torch.distributed as dist
 
-        from cifar_hpc.training.distributed.rendezvous import meet
-        from cifar_hpc.training.signals import StopFlag
+        from cifar_hpc.training.distributed.group import meet
+        from cifar_hpc.training.process import StopFlag
 
         self.store = meet(self.launch, StopFlag())  # as runs do
         if self.store is None:
             return ok("one task: there is nothing to reduce; try --nodes 2 or --gpus-per-node 2")
         backend, device = "gloo", None
         if all(answer == "True" for answer in self._exchange("usable", str(torch.cuda.is_available()))):
-            local = self.launch.local_rank
-            backend, device = "nccl", torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+            backend, device = "nccl", torch.device("cuda", self.launch.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         group = dist.PrefixStore("doctor", self.store)
         dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world_size, device_id=device)
@@ -237,8 +282,8 @@ class Task:
             seconds.append(time.perf_counter() - begin)
         if total != self.world_size * (self.world_size + 1) / 2:
             return problem("it did not add up", KEPT)
-        milliseconds = f"{1e3 * min(seconds):,.0f} ms"
-        words = f"{backend} over {self.world_size} tasks: the full model's gradients (19.6 MB) in {milliseconds}"
+        words = f"{backend} over {self.world_size} tasks: the full model's gradients (19.6 MB)"
+        words += f" in {1e3 * min(seconds):,.0f} ms"
         return warning(words, KEPT) if min(seconds) > SLOW_SECONDS else ok(words)
 
     def check_signals(self, plan: Plan) -> Finding:
@@ -246,7 +291,7 @@ class Task:
         refusal = ""
         if self.rank == 0:
             try:
-                slurm.command(["scancel", "--signal=USR2", self.job_id])
+                client.command(["scancel", "--signal=USR2", self.job_id])
             except SchedulerError as error:
                 refusal = str(error)
         if refusal := self._exchange("refusal", refusal)[0]:
@@ -272,7 +317,7 @@ class Task:
 def hold_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive flock(2) on a new file, where its file system has locks."""
     with path.open("xb") as file:
-        try_lock(file.fileno())
+        try_flock(file.fileno())
         yield
 
 

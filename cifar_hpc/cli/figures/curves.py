@@ -8,9 +8,9 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN, Axes, Figure, add_legend, new_figure
-from cifar_hpc.runs.groups import Group, labels, shared_label
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.results import Group, labels, shared_label
 
 Curve = dict[int, float]  # epoch -> value, in the order of the epochs
 # Greater values are damage, and would flatten everything else.

@@ -16,12 +16,11 @@ from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.frozen_spec import read_frozen
-from cifar_hpc.runs.groups import group_runs, labels
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
+from cifar_hpc.runs.results import group_runs, labels
 from cifar_hpc.runs.timeline import read_timeline
 from cifar_hpc.text import printable
 
-HELP = "figures of runs: accuracy, loss, learning rate, architecture, timeline"
 DESCRIPTION = """\
 Draws architecture, accuracy, loss, learning rate and timeline (waiting,
 training, preemptions), each as PNG and SVG. Several runs share the axes; runs

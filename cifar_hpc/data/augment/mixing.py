@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE, MixingConfig
+from cifar_hpc.data.augment.parameters import check_draws
 
 _KNOTS = 4097
 
@@ -63,8 +64,7 @@ def _table(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
 
 # Columns of `draws`. Fixed, so that switching one method off changes no other.
 _ORDER, _MIXED, _METHOD, _SHARE, _PLACE = 0, 1, 2, 3, slice(4, 6)
-MIXING_DRAWS = 6
-"""Uniform numbers that one sample takes."""
+MIXING_DRAWS = 6  # uniform numbers that one sample takes
 
 
 class Mixed(NamedTuple):
@@ -83,18 +83,6 @@ class Mixed(NamedTuple):
     weight: Tensor
 
 
-class Shares(NamedTuple):
-    """Share of each image that stays.
-
-    Attributes:
-        pixels: float32 [B, 1, 32, 32], the share of the own pixel, 0 or 1 under CutMix; [B, 1, 1, 1] without CutMix.
-        weight: float32 [B], their mean.
-    """
-
-    pixels: Tensor
-    weight: Tensor
-
-
 def mix_batch(images: Tensor, labels: Tensor, draws: Tensor, config: MixingConfig) -> Mixed:
     """Mix the samples of a batch with one another.
 
@@ -110,10 +98,11 @@ def mix_batch(images: Tensor, labels: Tensor, draws: Tensor, config: MixingConfi
     _check(images, labels, draws)
     if not config.on or len(images) < 2:
         return Mixed(images, labels, labels, torch.ones(len(images), dtype=torch.float32, device=images.device))
-    partner, shares = partners(draws), sample_shares(draws, config)
+    partner = partners(draws)
+    pixels, weight = sample_shares(draws, config)
     # In float32 also for narrower images. The memory format is that of the first operand.
-    mixed = images * shares.pixels + images.index_select(0, partner) * (1 - shares.pixels)
-    return Mixed(mixed.to(images.dtype), labels, labels.index_select(0, partner), shares.weight)
+    mixed = images * pixels + images.index_select(0, partner) * (1 - pixels)
+    return Mixed(mixed.to(images.dtype), labels, labels.index_select(0, partner), weight)
 
 
 def partners(draws: Tensor) -> Tensor:
@@ -123,8 +112,13 @@ def partners(draws: Tensor) -> Tensor:
     return order.roll(-1).index_select(0, place)
 
 
-def sample_shares(draws: Tensor, config: MixingConfig) -> Shares:
-    """Turn uniform numbers into shares, for a config that is on."""
+def sample_shares(draws: Tensor, config: MixingConfig) -> tuple[Tensor, Tensor]:
+    """Turn uniform numbers into the share of each image that stays, for a config that is on.
+
+    Returns:
+        Of each pixel, float32 [B, 1, 32, 32], 0 or 1 under CutMix; [B, 1, 1, 1] without CutMix. And float32 [B], their
+        mean.
+    """
     mixed = draws[:, _MIXED] < config.probability
     weight = torch.ones_like(draws[:, _SHARE])
     if config.mixup > 0:
@@ -135,7 +129,7 @@ def sample_shares(draws: Tensor, config: MixingConfig) -> Shares:
         outside = outside_boxes(symmetric_beta(draws[:, _SHARE], config.cutmix), draws[:, _PLACE])
         weight = torch.where(boxed, outside.mean(dim=(1, 2, 3)), weight)
         pixels = torch.where(boxed[:, None, None, None], outside, pixels)
-    return Shares(pixels, weight)
+    return pixels, weight
 
 
 def outside_boxes(share: Tensor, place: Tensor) -> Tensor:
@@ -178,10 +172,7 @@ def _check(images: Tensor, labels: Tensor, draws: Tensor) -> None:
         raise ValueError(f"images must be float [B, 3, 32, 32], got {images.dtype} {list(images.shape)}")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
-    if draws.dtype != torch.float32 or draws.shape != (len(images), MIXING_DRAWS):
-        raise ValueError(
-            f"draws must be float32 [{len(images)}, {MIXING_DRAWS}], got {draws.dtype} {list(draws.shape)}"
-        )
+    check_draws(draws, images, MIXING_DRAWS)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -13,8 +13,8 @@ from cifar_hpc.config.spec import IMAGE_SIZE, AugmentConfig
 # Columns of `draws`. Fixed, so that switching one step off changes no other.
 _CROP, _FLIP, _ROTATION, _JITTER, _ORDER = slice(0, 2), 2, 3, slice(4, 8), slice(8, 12)
 _ERASE, _AREA, _RATIO, _PLACE = 12, slice(13, 23), slice(23, 33), slice(33, 35)
-DRAWS = 35
-"""Uniform numbers that one sample takes."""
+DRAWS = 35  # uniform numbers that one sample takes
+PIXELS = IMAGE_SIZE * IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Parameters:
         brightness, contrast, saturation: float32 factors, 1 changes nothing.
         hue: float32, turns in [-0.5, 0.5].
         order: int64 [B, 4], the step at each turn: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-        erase_top, erase_left, erase_height, erase_width: int64, pixels; height and width 0 erase nothing.
+        box: int64 [B, 4], top, left, height and width of what is erased, pixels; height and width 0 erase nothing.
     """
 
     top: Tensor
@@ -40,10 +40,7 @@ class Parameters:
     saturation: Tensor
     hue: Tensor
     order: Tensor
-    erase_top: Tensor
-    erase_left: Tensor
-    erase_height: Tensor
-    erase_width: Tensor
+    box: Tensor
 
 
 def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
@@ -52,15 +49,10 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
     Args:
         draws: float32 [B, DRAWS] in [0, 1), from `randomness.uniform`.
         config: what to augment.
-
-    Raises:
-        ValueError: if draws has another shape or type.
     """
-    check_draws(draws)
     # floor(u * n) stays below n: u is at most 1 - 2**-24, and n * u does not round up to n in float32.
     crop = (draws[:, _CROP] * (2 * config.crop_padding + 1)).to(torch.int64)
     jitter = draws[:, _JITTER]
-    top, left, height, width = _erase_boxes(draws, config)
     return Parameters(
         top=crop[:, 0],
         left=crop[:, 1],
@@ -71,21 +63,28 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
         saturation=_between(jitter[:, 2], max(0.0, 1 - config.saturation), 1 + config.saturation),
         hue=_between(jitter[:, 3], -config.hue, config.hue),
         order=draws[:, _ORDER].argsort(dim=1, stable=True),
-        erase_top=top,
-        erase_left=left,
-        erase_height=height,
-        erase_width=width,
+        box=_erase_boxes(draws, config),
     )
 
 
-def check_draws(draws: Tensor) -> None:
-    """Refuse draws of another shape or type.
+def check_images(images: Tensor) -> None:
+    """Refuse images of another shape or type.
 
     Raises:
         ValueError: says what is expected.
     """
-    if draws.dim() != 2 or draws.shape[1] != DRAWS or draws.dtype != torch.float32:
-        raise ValueError(f"draws must be float32 [B, {DRAWS}], got {draws.dtype} {list(draws.shape)}")
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"images must be uint8 [B, 3, 32, 32], got {images.dtype} {list(images.shape)}")
+
+
+def check_draws(draws: Tensor, images: Tensor, columns: int) -> None:
+    """Refuse draws of another shape or type than float32 [len(images), columns].
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    if draws.dtype != torch.float32 or draws.shape != (len(images), columns):
+        raise ValueError(f"draws must be float32 [{len(images)}, {columns}], got {draws.dtype} {list(draws.shape)}")
 
 
 def blends_before_hue(draws: Tensor, config: AugmentConfig) -> Tensor:
@@ -103,11 +102,10 @@ def _between(draw: Tensor, low: float, high: float) -> Tensor:
     return draw * (high - low) + low
 
 
-def _erase_boxes(draws: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _erase_boxes(draws: Tensor, config: AugmentConfig) -> Tensor:
     """Boxes as RandomErasing.get_params makes them: the first of ten proposals that fits, or none."""
     if config.erasing == 0:
-        none = torch.zeros(draws.shape[0], dtype=torch.int64, device=draws.device)
-        return none, none, none, none
+        return torch.zeros(len(draws), 4, dtype=torch.int64, device=draws.device)
     # float64, so that exp and sqrt of another device round to the same whole pixels.
     area = _between(draws[:, _AREA].double(), *config.erasing_scale) * IMAGE_SIZE**2
     low, high = (math.log(ratio) for ratio in config.erasing_ratio)
@@ -117,6 +115,5 @@ def _erase_boxes(draws: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor, 
     first = fits.to(torch.int32).argmax(dim=1, keepdim=True)
     erase = fits.gather(1, first) & (draws[:, _ERASE, None] < config.erasing)
     size = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1) * erase
-    place = (draws[:, _PLACE].double() * (IMAGE_SIZE + 1 - size)).to(torch.int64)
-    size = size.to(torch.int64)
-    return place[:, 0], place[:, 1], size[:, 0], size[:, 1]
+    place = draws[:, _PLACE].double() * (IMAGE_SIZE + 1 - size)
+    return torch.cat([place, size], dim=1).to(torch.int64)

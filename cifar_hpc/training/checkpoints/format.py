@@ -86,12 +86,6 @@ class TrainingState:
             del content["average"]
         return tensorfile.seal(content)
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> TrainingState:
-        """Take the state from the content of a verified file."""
-        known: dict[str, Any] = {field.name: content.get(field.name) for field in fields(cls)}
-        return cls(**known)
-
 
 REQUIRED = ("format", *(field.name for field in fields(TrainingState) if field.name != "average"))
 
@@ -123,7 +117,7 @@ def read_checkpoint(path: Path) -> TrainingState:
     if missing:
         raise BadFileError(f"incomplete: {', '.join(missing)} missing")
     tensorfile.check_seal(content)
-    return TrainingState.from_dict(content)
+    return TrainingState(**{field.name: content.get(field.name) for field in fields(TrainingState)})
 
 
 def to_host(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.files import open_regular, remove_leftovers, try_flock
 from cifar_hpc.runs.events import Checkpoint, Fallback, Mended
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.tensorfile import BadFileError
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
@@ -80,16 +80,14 @@ def choose(context: Context) -> Choice | None:
     remove_leftovers(directory)
     found = newest_good(directory)
     for path in misnamed(directory):
-        context.log.line(f"WARNING {path.name} is not a name that a run gives its checkpoints; it is left alone")
+        context.log.warn(f"{path.name} is not a name that a run gives its checkpoints; it is left alone")
     if found is None:
         _check_new(context)
         return None
     for path, reason in found.bad:
         aside = set_aside(path)
         context.emit(Fallback(file=path.name, moved_to=aside.name, reason=reason, restored_from=None))
-        context.log.line(
-            f"WARNING checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}"
-        )
+        context.log.warn(f"checkpoint {path.name}: {reason}; kept as {aside.name}, going back to {found.path.name}")
     _mend_best(context, found)
     forget_damaged(directory)
     return Choice(found.path, found.state.digest, found.state)
@@ -99,19 +97,11 @@ def tidy_logs(paths: RunPaths) -> None:
     """Remove the temporary files of killed processes from logs/<run>. Those of living processes stay."""
     for folder in (paths.logs, paths.slurm / "rendezvous"):
         remove_leftovers(folder)
-    try:
-        descriptor = open_regular(paths.logs / "submit.lock", os.O_RDWR | os.O_CREAT)
-    except OSError:
-        return
-    try:
-        # Copies of the code are folders, which not every file system can lock. The process making one holds this lock.
-        if try_flock(descriptor):
+    # Copies of the code are folders, which not every file system can lock. The process making one holds this lock.
+    with suppress(OSError), os.fdopen(open_regular(paths.logs / "submit.lock", os.O_RDWR | os.O_CREAT), "rb") as lock:
+        if try_flock(lock.fileno()):
             for copy in paths.code.glob(".*.tmp"):
                 shutil.rmtree(copy, ignore_errors=True)
-    except OSError:
-        return
-    finally:
-        os.close(descriptor)
 
 
 def set_aside(path: Path) -> Path:
@@ -135,9 +125,8 @@ def forget_damaged(directory: Path) -> None:
 
 
 def _check_new(context: Context) -> None:
-    written = [e for e in read_jsonl(context.paths.events) if e.get("event") == Checkpoint.name]
-    if written:
-        last = written[-1]
+    last = History.read(context.paths.events).last_of(Checkpoint)
+    if last:
         raise RunFailedError(
             f"{context.paths.checkpoints}: holds no checkpoint any more, but the run has written some, the last one "
             f"({last.get('file')}) at {last.get('time')}. HINT: bring the folder back (is its file system mounted?); "
@@ -169,7 +158,7 @@ def _mend_best(context: Context, found: Found) -> None:
         restored, then = source.name, f"made again from {source.name}"
     event = Fallback if damaged else Mended
     context.emit(event(file=BEST, moved_to=aside, reason=reason, restored_from=restored))
-    context.log.line(f"WARNING {BEST}: {reason}" + (f"; kept as {aside}" if aside else "") + f"; {then}")
+    context.log.warn(f"{BEST}: {reason}" + (f"; kept as {aside}" if aside else "") + f"; {then}")
 
 
 def _fault_of_best(best: Path, step: int) -> tuple[str | None, bool]:

@@ -26,6 +26,7 @@ from cifar_hpc.files import (
     temporary_name,
     write_atomic,
 )
+from cifar_hpc.runs.events import Checkpoint, CheckpointFailed, Event
 from cifar_hpc.runs.logs import utc_now
 from cifar_hpc.tensorfile import BadFileError
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
@@ -86,7 +87,10 @@ def newest_good(directory: Path) -> Found | None:
     paths = candidates(directory)
     for path in paths:
         try:
-            found = Found(path, _read_step(path), bad)
+            state = read_checkpoint(path)
+            if path.name != step_name(state.step):
+                raise BadFileError(f"holds step {state.step}, which is not what its name says")
+            found = Found(path, state, bad)
             break
         except BadFileError as error:
             if os.path.lexists(path):  # otherwise the running job has removed it meanwhile
@@ -111,13 +115,6 @@ def newest_good(directory: Path) -> Found | None:
             + "\nHINT: restore one from a backup; to start from step 0, move these and the run's logs away."
         )
     return found
-
-
-def _read_step(path: Path) -> TrainingState:
-    state = read_checkpoint(path)
-    if path.name != step_name(state.step):
-        raise BadFileError(f"holds step {state.step}, which is not what its name says")
-    return state
 
 
 def duplicate(source: Path, target: Path) -> None:
@@ -145,21 +142,18 @@ Entry = dict[str, Any]
 _TYPES = {"step": int, "epoch": int, "step_in_epoch": int, "sha256": str, "bytes": int, "mtime_ns": int, "time": str}
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """Read index.json, leaving out damaged entries: {"checkpoints": {file name: entry}, "best": entry or None}."""
+def read_index(directory: Path) -> dict[str, Entry]:
+    """Read the entries of index.json by file name, with that of best.pt; damaged ones are left out."""
     try:
         index = json.loads(read_regular(directory / INDEX))
-        checkpoints, best = dict(index["checkpoints"]), index.get("best")
+        entries = {**index["checkpoints"], BEST: index.get("best")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {"checkpoints": {}, "best": None}
+        return {}
     return {
-        "checkpoints": {name: entry for name, entry in checkpoints.items() if _is_entry(entry)},
-        "best": best if _is_entry(best) else None,
+        name: entry
+        for name, entry in entries.items()
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _TYPES.items())
     }
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _TYPES.items())
 
 
 def update_index(directory: Path, names: Sequence[str], new: dict[str, Entry]) -> None:
@@ -172,14 +166,11 @@ def update_index(directory: Path, names: Sequence[str], new: dict[str, Entry]) -
     Raises:
         OSError: it cannot be written.
     """
-    old = read_index(directory)
-    known = {**old["checkpoints"], BEST: old["best"], **new}
-    entries = {name: _current_entry(directory / name, known.get(name)) for name in [*sorted(names), BEST]}
-    best = entries.pop(BEST)
-    index = {
-        "checkpoints": {name: entry for name, entry in entries.items() if entry is not None},
-        "best": {"file": BEST, **best} if best is not None else None,
-    }
+    known = {**read_index(directory), **new}
+    current = {name: _current_entry(directory / name, known.get(name)) for name in [*sorted(names), BEST]}
+    entries = {name: entry for name, entry in current.items() if entry is not None}
+    best = entries.pop(BEST, None)
+    index = {"checkpoints": entries, "best": {"file": BEST, **best} if best is not None else None}
     content = (json.dumps(index, indent=1) + "\n").encode()
     with suppress(OSError):
         if read_regular(directory / INDEX) == content:
@@ -237,21 +228,12 @@ class CheckpointStore:
     Args:
         directory: checkpoints/<run>.
         keep: newest files to keep, beside best.pt.
-        on_written: called with (file name, index entry) from the writing thread after each durable checkpoint.
-        on_failed: called with (file name, reason) after a failed write; training continues.
-        on_note: called with a line of text after any other problem.
+        emit: called from the writing thread with the event of each durable checkpoint, and of each failed write.
+        warn: called with a line of text about a problem; training continues.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        keep: int,
-        on_written: Callable[[str, Entry], None],
-        on_failed: Callable[[str, str], None],
-        on_note: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.directory, self.keep = directory, keep
-        self.on_written, self.on_failed, self.on_note = on_written, on_failed, on_note
+    def __init__(self, directory: Path, keep: int, emit: Callable[[Event], None], warn: Callable[[str], None]) -> None:
+        self.directory, self.keep, self.emit, self.warn = directory, keep, emit, warn
         self.bytes_written = 0  # grows while a checkpoint is being written
         self._lock = threading.Lock()
         self._best: _Snapshot | None = None
@@ -349,7 +331,8 @@ class CheckpointStore:
         best = {BEST: snapshot.entry} if snapshot.best and error is None else {}
         self._tidy({snapshot.name: snapshot.entry, **best})
         if fresh:
-            self.on_written(snapshot.name, snapshot.entry)
+            figures = {key: snapshot.entry[key] for key in ("step", "epoch", "step_in_epoch", "bytes")}
+            self.emit(Checkpoint(file=snapshot.name, **figures))
         return error
 
     def _try(self, name: str, work: Callable[[], None]) -> str | None:
@@ -360,14 +343,16 @@ class CheckpointStore:
                 work()
         except Exception as error:  # a full disk shows up as OSError or as torch's RuntimeError
             reason = f"{type(error).__name__}: {error}"
-            self.on_failed(name, reason)
+            self.emit(CheckpointFailed(file=name, reason=reason))
+            then = "training goes on, and the older checkpoints are kept"
+            self.warn(f"checkpoint {name} could not be written: {reason}; {then}")
             return reason
         return None
 
     def _write_file(self, snapshot: _Snapshot) -> None:
         if not self.directory.is_dir():
             self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-            self.on_note(f"{self.directory} was gone; it is made again. The checkpoints that were in it are lost")
+            self.warn(f"{self.directory} was gone; it is made again. The checkpoints that were in it are lost")
         path = self.directory / snapshot.name
         with replacing(path) as file:
             sha256 = tensorfile.save(snapshot.state.to_dict(), file, self._advanced)
@@ -386,4 +371,4 @@ class CheckpointStore:
                 with suppress(IsADirectoryError):
                     path.unlink(missing_ok=True)
         except (OSError, RunFailedError) as error:
-            self.on_note(f"{self.directory}: {INDEX} or old files could not be brought up to date: {error}")
+            self.warn(f"{self.directory}: {INDEX} or old files could not be brought up to date: {error}")

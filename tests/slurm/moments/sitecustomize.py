@@ -110,7 +110,7 @@ def patch_preemption(module: ModuleType) -> None:
 PATCHES = {
     "cifar_hpc.training.attempt": patch_job,
     "cifar_hpc.training.engine": patch_engine,
-    "cifar_hpc.training.signals": patch_preemption,
+    "cifar_hpc.training.process": patch_preemption,
 }
 
 

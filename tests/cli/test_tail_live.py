@@ -8,8 +8,8 @@ import pytest
 from helpers import PROJECT
 from rich.console import Console
 
-from cifar_hpc.cli.tail_screen import LiveView, Progress, parse_progress
-from cifar_hpc.cli.terminal import kind_of_line
+from cifar_hpc.cli.tail import LINES, LiveView, eta_seconds, kind_of_line
+from cifar_hpc.cli.tail import PROGRESS as LINE
 from cifar_hpc.runs.state import RunState
 
 DATE = "2026-01-01 00:00:00 "
@@ -100,14 +100,16 @@ def test_nothing_is_taken_for_markup_and_nothing_long_wraps() -> None:
 
 
 def test_progress_is_read_back() -> None:
-    assert parse_progress(PROGRESS) == Progress("3", "400", 98, 391, "1.9010", "40.01", "9,000", 3723.0)
-    days = parse_progress(PROGRESS.replace("1:02:03", "25 days, 8:31:14"))
-    assert days is not None and days.eta_seconds == 25 * 86400 + 8 * 3600 + 31 * 60 + 14
+    found = LINE.match(PROGRESS)
+    assert found is not None and found.groups()[:6] == ("3/400", "98", "391", "loss 1.9010", "acc 40.01%", "9,000")
+    assert eta_seconds(found) == 3723
+    found = LINE.match(PROGRESS.replace("1:02:03", "25 days, 8:31:14"))
+    assert found is not None and eta_seconds(found) == 25 * 86400 + 8 * 3600 + 31 * 60 + 14
 
 
 @pytest.mark.parametrize("line", ["", DONE, PROGRESS[:-3], PROGRESS + "!"])
 def test_what_is_no_progress(line: str) -> None:
-    assert parse_progress(line) is None
+    assert LINE.match(line) is None
 
 
 def test_the_lines_that_runs_write_are_known() -> None:
@@ -115,5 +117,37 @@ def test_the_lines_that_runs_write_are_known() -> None:
     lines = (PROJECT / "docs" / "train.log").read_text().splitlines()
     kinds = [kind_of_line(line) for line in lines]
     assert {"banner", "progress", "stop"} <= set(kinds)
-    assert all(parse_progress(line) for line, kind in zip(lines, kinds, strict=True) if kind == "progress")
+    assert all(LINE.match(line) for line, kind in zip(lines, kinds, strict=True) if kind == "progress")
     assert kinds.count("stop") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("=" * 100, "banner"),
+        ("== run x  |  started from step 0", "banner"),
+        (PROGRESS, "progress"),
+        (DATE + "evaluating: 128/128 test images", "phase"),
+        (DATE + "epoch 9: measuring BatchNorm statistics of the weights to evaluate, batch 5/16", "phase"),
+        (DONE, "epoch"),
+        ("epoch    2  train loss 2.1 acc  30.00%  test loss 2.0 acc  30.00%", "epoch"),
+        (DATE + "FINISHED 3 epochs, 48 steps: test accuracy 39.84%", "good"),
+        (DATE + "STOPPED by SIGTERM: step 176 is on disk", "stop"),
+        (DATE + "JobState=RUNNING: preemption; requeueing", "stop"),
+        (DATE + "requeueing after failure 1 of at most 3", "stop"),
+        (DATE + "CANCELLED by me; submit again to go on", "stop"),
+        (DATE + "FAILED on rank 0 (n1): the training loss was NaN", "trouble"),
+        (DATE + "HUNG on rank 0 (n1): no rank got anything done", "trouble"),
+        (DATE + "not requeued: the same would happen again", "trouble"),
+        (DATE + "WARNING checkpoint x could not be written", "warning"),
+        (DATE + "ready after 5.5 s", "other"),
+        ("WARNINGS", "other"),
+        ("", "other"),
+    ],
+)
+def test_kinds(line: str, kind: str) -> None:
+    assert kind_of_line(line) == kind
+
+
+def test_styles_of_lines() -> None:
+    assert LINES["banner"][0] == "bold cyan" and LINES["progress"][0] == ""

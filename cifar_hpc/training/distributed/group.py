@@ -1,4 +1,4 @@
-"""Rendezvous of a run's processes: they find rank 0, form the process group, and choose their devices."""
+"""Group of ranks: they find rank 0, form the process group, choose their devices, and agree after each step."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
+from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, UserError
 from cifar_hpc.files import write_atomic
-from cifar_hpc.training.distributed.rank_board import RankBoard
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.distributed.watchdog import RankBoard
+from cifar_hpc.training.process import Launch, StopFlag
+
+T = TypeVar("T")
 
 RENDEZVOUS_SECONDS = 300
 # After a stop request before all ranks have met, they wait for the others so much longer, to leave together.
@@ -43,22 +47,18 @@ def resolve_device(spec: Spec, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        built = (
-            "this PyTorch is built without CUDA"
-            if torch.version.cuda is None
-            else (
-                f"PyTorch {torch.__version__} finds no usable GPU "
-                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
-            )
-        )
+        built = "this PyTorch is built without CUDA"
+        if torch.version.cuda is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+            built = f"PyTorch {torch.__version__} finds no usable GPU (CUDA_VISIBLE_DEVICES={visible})"
         raise RunFailedError(
             f"train.device: {wanted} with resources.gpus_per_node: {gpus} asks for GPUs, but CUDA is not usable on "
             f"{socket.gethostname()}: {built}. HINT: check nvidia-smi there, or ask for --set train.device=cpu."
         )
-    index = int(wanted.partition(":")[2]) if ":" in wanted else local_rank
     count = torch.cuda.device_count()
-    if count == 1 and ":" not in wanted:
-        index = 0  # Slurm bound one GPU to each task
+    index = local_rank if count > 1 else 0  # Slurm may bind one GPU to each task
+    if ":" in wanted:
+        index = int(wanted.partition(":")[2])
     if index >= count:
         raise RunFailedError(
             f"train.device: GPU {index} is not there on {socket.gethostname()}; visible: {count}. "
@@ -78,8 +78,10 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
     if launch.world_size == 1:
         return None
     if launch.rendezvous is None:
-        if launch.rank != 0:
-            _wait_for_rank_0(stop)  # TCPStore's constructor would wait and ignore `stop`
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # TCPStore's constructor would wait and ignore `stop`.
+        if launch.rank != 0 and not any(_reachable(host, port) for _ in _until_found(stop)):
+            raise RanksLostError(f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT).")
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
         return store  # type: ignore[no-any-return]
     if launch.rank == 0:
@@ -164,14 +166,6 @@ def _until_found(stop: StopFlag) -> Iterator[None]:
         raise Interrupted
 
 
-def _wait_for_rank_0(stop: StopFlag) -> None:
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    for _ in _until_found(stop):
-        if _reachable(*address):
-            return
-    raise RanksLostError(f"rank 0 does not answer at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT).")
-
-
 def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
     # Rank 0 takes any free port and publishes it, so a port can collide neither with another job's nor with the one
     # that an earlier attempt of this job has left in TIME_WAIT.
@@ -202,12 +196,6 @@ def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
     )
 
 
-def clear_rendezvous(folder: Path) -> None:
-    """Remove the files of killed attempts from `folder`. Only for the holder of the run's lock."""
-    for path in folder.glob("*"):
-        path.unlink(missing_ok=True)
-
-
 def _addresses() -> list[str]:
     """Return names and addresses of this host, the most general first."""
     host = socket.gethostname()
@@ -234,3 +222,84 @@ def disconnect() -> None:
     if dist.is_initialized():
         gc.collect()  # DDP is part of reference cycles
         dist.destroy_process_group()
+
+
+class Request(IntEnum):
+    """A rank's request to all ranks after a step. All act on the largest one."""
+
+    GO_ON = 0
+    CHECK = 1  # the loss for NaN
+    SAVE = 2  # a checkpoint, which includes the check
+    STOP = 3
+
+
+class Agreement:
+    """One all-reduce(MAX) of an integer per step, over gloo on the CPU whatever the gradients travel on.
+
+    With `lag` 1 a step posts its request and reads the result of the step before, which has arrived meanwhile: no
+    waiting, and one more step until a request takes effect. With `lag` 0 (steps so long that the round trip does not
+    matter) it waits for its own result. In both cases all ranks read the same result after the same step.
+    """
+
+    def __init__(self, world_size: int, lag: int) -> None:
+        self.world_size, self.lag = world_size, lag
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._pending: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def from_rank_0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on every rank.
+
+        Raises:
+            UserError, Interrupted: on every rank, if `work` raises one.
+            RanksLostError: on the others, if it raises anything else, for which rank 0 has the traceback.
+        """
+        return self._on_rank_0(work, share=True)
+
+    def rank_0_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the other ranks; each gets its own result.
+
+        Raises:
+            Exception: what `work` raises; what it raises on rank 0 ends every rank, as in `from_rank_0`.
+        """
+        own = self._on_rank_0(work, share=False)
+        return own if self._group is None or dist.get_rank() == 0 else work()
+
+    def after_step(self, request: Request) -> Request:
+        """Return the request that all ranks act on after this step."""
+        return self.now(request, self.lag)
+
+    def now(self, request: Request, under_way: int = 0) -> Request:
+        """Return the largest request of all ranks, but for the last `under_way` ones. Waits for all ranks."""
+        if self._group is None:
+            return request
+        value = torch.tensor([int(request)])
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending.append((value, work))
+        agreed = Request.GO_ON
+        while len(self._pending) > under_way:
+            value, work = self._pending.popleft()
+            work.wait()
+            agreed = max(agreed, Request(int(value)))
+        return agreed
+
+    def _on_rank_0(self, work: Callable[[], T], share: bool) -> T:
+        """Run `work` on rank 0. Its error ends every rank; its result is sent to the others if they `share` it."""
+        if self._group is None:
+            return work()
+        result, error = None, None
+        if dist.get_rank() == 0:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        sent = error
+        if error is not None and not isinstance(error, (UserError, Interrupted)):  # which may not be possible to send
+            sent = RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
+        box: list[Any] = [result if share else None, sent]
+        dist.broadcast_object_list(box, 0, group=self._group)
+        if isinstance(box[1], UserError):
+            box[1].everywhere = True
+        if box[1] is not None:
+            raise error or box[1]
+        return result if dist.get_rank() == 0 else box[0]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""How processes find each other, on which device they compute, and that nothing is left of them afterwards."""
+"""How processes find each other, on which device they compute, what they agree on, and that nothing is left of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, Ranks, tiny_spec
 
-from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError
+from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, SpecError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.distributed.rank_board import RankBoard, Report
-from cifar_hpc.training.distributed.rendezvous import connect, disconnect, resolve_device
-from cifar_hpc.training.distributed.rendezvous import meet as meet_others
-from cifar_hpc.training.process import Launch
-from cifar_hpc.training.signals import StopFlag
+from cifar_hpc.training.distributed.group import Agreement, Request, connect, disconnect, resolve_device
+from cifar_hpc.training.distributed.group import meet as meet_others
+from cifar_hpc.training.distributed.watchdog import RankBoard, Report
+from cifar_hpc.training.process import Launch, StopFlag
 
 
 def gloo_threads() -> int:
@@ -163,3 +162,96 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str, l
     spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 2})
     with pytest.raises(RunFailedError, match=r"GPU 2 is not there .* visible: 2"):
         resolve_device(spec, local_rank)
+
+
+def agreed(rank: int, world: int, lag: int, who: int, when: int, request: int, steps: int) -> list[int]:
+    """Result of each step, where rank `who` sends the request from step `when` on; a STOP ends the loop."""
+    agreement = Agreement(world, lag)
+    results = []
+    for step in range(steps):
+        mine = Request(request) if rank == who and step >= when else Request.GO_ON
+        results.append(int(agreement.after_step(mine)))
+        if results[-1] == Request.STOP:
+            break
+    return results
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("world", "who"), [(2, 0), (2, 1), (3, 2)])
+def test_all_stop_after_the_same_step(ranks: Ranks, lag: int, world: int, who: int) -> None:
+    expected = [0] * (4 + lag) + [int(Request.STOP)]
+    assert ranks.run(world, agreed, lag, who, 4, int(Request.STOP), 20) == [expected] * world
+
+
+def test_a_save_goes_on(ranks: Ranks) -> None:
+    assert ranks.run(2, agreed, 1, 1, 3, int(Request.SAVE), 6) == [[0, 0, 0, 0, 2, 2]] * 2
+
+
+def largest(rank: int, world: int) -> list[int]:
+    agreement = Agreement(world, 0)
+    return [int(agreement.after_step(Request(wishes[rank]))) for wishes in [(0, 2, 1), (1, 0, 3), (0, 0, 0)]]
+
+
+def test_all_act_on_the_largest_request(ranks: Ranks) -> None:
+    assert ranks.run(3, largest) == [[2, 3, 0]] * 3
+
+
+def under_way(rank: int, world: int) -> tuple[int, int, int]:
+    agreement = Agreement(world, 1)
+    step = agreement.after_step(Request.STOP if rank == 1 else Request.GO_ON)
+    return int(step), int(agreement.now(Request.GO_ON)), int(agreement.now(Request.GO_ON))
+
+
+def test_now_includes_requests_that_are_still_under_way(ranks: Ranks) -> None:
+    assert ranks.run(2, under_way) == [(0, 3, 0)] * 2
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_single_process_acts_on_its_request_at_once(lag: int) -> None:
+    agreement = Agreement(1, lag)
+    assert [agreement.after_step(request) for request in Request] == list(Request)
+    assert agreement.now(Request.STOP) is Request.STOP
+
+
+def told_by_rank_0(rank: int, world: int, error: type[Exception]) -> str:
+    def work() -> None:
+        raise error("no such luck")
+
+    try:
+        Agreement(world, 0).from_rank_0(work)
+    except Exception as raised:
+        return f"{type(raised).__name__} {raised} {getattr(raised, 'everywhere', False)}"
+    return "nothing"
+
+
+def test_what_rank_0_could_not_do_ends_every_rank(ranks: Ranks) -> None:
+    assert ranks.run(2, told_by_rank_0, SpecError) == ["SpecError no such luck True"] * 2
+    assert ranks.run(2, told_by_rank_0, Interrupted) == ["Interrupted no such luck False"] * 2
+    assert ranks.run(2, told_by_rank_0, ValueError) == [
+        "ValueError no such luck False",  # with the traceback, which only rank 0 has
+        "RanksLostError rank 0 failed: ValueError: no such luck True",
+    ]
+
+
+def turns(rank: int, world: int, error: type[Exception] | None) -> str:
+    first: list[int] = []
+
+    def work() -> int:
+        if rank == 0 and error is not None:
+            raise error("no such luck")
+        first.append(rank)
+        return 10 * rank
+
+    try:
+        return f"{Agreement(world, 0).rank_0_first(work)} {first}"
+    except Exception as raised:
+        return f"{type(raised).__name__} {raised} {first}"
+
+
+def test_rank_0_first_gives_each_rank_its_own_result(ranks: Ranks) -> None:
+    assert ranks.run(3, turns, None) == ["0 [0]", "10 [1]", "20 [2]"]
+
+
+def test_rank_0_first_does_not_reach_the_others_after_an_error(ranks: Ranks) -> None:
+    assert ranks.run(2, turns, SpecError) == ["SpecError no such luck []"] * 2
+    assert ranks.run(2, turns, ValueError)[1] == "RanksLostError rank 0 failed: ValueError: no such luck []"
