@@ -17,8 +17,7 @@ from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_par
 from benchmarks.peers.data import TRAIN_TRANSFORM
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment.kernels import CIFAR10_MEAN, CIFAR10_STD
-from cifar_hpc.data.augment.parameters import DRAWS
+from cifar_hpc.data.augment.kernels import CIFAR10_MEAN, CIFAR10_STD, DRAWS
 from cifar_hpc.data.augment.pipeline import augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.data.synthetic import make_synthetic

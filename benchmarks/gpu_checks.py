@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu_bench import Bench, Report, Steps, differing, figure, state_tensors, wrong
 from benchmarks.measure import ROOT, Row
 from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment import kernels, parameters
+from cifar_hpc.data.augment import kernels
 from cifar_hpc.data.augment import pipeline as augment
 from cifar_hpc.randomness import Stream, mix, uniform
 
@@ -42,9 +42,9 @@ def _augmentation(bench: Bench) -> list[Row]:
     samples = torch.arange(2000)
     images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config, key = AugmentConfig(), mix(0, Stream.AUGMENT, 0, 0)
-    draws, there = uniform(key, samples, parameters.DRAWS), uniform(key, samples.to(bench.device), parameters.DRAWS)
+    draws, there = uniform(key, samples, kernels.DRAWS), uniform(key, samples.to(bench.device), kernels.DRAWS)
     moved, moved_there = (
-        _moved(pixels, parameters.sample_parameters(draws.to(pixels.device), config), config).cpu()
+        _moved(pixels, kernels.sample_parameters(draws.to(pixels.device), config), config).cpu()
         for pixels in (images, images.to(bench.device))
     )
     whole = augment.augment(images, draws, config)
@@ -64,7 +64,7 @@ def _augmentation(bench: Bench) -> list[Row]:
     ]
 
 
-def _moved(images: Tensor, sampled: parameters.Parameters, config: AugmentConfig) -> Tensor:
+def _moved(images: Tensor, sampled: kernels.Parameters, config: AugmentConfig) -> Tensor:
     plan = kernels.make_plan(sampled, config, sorted_by_hue=False)
     return kernels.move(images, plan, torch.empty(4, len(images), 32, 32, device=images.device))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import typing
 
 if typing.TYPE_CHECKING:
-    from cifar_hpc.models.exported import ExportedModel
+    from cifar_hpc.models.improved_resnet import ExportedModel
 
 __version__ = "0.1.0"
 
 
 def load(file: str) -> ExportedModel:
-    """Load a model that `python -m cifar_hpc export` has written; see `models.exported.load_exported`."""
-    from cifar_hpc.models.exported import load_exported  # torch is loaded only here
+    """Load a model that `python -m cifar_hpc export` has written; see `models.improved_resnet.load_exported`."""
+    from cifar_hpc.models.improved_resnet import load_exported  # torch is loaded only here
 
     return load_exported(file)

@@ -1,7 +1,5 @@
 """python -m cifar_hpc COMMAND."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

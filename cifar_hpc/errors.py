@@ -1,7 +1,5 @@
 """Errors that a user can fix: one message, no traceback, a fixed exit code."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A temporary file is locked (flock(2)) by the process that writes it, for as long
 therefore remove it: its writer was killed. That holds across hosts and without process ids, which hosts share.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

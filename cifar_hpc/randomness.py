@@ -12,8 +12,6 @@ The numbers are part of the checkpoint contract: changing any of them breaks eve
 hold golden values.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import torch

@@ -5,8 +5,6 @@ it is checked first (1 s for 3 GB), so a flipped bit is found before a damaged p
 No code in a file is ever run: weights_only admits tensors and plain values, and nothing else is loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

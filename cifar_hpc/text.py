@@ -1,7 +1,5 @@
 """Text of unknown origin: what may go into a file of one value a line, and what may be shown on a terminal."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """python -m cifar_hpc cancel: cancel a run's job."""
 
-from __future__ import annotations
-
 import argparse
 import getpass
 import signal

@@ -5,8 +5,6 @@ Four spellings are completed: `cifar_hpc` (a shell function that the script defi
 starts no Python.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

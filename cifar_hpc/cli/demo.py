@@ -1,7 +1,5 @@
 """make demo: a run from end to end on this machine, with a preemption, by the public commands alone."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -11,8 +11,6 @@ Heavy packages (torch, numpy, matplotlib, rich, submitit, shtab) are imported in
 for its own command: --help stays fast.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from importlib import import_module

@@ -1,7 +1,5 @@
 """python -m cifar_hpc predict: the class of each image, as a CSV that a competition takes."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

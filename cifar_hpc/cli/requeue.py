@@ -1,7 +1,5 @@
 """python -m cifar_hpc requeue: requeue a run, or start a requeued one sooner."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 

@@ -1,7 +1,5 @@
 """Output of commands: colours (https://no-color.org), tables fitted to the width of a terminal, checks of --out."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence

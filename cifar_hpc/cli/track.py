@@ -5,8 +5,6 @@ the first on, in place of those of an earlier call, and does so again when a run
 epoch is shown twice.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """python -m cifar_hpc train: training without a scheduler, in one process or under torchrun."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Spec fields: declaring one with its bounds, and turning a plain value into its type or a clear error."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator

@@ -1,7 +1,5 @@
 """Specs from and to YAML, --set overrides, site profiles, differences, and the name of a run."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Progressive resizing: Howard, "Training Imagenet in 3 hours for $25; and CIFAR10 for $0.26", fast.ai 2018; the keys are
 those of MosaicML Composer's ProgressiveResizing."""
 
-from __future__ import annotations
-
 import math
 
 from cifar_hpc.config.spec import IMAGE_SIZE, Spec

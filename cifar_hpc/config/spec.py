@@ -2,8 +2,6 @@
 
 Defaults are the report's recipe. `batch_size` and `dropout`, which the report leaves open, are our choice."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,7 +1,5 @@
 """Sweeps: the section `sweep` of a job file and its runs, the points."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence

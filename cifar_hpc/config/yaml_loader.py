@@ -1,7 +1,5 @@
 """YAML from files and flags to plain values: safe_load without its traps, and with limits on what a file may cost."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 torchvision takes as long to import as all of the reading takes, and it imports torch, which the submitting process
 never does. `python -m cifar_hpc.data.cifar10 FOLDER` downloads in a process of its own."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import sys

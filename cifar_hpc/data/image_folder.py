@@ -1,7 +1,5 @@
 """The ImageFolder layout: train/<class>/* and test/<class>/*, checked without opening an image."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images to predict, from a folder, an array file, or a pickle such as CIFAR-10's batches."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

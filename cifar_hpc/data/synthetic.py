@@ -8,8 +8,6 @@ All arithmetic is on integers, so the pictures are the same bytes on every machi
 threads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

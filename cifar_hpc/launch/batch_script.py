@@ -1,7 +1,5 @@
 """Batch script of a job (options of sbatch, set-up, the tasks, the epilog), its submission, and the record of that."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -4,8 +4,6 @@ That happens to a run of one process on a node short of memory, and to the tasks
 slurmstepd dies. Any task that lives does so itself (training/exit).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from datetime import datetime

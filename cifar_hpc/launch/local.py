@@ -5,8 +5,6 @@ submission, and so holds them even if submit.py is killed. That of a single run 
 a sweep stays until all points have ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

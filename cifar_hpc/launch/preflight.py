@@ -1,7 +1,5 @@
 """Checks on the submitting machine, before anything is queued."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Code snapshot of a submission: later changes of the project never reach a queued job."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

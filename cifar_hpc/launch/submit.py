@@ -3,8 +3,6 @@
 A single run is submitted as a sweep of one point, and a job on this machine as one on Slurm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

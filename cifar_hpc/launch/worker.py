@@ -5,8 +5,6 @@ then the batch script ignores them (batch_script.IGNORE_SIGNALS), because Python
 signal that was ignored is found by asking Slurm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

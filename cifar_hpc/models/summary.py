@@ -1,7 +1,5 @@
 """Summary of the network's layers, from a forward pass on PyTorch's meta device, which computes no numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """events.jsonl: one row an event. The dataclasses name the events and the fields of their rows."""
 
-from __future__ import annotations
-
 import json
 import socket
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Frozen spec of a run: every later start must compute the same."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from cifar_hpc.config.io import check_resumable, from_plain, to_yaml

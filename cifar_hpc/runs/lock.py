@@ -1,7 +1,5 @@
 """Lock for at most one writer a run; the kernel drops it with the process that holds it, however that ends."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

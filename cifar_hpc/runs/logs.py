@@ -4,8 +4,6 @@ A log that cannot be written ends no run. Lines that could not be written are ke
 metrics.jsonl are taken from the training state, which has all of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

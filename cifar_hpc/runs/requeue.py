@@ -1,7 +1,5 @@
 """Requeueing: the decision, as a pure function of how an attempt ended, and the request to Slurm."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

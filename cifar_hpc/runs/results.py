@@ -1,7 +1,5 @@
 """Results of runs: groups of runs that differ in their seed alone, with what differs, and a row of results for each."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

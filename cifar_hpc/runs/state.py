@@ -1,7 +1,5 @@
 """Jobs of runs in Slurm's queue, and the current state of a run: from progress.json, its lock and the queue."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Timeline of a run, from its two logs: waiting, starting, training, lost work; checkpoints, stops and restarts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

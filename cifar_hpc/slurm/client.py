@@ -1,7 +1,5 @@
 """Slurm's commands (scontrol(1), squeue(1), scancel(1)): the state of jobs and of the queue, and changes to them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Options of sbatch: those that are passed through, those that are refused, forms of a time limit (sbatch(1))."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

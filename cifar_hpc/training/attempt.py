@@ -1,7 +1,5 @@
 """One attempt at a run on the compute side: find its state, train, and end as the outcome requires."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

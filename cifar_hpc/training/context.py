@@ -1,7 +1,5 @@
 """The context of an attempt, shared by all its parts: run, process, logs and events."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

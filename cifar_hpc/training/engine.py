@@ -1,7 +1,5 @@
 """Model, optimizer and sums of one rank, and the training step."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
@@ -13,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_hpc.config.schedule import learning_rate, training_size
 from cifar_hpc.config.spec import Spec
+from cifar_hpc.data.augment.kernels import DRAWS
 from cifar_hpc.data.augment.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss, resize
-from cifar_hpc.data.augment.parameters import DRAWS
 from cifar_hpc.data.augment.pipeline import augment
 from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset

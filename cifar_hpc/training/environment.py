@@ -1,7 +1,5 @@
 """Hardware and libraries of an attempt: precision, switches of PyTorch, memory, and the record of them."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """Evaluation of the averaged or slow weights, with the same figures for every number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """End of an attempt that finished, was stopped or failed: logs, and the requeue if there is one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

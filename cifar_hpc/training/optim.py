@@ -2,8 +2,6 @@
 
 Lookahead: Zhang et al. 2019 (arXiv:1907.08610). Averages: Polyak and Juditsky 1992; Tarvainen 2017."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ A checkpoint at an epoch's end holds the statistics of the weights that the epoc
 of an epoch has only those of the fast weights. For the evaluated weights, therefore, the newest checkpoint at an
 epoch's end is taken. Statistics are never measured again: that would give a model whose figures are in no log."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """The training loop: epochs, steps, checkpoints, stopping. Reads from top to bottom in the order of a run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field

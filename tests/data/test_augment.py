@@ -16,9 +16,9 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing
 
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment import kernels, parameters
+from cifar_hpc.data.augment import kernels
 from cifar_hpc.data.augment import pipeline as A
-from cifar_hpc.data.augment.parameters import blends_before_hue
+from cifar_hpc.data.augment.kernels import blends_before_hue
 from cifar_hpc.errors import SpecError
 from cifar_hpc.randomness import Stream, mix, uniform
 
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 def draws_for(count: int, seed: int = 0) -> Tensor:
-    return uniform(mix(seed, Stream.AUGMENT), torch.arange(count), parameters.DRAWS)
+    return uniform(mix(seed, Stream.AUGMENT), torch.arange(count), kernels.DRAWS)
 
 
 def random_images(count: int, seed: int = 0) -> Tensor:
@@ -51,13 +51,13 @@ def random_images(count: int, seed: int = 0) -> Tensor:
     return torch.cat([noise[: count // 2], coarse[count // 2 :]])
 
 
-def geometry(images: Tensor, p: parameters.Parameters, config: AugmentConfig) -> Tensor:
+def geometry(images: Tensor, p: kernels.Parameters, config: AugmentConfig) -> Tensor:
     """Crop, flip and rotation alone."""
     scratch = torch.empty(4, len(images), 32, 32, device=images.device)
     return kernels.move(images, kernels.make_plan(p, config, sorted_by_hue=False), scratch).view(images.shape)
 
 
-def color_jitter(images: Tensor, p: parameters.Parameters, config: AugmentConfig) -> Tensor:
+def color_jitter(images: Tensor, p: kernels.Parameters, config: AugmentConfig) -> Tensor:
     """Brightness, contrast, saturation and hue alone, of float32 images in [0, 1]."""
     x, plan = images.clone().view(-1, 3, 1024), kernels.make_plan(p, config, sorted_by_hue=False)
     scratch, constants = x.new_empty(4, len(x), 1, 1024), kernels.channels(x.device)
@@ -65,14 +65,14 @@ def color_jitter(images: Tensor, p: parameters.Parameters, config: AugmentConfig
     return x.view(images.shape)
 
 
-def erase(images: Tensor, p: parameters.Parameters) -> Tensor:
+def erase(images: Tensor, p: kernels.Parameters) -> Tensor:
     """Erasing alone, of float32 images."""
     x = images.clone(memory_format=torch.contiguous_format).view(-1, 3, 1024)
     kernels.erase_(x, kernels.make_plan(p, CONFIG, sorted_by_hue=False))
     return x.view(images.shape)
 
 
-def reference_geometry(image: Tensor, p: parameters.Parameters, n: int, padding: int) -> Tensor:
+def reference_geometry(image: Tensor, p: kernels.Parameters, n: int, padding: int) -> Tensor:
     image = F.crop(F.pad(image, [padding]), int(p.top[n]), int(p.left[n]), 32, 32)
     image = F.hflip(image) if p.flip[n] else image
     return F.rotate(image, float(p.angle[n]), InterpolationMode.NEAREST, fill=[0.0])
@@ -84,7 +84,7 @@ def reference_geometry(image: Tensor, p: parameters.Parameters, n: int, padding:
 )
 def test_geometry_equals_torchvision(config: AugmentConfig) -> None:
     count = 3000 if config == CONFIG else 500
-    images, p = random_images(count), parameters.sample_parameters(draws_for(count), config)
+    images, p = random_images(count), kernels.sample_parameters(draws_for(count), config)
     images[::7] = 255  # no zeros inside: a wrong mask cannot hide
     got = geometry(images, p, config)
     expected = torch.stack([reference_geometry(images[n], p, n, config.crop_padding) for n in range(count)])
@@ -97,21 +97,21 @@ def test_geometry_equals_torchvision(config: AugmentConfig) -> None:
     "config", [AugmentConfig(rotation=0), AugmentConfig(rotation=0, flip=0), AugmentConfig(rotation=0, crop_padding=0)]
 )
 def test_geometry_without_rotation_equals_torchvision(config: AugmentConfig) -> None:
-    images, p = random_images(200), parameters.sample_parameters(draws_for(200), config)
+    images, p = random_images(200), kernels.sample_parameters(draws_for(200), config)
     expected = torch.stack([reference_geometry(images[n], p, n, config.crop_padding) for n in range(200)])
     assert torch.equal(geometry(images, p, config), expected)
 
 
 def test_geometry_of_special_angles() -> None:
     angles = torch.tensor([0.0, 15.0, -15.0, 90.0, -90.0, 180.0, 45.0, 1e-6, 30.0])
-    p = parameters.sample_parameters(draws_for(len(angles)), CONFIG)
+    p = kernels.sample_parameters(draws_for(len(angles)), CONFIG)
     p = dataclasses.replace(p, angle=angles)
     images = random_images(len(angles))
     expected = torch.stack([reference_geometry(images[n], p, n, 4) for n in range(len(angles))])
     assert torch.equal(geometry(images, p, CONFIG), expected)
 
 
-def reference_jitter(image: Tensor, p: parameters.Parameters, n: int, config: AugmentConfig) -> Tensor:
+def reference_jitter(image: Tensor, p: kernels.Parameters, n: int, config: AugmentConfig) -> Tensor:
     steps = [
         (F.adjust_brightness, p.brightness, config.brightness),
         (F.adjust_contrast, p.contrast, config.contrast),
@@ -133,7 +133,7 @@ def orders(count: int) -> Tensor:
 def test_color_jitter_matches_torchvision_in_every_order(config: AugmentConfig) -> None:
     count = 24 * 20
     images = random_images(count).float().div(255)
-    p = dataclasses.replace(parameters.sample_parameters(draws_for(count), config), order=orders(count))
+    p = dataclasses.replace(kernels.sample_parameters(draws_for(count), config), order=orders(count))
     got = color_jitter(images, p, config)
     expected = torch.stack([reference_jitter(images[n], p, n, config) for n in range(count)])
     difference = (got - expected).abs().amax((1, 2, 3))
@@ -150,7 +150,7 @@ def test_color_jitter_with_some_steps_off(on: set[int]) -> None:
     names = ("brightness", "contrast", "saturation", "hue")
     config = dataclasses.replace(OFF, **{names[i]: 0.2 for i in on})
     images = random_images(48).float().div(255)
-    p = dataclasses.replace(parameters.sample_parameters(draws_for(48), config), order=orders(48))
+    p = dataclasses.replace(kernels.sample_parameters(draws_for(48), config), order=orders(48))
     expected = torch.stack([reference_jitter(images[n], p, n, config) for n in range(48)])
     got = color_jitter(images, p, config)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -158,7 +158,7 @@ def test_color_jitter_with_some_steps_off(on: set[int]) -> None:
 
 
 def test_erase_equals_torchvision() -> None:
-    images, p = A.normalize(random_images(500)), parameters.sample_parameters(draws_for(500), CONFIG)
+    images, p = A.normalize(random_images(500)), kernels.sample_parameters(draws_for(500), CONFIG)
     boxes = p.box.tolist()
     expected = torch.stack([F.erase(images[n], *boxes[n], torch.tensor(0.0)) for n in range(500)])
     got = erase(images, p)
@@ -177,7 +177,7 @@ def test_normalize_equals_torchvision() -> None:
 def test_augment_composes_the_steps() -> None:
     images, draws = random_images(256), draws_for(256)
     before = images.clone()
-    p = parameters.sample_parameters(draws, CONFIG)
+    p = kernels.sample_parameters(draws, CONFIG)
     x = color_jitter(geometry(images, p, CONFIG).float().div(255), p, CONFIG)
     x = erase(F.normalize(x, kernels.CIFAR10_MEAN, kernels.CIFAR10_STD), p)
     got = A.augment(images, draws, CONFIG)
@@ -229,7 +229,7 @@ def test_sorting_into_parts_on_a_cpu_changes_no_bit(off: tuple[str, ...], monkey
 def test_parts_are_sorted_by_the_order_of_the_steps() -> None:
     draws = draws_for(500)
     draws[:100, 9] = draws[:100, 11]  # a tie of contrast and hue
-    position = parameters.sample_parameters(draws, CONFIG).order.argsort(dim=1)
+    position = kernels.sample_parameters(draws, CONFIG).order.argsort(dim=1)
     assert torch.equal(blends_before_hue(draws, CONFIG), position[:, 3])
     assert not blends_before_hue(draws, dataclasses.replace(CONFIG, hue=0.0)).any()
 
@@ -244,7 +244,7 @@ def test_nothing_depends_on_data() -> None:
     """Fake tensors have no data: .item(), nonzero() and boolean indexing raise."""
     with FakeTensorMode():
         images, samples = torch.empty(8, 3, 32, 32, dtype=torch.uint8), torch.empty(8, dtype=torch.int64)
-        got = A.augment(images, uniform(1, samples, parameters.DRAWS), CONFIG)
+        got = A.augment(images, uniform(1, samples, kernels.DRAWS), CONFIG)
     assert got.shape == (8, 3, 32, 32)
 
 
@@ -258,7 +258,7 @@ def test_a_gpu_agrees_and_never_waits() -> None:
         got = A.augment(on_device, device_draws, CONFIG)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    p, q = parameters.sample_parameters(draws, CONFIG), parameters.sample_parameters(device_draws, CONFIG)
+    p, q = kernels.sample_parameters(draws, CONFIG), kernels.sample_parameters(device_draws, CONFIG)
     assert torch.equal(geometry(images, p, CONFIG), geometry(on_device, q, CONFIG).cpu())
     torch.testing.assert_close(got.cpu(), A.augment(images, draws, CONFIG), rtol=0, atol=1e-5)
     parts = [A.augment(on_device[s], device_draws[s], CONFIG) for s in (slice(None, 3), slice(3, None))]
@@ -269,8 +269,8 @@ def test_a_gpu_agrees_and_never_waits() -> None:
 COUNT = 40_000
 
 
-def sampled(config: AugmentConfig = CONFIG) -> parameters.Parameters:
-    return parameters.sample_parameters(draws_for(COUNT, seed=5), config)
+def sampled(config: AugmentConfig = CONFIG) -> kernels.Parameters:
+    return kernels.sample_parameters(draws_for(COUNT, seed=5), config)
 
 
 def chi_square(values: Tensor, cells: int) -> float:
@@ -383,7 +383,7 @@ def test_a_box_that_never_fits_erases_nothing() -> None:
 
 
 def test_largest_draw_stays_in_range() -> None:
-    p = parameters.sample_parameters(torch.full((1, parameters.DRAWS), 1 - 2**-24), AugmentConfig(crop_padding=31))
+    p = kernels.sample_parameters(torch.full((1, kernels.DRAWS), 1 - 2**-24), AugmentConfig(crop_padding=31))
     assert int(p.top) == int(p.left) == 62
     for size in range(1, 33):
         assert int(torch.tensor(1 - 2**-24) * size) == size - 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cifar_hpc.config.spec import AugmentConfig
 from cifar_hpc.data import synthetic
-from cifar_hpc.data.augment import parameters
+from cifar_hpc.data.augment import kernels
 from cifar_hpc.data.augment import pipeline as A
 from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 from cifar_hpc.randomness import Stream, mix, permutation, uniform
@@ -142,7 +142,7 @@ def test_a_small_network_learns_it_under_augmentation(data: Data) -> None:
     order = torch.cat([permutation(0, epoch, len(labels)) for epoch in range(epochs)])
     for step in range(steps):
         samples = order[step * batch : (step + 1) * batch]
-        draws = uniform(mix(0, Stream.AUGMENT, step), samples, parameters.DRAWS)
+        draws = uniform(mix(0, Stream.AUGMENT, step), samples, kernels.DRAWS)
         loss = nn.functional.cross_entropy(net(A.augment(train[samples], draws, config)), labels[samples])
         optimizer.zero_grad()
         loss.backward()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cifar_hpc.training.signals import StopFlag
 from helpers import PROJECT, end_processes
 
 from cifar_hpc.config.spec import Spec
@@ -26,6 +25,7 @@ from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.lock import RunLock, holder
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
+from cifar_hpc.training.process import StopFlag
 
 PATIENCE_SECONDS = 180  # only bounds how long a hang lasts
 ENDLESS = """

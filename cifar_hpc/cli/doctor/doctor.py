@@ -3,8 +3,6 @@
 With --job it submits a job as runs are submitted, waits for it, and removes all of it unless there was a problem.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

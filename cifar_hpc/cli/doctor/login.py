@@ -1,7 +1,5 @@
 """Checks on the login node: this machine (site profile, torch, images, file system) and Slurm. Never imports torch."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import platform

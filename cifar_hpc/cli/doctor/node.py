@@ -4,8 +4,6 @@
 to `FOLDER/task-<rank>.json`. With `--plan JSON` it prints the findings about this machine.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """Curves of runs, averaged over their seeds, and figures of them: accuracy, loss and learning rate by epoch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev

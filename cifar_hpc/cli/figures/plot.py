@@ -1,7 +1,5 @@
 """python -m cifar_hpc plot: figures of runs, into files or in the terminal."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import string

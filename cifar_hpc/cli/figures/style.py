@@ -1,7 +1,5 @@
 """Style of all figures: colours, sizes, legends, and files of the same figure as PNG and SVG."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Figure of runs in time: waiting, training, checkpoints and interruptions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any

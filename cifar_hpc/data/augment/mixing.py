@@ -6,8 +6,6 @@ Classifiers with Localizable Features", ICCV 2019 (arXiv:1905.04899), with the b
 draw once for a batch; here each sample has its own share, box and choice. All of it is a pure function of the batch
 and its draws, and nothing waits for the device."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE, MixingConfig
-from cifar_hpc.data.augment.parameters import check_draws
+from cifar_hpc.data.augment.kernels import check_draws
 
 _KNOTS = 4097
 

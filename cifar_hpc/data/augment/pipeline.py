@@ -10,20 +10,26 @@ that: each operation is a single multiplication or addition (a fused one may rou
 remainder of a vector loop), and the one reduction, contrast's mean, is a sum of integers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE, AugmentConfig
-from cifar_hpc.data.augment.kernels import Channels, Plan, channels, erase_, jitter_, make_plan, move, normalize_, unit_
-from cifar_hpc.data.augment.parameters import (
+from cifar_hpc.data.augment.kernels import (
     DRAWS,
     PIXELS,
+    Channels,
+    Plan,
     blends_before_hue,
+    channels,
     check_draws,
     check_images,
+    erase_,
+    jitter_,
+    make_plan,
+    move,
+    normalize_,
     sample_parameters,
+    unit_,
 )
 
 # The most samples that a CPU works on at a time: with the scratch they fit into a core's second-level cache.

@@ -7,8 +7,6 @@ time, of numbers that torchvision has, too, or exact in whole numbers. Nothing w
 first call on one copies the tables (0.8 MB) there. On a CPU, which has nothing to wait for, the samples are sorted by
 operation; the bits are the same."""
 
-from __future__ import annotations
-
 import math
 from enum import IntEnum
 from functools import lru_cache
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE
-from cifar_hpc.data.augment.parameters import PIXELS, check_draws, check_images
+from cifar_hpc.data.augment.kernels import PIXELS, check_draws, check_images
 
 _LEVELS = 256
 BINS = 31  # magnitudes that an operation has

@@ -4,8 +4,6 @@ A checkpoint file is one dict of tensors and plain values, written by torch.save
 Its keys are the fields of `TrainingState`, and `format`, the version of this layout.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -17,8 +17,6 @@ interval, nor does the work done while the last checkpoint was being written: ne
 The time of a checkpoint never changes the bits of a run.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Choosing the checkpoint that an attempt resumes from, and cleaning up the run's folders first."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """The checkpoint folder of a run: its files, its index, and the thread that writes them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Group of ranks: they find rank 0, form the process group, choose their devices, and agree after each step."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json
