@@ -42,7 +42,7 @@ class Contest:
         self.trainer = full_trainer(folder, BATCH)
         assert self.trainer.store is not None
         self.store = self.trainer.store
-        self.store.on_written = lambda *what: self._note(OURS)
+        self.store.emit = lambda event: self._note(OURS)
         self.files = {TORCH_SAVE: folder / "torch_save.pt", ASYNC_SAVE: folder / "async_save"}
         self.pending: Future[Any] | None = None
         self.blocked: dict[str, list[float]] = {OURS: [], TORCH_SAVE: [], ASYNC_SAVE: []}

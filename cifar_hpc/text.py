@@ -23,6 +23,16 @@ def printable(text: str) -> str:
     return _BUT_TAB_AND_NEWLINE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def one_line(text: str) -> str:
+    """`text` in printable characters, on one line with single spaces."""
+    return " ".join(printable(text).split())
+
+
+def in_markdown(text: str) -> str:
+    """`text` as one line, with the characters escaped that Markdown would interpret."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+
+
 def shown(value: Any) -> str:
     """repr of a value in an error message, cut where it is long."""
     text = repr(value)

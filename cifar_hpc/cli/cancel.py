@@ -14,13 +14,14 @@ from cifar_hpc.runs.state import queue
 from cifar_hpc.slurm import client
 
 DESCRIPTION = """\
-The job gets SIGTERM, saves, and stays away; a waiting one is taken out of the
-queue, also out of a sweep's job array. Submitting again goes on from there."""
+The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
+the queue, also out of a sweep's job array. The same submission again goes on
+from the checkpoint."""
 EXAMPLES = ("improved_resnet-1a2b3c4d",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", help="the run's name")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -36,6 +37,5 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         raise SpecError(f"{run}: has no job in the queue and no process here; there is nothing to cancel.")
     TrainLog(paths.train_log, enabled=True).line(f"CANCELLED by {user}; submit again to go on")
-    job_id = job.job_id if job else None
-    record_event(paths, Cancelled(by=user), job_id=job_id, restart=None, world_size=None)
+    record_event(paths, Cancelled(by=user), job_id=job.job_id if job else None, restart=None, world_size=None)
     return 0

@@ -1,7 +1,5 @@
 """python -m cifar_hpc compare: a table of runs. Runs that differ only in their seed share a row."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io
@@ -21,7 +19,7 @@ from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs.paths import find_runs, project_root
 from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, sort_key, varied_keys
 from cifar_hpc.runs.state import ANSWER_SECONDS, queue
-from cifar_hpc.text import printable, shown
+from cifar_hpc.text import in_markdown, one_line, printable, shown
 
 DESCRIPTION = """\
 A row for each setting, with only the keys in which the runs differ; runs that
@@ -30,29 +28,23 @@ gives every run a row of its own."""
 EXAMPLES = ("'dropout-*'", "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown")
 
 MISSING = "-"
-# name, as --sort takes it: (heading on a terminal, heading in a document)
-HEADINGS = {
-    "run": ("run", "run"),
-    "settings": ("settings", "settings"),
-    "seeds": ("seeds", "seeds"),
+# Columns by their names, as --sort takes them: those that have the name as their heading, and the figures.
+WORDS = ("run", "settings", "seeds", "epochs", "restarts", "ranks", "state")
+FIGURES = {  # name: (heading on a terminal, heading in a document)
     "test_accuracy": ("test %", "test accuracy (%)"),
     "best_accuracy": ("best %", "best (%)"),
     "train_accuracy": ("train %", "train accuracy (%)"),
-    "epochs": ("epochs", "epochs"),
     "training_seconds": ("training", "training time"),
     "wall_seconds": ("wall", "wall time"),
-    "restarts": ("restarts", "restarts"),
-    "ranks": ("ranks", "processes"),
-    "state": ("state", "state"),
 }
-
-FIGURES = ("test_accuracy", "best_accuracy", "train_accuracy", "training_seconds", "wall_seconds")
+LONG_HEADINGS = {"ranks": "processes", **dict(FIGURES.values())}
 # Further columns of a document, so that readers know how a row was made.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
 # Columns that are left out of a narrow table, the first one first.
 DROPPED = ("ranks", "wall", "train %", "best %", "epochs", "restarts", "training")
 # Columns whose cells may be broken on a narrow terminal, and after what.
 SEPARATORS = {"restarts": ", ", "settings": " "}
+TEXTS = ("run", "settings", "restarts", "state")  # columns that are aligned at the left
 NOTE = (
     "Accuracies are those of the last epoch, as mean ± sample standard deviation over the seeds that have finished "
     "(all, where none has); best is the mean of each run's best epoch. Training time is the sum of a run's epochs, "
@@ -175,18 +167,38 @@ def _joined(values: Any) -> str:
 def _csv_value(value: Any) -> Any:
     if isinstance(value, list):
         return json.dumps(value)
-    return one_line(value) if isinstance(value, str) else value
+    return one_line(value) or MISSING if isinstance(value, str) else value
+
+
+@dataclass(kw_only=True)
+class CompareColumn(Column):
+    """A column with a value to sort by for each row.
+
+    name: as --sort takes it; of a key in which the runs differ, the dotted key.
+    values: numbers, text, or None where missing.
+    shown: the table has it; hidden ones only sort.
+    """
+
+    name: str
+    values: Sequence[Any]
+    shown: bool
 
 
 def as_markdown(rows: Sequence[Row], columns: Sequence[CompareColumn]) -> str:
     """A table as GitHub shows it, with hardware, versions, data and commands, which readers need to trust it."""
-    table = [(column.long_heading, "---:" if column.right else "---", column.cells) for column in columns]
+    table = [(_long_heading(column), "---:" if column.right else "---", column.cells) for column in columns]
     table += [(name, "---", [_origin(row, name) for row in rows]) for name in ORIGINS]
     if not any(column.name == "run" for column in columns):
         table.append(("runs", "---", [", ".join(member.name for member in row.members) for row in rows]))
     lines = [[heading for heading, _, _ in table], [rule for _, rule, _ in table]]
-    lines += [[_in_markdown(cells[i]) for _, _, cells in table] for i in range(len(rows))]
+    lines += [[in_markdown(cells[i]) for _, _, cells in table] for i in range(len(rows))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n"
+
+
+def _long_heading(column: CompareColumn) -> str:
+    if column.name in (*WORDS, *FIGURES):
+        return LONG_HEADINGS.get(column.heading, column.heading)
+    return f"`{column.name}`"
 
 
 def _values(row: Row, name: str) -> list[Any]:
@@ -197,12 +209,6 @@ def _origin(row: Row, name: str) -> str:
     """The values that the runs of a row have; of dates only the days."""
     values = _values(row, name)
     return _joined(dict.fromkeys(value[:10] for value in values) if name == "date" else values) or MISSING
-
-
-def _in_markdown(text: str) -> str:
-    for special in "\\`|*_<>[]":
-        text = text.replace(special, f"\\{special}")
-    return one_line(text)
 
 
 def print_on_terminal(columns: Sequence[CompareColumn]) -> None:
@@ -220,22 +226,6 @@ def print_on_terminal(columns: Sequence[CompareColumn]) -> None:
         print("\n".join(paint(line, "dim") if coloured else line for line in textwrap.wrap(note, width)))
 
 
-@dataclass(kw_only=True)
-class CompareColumn(Column):
-    """A column with a value to sort by for each row.
-
-    name: as --sort takes it.
-    long_heading: in a document.
-    values: numbers, text, or None where missing.
-    shown: the table has it; hidden ones only sort.
-    """
-
-    name: str
-    long_heading: str
-    values: Sequence[Any]
-    shown: bool
-
-
 def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
     """All columns, those in which the rows cannot differ hidden.
 
@@ -251,55 +241,47 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
     unfinished = any(row.finished < len(row.members) for row in rows)
     fewest_epochs = [min(member.epoch for member in row.members) for row in rows]
     restarts = [sum(row.causes().values()) for row in rows]
-    setting_texts = [one_line(text) for text in settings(groups)]
+    setting_texts = [one_line(text) or MISSING for text in settings(groups)]
     changed = [group.changed or None for group in groups]
     return [
-        _column("run", names, names, shown=each or not keys, right=False),
+        _column("run", names, names, shown=each or not keys),
         *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys).items()),
-        _column("settings", setting_texts, changed, shown=many, right=False),
+        _column("settings", setting_texts, changed, shown=many),
         _column("seeds", [_seeds(row) for row in rows], [len(row.members) for row in rows], shown=not each),
-        _figures("test_accuracy", rows, "{:.2f}".format, with_deviation=True),
+        _figures("test_accuracy", rows, "{:.2f}".format, deviation=True),
         _figures("best_accuracy", rows, "{:.2f}".format),
         _figures("train_accuracy", rows, "{:.2f}".format),
         _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
         _figures("training_seconds", rows, _hours),
         _figures("wall_seconds", rows, _hours),
-        _column("restarts", [_causes(row) for row in rows], restarts, right=False),
+        _column("restarts", [_causes(row) for row in rows], restarts),
         _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
-        _column("state", states, states, unfinished, right=False),
+        _column("state", states, states, unfinished),
     ]
 
 
-def _column(
-    name: str, cells: Sequence[str], values: Sequence[Any], shown: bool = True, right: bool = True
-) -> CompareColumn:
-    heading, long_heading = HEADINGS[name]
+def _column(name: str, cells: Sequence[str], values: Sequence[Any], shown: bool = True) -> CompareColumn:
+    heading = FIGURES[name][0] if name in FIGURES else name
     separator = SEPARATORS.get(name, "")
-    return CompareColumn(
-        heading, cells, right, separator, name=name, long_heading=long_heading, values=values, shown=shown
-    )
+    return CompareColumn(heading, cells, name not in TEXTS, separator, name=name, values=values, shown=shown)
 
 
 def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> CompareColumn:
     changed = [row.group.changed for row in rows]
     values = [values.get(key) for values in changed]
-    cells = [one_line(in_words(values[key])) if key in values else MISSING for values in changed]
+    cells = [(one_line(in_words(values[key])) if key in values else "") or MISSING for values in changed]
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values if v is not None)
-    return CompareColumn(heading, cells, numbers, name=key, long_heading=f"`{key}`", values=values, shown=shown)
+    return CompareColumn(heading, cells, numbers, name=key, values=values, shown=shown)
 
 
-def _figures(
-    name: str, rows: Sequence[Row], form: Callable[[float], str], *, with_deviation: bool = False
-) -> CompareColumn:
-    """Means, and their deviations where any group has more than one run."""
+def _figures(name: str, rows: Sequence[Row], form: Callable[[float], str], deviation: bool = False) -> CompareColumn:
+    """Means, and with `deviation` their standard deviations where any group has more than one run."""
     figures = [row.figure(name) for row in rows]
     deviations = [MISSING if f is None or f.std is None else f"{f.std:.2f}" for f in figures]
     width = max(map(len, deviations), default=0)
-    with_deviation = with_deviation and any(text != MISSING for text in deviations)
-    cells = [
-        MISSING if f is None else form(f.mean) + f" ± {text.rjust(width)}" * with_deviation
-        for f, text in zip(figures, deviations, strict=True)
-    ]
+    deviation = deviation and any(text != MISSING for text in deviations)
+    ends = [f" ± {text.rjust(width)}" if deviation else "" for text in deviations]
+    cells = [MISSING if f is None else form(f.mean) + end for f, end in zip(figures, ends, strict=True)]
     return _column(name, cells, [f and f.mean for f in figures])
 
 
@@ -321,7 +303,7 @@ def _epochs(row: Row) -> str:
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Each dotted key's last part; the whole key where another key or column has that name, too."""
-    taken = {word for name, (heading, _) in HEADINGS.items() for word in (name, heading)}
+    taken = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
     last = {key: key.rpartition(".")[2] for key in keys}
     count = Counter(last.values())
     return {key: short if count[short] == 1 and short not in taken else key for key, short in last.items()}
@@ -345,11 +327,6 @@ def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) ->
     present = [(row, value) for row, value in pairs if value is not None]
     present.sort(key=lambda pair: sort_key(pair[1]), reverse=by.startswith("-"))
     return [*(row for row, _ in present), *(row for row, value in pairs if value is None)]
-
-
-def one_line(text: str) -> str:
-    """Text from a file, safe for a terminal and for one line of a table."""
-    return " ".join(printable(text).split()) or MISSING
 
 
 def _causes(row: Row) -> str:

@@ -64,14 +64,9 @@ def script(shell: str) -> str:
     for action in (*_actions(commands), *_actions(submit)):
         if isinstance(action.metavar, str) and action.metavar in COMPLETERS:
             action.complete = dict.fromkeys(("bash", "zsh"), COMPLETERS[action.metavar])  # type: ignore[attr-defined]
-    helpers = Path(__file__).with_suffix(f".{shell}").read_text()
-    words = {
-        "@python@": shlex.quote(sys.executable),
-        "@project@": shlex.quote(str(PROJECT)),
-        "@keys@": " ".join(f"{key}=" for key in flatten(to_plain(Spec()))),
-    }
-    for placeholder, word in words.items():
-        helpers = helpers.replace(placeholder, word)
+    keys = " ".join(f"{key}=" for key in flatten(to_plain(Spec())))
+    helpers = Path(__file__).with_suffix(f".{shell}").read_text().replace("@keys@", keys)
+    helpers = helpers.replace("@python@", shlex.quote(sys.executable)).replace("@project@", shlex.quote(str(PROJECT)))
     return "\n".join([shtab.complete(commands, shell), shtab.complete(submit, shell), helpers])
 
 

@@ -13,7 +13,7 @@ from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_folder, shorten
 from cifar_hpc.config.spec import CLASSES
 from cifar_hpc.runs.paths import project_root
-from cifar_hpc.text import printable
+from cifar_hpc.text import one_line, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +30,15 @@ EXAMPLES = (
     "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --weights fast --json",
 )
 
-NAME_WIDTH = 12
+NAME_WIDTH, MOST_CONFUSED = 12, 3
 Matrix = list[list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", metavar="DIR", help="other test images: CIFAR-10 or test/<class>/*")
+    parser.add_argument(
+        "--data", metavar="DIR", help="a folder of other test images: CIFAR-10's files, or test/CLASS/*"
+    )
     parser.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -115,10 +117,10 @@ def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
 
 def short(name: str) -> str:
     """A class's name, fit for a column of a table."""
-    return shorten(" ".join(printable(name).split()), NAME_WIDTH)
+    return shorten(one_line(name), NAME_WIDTH)
 
 
-def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[str]:
+def most_confused(matrix: Matrix, names: Sequence[str]) -> list[str]:
     """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
     shares = [
         (100 * matrix[true][predicted] / sum(matrix[true]), true, predicted)
@@ -126,10 +128,8 @@ def most_confused(matrix: Matrix, names: Sequence[str], count: int = 3) -> list[
         for predicted in range(CLASSES)
         if predicted != true and matrix[true][predicted]
     ]
-    worst = sorted(shares, key=lambda entry: (-entry[0], entry[1:]))[:count]
-    return [
-        f"{share:5.1f}% of {short(names[true])} taken for {short(names[predicted])}" for share, true, predicted in worst
-    ]
+    shares.sort(key=lambda entry: (-entry[0], entry[1:]))
+    return [f"{share:5.1f}% of {short(names[t])} taken for {short(names[p])}" for share, t, p in shares[:MOST_CONFUSED]]
 
 
 def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list[Path]:

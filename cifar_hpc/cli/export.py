@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from cifar_hpc.config.yaml_loader import Dumper
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
 from cifar_hpc.runs.paths import project_root
-from cifar_hpc.text import printable
+from cifar_hpc.text import in_markdown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +99,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         card: its metadata.
         rows: of metrics.jsonl, up to the exported model.
     """
-    name, spec = _plain(file), json.loads(card["spec"])
+    name, spec = in_markdown(file), json.loads(card["spec"])
     # Figures of images held out of the training images are no test figures.
     kind = "test" if spec.get("data", {}).get("holdout") is None else "held-out"
     accuracy = "not measured"
@@ -110,15 +109,15 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         loss = f"{float(card['test_loss']):.4f} (label smoothing {card['label_smoothing']})"
     spec_yaml = yaml.dump(spec, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
     parts = [
-        f"# {_plain(card['run']) if 'run' in card else name}",
+        f"# {in_markdown(card['run']) if 'run' in card else name}",
         f"{WRITTEN_BY} (cifar_hpc {card['cifar_hpc']}); exporting again replaces it.\n",
         f"ImprovedResNet, a bottleneck ResNet for images of 32x32 pixels: {int(card['parameters']):,} parameters, "
         f"{card['weights']} weights after epoch {card['epoch']} of {card['epochs']} (step {card['step']}).\n",
         "| | |\n|---|---|",
         f"| {kind} accuracy | {accuracy} |",
         f"| {kind} loss | {loss} |",
-        f"| measured on | {_plain(card['data'])} |",
-        f"| classes 0 to 9 | {', '.join(_plain(label) for label in json.loads(card['classes']))} |",
+        f"| measured on | {in_markdown(card['data'])} |",
+        f"| classes 0 to 9 | {', '.join(in_markdown(label) for label in json.loads(card['classes']))} |",
         f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
         "| output | logits [B, 10] |\n",
         "## Load it",
@@ -129,19 +128,14 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         "```yaml\n" + spec_yaml.replace("```", "'''") + "```\n",
         "## Where it comes from",
         "| | |\n|---|---|",
-        f"| checkpoint | {_plain(card['checkpoint'])} |",
+        f"| checkpoint | {in_markdown(card['checkpoint'])} |",
         f"| checkpoint digest | `{card['checkpoint_digest']}` |",
         f"| weights sha256 | `{card['weights_sha256']}` |",
         f"| sha256 of {name} | `{sha256}` |",
-        f"| trained on | {_plain(card['trained_on'])} |",
-        f"| versions | cifar_hpc {card['cifar_hpc']}, torch {_plain(card['torch'])}, python {card['python']} |",
+        f"| trained on | {in_markdown(card['trained_on'])} |",
+        f"| versions | cifar_hpc {card['cifar_hpc']}, torch {in_markdown(card['torch'])}, python {card['python']} |",
     ]
     return "\n".join(parts) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text of unknown origin as words of one line, escaped for markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:

@@ -17,7 +17,7 @@ from importlib import import_module
 
 COMMANDS = {  # module in this package: its line in the list of commands, in the order of --help
     "train": "train here: one process, or each process of torchrun",
-    "status": "one line a run: state, epoch, accuracy, speed, time left, restarts",
+    "status": "one line per run: state, epoch, accuracy, speed, time left, restarts",
     "tail": "follow a run's train.log, from its beginning until the run ends",
     "inspect": "verify a checkpoint; show what it holds and its sha256 sums",
     "requeue": "requeue a running job, or let a requeued one start now",
@@ -29,7 +29,7 @@ COMMANDS = {  # module in this package: its line in the list of commands, in the
     "compare": "a table of runs: what differs, accuracy (mean and std over seeds), time, restarts",
     "track": "show runs in TensorBoard or Weights & Biases, while they go on or afterwards",
     "doctor.doctor": "what would go wrong here: Slurm, partition, GPUs, file system, data, torch",
-    "completion": "print what makes a shell complete commands, options and runs",
+    "completion": "print the script that makes a shell complete commands, options and runs",
 }
 EPILOG = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2

@@ -15,7 +15,7 @@ from cifar_hpc.runs.paths import project_root
 COLUMNS = ("ID", "Labels")
 
 DESCRIPTION = """\
-Writes a CSV with the columns ID and Labels, one row an image in the order of
+Writes a CSV with the columns ID and Labels, one row per image in the order of
 the input. A CIFAR pickle is read without executing anything in it."""
 EXAMPLES = (
     "improved_resnet-1a2b3c4d images/ --out labels.csv",
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write a CSV of the columns ID and Labels (0 to 9), one row an image in the input's order, and print a summary.
+    """Write a CSV of the columns ID and Labels (0 to 9), one row per image in the input's order, and print a summary.
 
     Raises:
         UserError: names the run, the file or the folder that is wrong; the output is then unchanged.

@@ -14,12 +14,13 @@ from cifar_hpc.text import printable
 DESCRIPTION = """\
 A running job saves a checkpoint and goes back into the queue; a local run
 saves and starts again. A job that Slurm has requeued waits about two minutes
-(BeginTime), and a held one for ever: both may start at once after this."""
+(BeginTime), and a held one until it is released: after this both may start at
+once."""
 EXAMPLES = ("improved_resnet-1a2b3c4d",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", help="the run's name")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root
 from cifar_hpc.runs.state import WAITING, QueuePoller, RunState, read_state
 from cifar_hpc.slurm.client import expected
-from cifar_hpc.text import duration, printable
+from cifar_hpc.text import duration, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,12 +174,8 @@ class Screen:
             self._shown, self._size = [], (size.width, size.height)
             self.console.clear()
         lines = self.frame(size.width, size.height)
-        changes = [
-            _TO_LINE.format(number + 1) + line
-            for number, line in enumerate(lines)
-            if number >= len(self._shown) or line != self._shown[number]
-        ]
-        changes += [_TO_LINE.format(number + 1) for number in range(len(lines), len(self._shown))]
+        pairs = enumerate(zip_longest(lines, self._shown), 1)
+        changes = [_TO_LINE.format(number) + (line or "") for number, (line, before) in pairs if line != before]
         self.console.file.write("".join(changes))
         self.console.file.flush()
         self._shown = lines
@@ -199,7 +196,7 @@ class Screen:
             last = queue.asked_at
             shown = f"its answer of {datetime.fromtimestamp(last):%H:%M:%S} is shown" if last else "only files are read"
             words = queue.trouble.rpartition("was refused: ")[2]
-            notes.append(f"Slurm does not answer, {shown}: {' '.join(printable(words).split())}")
+            notes.append(f"Slurm does not answer, {shown}: {one_line(words)}")
         return notes
 
 
@@ -290,7 +287,7 @@ def cells(state: RunState) -> dict[str, str]:
         "JOB": str(state.job_id or "-"),
         "DETAIL": state.detail,
     }
-    return {column: " ".join(printable(cell).split()) for column, cell in row.items()}
+    return {column: one_line(cell) for column, cell in row.items()}
 
 
 def _percent(value: float | None) -> str:

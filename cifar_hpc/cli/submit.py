@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where it is")
     where.add_argument("--profile", metavar="NAME", help="site profile in slurm/clusters (default: default)")
     for key, metavar, text in RESOURCE_FLAGS:
-        where.add_argument(f"--{key.replace('_', '-')}", dest=f"resources_{key}", metavar=metavar, help=text)
+        where.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
     text = "any other options of sbatch, by their long names"
     where.add_argument("--sbatch", metavar="KEY=VALUE", help=text, **several)
     where.add_argument("--no-requeue", action="store_true", help="never requeue the job; submit again to go on")
@@ -222,8 +222,7 @@ def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
     """Values of the section `resources` from the flags; text stays text, which YAML would interpret."""
     resources: dict[str, Any] = {}
     for key, _, _ in RESOURCE_FLAGS:
-        value = getattr(arguments, f"resources_{key}")
-        if value is not None:
+        if (value := getattr(arguments, key)) is not None:
             number = key in ("gpus_per_node", "cpus_per_task") and re.fullmatch("[0-9]{1,9}", value)
             resources[key] = int(value) if number else value
     options: dict[str, str] = {}

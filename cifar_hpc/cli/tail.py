@@ -62,7 +62,7 @@ PROGRESS = re.compile(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", help="the run's name")
     parser.add_argument("--epochs", action="store_true", help="only the rows of finished epochs")
 
 
@@ -188,18 +188,14 @@ class LiveView(PlainView):
         step, steps = int(progress["step"]), int(progress["steps"])
         speed, eta = f"{progress['speed']} img/s", f"ETA {duration(self._eta)}"
         parts = [f" {step}/{steps}", progress["loss"], progress["accuracy"], speed, eta]
-        while len(parts) > 2 and self._room(before, parts) < LEAST_BAR:
+        while (room := self._console.width - len(before) - len("  ".join(parts)) - 1) < LEAST_BAR and len(parts) > 2:
             parts.pop(-2)
-        room = self._room(before, parts)
         grid = Table.grid()
         cells: list[RenderableType] = [Text(before, no_wrap=True)]
         if room >= LEAST_BAR:
             cells.append(ProgressBar(total=steps, completed=step, width=min(room, MOST_BAR)))
         grid.add_row(*cells, Text("  ".join(parts), no_wrap=True, overflow="ellipsis"))
         return grid
-
-    def _room(self, before: str, parts: list[str]) -> int:
-        return self._console.width - len(before) - len("  ".join(parts)) - 1
 
 
 def _follow_to_end(paths: RunPaths, log: LogFollower, view: PlainView) -> int:
@@ -251,9 +247,10 @@ class LogFollower:
         """
         if self._file is None:
             try:
-                self._file = self._open()
+                self._file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
             except FileNotFoundError:
                 return []
+            self._file.seek(self._offset if self._offset <= os.fstat(self._file.fileno()).st_size else 0)
         text = self._file.read()
         self._offset = self._file.tell()
         if text:
@@ -276,20 +273,12 @@ class LogFollower:
             self._file.close()
             self._file = None
 
-    def _open(self) -> TextIO:
-        file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
-        if os.fstat(file.fileno()).st_size < self._offset:
-            self._offset = 0
-        file.seek(self._offset)
-        return file
-
     def _replaced(self, file: TextIO) -> bool:
-        mine = os.fstat(file.fileno())
         try:
             status = self.path.stat()
         except FileNotFoundError:  # moved away; another file may follow
             return True
-        return (status.st_ino, status.st_dev) != (mine.st_ino, mine.st_dev) or status.st_size < file.tell()
+        return not os.path.samestat(status, os.fstat(file.fileno())) or status.st_size < file.tell()
 
 
 class EpochFollower(LogFollower):

@@ -102,17 +102,16 @@ def lay_out(columns: Sequence[Column], width: int | None = None, styles: Sequenc
         wrapped = [column.lines(cell) for column, cell in zip(columns, row, strict=True)]
         for number, cells in enumerate(zip_longest(*wrapped)):
             padded = [" " * column.width if c is None else c for c, column in zip(cells, columns, strict=True)]
-            table.append(_line(padded, styled, style if styled is None or not number else "", width))
+            line = GAP.join(padded).rstrip()
+            line = line if width is None else shorten(line, width)
+            if styled is None:
+                line = paint(line, style)
+            elif number == 0:
+                begin = len(GAP.join([*padded[:styled], ""]))
+                end = begin + len(padded[styled])
+                line = line[:begin] + paint(line[begin:end], style) + line[end:]
+            table.append(line)
     return table
-
-
-def _line(cells: Sequence[str], styled: int | None, style: str, width: int | None) -> str:
-    if styled is None:
-        text = GAP.join(cells).rstrip()
-        return paint(text if width is None else shorten(text, width), style)
-    before, cell = GAP.join([*cells[:styled], ""]), cells[styled]
-    after = GAP.join(["", *cells[styled + 1 :]]).rstrip()
-    return before + paint(cell, style) + (after if width is None else shorten(after, width - len(before + cell)))
 
 
 def shorten(text: str, width: int, keep_end: int = 0) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cifar_hpc.training.process import StopFlag, Stopwatch
 
 DESCRIPTION = """\
-Trains in this very process, without Slurm and submitit; several processes
+Trains in this process, without Slurm and submitit; several processes
 under torchrun train together. The same command again goes on from the newest
 good checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2 and the first
 Ctrl-C save a checkpoint and stop.

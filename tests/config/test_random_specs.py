@@ -95,12 +95,13 @@ SECTIONS = st.fixed_dictionaries(
 
 
 class Telling(Attempt):
-    """A start of a run that hands its error on instead of writing it down."""
+    """An attempt that hands its error on instead of writing it down."""
 
-    def _failed(self, error: Exception) -> int:
-        if self.watchdog is not None:
-            self.watchdog.stop()
-        self._position()
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.failures.report = self.hand_on
+
+    def hand_on(self, error: Exception) -> int:
         self.lock.release()
         raise error
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_hpc.cli import terminal
 from cifar_hpc.files import write_atomic
 
 if TYPE_CHECKING:
@@ -52,10 +53,7 @@ def add_legend(figure: Figure, entries: Sequence[tuple[Any, str, str]], title: s
 
 def shorten(text: str, letters: int) -> str:
     """`text` of at most so many letters, without its middle where it is longer: names often differ in their ends."""
-    if len(text) <= letters:
-        return text
-    head = (letters - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (letters - 1 - head) :]}"
+    return terminal.shorten(text, letters, keep_end=letters // 2)
 
 
 def save_figure(figure: Figure, folder: Path, name: str, title: str) -> list[Path]:

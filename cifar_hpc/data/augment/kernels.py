@@ -1,8 +1,8 @@
 """The steps of the augmentation: crop, flip and rotation in one lookup, colours, normalisation, erasing.
 
-Torchvision defines what each means. `sample_parameters` takes each sample's parameters from uniform numbers that belong
-to that sample alone. `make_plan` computes what is worth computing for a batch at once; the kernels then
-work on all of its samples or on a part of them.
+Torchvision defines what each means. `sample_parameters` computes each sample's parameters from uniform numbers that
+belong to that sample alone. `make_plan` computes what is worth computing for a batch at once; the kernels then work on
+all of its samples or on a part of them.
 """
 
 import math
@@ -22,13 +22,11 @@ LUMA = (0.2989, 0.587, 0.114)  # torchvision.transforms.functional.rgb_to_graysc
 _STEPS = 2.0**14
 _LAST = IMAGE_SIZE - 1
 _HALF = IMAGE_SIZE / 2
-
-
+PIXELS = IMAGE_SIZE * IMAGE_SIZE
 # Columns of `draws`. Fixed, so that switching one step off changes no other.
 _CROP, _FLIP, _ROTATION, _JITTER, _ORDER = slice(0, 2), 2, 3, slice(4, 8), slice(8, 12)
 _ERASE, _AREA, _RATIO, _PLACE = 12, slice(13, 23), slice(23, 33), slice(33, 35)
 DRAWS = 35  # uniform numbers that one sample takes
-PIXELS = IMAGE_SIZE * IMAGE_SIZE
 
 
 @dataclass(frozen=True)

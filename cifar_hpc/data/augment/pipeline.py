@@ -14,23 +14,8 @@ import torch
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE, AugmentConfig
-from cifar_hpc.data.augment.kernels import (
-    DRAWS,
-    PIXELS,
-    Channels,
-    Plan,
-    blends_before_hue,
-    channels,
-    check_draws,
-    check_images,
-    erase_,
-    jitter_,
-    make_plan,
-    move,
-    normalize_,
-    sample_parameters,
-    unit_,
-)
+from cifar_hpc.data.augment import kernels
+from cifar_hpc.data.augment.kernels import PIXELS, Channels, Plan
 
 # The most samples that a CPU works on at a time: with the scratch they fit into a core's second-level cache.
 PART = 48
@@ -48,8 +33,8 @@ def normalize(images: Tensor) -> Tensor:
     Raises:
         ValueError: for images of another shape or type.
     """
-    check_images(images)
-    x = normalize_(unit_(_planes(images), images), channels(images.device))
+    kernels.check_images(images)
+    x = kernels.normalize_(kernels.unit_(_planes(images), images), kernels.channels(images.device))
     return x.view(images.shape).contiguous(memory_format=torch.channels_last)
 
 
@@ -67,30 +52,30 @@ def augment(images: Tensor, draws: Tensor, config: AugmentConfig) -> Tensor:
     Raises:
         ValueError: for images or draws of another shape or type.
     """
-    check_images(images)
-    check_draws(draws, images, DRAWS)
+    kernels.check_images(images)
+    kernels.check_draws(draws, images, kernels.DRAWS)
     # Traced tensors have no values to sort by; fake ones are of a class of their own. Few samples make no parts.
     values = images.device.type == "cpu" and type(draws) is Tensor and not torch.compiler.is_compiling()
     if values and len(images) > PART:
         return _augment_in_parts(images, draws, config)
-    plan = make_plan(sample_parameters(draws, config), config, sorted_by_hue=False)
+    plan = kernels.make_plan(kernels.sample_parameters(draws, config), config, sorted_by_hue=False)
     x = _planes(images)
     scratch = x.new_empty(4 * len(x) * PIXELS)
-    _augment_(x, images, plan, len(plan.image) // 2, scratch, channels(x.device), config)
+    _augment_(x, images, plan, len(plan.image) // 2, scratch, kernels.channels(x.device), config)
     return x.view(images.shape).contiguous(memory_format=torch.channels_last)
 
 
 def _augment_in_parts(images: Tensor, draws: Tensor, config: AugmentConfig) -> Tensor:
     """`augment` on a CPU: half as many blends, in the cache. Reads values of `draws`."""
-    before = blends_before_hue(draws, config)
+    before = kernels.blends_before_hue(draws, config)
     order, counts = before.argsort(stable=True), before.tolist()
     parts = [(turns, size) for turns in range(4) for size in _sizes(counts.count(turns))]
     sizes = [size for _, size in parts]
     draws, images = draws.index_select(0, order), images.index_select(0, order)
-    whole = make_plan(sample_parameters(draws, config), config, sorted_by_hue=True)
+    whole = kernels.make_plan(kernels.sample_parameters(draws, config), config, sorted_by_hue=True)
     plans = map(Plan, *(tensor.split(sizes, dim=1) for tensor in whole))
     out = torch.empty(images.shape, dtype=torch.float32, memory_format=torch.channels_last)
-    constants, largest = channels(images.device), max(sizes)
+    constants, largest = kernels.channels(images.device), max(sizes)
     # The same memory for all parts, which so stays in the cache.
     planes, scratch = (torch.empty(count * largest * PIXELS, dtype=torch.float32) for count in (3, 4))
     for (turns, size), rows, plan, pixels in zip(parts, order.split(sizes), plans, images.split(sizes), strict=True):
@@ -110,12 +95,14 @@ def _augment_(
     x: Tensor, images: Tensor, plan: Plan, turns: int, scratch: Tensor, constants: Channels, config: AugmentConfig
 ) -> None:
     """Augment uint8 `images` into x, float32 [B, 3, 1024], with so many turns before hue."""
-    unit_(x, move(images, plan, scratch.view(4, -1, IMAGE_SIZE, IMAGE_SIZE)) if config.geometric else images)
+    if config.geometric:
+        images = kernels.move(images, plan, scratch.view(4, -1, IMAGE_SIZE, IMAGE_SIZE))
+    kernels.unit_(x, images)
     if config.jitter:
-        jitter_(x, scratch.view(4, -1, 1, PIXELS), plan, turns, constants, config)
-    normalize_(x, constants)
+        kernels.jitter_(x, scratch.view(4, -1, 1, PIXELS), plan, turns, constants, config)
+    kernels.normalize_(x, constants)
     if config.erasing > 0:
-        erase_(x, plan)
+        kernels.erase_(x, plan)
 
 
 def _planes(images: Tensor) -> Tensor:
