@@ -17,7 +17,7 @@ from cifar_hpc import __main__
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli import status, tail
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.text import SHOWN_CHARACTERS, control_character, duration, printable, shown
+from cifar_hpc.text import SHOWN_CHARACTERS, control_character, duration, in_markdown, one_line, printable, shown
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r[/red][link=file:///x]"
 ROW = {
@@ -45,6 +45,11 @@ def test_control_characters_are_spelt_out() -> None:
     assert printable("a\x1b[31m\r\0\u202e\tb\n") == "a\\x1b[31m\\r\\x00\\u202e\tb\n"
     assert control_character("plain é日😀") is None
     assert control_character("a\tb") == "\t"
+
+
+def test_text_for_a_cell_of_a_table_is_one_line_and_markdown_is_escaped() -> None:
+    assert one_line(" a\n b\t\tc\x1b ") == r"a b c\x1b"
+    assert in_markdown("a|b\n*c* <d> #1") == r"a\|b \*c\* \<d\> \#1"
 
 
 def test_long_values_are_cut() -> None:

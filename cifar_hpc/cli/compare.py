@@ -186,19 +186,14 @@ class CompareColumn(Column):
 
 def as_markdown(rows: Sequence[Row], columns: Sequence[CompareColumn]) -> str:
     """A table as GitHub shows it, with hardware, versions, data and commands, which readers need to trust it."""
-    table = [(_long_heading(column), "---:" if column.right else "---", column.cells) for column in columns]
+    long = [f"`{c.name}`" if "." in c.name else LONG_HEADINGS.get(c.heading, c.heading) for c in columns]
+    table = [(name, "---:" if c.right else "---", c.cells) for name, c in zip(long, columns, strict=True)]
     table += [(name, "---", [_origin(row, name) for row in rows]) for name in ORIGINS]
     if not any(column.name == "run" for column in columns):
         table.append(("runs", "---", [", ".join(member.name for member in row.members) for row in rows]))
     lines = [[heading for heading, _, _ in table], [rule for _, rule, _ in table]]
     lines += [[in_markdown(cells[i]) for _, _, cells in table] for i in range(len(rows))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n"
-
-
-def _long_heading(column: CompareColumn) -> str:
-    if column.name in (*WORDS, *FIGURES):
-        return LONG_HEADINGS.get(column.heading, column.heading)
-    return f"`{column.name}`"
 
 
 def _values(row: Row, name: str) -> list[Any]:
@@ -238,15 +233,12 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
     names, states = [_run(row) for row in rows], [_state(row) for row in rows]
     ranks = [sorted(row.all_of("world_sizes")) for row in rows]
     ranks_differ = len({size for sizes in ranks for size in sizes}) > 1
-    unfinished = any(row.finished < len(row.members) for row in rows)
     fewest_epochs = [min(member.epoch for member in row.members) for row in rows]
-    restarts = [sum(row.causes().values()) for row in rows]
     setting_texts = [one_line(text) or MISSING for text in settings(groups)]
-    changed = [group.changed or None for group in groups]
     return [
         _column("run", names, names, shown=each or not keys),
         *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys).items()),
-        _column("settings", setting_texts, changed, shown=many),
+        _column("settings", setting_texts, [group.changed or None for group in groups], shown=many),
         _column("seeds", [_seeds(row) for row in rows], [len(row.members) for row in rows], shown=not each),
         _figures("test_accuracy", rows, "{:.2f}".format, deviation=True),
         _figures("best_accuracy", rows, "{:.2f}".format),
@@ -254,9 +246,9 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
         _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
         _figures("training_seconds", rows, _hours),
         _figures("wall_seconds", rows, _hours),
-        _column("restarts", [_causes(row) for row in rows], restarts),
+        _column("restarts", [_causes(row) for row in rows], [sum(row.causes().values()) for row in rows]),
         _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
-        _column("state", states, states, unfinished),
+        _column("state", states, states, any(row.finished < len(row.members) for row in rows)),
     ]
 
 
@@ -319,14 +311,11 @@ def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) ->
     names = {column.heading.removesuffix(" %"): column for column in columns} | known
     word = by.removeprefix("-")
     if word not in names:
-        raise SpecError(
-            f"--sort: {shown(by)} is no column; allowed: {', '.join(map(printable, known))}, each with or without "
-            f"a leading -.{nearest(word, names)}"
-        )
+        allowed = f"allowed: {', '.join(map(printable, known))}, each with or without a leading -."
+        raise SpecError(f"--sort: {shown(by)} is no column; {allowed}{nearest(word, names)}")
     pairs = list(zip(rows, names[word].values, strict=True))
-    present = [(row, value) for row, value in pairs if value is not None]
-    present.sort(key=lambda pair: sort_key(pair[1]), reverse=by.startswith("-"))
-    return [*(row for row, _ in present), *(row for row, value in pairs if value is None)]
+    pairs.sort(key=lambda pair: sort_key(pair[1]), reverse=by.startswith("-"))
+    return [row for row, _ in sorted(pairs, key=lambda pair: pair[1] is None)]
 
 
 def _causes(row: Row) -> str:

@@ -20,8 +20,7 @@ PATIENCE_SECONDS = 1800
 def main() -> int:
     """Run the demo; exit status 0 if the run was preempted, resumed and finished."""
     paths = RunPaths(project_root(), RUN)
-    reason = why_busy(paths, jobs={})
-    if reason is not None:
+    if reason := why_busy(paths, jobs={}):
         print(f"error: {reason}", file=sys.stderr)
         return RunBusyError.exit_code
     for old in (paths.logs, paths.checkpoints):

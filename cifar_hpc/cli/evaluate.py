@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,7 @@ DESCRIPTION = """\
 Runs the test set through a checkpoint. Prints accuracy and loss, the accuracy
 of each class, and which classes are taken for which; --out draws the confusion
 matrix."""
-EXAMPLES = (
-    "improved_resnet-1a2b3c4d",
-    "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --weights fast --json",
-)
+EXAMPLES = ("improved_resnet-1a2b3c4d", "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --json")
 
 NAME_WIDTH, MOST_CONFUSED = 12, 3
 Matrix = list[list[int]]
@@ -36,9 +34,7 @@ Matrix = list[list[int]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--data", metavar="DIR", help="a folder of other test images: CIFAR-10's files, or test/CLASS/*"
-    )
+    parser.add_argument("--data", metavar="DIR", help="other test images: CIFAR-10's files, or test/CLASS/*")
     parser.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -73,10 +69,8 @@ def main(arguments: argparse.Namespace) -> int:
     images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
     report = _report(trained, images, trained.logged if data is None else None)
     if folder is not None:
-        title = (
-            f"{trained.run or trained.path.name}, epoch {report['epoch']}: "
-            f"{report['accuracy']:.2f}% of {report['images']:,} images"
-        )
+        name = trained.run or trained.path.name
+        title = f"{name}, epoch {report['epoch']}: {report['accuracy']:.2f}% of {report['images']:,} images"
         report["figures"] = [str(path) for path in draw(report["confusion"], images.classes, title, folder)]
     if arguments.json:
         print(json.dumps(report, indent=1))
@@ -91,8 +85,7 @@ def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
     Args:
         labels, predicted: int64 [N] of classes 0 to 9.
     """
-    counts = (labels * CLASSES + predicted).bincount(minlength=CLASSES**2)
-    matrix: Matrix = counts.view(CLASSES, CLASSES).tolist()
+    matrix: Matrix = (labels * CLASSES + predicted).bincount(minlength=CLASSES**2).view(CLASSES, CLASSES).tolist()
     return matrix
 
 
@@ -122,12 +115,7 @@ def short(name: str) -> str:
 
 def most_confused(matrix: Matrix, names: Sequence[str]) -> list[str]:
     """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
-    shares = [
-        (100 * matrix[true][predicted] / sum(matrix[true]), true, predicted)
-        for true in range(CLASSES)
-        for predicted in range(CLASSES)
-        if predicted != true and matrix[true][predicted]
-    ]
+    shares = [(100 * matrix[t][p] / sum(matrix[t]), t, p) for t, p in permutations(range(CLASSES), 2) if matrix[t][p]]
     shares.sort(key=lambda entry: (-entry[0], entry[1:]))
     return [f"{share:5.1f}% of {short(names[t])} taken for {short(names[p])}" for share, t, p in shares[:MOST_CONFUSED]]
 
@@ -222,12 +210,12 @@ def _text(report: Mapping[str, Any], trained: TrainedModel, classes: tuple[str, 
     from cifar_hpc.training.trained_model import summary
 
     smoothing = trained.spec.train.label_smoothing
+    smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
     facts = {
         **trained.facts(root),
         "images": f"{report['images']:,} test images, {report['data']}",
         "accuracy": f"{report['accuracy']:.2f}%{_beside(report, 'accuracy', '.2f', '%')}",
-        "loss": f"{report['loss']:.4f}{_beside(report, 'loss', '.4f', '')}"
-        + (f", with label smoothing {smoothing:g}" if smoothing else ""),
+        "loss": f"{report['loss']:.4f}{_beside(report, 'loss', '.4f', '')}{smoothed}",
     }
     matrix = report["confusion"]
     body = ["", *table(matrix, classes), "", *most_confused(matrix, classes)]

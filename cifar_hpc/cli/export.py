@@ -66,9 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
     root, path = project_root(), output_file(arguments.out, ".safetensors")
     card_path = output_file(str(path.with_suffix(".md")))
     if card_path.exists() and WRITTEN_BY.encode() not in read_regular(card_path)[:1000]:  # such as a README.md
-        raise SpecError(
-            f"--out: {card_path}, where the card would go, is there already and is no card. HINT: another name."
-        )
+        problem = f"{card_path}, where the card would go, is there already and is no card"
+        raise SpecError(f"--out: {problem}. HINT: another name.")
     trained = load_trained(root, arguments.run, arguments.weights)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
     card = metadata(trained, class_names(trained.spec.data, root))
@@ -79,12 +78,9 @@ def main(arguments: argparse.Namespace) -> int:
     write_atomic(path, content)
     write_atomic(card_path, text)
 
-    measured = "test_accuracy" in card
-    facts = trained.facts(root) | {
-        "accuracy": f"{float(card['test_accuracy']):.2f}% on {card['data']}" if measured else "not measured",
-        "parameters": f"{int(card['parameters']):,}",
-        "sha256": sha256,
-    }
+    accuracy = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if "test_accuracy" in card else "not measured"
+    parameters = f"{int(card['parameters']):,}"
+    facts = trained.facts(root) | {"accuracy": accuracy, "parameters": parameters, "sha256": sha256}
     del facts["computed"]
     written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
     print(summary(facts, [], trained.notes, written))
@@ -144,8 +140,7 @@ def _curve(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
     good = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in keys)]
     if not good:
         return []
-    last = len(good) - 1
-    chosen = sorted({round(number * last / (_CURVE_ROWS - 1)) for number in range(_CURVE_ROWS)})
+    chosen = sorted({round(number * (len(good) - 1) / (_CURVE_ROWS - 1)) for number in range(_CURVE_ROWS)})
     form = "| {epoch} | {train_loss:.4f} | {train_accuracy:.2f}% | {test_loss:.4f} | {test_accuracy:.2f}% |"
     return [
         "## Curve",
@@ -178,6 +173,12 @@ def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
 
     state, spec, environment = trained.state, trained.spec, trained.state.environment
     logged = trained.logged or {}
+    # Without what does not change the model, such as accounts and folders, which stay private.
+    public = {
+        section: {key: value for key, value in values.items() if not covered(f"{section}.{key}", NOT_IN_NAME)}
+        for section, values in state.spec.items()
+        if section not in NOT_IN_NAME
+    }
     return {
         "format": "pt",
         **({"run": trained.run} if trained.run else {}),
@@ -194,7 +195,7 @@ def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
         "mean": json.dumps(CIFAR10_MEAN),
         "std": json.dumps(CIFAR10_STD),
         "model": json.dumps(state.spec["model"]),
-        "spec": json.dumps(_what_decides(state.spec)),
+        "spec": json.dumps(public),
         "cifar_hpc": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -212,15 +213,6 @@ def _measured_on(data: DataSpec) -> str:
     images = {"cifar10": f"CIFAR-10's {kind} images", "folder": folder}.get(data.source, f"the synthetic {kind} images")
     words = images if size is None else f"{size:,} of {images}"
     return words if test else f"{data.holdout:,} of {words}, held out; not the test images"
-
-
-def _what_decides(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec without what does not change the model, such as accounts and folders, which stay private."""
-    return {
-        section: {key: value for key, value in values.items() if not covered(f"{section}.{key}", NOT_IN_NAME)}
-        for section, values in spec.items()
-        if section not in NOT_IN_NAME
-    }
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

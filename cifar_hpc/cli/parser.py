@@ -14,6 +14,7 @@ for its own command: --help stays fast.
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 COMMANDS = {  # module in this package: its line in the list of commands, in the order of --help
     "train": "train here: one process, or each process of torchrun",
@@ -31,6 +32,8 @@ COMMANDS = {  # module in this package: its line in the list of commands, in the
     "doctor.doctor": "what would go wrong here: Slurm, partition, GPUs, file system, data, torch",
     "completion": "print the script that makes a shell complete commands, options and runs",
 }
+# Of an option that takes several values and may be repeated.
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
 EPILOG = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
   torchrun --nproc-per-node 4 -m cifar_hpc train jobs/improved_resnet.yaml
@@ -45,22 +48,18 @@ EPILOG = """examples:
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser for `argv`: complete for the command in it, or for all commands if it is None."""
-    top = argparse.ArgumentParser(
-        prog="python -m cifar_hpc",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train, watch, control and use runs. To submit one: python submit.py --help",
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    text = "Train, watch, control and use runs. To submit one: python submit.py --help"
+    top = argparse.ArgumentParser("python -m cifar_hpc", description=text, epilog=EPILOG, formatter_class=form)
     parsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path, line in COMMANDS.items():
         name = path.rpartition(".")[2]
-        parser = parsers.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = parsers.add_parser(name, help=line, formatter_class=form)
         if argv is None or name in argv:
             command = import_module(f"cifar_hpc.cli.{path}")
             parser.description = f"{line[0].upper()}{line[1:]}.\n\n{command.DESCRIPTION}"
-            parser.epilog = "examples:" + "".join(
-                f"\n  python -m cifar_hpc {name} {example}".rstrip() for example in command.EXAMPLES
-            )
+            examples = [f"\n  python -m cifar_hpc {name} {example}".rstrip() for example in command.EXAMPLES]
+            parser.epilog = "examples:" + "".join(examples)
             command.add_arguments(parser)
             parser.set_defaults(main=command.main)
     return top
@@ -69,9 +68,5 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose the weights of a run or a checkpoint file."""
     parser.add_argument("run", metavar="RUN|FILE", help="a run (its newest good checkpoint), or a checkpoint file")
-    parser.add_argument(
-        "--weights",
-        choices=("slow", "fast"),
-        default="slow",
-        help="slow: those that the run evaluates, Lookahead's slow or ema's averaged ones (default); or the fast ones",
-    )
+    text = "slow: those that the run evaluates, Lookahead's slow or ema's averaged ones (default); or the fast ones"
+    parser.add_argument("--weights", choices=("slow", "fast"), default="slow", help=text)

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_hpc.cli.parser import SEVERAL
 from cifar_hpc.errors import RunBusyError, SpecError, UserError, explain
 from cifar_hpc.runs.paths import PROJECT, RunPaths, check_run_name, keep_others_out, project_root
 from cifar_hpc.text import printable
@@ -65,13 +66,11 @@ exit status: 0 submitted (with --follow: finished), 1 run failed, 2 bad spec or 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of submit.py."""
-    parser = argparse.ArgumentParser(
-        "submit.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("submit.py", description=__doc__, epilog=EPILOG, formatter_class=form)
     parser.add_argument("job", metavar="JOB.yaml", nargs="?", help="what to train (default: jobs/improved_resnet.yaml)")
     text = "override keys of the job, such as train.epochs=10"
-    parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help=text, **several)
+    parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help=text, **SEVERAL)
     text = "the run's name (default: JOB and a hash of what it changes); of a sweep, in place of JOB"
     parser.add_argument("--name", metavar="RUN", help=text)
     where = parser.add_argument_group("where")
@@ -80,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     for key, metavar, text in RESOURCE_FLAGS:
         where.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
     text = "any other options of sbatch, by their long names"
-    where.add_argument("--sbatch", metavar="KEY=VALUE", help=text, **several)
+    where.add_argument("--sbatch", metavar="KEY=VALUE", help=text, **SEVERAL)
     where.add_argument("--no-requeue", action="store_true", help="never requeue the job; submit again to go on")
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the batch script that would be sent; change nothing")
@@ -160,10 +159,9 @@ def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answe
         raise RunBusyError(outcome.busy[run.name])
     if outcome.finished:
         epochs = outcome.finished[run.name]
-        return {"run": run.name, "state": "finished", "epochs": epochs, "logs": str(run.logs)}, (
-            f"run {run.name} has finished all {epochs} epochs; nothing to do. "
-            f"HINT: more epochs with --set train.epochs=N --name {run.name}, or another --name."
-        )
+        hint = f"HINT: more epochs with --set train.epochs=N --name {run.name}, or another --name."
+        text = f"run {run.name} has finished all {epochs} epochs; nothing to do. {hint}"
+        return {"run": run.name, "state": "finished", "epochs": epochs, "logs": str(run.logs)}, text
     answer = {
         "run": run.name,
         "job_id": outcome.job_id,

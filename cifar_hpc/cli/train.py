@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from cifar_hpc.cli.parser import SEVERAL
 from cifar_hpc.training.process import StopFlag, Stopwatch
 
 DESCRIPTION = """\
@@ -24,15 +25,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.yaml", help="what to train")
-    parser.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="overrides",
-        help="override a key of the job",
-    )
+    parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help="override keys of the job", **SEVERAL)
     parser.add_argument("--name", metavar="RUN", help="the run's name (default: from what differs from the defaults)")
 
 

@@ -253,6 +253,7 @@ def test_too_few_open_files_are_named(project: Project, monkeypatch: pytest.Monk
     assert "needs 204 open files" in project.submit(expect=2)
 
 
+@pytest.mark.process  # sbatch is one, and it takes seconds
 def test_a_thousand_points_are_one_call(project: Project) -> None:
     assert len(project.points("--set", "sweep.seeds=500")) == 1000
     assert len(project.stub.calls()) == 1 and len(project.stub.queued()) == 1000

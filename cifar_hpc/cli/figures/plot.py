@@ -160,8 +160,7 @@ def _chart(title: str, lines: Sequence[Labelled], width: int, height: int, colou
     figure.plot_size(width, max(LEAST_HEIGHT, min(MOST_HEIGHT, height - 2 - len(lines))))
     figure.title(title)
     figure.label("epoch", "x")
-    limits = curves.steep_part_left_out([curve for *_, curve in lines])
-    if limits and title != LEARNING_RATE:
+    if title != LEARNING_RATE and (limits := curves.steep_part_left_out([curve for *_, curve in lines])):
         figure.ruler("y").lim(*limits)
     ticks = _ticks([epoch for *_, curve in lines for epoch in curve], width)
     figure.ruler("x").ticks(ticks, list(map(str, ticks)))
