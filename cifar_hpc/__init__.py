@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typing
-
-if typing.TYPE_CHECKING:
+TYPE_CHECKING = False  # of `typing`, which takes longer to import than all else here
+if TYPE_CHECKING:
     from cifar_hpc.models.improved_resnet import ExportedModel
 
 __version__ = "0.1.0"

@@ -7,7 +7,6 @@ therefore remove it: its writer was killed. That holds across hosts and without 
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 def temporary_name(path: Path) -> Path:
     """Make a unique name beside `path`, on any host."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
 def _new_temporary(path: Path) -> tuple[Path, int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import getpass
+import os
 import signal
 
 from cifar_hpc.errors import SpecError
@@ -26,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Cancel a run's job. A running one saves a checkpoint first, from which the run continues if submitted again."""
-    run, user = arguments.run, getpass.getuser()
+    run = arguments.run
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container the user may have no name
+        user = str(os.getuid())
     paths = find_run(project_root(), run)
     job = queue(paths.root).get(run)
     if job is not None:

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.cli.parser import SEVERAL
 from cifar_hpc.errors import RunBusyError, SpecError, UserError, explain
-from cifar_hpc.runs.paths import PROJECT, RunPaths, check_run_name, keep_others_out, project_root
 from cifar_hpc.text import printable
 
 if TYPE_CHECKING:
     from cifar_hpc.launch.submit import Order, Submission
+    from cifar_hpc.runs.paths import RunPaths
 
-DEFAULT_JOB = PROJECT / "jobs" / "improved_resnet.yaml"
+DEFAULT_JOB = Path(__file__).resolve().parents[2] / "jobs" / "improved_resnet.yaml"
 SHOWN_REASONS = 10
 Answer = dict[str, Any]  # for --json
 
@@ -109,10 +109,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    from cifar_hpc.launch.submit import preview, submit
+    from cifar_hpc.runs.paths import keep_others_out
+
     keep_others_out()
     order = _order(arguments)
-    from cifar_hpc.launch.submit import preview, submit
-
     if arguments.dry_run or arguments.test_only:
         print(preview(order, ask_slurm=not arguments.dry_run))
         return 0
@@ -133,6 +134,7 @@ def _order(arguments: argparse.Namespace) -> Order:
     from cifar_hpc.config.sweep import Point, expand
     from cifar_hpc.launch.preflight import on_slurm
     from cifar_hpc.launch.submit import Order
+    from cifar_hpc.runs.paths import check_run_name, project_root
 
     site, defaults = load_site(arguments.profile)
     job = Path(arguments.job) if arguments.job else DEFAULT_JOB

@@ -306,12 +306,15 @@ class StateFollower:
     """The state of a run, read every few seconds.
 
     state: the last one; None before the first poll.
+
+    Args:
+        queue: shared by several runs, so that one question to Slurm serves all.
     """
 
-    def __init__(self, paths: RunPaths) -> None:
+    def __init__(self, paths: RunPaths, queue: QueuePoller | None = None) -> None:
         self.paths = paths
         self.state: RunState | None = None
-        self.queue = QueuePoller(paths.root, interval=0.0)
+        self.queue = queue or QueuePoller(paths.root, interval=0.0)
         self._ahead: int | None = None
         self._next_poll = self._next_ahead = 0.0
         self._failures = 0

@@ -23,6 +23,7 @@ from cifar_hpc.files import DIRECTORY_MODE, open_regular
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
+from cifar_hpc.runs.state import QueuePoller
 
 DESCRIPTION = """\
 Reads metrics.jsonl here, on the login node, where the internet is; the job is
@@ -43,7 +44,7 @@ SCALARS = {  # name in the tracker: field of metrics.jsonl; steps are epochs
     "speed/epoch_seconds": "epoch_seconds",
     "speed/images_per_second": "images_per_second",
 }
-POLL_SECONDS = 2.0
+POLL_SECONDS, QUEUE_SECONDS = 2.0, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +63,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.tensorboard is None and arguments.wandb is None:
         raise SpecError("track: choose --tensorboard DIR, --wandb offline or --wandb online.")
     tracked: list[TrackedRun] = []
+    root = project_root()
+    queue = QueuePoller(root, QUEUE_SECONDS)
     try:
-        for paths in find_runs(project_root(), arguments.runs):
-            tracked.append(TrackedRun(paths, arguments))
+        for paths in find_runs(root, arguments.runs):
+            tracked.append(TrackedRun(paths, arguments, queue))
             print(f"tracking {paths.name}", flush=True)
         while sum(run.poll() for run in tracked):
             time.sleep(POLL_SECONDS)
@@ -150,12 +153,12 @@ class TrackedRun:
         SpecError: the run has no spec.
     """
 
-    def __init__(self, paths: RunPaths, arguments: argparse.Namespace) -> None:
+    def __init__(self, paths: RunPaths, arguments: argparse.Namespace, queue: QueuePoller) -> None:
         spec = read_frozen(paths)
         if spec is None:
             raise SpecError(f"{paths.spec}: missing; the run {paths.name} has not been submitted.")
         self.paths, self._spec, self._arguments = paths, spec, arguments
-        self.states = StateFollower(paths)
+        self.states = StateFollower(paths, queue)
         self._trackers = self._open()
         self._shown: list[dict[str, Any]] = []
 
@@ -173,7 +176,10 @@ class TrackedRun:
         """Show new epochs; returns true while there may be more."""
         self.states.poll()
         ended = self.states.ended  # read before the rows, so that the last ones are not missed
-        rows = [row for row in read_jsonl(self.paths.metrics) if {"epoch", "time", *SCALARS.values()} <= row.keys()]
+        try:
+            rows = [row for row in read_jsonl(self.paths.metrics) if _is_whole(row)]
+        except OSError:  # a file server that is away for a moment
+            return True
         if rows[: len(self._shown)] != self._shown:  # epochs were computed again
             self.close()
             self._trackers, self._shown = self._open(), []
@@ -191,3 +197,8 @@ class TrackedRun:
         finished = bool(self._shown) and self._shown[-1]["epoch"] == self._spec.train.epochs
         for tracker in self._trackers:
             tracker.close(finished)
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    numbers = all(isinstance(row.get(field), int | float) for field in ("epoch", *SCALARS.values()))
+    return numbers and isinstance(row.get("time"), str)

@@ -4,6 +4,7 @@ That happens to a run of one process on a node short of memory, and to the tasks
 slurmstepd dies. Any task that lives does so itself (training/exit).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -82,7 +83,8 @@ class Epilog:
         self._act(decision)
 
     def _decide(self, cause: str, history: History, step: int) -> Decision:
-        return decide(Ending(cause, step=step), self.spec, history, self.job, datetime.now())
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return decide(Ending(cause, restarts=restarts, step=step), self.spec, history, self.job, datetime.now())
 
     def _act(self, decision: Decision) -> None:
         self.log.line(decision.explanation)

@@ -13,7 +13,7 @@ from cifar_hpc.runs.events import Finished
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import controller_of, describe, holder
 from cifar_hpc.runs.paths import PROJECT, RunPaths
-from cifar_hpc.runs.progress import DAMAGE, read_progress
+from cifar_hpc.runs.progress import DAMAGE
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
 
@@ -57,7 +57,7 @@ def check_this_machine(spec: Spec) -> None:
 def finished_epochs(paths: RunPaths) -> int:
     """Epochs of a finished run; 0 for any other."""
     try:
-        return int(read_progress(paths).history.last_of(Finished).get("epoch", 0))
+        return int(History.read(paths.events).last_of(Finished).get("epoch", 0))
     except DAMAGE:
         return 0
 

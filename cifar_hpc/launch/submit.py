@@ -82,9 +82,9 @@ def preview(order: Order, ask_slurm: bool) -> str:
     Args:
         ask_slurm: return what `sbatch --test-only` answers.
     """
-    first = order.points[0]  # for the resources, which all points share
-    folder = order.run(first) if order.sweep is None else SweepPaths(order.root, order.sweep)
     left, _ = _split_finished(order)
+    first = (left or order.points)[0]  # for the resources, which all points share
+    folder = order.run(first) if order.sweep is None else SweepPaths(order.root, order.sweep)
     script = batch_script(folder, order.resolve(first), order.site, max(1, len(left)), order.parallel)
     if ask_slurm:
         return sbatch("--test-only", script)
@@ -94,8 +94,8 @@ def preview(order: Order, ask_slurm: bool) -> str:
 
 def submit(order: Order) -> Submission:
     """Submit the runs that have not finished and are not busy. No file changes before the input checks have passed."""
-    first = order.resolve(order.points[0])
     left, finished = _split_finished(order)
+    first = order.resolve((left or order.points)[0])
     if not left:
         return Submission(finished=finished)
     if not order.on_slurm:

@@ -13,7 +13,7 @@ STATES: dict[str, str] = {}  # state of a run after its last event; an event tha
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Event:
-    """Base of all events, each a frozen dataclass. A field that has a default is left out of the row if it is None."""
+    """Base of all events, which are dataclasses. A field that has a default is left out of the row if it is None."""
 
     name: ClassVar[str] = ""
 
@@ -21,7 +21,7 @@ class Event:
         cls.name = name
         if state is not None:
             STATES[name] = state
-        dataclass(frozen=True, kw_only=True)(cls)
+        dataclass(kw_only=True)(cls)  # frozen for type checkers alone: making it so takes time
 
 
 class Submitted(Event, name="submitted", state="queued"):

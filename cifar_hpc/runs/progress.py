@@ -11,7 +11,6 @@ import json
 import math
 import os
 import socket
-import statistics
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,7 +152,9 @@ class Progress:
             growth = training_size(spec, epoch) / training_size(spec, epoch - 1)
             work = epochs_left(spec, self.epoch) * seconds[-1] * growth**2
         elif seconds:
-            work = max(0.0, self.epochs - self.epoch) * statistics.median(seconds)
+            from statistics import median  # 3 ms of each start of status, which a finished run does not need
+
+            work = max(0.0, self.epochs - self.epoch) * median(seconds)
         elif eta_by_rate is not None:
             work = eta_by_rate
         else:
@@ -188,20 +189,41 @@ class Progress:
         }
 
 
-def read_progress(paths: RunPaths) -> Progress:
+def read_progress(paths: RunPaths, spec: Spec | None = None) -> Progress:
     """Position and history of a run as its files are now. A run without progress.json gets one.
+
+    Args:
+        spec: of the run, where it is known; it is read otherwise, if something has changed.
 
     Raises:
         OSError: a log cannot be read.
         TypeError, ValueError, ...: values in a log make no sense (DAMAGE).
     """
-    progress = _stored(paths)
+    try:
+        return _brought_up_to_date(paths, _stored(paths), spec)
+    except OSError:
+        raise
+    except DAMAGE:  # perhaps of values of wrong types in progress.json, which nothing depends on
+        return _brought_up_to_date(paths, Progress(), spec)
+
+
+def _brought_up_to_date(paths: RunPaths, progress: Progress, spec: Spec | None) -> Progress:
+    left = progress.epochs - progress.epoch
     progress.add_events(paths.events)
     progress.add_metrics(paths.metrics)
-    if progress.spec_mtime_ns != _mtime_ns(paths.spec):
+    spec_mtime_ns = _mtime_ns(paths.spec)
+    if progress.spec_mtime_ns != spec_mtime_ns:
         with contextlib.suppress(UserError, OSError):
-            progress.estimate(read_frozen(paths) or Spec())
+            spec = spec or read_frozen(paths)
+            if spec is None:
+                progress.epochs, progress.log_seconds, progress.eta_seconds = 0, None, None
+            else:
+                progress.estimate(spec)
+            progress.spec_mtime_ns = spec_mtime_ns
             _write(paths, progress)
+    elif progress.eta_seconds and left > 0:
+        # Rows that the run has not counted itself: one of an older version, or one that cannot write the file.
+        progress.eta_seconds *= max(0.0, progress.epochs - progress.epoch) / left
     return progress
 
 
@@ -215,7 +237,7 @@ def update_progress(
         position: fields of Progress that have changed.
     """
     with _lock, contextlib.suppress(*DAMAGE):
-        progress = read_progress(paths)
+        progress = read_progress(paths, spec)
         for key, value in position.items():
             setattr(progress, key, value)
         if spec is not None:
@@ -234,7 +256,6 @@ def record_event(paths: RunPaths, event: Event, spec: Spec | None = None, **send
 
 
 def _write(paths: RunPaths, progress: Progress) -> None:
-    progress.spec_mtime_ns = _mtime_ns(paths.spec)
     write_atomic(paths.progress, json.dumps(progress.plain()).encode() + b"\n", durable=False)
 
 

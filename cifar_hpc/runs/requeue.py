@@ -115,6 +115,8 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
     """Retry only if that may help, and only while the run gets further from one failure to the next."""
     state = "unknown" if job is None else job.get("JobState")
     ended = ending.scheduler == "slurm" and state not in ALIVE
+    if ending.cause == "busy" and job is None:
+        ended = False  # Slurm refuses the requeue itself if the job may not come back
     if ended and job is not None and ending.cause == "lost":
         return Decision("leave", "ended", f"JobState={state}: the job is being ended, and another rank was faster")
     used, limit = history.requeues_since_submission.get("failure", 0), spec.failures.max

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import resource
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 def peak_memory_bytes() -> int:
     """Most memory that this attempt has used so far: of the device, or of the process on a CPU."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_initialized():  # one device; which one, other threads than the main one do not know
+        with suppress(RuntimeError):  # of a device that has failed
+            return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

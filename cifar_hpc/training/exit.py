@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -312,11 +313,18 @@ class FailureReporter:
 def _end_other_ranks() -> None:
     """End the other ranks under the local executor, which waits for all; one that is stuck would block it.
 
-    All are children of its controller. Those that are not stuck have time to end by themselves.
+    All are children of its controller; once that is gone, nothing waits. Those that are not stuck have time to end by
+    themselves.
     """
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        parent = b""
+    if b"submitit.local" not in parent:
+        return
     end = time.monotonic() + RANK_0_SECONDS
     while (left := [pid for pid in siblings() if is_running(pid)]) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:
-        with suppress(ProcessLookupError):
+        with suppress(OSError):
             os.kill(pid, signal.SIGKILL)

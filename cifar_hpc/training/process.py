@@ -85,7 +85,7 @@ def _stat(pid: int | str) -> list[str]:
     """Fields of /proc/PID/stat from the state on (proc_pid_stat(5)); empty if there is no such process."""
     try:
         # The name, which comes before, may hold blanks and parentheses itself.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 

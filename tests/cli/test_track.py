@@ -23,6 +23,7 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.state import QueuePoller
 
 
 def tensorboard_shows(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -108,7 +109,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def follow(run: Run, folder: Path) -> TrackedRun:
     """The run, shown in folder/run."""
-    return TrackedRun(run.paths, Namespace(tensorboard=str(folder), wandb=None))
+    return TrackedRun(run.paths, Namespace(tensorboard=str(folder), wandb=None), QueuePoller(run.paths.root, 0.0))
 
 
 def test_a_finished_run_is_shown_at_once_and_once_by_each_call(run: Run, tmp_path: Path) -> None:

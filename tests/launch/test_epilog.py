@@ -129,6 +129,15 @@ def test_epilog_counts_a_preemption_that_killed_all_tasks_as_one(site: Site) -> 
     assert site.requests() == ["requeue 7"]
 
 
+def test_epilog_requeues_a_later_attempt_that_a_preemption_killed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    site.freeze()
+    site.happened(START, SAVED, REQUEUED, AGAIN)
+    site.job("SIGNALING", preempted="2026-01-01T00:10:00 Restarts=1 Requeue=1")
+    assert [row["event"] for row in site.end()][-1] == "requeued"
+    assert site.requests()[0] == "requeue 7"
+
+
 def test_epilog_leaves_a_preempted_job_that_may_not_be_requeued(site: Site) -> None:
     site.freeze(resources={"requeue": False})
     site.happened(START, SAVED)

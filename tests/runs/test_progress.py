@@ -205,3 +205,27 @@ def test_reading_in_two_parts_is_reading_all(
         path.write_bytes(content[:size])
         found.add_events(path)
     assert found.history == History.read(path)
+
+
+@pytest.mark.parametrize("wrong", [{"epoch": None}, {"events_bytes": "x"}, {"metrics": {"epoch": "many"}}])
+def test_wrong_types_in_the_file_are_read_from_the_logs_instead(paths: RunPaths, wrong: dict[str, Any]) -> None:
+    read_progress(paths)
+    paths.progress.write_text(json.dumps(written(paths) | wrong))
+    append_line(paths.metrics, json.dumps(ROW | {"epoch": 2, "step": 18}))
+    emit(paths, Checkpoint(file="step_00000018.pt", step=18, epoch=2, step_in_epoch=0, bytes=1))
+    check(paths)
+    assert read_progress(paths).epoch == 2
+
+
+def test_the_time_left_follows_a_run_that_does_not_write_the_file(paths: RunPaths) -> None:
+    assert read_progress(paths).eta_seconds == pytest.approx(30)
+    append_line(paths.metrics, json.dumps(ROW | {"epoch": 2, "step": 18}))
+    append_line(paths.metrics, json.dumps(ROW | {"epoch": 3, "step": 27}))
+    assert read_progress(paths).eta_seconds == pytest.approx(10)
+
+
+def test_a_spec_that_is_gone_leaves_the_epochs_open(paths: RunPaths) -> None:
+    assert read_progress(paths).epochs == 4
+    paths.spec.unlink()
+    found = read_progress(paths)
+    assert (found.epochs, found.log_seconds, found.eta_seconds) == (0, None, None)

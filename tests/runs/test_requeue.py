@@ -195,6 +195,7 @@ def test_decide_waits_longer_for_another_process_that_holds_the_run_whatever_the
     decision = after_failure("busy", failed(20), step=0)
     assert (decision.action, decision.reason, decision.delay_seconds) == ("requeue", "failure", 480)
     assert after_failure("busy", failed(20), step=0, limit=1).action == "fail"
+    assert after_failure("busy", job=None).action == "requeue"  # Slurm refuses it, if the job may not come back
 
 
 def test_decide_when_all_processes_were_killed() -> None:

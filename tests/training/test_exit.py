@@ -159,3 +159,8 @@ def test_finished(tmp_path: Path) -> None:
     assert "FINISHED 2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)" in (
         context.paths.train_log.read_text()
     )
+
+
+def test_without_a_controller_no_other_process_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "siblings", lambda: pytest.fail("asked for the children of a foreign parent"))
+    module._end_other_ranks()

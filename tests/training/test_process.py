@@ -55,7 +55,7 @@ def test_process_age_whatever_the_name_of_the_process() -> None:
 
 
 def test_process_age_is_0_where_it_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: "")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "")
     assert process_age() == 0.0
 
 
@@ -170,3 +170,10 @@ def test_seconds_since_the_first_signal(monkeypatch: pytest.MonkeyPatch) -> None
     seconds = flag.seconds
     monkeypatch.undo()
     assert seconds == 7.5
+
+
+def test_a_process_whose_name_is_no_text_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / "4242").mkdir()
+    stat = tmp_path / "4242" / "stat"
+    stat.write_bytes(b"4242 (\xff\xfe) S 1 4242 4242\n")
+    assert process._stat(f"../{stat.parent.relative_to('/')}") == ["S", "1", "4242", "4242"]

@@ -205,7 +205,9 @@ class Watchdog:
         Raises:
             DistError: rank 0, which serves the store, is gone.
         """
-        heart, space = self.heart, str(Path("/proc/self/ns/pid").readlink())  # pid_namespaces(7)
+        heart, space = self.heart, "?"
+        with contextlib.suppress(OSError):
+            space = str(Path("/proc/self/ns/pid").readlink())  # pid_namespaces(7)
         own = {"host": socket.gethostname(), "space": space, "pid": os.getpid(), "time": time.monotonic()}
         self.board.post(**own, count=heart.count, doing=heart.doing, step=heart.step, memory=peak_memory_bytes())
         if self.board.rank == 0:
