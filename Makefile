@@ -1,7 +1,7 @@
 # make setup        .venv with what requirements.txt lists; TORCH=keep uses the PyTorch that is already there
 # make demo         a run from end to end on this machine, with a preemption on the way
 # make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
-# make test-quick   the tests that need no process of their own: about a minute, and no Slurm
+# make test-quick   the tests that need no process of their own: a minute and a half, and no Slurm
 # make lint         ruff and mypy
 # make bench        everything beside what one would run instead: a table, JSON, a chart in docs/; QUICK=1 for a glance
 # make cluster-up   a real one-machine Slurm to play with; make cluster-down stops it
@@ -45,9 +45,10 @@ slurm-packages:
 # Each stamp is touched last, so a set-up that was interrupted is done again. With TORCH=keep, torch and torchvision are
 # those of a module, of conda, or installed into .venv before (a CPU-only one, say); this is remembered in .keep-torch.
 .venv/.run: requirements.txt | .venv/bin/python
-	@$(if $(filter keep,$(TORCH)),touch .venv/.keep-torch,true)
-	@if [ -e .venv/.keep-torch ]; then \
-	    $(BIN)/python -c 'import torch, torchvision; print("keeping torch", torch.__version__, "and torchvision", torchvision.__version__)' && \
+	@if [ "$(TORCH)" = keep ] || [ -e .venv/.keep-torch ]; then \
+	    $(BIN)/python -c 'import torch, torchvision; print("keeping torch", torch.__version__, "and torchvision", torchvision.__version__)' 2>/dev/null || \
+	    { echo "error: TORCH=keep: $(BIN)/python cannot import torch and torchvision. HINT: rm -r .venv, load the module or activate conda, and make setup TORCH=keep PYTHON=\$$(which python); or make setup"; rm -f .venv/.keep-torch; exit 1; }; \
+	    touch .venv/.keep-torch; \
 	    grep -v '^torch' requirements.txt > .venv/requirements.txt; \
 	else \
 	    echo "installing requirements.txt into .venv: about 5 GB of disk, most of it PyTorch; the first time takes minutes."; \

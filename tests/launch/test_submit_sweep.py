@@ -210,6 +210,16 @@ def test_a_point_started_under_another_spec_is_refused_before_anything_is_frozen
     assert "time: '30'" in project.run(points[0]).spec.read_text() and len(project.stub.calls()) == 1
 
 
+def test_a_first_point_that_finished_on_fewer_processes_refuses_no_other_point(project: Project) -> None:
+    points = project.points("--set", "sweep.seeds=[0]", "resources.gpus_per_node=1")
+    project.stub.end()
+    for point in points:
+        project.finish(point)
+    wider = ("--set", "sweep.seeds=[0, 1]", "resources.gpus_per_node=2")
+    assert points[0]["run"] not in project.submit("--dry-run", *wider)
+    assert [point["state"] for point in project.points(*wider)] == ["finished", "submitted"] * 2
+
+
 def test_the_logs_of_one_point_are_no_other_points(project: Project) -> None:
     points = project.points()
     shutil.rmtree(project.run(points[0]).logs)
