@@ -21,6 +21,8 @@ SUBMITTED, KILLED = "submitted", "killed"
 # Events by which an attempt ends or announces its end; a submission ends it, too.
 _OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
 _ENDS = (*_OWN_ENDS, events.Submitted.name)
+# What may end a start that finds the run finished, and says nothing about the run.
+_STOPS = (events.Requeued.name, events.Left.name, events.Holding.name, events.Cancelled.name)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class History:
             self.failed_step = step_of(row)
         if name in (*_OWN_ENDS, events.Signal.name):
             self.end = kept
-        if name in STATES:
+        surplus = self.state.get("event") == events.Finished.name and name in _STOPS
+        if name in STATES and not surplus:
             # What a cancelled attempt still does about it is no news.
             self.state = kept if name == events.Finished.name else self.last.get(events.Cancelled.name, kept)
 

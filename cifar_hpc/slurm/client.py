@@ -128,6 +128,16 @@ def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
             _update(job_id, f"NumTasks={fewest_tasks}")
 
 
+def forbid_requeue(job_id: str) -> None:
+    """Keep Slurm from requeueing a job that is about to end for good, if Slurm answers.
+
+    Since Slurm 24.05 a preemption's request outlives the start it was meant for, if that has requeued itself: the job
+    comes back once more, however a later start ends.
+    """
+    with contextlib.suppress(SchedulerError):
+        _update(job_id, "Requeue=0")
+
+
 def release_job(job_id: str, held: bool = False) -> None:
     """Let a waiting job start RELEASE_SECONDS from now, instead of after Slurm's two minutes or when it is released."""
     _update(job_id, f"StartTime=now+{RELEASE_SECONDS}")

@@ -14,7 +14,7 @@ from cifar_hpc import __version__
 from cifar_hpc.config.io import check_resumable, from_plain
 from cifar_hpc.data.datasets import load_dataset
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
-from cifar_hpc.runs.events import Resumed, Started
+from cifar_hpc.runs.events import Finished, Resumed, Started
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import restore_metrics
@@ -52,7 +52,8 @@ class Attempt:
         """Train; return the exit status for this process."""
         context = self.context
         try:
-            trained = self._prepare().train(self._pacer())
+            trainer = self._prepare()
+            trained = trainer is None or trainer.train(self._pacer())
         except Interrupted:
             trained = False
         except Exception as error:
@@ -78,8 +79,8 @@ class Attempt:
 
     # ------------------------------------------------------------ start
 
-    def _prepare(self) -> Trainer:
-        """Meet the other ranks, find the run's state and data, and set up the trainer."""
+    def _prepare(self) -> Trainer | None:
+        """Meet the other ranks, find the run's state and data, and set up the trainer; None if all is done."""
         context, spec, launch = self.context, self.context.spec, self.context.launch
         context.startup.lap("import")
         device = self._join_ranks()
@@ -91,6 +92,8 @@ class Attempt:
         layout = ShardLayout(spec.train.shards or launch.world_size, launch.world_size, launch.rank)
         chosen = agreement.from_rank_0(lambda: choose(context))
         context.startup.lap("checkpoint")
+        if agreement.from_rank_0(lambda: self._has_finished(chosen)):
+            return None
         data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
             lambda: load_dataset(spec.data, context.paths.root, self._loading)
         )
@@ -150,6 +153,11 @@ class Attempt:
         for path in (context.paths.slurm / "rendezvous").glob("*"):  # of killed attempts
             path.unlink(missing_ok=True)
         return len(History.read(context.paths.events).attempts)
+
+    def _has_finished(self, chosen: Choice | None) -> bool:
+        """True if the run finished before, and was not submitted again, and all epochs are on disk. Rank 0 only."""
+        last = History.read(self.context.paths.events).state.get("event")
+        return last == Finished.name and chosen is not None and chosen.read().epoch >= self.context.spec.train.epochs
 
     def _loading(self, text: str) -> bool:
         """Report the progress of loading. True to stop it, on rank 0 only: the other ranks must not leave alone."""

@@ -22,7 +22,7 @@ from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Hold
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
 from cifar_hpc.runs.requeue import Decision, Ending, decide, request_requeue
-from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, job_fields
+from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
 from cifar_hpc.training.process import is_running, siblings
@@ -43,14 +43,22 @@ _HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
 def finished(context: Context, position: Position | None) -> None:
-    """Log the end of the last epoch."""
-    assert position is not None
-    last, best = position.history[-1], position.best
-    context.log.line(
-        f"FINISHED {position.epoch} epochs, {position.step} steps: test accuracy {last['test_accuracy']:.2f}% "
-        f"(best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
-    )
-    context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
+    """Log the end of the last epoch, and let the job end for good.
+
+    Args:
+        position: None if an earlier attempt has finished the run.
+    """
+    if position is None:
+        context.log.line("the run has finished before: nothing to do. HINT: a larger train.epochs goes on from here")
+    else:
+        last, best = position.history[-1], position.best
+        context.log.line(
+            f"FINISHED {position.epoch} epochs, {position.step} steps: test accuracy {last['test_accuracy']:.2f}% "
+            f"(best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
+        )
+        context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
+    if context.launch.scheduler == "slurm" and context.log.enabled:
+        forbid_requeue(context.launch.job_id or "")
 
 
 def stopped(context: Context, position: Position | None, stored: bool) -> int:
@@ -87,6 +95,8 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
         time.sleep(ASK_AGAIN_SECONDS)
     if launch.scheduler != "slurm":
         return 128 + (received or signal.SIGTERM)
+    if leaves and decision.reason == "timeout":  # else Slurm or a person has decided
+        forbid_requeue(launch.job_id or "")
     allow_fewer_nodes(launch.job_id or "", context.spec.resources.fewest_tasks)
     return 1
 

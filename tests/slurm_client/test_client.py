@@ -239,3 +239,9 @@ def test_parse_instant_of_no_time(text: str | None) -> None:
 
 def test_parse_instant() -> None:
     assert slurm.parse_instant("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)
+
+
+def test_forbid_requeue(fake: Path) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'; exit 1")  # a refusal ends nothing
+    slurm.forbid_requeue("7_1")
+    assert (fake / "asked").read_text() == "update jobid=7_1 Requeue=0\n"

@@ -35,6 +35,7 @@ class Slurm:
         self.now = 0.0
         monkeypatch.setattr(module, "job_fields", self._job_fields)
         monkeypatch.setattr(module, "allow_fewer_nodes", lambda *given: self.requests.append(("fewer nodes", *given)))
+        monkeypatch.setattr(module, "forbid_requeue", lambda job_id: self.requests.append(("no requeue", job_id)))
         monkeypatch.setattr(requeue, "requeue_job", self._requeue_job)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self._sleep)
@@ -159,6 +160,33 @@ def test_finished(tmp_path: Path) -> None:
     assert "FINISHED 2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)" in (
         context.paths.train_log.read_text()
     )
+
+
+def test_a_finished_run_lets_its_job_end_for_good(tmp_path: Path, slurm: Slurm) -> None:
+    row = {"epoch": 2, "test_accuracy": 60.0}
+    for number, (launch, position) in enumerate(
+        [
+            (Launch(scheduler="slurm", job_id="7_1"), Position(epoch=2, step=18, history=[row], best=row)),
+            (Launch(scheduler="slurm", job_id="7_1"), None),  # an earlier attempt has finished the run
+            (Launch(scheduler="slurm", job_id="7_1", rank=1, world_size=2), None),
+            (Launch(scheduler="local", job_id="7"), None),
+        ]
+    ):
+        context = Context(RunPaths(tmp_path, str(number)), tiny_spec(), launch, StopFlag())
+        finished(context, position)
+        assert slurm.requests == ([("no requeue", "7_1")] if number < 2 else [])
+        assert [name for name, _ in events(context)] == ([] if position is None else ["finished"])
+        slurm.requests.clear()
+    assert "the run has finished before: nothing to do" in RunPaths(tmp_path, "1").train_log.read_text()
+
+
+def test_timeouts_used_up_end_the_job_for_good(
+    slurm: Slurm, stop: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = requeue.Decision("leave", "timeout", "timeout; timeouts.max is used up: submit again to go on")
+    monkeypatch.setattr(module, "decide_now", lambda *_, **__: leave)
+    _, status = stop("slurm")
+    assert (status, slurm.requests) == (1, [("no requeue", "7"), ("fewer nodes", "7", 2)])
 
 
 def test_without_a_controller_no_other_process_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,33 @@ def test_killed_after_an_epoch_that_no_checkpoint_holds(runs: Runs, reference: s
     assert look(runs, "damaged") == look(runs, reference)
 
 
+def test_a_finished_run_is_over_until_it_is_given_more_epochs(runs: Runs, reference: str, look: Any) -> None:
+    runs.copy(reference, "over")
+    events = runs.root / "logs" / "over" / "events.jsonl"
+    before = events.read_text()
+    for world in (1, 2):
+        runs.finish("over", world)
+    assert events.read_text() == before and look(runs, "over") == look(runs, reference)
+    log = (runs.root / "logs" / "over" / "train.log").read_text()
+    assert log.count("the run has finished before: nothing to do") == 2 and log.count(" FINISHED ") == 1
+    runs.finish("over", 1, "train.epochs=3")
+    assert runs.resumed("over")[:2] == (18, 2)
+    assert [event["epoch"] for event in runs.events("over", "finished")] == [2, 3]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_computes_it_again(
+    runs: Runs, reference: str, look: Any
+) -> None:
+    runs.copy(reference, "lost-its-end")
+    folder = runs.root / "checkpoints" / "lost-its-end"
+    for path in (folder / "step_00000018.pt", folder / "best.pt"):
+        path.unlink()
+        path.write_bytes(b"PK\3\4 half a file")
+    runs.finish("lost-its-end", 1)
+    assert runs.resumed("lost-its-end") == (16, 1, 7)
+    assert len(runs.events("lost-its-end", "finished")) == 2
+
+
 def test_bf16_under_torchrun_and_killed(runs: Runs, look: Any) -> None:
     bf16 = "train.amp=bf16"
     runs.finish("bf16", 1, bf16)
