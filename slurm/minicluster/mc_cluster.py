@@ -7,14 +7,12 @@ import fcntl
 import functools
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 
 import mc_procs as procs
 import mc_start
-from mc_config import Layout, MiniclusterError, Settings, free_ports, settings_from_marker
+from mc_config import Layout, MiniclusterError, MissingPackagesError, Settings, free_ports, settings_from_marker
 
 START_LIMIT = 60.0  # seconds for the whole of `up`; a usual one takes 5 to 8
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
@@ -23,10 +21,6 @@ ACCOUNTING_PACKAGES = {
     "mariadbd": "mariadb-server",
     "mariadb-install-db": "mariadb-server",
 }
-
-
-class MissingPackagesError(MiniclusterError):
-    """Programs are not installed."""
 
 
 class Cluster:
@@ -55,7 +49,7 @@ class Cluster:
 
     def client(self, *command: str, timeout: float = 15.0) -> mc_start.Completed:
         """Run a Slurm client against this cluster."""
-        return mc_start.client(self.layout, *command, timeout=timeout)
+        return mc_start.client(self.layout, self.settings, *command, timeout=timeout)
 
     def healthy(self) -> bool:
         """Whether an `up` was completed, every daemon lives, and the controller answers."""
@@ -76,8 +70,6 @@ class Cluster:
                 return f"{line}\nnote: it runs with {other}; `down` first to change that" if other else line
             self._clear()
             self.settings = Settings(**{**vars(wanted), "ports": free_ports(wanted.port_count)})
-            # A SIGTERM (a test runner's timeout) must leave as little behind as Ctrl-C.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             starter = mc_start.Starter(self.layout, self.settings, START_LIMIT)
             try:
                 starter.start()
@@ -175,7 +167,7 @@ class Cluster:
 def _require_programs(wanted: Settings) -> None:
     """Say everything that is missing at once, with the line that installs it."""
     needed = PACKAGES | (ACCOUNTING_PACKAGES if wanted.accounting else {})
-    missing = [program for program in needed if shutil.which(program, path=mc_start.SEARCH_PATH) is None]
+    missing = [program for program in needed if shutil.which(program, path=wanted.search_path) is None]
     if missing:
         packages = " ".join(dict.fromkeys(needed[program] for program in missing))
         raise MissingPackagesError(

@@ -10,7 +10,9 @@ import pwd
 import random
 import re
 import secrets
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,15 @@ LONGEST_STEP_ID = "4294967295"
 # ours in the moment between choosing a port and the daemon binding it.
 PORT_RANGE = range(20000, 32000)
 
+SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"  # daemons: sbin
+
 
 class MiniclusterError(Exception):
     """Something a user has to know and can act on; printed without a traceback."""
+
+
+class MissingPackagesError(MiniclusterError):
+    """Programs are not installed, or cannot be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Settings:
     gpus: int = 4
     grace: int = 30
     accounting: bool = True
+    programs: str = ""  # the folder of Slurm's programs; empty: those on PATH
     ports: tuple[int, ...] = ()  # slurmctld, slurmdbd, mariadb, then one for each node
 
     @property
@@ -54,6 +63,11 @@ class Settings:
     def port_count(self) -> int:
         """How many ports a cluster of this shape needs."""
         return 3 + self.nodes
+
+    @property
+    def search_path(self) -> str:
+        """PATH of the cluster's programs."""
+        return f"{self.programs}:{SEARCH_PATH}" if self.programs else SEARCH_PATH
 
     def differences(self, other: Settings) -> list[str]:
         """Asked-for values that differ from other's, ports aside."""
@@ -161,6 +175,7 @@ def write_all(layout: Layout, settings: Settings) -> None:
     _write(layout.munge_key, secrets.token_bytes(128), 0o400)
     _write(layout.conf, slurm_conf(layout, settings).encode(), 0o644)
     _write(layout.dir / "gres.conf", _gres_conf(layout, settings).encode(), 0o644)
+    _write(layout.dir / "cgroup.conf", _cgroup_conf(settings).encode(), 0o644)
     if settings.accounting:
         password = secrets.token_hex(16)
         _write(layout.slurmdbd_conf, _slurmdbd_conf(layout, settings, password).encode(), 0o600)
@@ -211,6 +226,7 @@ StateSaveLocation={layout.dir}/state
 SlurmdSpoolDir={layout.dir}/spool/%n
 SlurmctldPidFile={layout.run}/slurmctld.pid
 SlurmdPidFile={layout.run}/slurmd-%n.pid
+{_plugin_dir(settings)}
 SlurmctldLogFile={layout.log}/slurmctld.log
 SlurmdLogFile={layout.log}/slurmd-%n.log
 TmpFS={layout.dir}/tmp
@@ -246,6 +262,22 @@ PartitionName=urgent {shared} PriorityTier=10 PreemptMode=OFF
 """
 
 
+def _plugin_dir(settings: Settings) -> str:
+    """The line for slurm.conf and slurmdbd.conf, where the programs are those of a tree of mc_release."""
+    plugins = Path(str(shutil.which("slurmctld", path=settings.search_path))).parents[1] / "plugins"
+    return f"PluginDir={plugins}" if plugins.exists() else ""
+
+
+def _cgroup_conf(settings: Settings) -> str:
+    """cgroup.conf. By itself, slurmd would take the cgroups over from version 23.02 on, or not start without any."""
+    path = os.environ | {"PATH": settings.search_path}
+    shown = subprocess.run(["slurmctld", "-V"], env=path, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)", shown)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    # Before there was a word for none, that of version 1 did nothing until a plugin for tasks or processes asked it to.
+    return "CgroupPlugin=disabled\n" if version >= (24, 5) else "CgroupPlugin=cgroup/v1\n"
+
+
 def _gres_conf(layout: Layout, settings: Settings) -> str:
     """gres.conf: links to /dev/null stand in for the GPUs (Slurm refuses a count without files)."""
     if not settings.gpus:
@@ -265,6 +297,7 @@ DbdAddr=127.0.0.1
 DbdPort={dbd_port}
 SlurmUser={user}
 PidFile={layout.run}/slurmdbd.pid
+{_plugin_dir(settings)}
 LogFile={layout.log}/slurmdbd.log
 StorageType=accounting_storage/mysql
 StorageHost=127.0.0.1

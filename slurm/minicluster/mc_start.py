@@ -12,22 +12,21 @@ import mc_procs as procs
 from mc_config import ACCOUNT, Layout, MiniclusterError, Settings, user_name, write_all
 
 LOG_TAIL_LINES = 15
-SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"  # daemons: sbin
 Completed = subprocess.CompletedProcess[str]
 
 
-def environment(layout: Layout) -> dict[str, str]:
+def environment(layout: Layout, settings: Settings) -> dict[str, str]:
     """For our own clients and daemons: nothing of the caller's, who may be inside a job of a real Slurm."""
     home = os.environ.get("HOME", "/")
-    return {"PATH": SEARCH_PATH, "HOME": home, "LC_ALL": "C", "SLURM_CONF": str(layout.conf)}
+    return {"PATH": settings.search_path, "HOME": home, "LC_ALL": "C", "SLURM_CONF": str(layout.conf)}
 
 
-def client(layout: Layout, *command: str, timeout: float = 15.0) -> Completed:
+def client(layout: Layout, settings: Settings, *command: str, timeout: float = 15.0) -> Completed:
     """Run a Slurm client against this cluster; no answer in time counts as the client's failure."""
     try:
         return subprocess.run(
             command,
-            env=environment(layout),
+            env=environment(layout, settings),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -71,7 +70,7 @@ class Starter:
         self._await("slurmctld", self._all_idle)
         count = str(settings.nodes)
         job = ("srun", "-p", "gpu", "-N", count, "-n", count, "-t", "1", "true")
-        trial = client(layout, *job, timeout=max(1.0, self._left()))
+        trial = client(layout, settings, *job, timeout=max(1.0, self._left()))
         if trial.returncode != 0:
             raise self._failure("slurmctld", f"a first job failed: {trial.stderr.strip()}")
         if settings.accounting:  # the first records may take seconds, later ones a fraction of one
@@ -127,7 +126,7 @@ class Starter:
             ("account", ACCOUNT, f"Cluster={cluster}", *about),
             ("user", user_name(), f"Account={ACCOUNT}", f"DefaultAccount={ACCOUNT}"),
         ):
-            added = client(self.layout, "sacctmgr", "-i", "add", *words)
+            added = client(self.layout, self.settings, "sacctmgr", "-i", "add", *words)
             if added.returncode != 0:
                 said = (added.stdout + added.stderr).strip()
                 raise self._failure("slurmdbd", f"sacctmgr add {words[0]}: {said}")
@@ -142,7 +141,7 @@ class Starter:
 
     def _daemon_environment(self) -> dict[str, str]:
         ours = {procs.DIR_VARIABLE: str(self.layout.dir), "TMPDIR": f"{self.layout.dir}/tmp"}
-        return environment(self.layout) | ours
+        return environment(self.layout, self.settings) | ours
 
     def _daemon(self, name: str, *command: str) -> None:
         """Start a daemon, and note it in the marker at once: even a killed `up` can be cleared away."""
@@ -175,11 +174,13 @@ class Starter:
         return MiniclusterError("\n".join(lines))
 
     def _all_idle(self) -> bool:
-        shown = client(self.layout, "sinfo", "-h", "-p", "gpu", "-N", "-o", "%T", timeout=5)
+        shown = client(self.layout, self.settings, "sinfo", "-h", "-p", "gpu", "-N", "-o", "%T", timeout=5)
         return shown.stdout.split() == ["idle"] * self.settings.nodes
 
     def _trial_accounted(self) -> bool:
-        return client(self.layout, "sacct", "-n", "-X", "-o", "State", timeout=5).stdout.split() == ["COMPLETED"]
+        return client(self.layout, self.settings, "sacct", "-n", "-X", "-o", "State", timeout=5).stdout.split() == [
+            "COMPLETED"
+        ]
 
 
 def _listens(port: int) -> bool:

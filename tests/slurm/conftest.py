@@ -31,6 +31,10 @@ resources: {gpus_per_node: 0, tasks_per_node: 2, time: 30}
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slurm-release", help="a Debian release (see minicluster tree): run on its Slurm, not our own")
+
+
 def clean_environment(slurm_conf: str) -> dict[str, str]:
     """Our environment without what a surrounding real Slurm job, or another cluster, put there."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_"))}
@@ -79,7 +83,20 @@ class Minicluster:
 
 
 @pytest.fixture(scope="session")
-def start_minicluster() -> Iterator[Callable[..., Minicluster]]:
+def slurm_on_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --slurm-release, Slurm's programs are those of that release for the whole session."""
+    release = request.config.getoption("--slurm-release")
+    with pytest.MonkeyPatch.context() as patch:
+        if release:
+            made = subprocess.run([sys.executable, TOOL, "tree", release], capture_output=True, text=True, check=False)
+            if made.returncode != 0:  # the archive may be out of reach, which is no fault of ours
+                (pytest.skip if made.returncode == MISSING_PACKAGES else pytest.fail)(made.stderr)
+            patch.setenv("PATH", f"{made.stdout.strip()}:{os.environ['PATH']}")
+        yield
+
+
+@pytest.fixture(scope="session")
+def start_minicluster(slurm_on_path: None) -> Iterator[Callable[..., Minicluster]]:
     """A function (options of `up`) -> Minicluster. What it started is brought down as the session ends."""
     started: list[Minicluster] = []
 
