@@ -30,7 +30,7 @@ from cifar_hpc.training.distributed.watchdog import Watchdog
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch, describe_environment, describe_machine, resolve_amp
 from cifar_hpc.training.exit import FailureReporter, finished, stopped
-from cifar_hpc.training.process import process_age
+from cifar_hpc.training.process import Patience, process_age
 from cifar_hpc.training.trainer import Position, Trainer
 
 # After a requeue, processes of the job's last attempt may still be exiting on their node.
@@ -94,8 +94,9 @@ class Attempt:
         context.startup.lap("checkpoint")
         if agreement.from_rank_0(lambda: self._has_finished(chosen)):
             return None
+        context.heart.beat("loading the images")
         data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
-            lambda: load_dataset(spec.data, context.paths.root, self._loading)
+            lambda: load_dataset(spec.data, context.paths.root, self._progress)
         )
         if agreement.now(Request.STOP if context.stop.requested else Request.GO_ON) is Request.STOP:
             raise Interrupted
@@ -132,7 +133,7 @@ class Attempt:
         device = resolve_device(context.spec, launch.local_rank)
         configure_torch(context.spec, device)
         context.heart.beat("meeting the other ranks")
-        connect(launch, device, tcp_store, board, context.stop)
+        connect(launch, device, tcp_store, board, context.stop, self._progress)
         return device
 
     def _open_run(self) -> int:
@@ -140,12 +141,12 @@ class Attempt:
         context, launch = self.context, self.context.launch
         context.paths.create()
         owner = {"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()}
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS[launch.scheduler]
+        patience = Patience(LOCK_PATIENCE_SECONDS[launch.scheduler])
         while self.lock.descriptor is None:
             try:
                 self.lock.acquire(owner | {"scheduler": launch.scheduler}, 1.0)
             except RunBusyError:
-                if time.monotonic() > deadline:
+                if patience.over():
                     raise
                 if context.stop.requested:
                     raise Interrupted from None
@@ -159,9 +160,9 @@ class Attempt:
         last = History.read(self.context.paths.events).state.get("event")
         return last == Finished.name and chosen is not None and chosen.read().epoch >= self.context.spec.train.epochs
 
-    def _loading(self, text: str) -> bool:
-        """Report the progress of loading. True to stop it, on rank 0 only: the other ranks must not leave alone."""
-        self.context.heart.beat(text or "loading the images")
+    def _progress(self, text: str) -> bool:
+        """Report progress of the start. True to stop it, on rank 0 only: the other ranks must not leave alone."""
+        self.context.heart.beat(text or self.context.heart.doing)
         if text:
             self.context.log.line(text)
         return self.context.first and self.context.stop.requested

@@ -38,7 +38,13 @@ RANK_0_SECONDS = 10.0
 # Time in which the other ranks show that they have noticed the failure.
 LAST_WORDS_SECONDS = 3.0
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+# Contact with another rank, in the words of gloo, NCCL and the system.
+_LOST = (
+    "Connection closed by", "Connection reset by peer", "Connection refused", "Connection timed out", "Broken pipe",
+    "No route to host", "gloo/transport/tcp/pair", "gloo/transport/tcp/unbound_buffer", "ncclRemoteError",
+)  # fmt: skip
+# Two ranks on one GPU, for example.
+_MISUSE = ("ncclInvalidUsage", "ncclInvalidArgument")
 _HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
@@ -148,15 +154,22 @@ def restart(context: Context, decision: Decision) -> int:
 def report_of(error: BaseException, context: Context) -> Report:
     """The report of an exception on this rank."""
     words = str(error)
-    summary = f"{type(error).__name__}: {words}".splitlines()[0][:500]
+    first, _, others = words.partition("\n")
+    if "NCCL error in" in first and others:  # it says where, and the others why
+        first = " ".join(others.split())
+    summary = f"{type(error).__name__}: {first}"[:500]
     cause, text, retryable, status = "error", "".join(traceback.format_exception(error)), True, 1
     if isinstance(error, UserError):
         text, retryable, status = words, error.retryable, error.exit_code
         cause = "lost" if isinstance(error, RanksLostError) else "error"
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in words for w in _OUT_OF_MEMORY):
         cause, text = "out_of_memory", f"{_memory_advice(context)}\n{text}"
-    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in _LOST)):
-        cause, text = "lost", f"lost contact with another rank ({summary})"  # its traceback explains nothing
+    elif isinstance(error, RuntimeError) and any(w in words for w in _MISUSE):
+        retryable = False
+    elif isinstance(error, RuntimeError) and (
+        any(w in words for w in _LOST) or (isinstance(error, dist.DistError) and "NCCL error" not in words)
+    ):
+        cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
     rank, host = context.launch.rank, socket.gethostname()
     return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, retryable, status)
 
@@ -285,8 +298,9 @@ class FailureReporter:
         while (silent := board.bounded(self._silent_ranks)) and time.monotonic() < end:
             time.sleep(0.1)
         statuses = board.bounded(board.statuses) or {}
-        # A rank whose status still changes is alive, and has only not noticed the failure yet.
-        gone = [0] if silent is None else [rank for rank in silent if statuses.get(rank) == before.get(rank)]
+        # A rank whose status still changes is alive, and has only not noticed the failure yet. Without one it has never
+        # come up, which the report itself says.
+        gone = [0] if silent is None else [r for r in silent if r in statuses and statuses[r] == before.get(r)]
         if not gone:
             return ""
         return f"no word from {describe(statuses, gone)}: killed (out of memory? see --mem), or its node was lost"

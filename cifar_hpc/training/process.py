@@ -60,6 +60,24 @@ class Stopwatch:
         return f"{self.total:.1f} s: " + ", ".join(f"{phase} {s:.1f}" for phase, s in self.seconds.items())
 
 
+class Patience:
+    """A time limit that hardly counts the time in which this process is suspended.
+
+    seconds: what is left when it was last asked.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        # The most that is counted between two questions: a look for another rank may take 10 s.
+        self.seconds, self._longest, self._last = seconds, min(10.0, seconds / 3), time.monotonic()
+
+    def over(self) -> bool:
+        """True once the time has run out. To be asked again and again; less is counted of what takes longer."""
+        now = time.monotonic()
+        self.seconds -= min(now - self._last, self._longest)
+        self._last = now
+        return self.seconds < 0
+
+
 def process_age() -> float:
     """Seconds since this process began, to a hundredth; 0 if that is not known."""
     fields = _stat("self")

@@ -259,7 +259,7 @@ class Trainer:
             "sums": sums,
             "environment": self.environment,
         }
-        return TrainingState(**to_host(fields))
+        return TrainingState(**to_host(fields, self.context.log.warn))
 
     def _warn_slow(self) -> None:
         if not self._warned_slow:

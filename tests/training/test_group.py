@@ -31,7 +31,7 @@ def gloo_threads() -> int:
 def meet(rank: int, world: int, file: str) -> list[int]:
     launch = Launch(rank, world, rank, None, None, Path(file))
     store = meet_others(launch, StopFlag())
-    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag())
+    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool)
     found = [torch.zeros(1) for _ in range(world)]
     dist.all_gather(found, torch.tensor([float(rank)]))
     disconnect()
@@ -53,7 +53,7 @@ def told_to_stop(rank: int, world: int, file: str, who: list[int]) -> str:
         stop.raise_flag()
     try:
         store = meet_others(launch, stop)
-        connect(launch, CPU, store, RankBoard(store, rank, world), stop)
+        connect(launch, CPU, store, RankBoard(store, rank, world), stop, bool)
     except Interrupted:
         return "left"
     disconnect()
@@ -80,7 +80,7 @@ def fails_before_it_meets(rank: int, world: int, file: str) -> str:
         board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, retryable=False))
         return "failed"
     try:
-        connect(launch, CPU, store, board, stop)
+        connect(launch, CPU, store, board, stop, bool)
     except RanksLostError as error:
         board.set(f"heard/{rank}")
         if rank == 0:
@@ -119,7 +119,7 @@ def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks:
 
 def test_one_process_needs_no_group() -> None:
     assert meet_others(Launch(), StopFlag()) is None
-    connect(Launch(), CPU, None, RankBoard(None, 0, 1), StopFlag())
+    connect(Launch(), CPU, None, RankBoard(None, 0, 1), StopFlag(), bool)
     assert not dist.is_initialized()
     disconnect()
 

@@ -5,7 +5,7 @@ Its keys are the fields of `TrainingState`, and `format`, the version of this la
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,25 @@ def read_checkpoint(path: Path) -> TrainingState:
     return TrainingState(**{field.name: content.get(field.name) for field in fields(TrainingState)})
 
 
-def to_host(value: Any) -> Any:
+_page_locked = True  # until this process is refused such memory
+
+
+def to_host(value: Any, warn: Callable[[str], object] = print) -> Any:
     """Copy a tree to host memory. The copy shares no tensor with the original.
 
-    From a GPU all tensors are copied at once to page-locked memory, which PyTorch reuses, with a single wait.
+    From a GPU all tensors are copied at once to page-locked memory, which PyTorch reuses, with a single wait. Where
+    that memory is refused, `warn` is called once, and ordinary memory is used.
     """
-    copy = _copy(value)
+    global _page_locked
+    try:
+        copy = _copy(value)
+    except RuntimeError as error:
+        if not _page_locked:
+            raise
+        _page_locked = False
+        reason = str(error).partition("\n")[0]
+        warn(f"no page-locked memory, so copies for checkpoints take longer: {reason}. HINT: ulimit -l; free memory")
+        copy = _copy(value)
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return copy
@@ -133,7 +146,7 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.device.type == "cpu":
             return value.detach().clone()
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+        return torch.empty_like(value, device="cpu", pin_memory=_page_locked).copy_(value.detach(), non_blocking=True)
     if isinstance(value, Mapping):
         return {k: _copy(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -21,16 +21,23 @@ from torch import Tensor
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, UserError
 from cifar_hpc.files import write_atomic
-from cifar_hpc.training.distributed.watchdog import RankBoard
-from cifar_hpc.training.process import Launch, StopFlag
+from cifar_hpc.training.distributed.watchdog import RankBoard, listens
+from cifar_hpc.training.process import Launch, Patience, StopFlag
 
 T = TypeVar("T")
+Progress = Callable[[str], object]  # called again and again while other ranks are missing; the text is for the log
 
-RENDEZVOUS_SECONDS = 300
+# The import of PyTorch over a busy network file system can take one node many minutes longer than another. Whether a
+# process that has not come up is still on its way is known to nobody: srun does not end a step for a task that failed.
+RENDEZVOUS_SECONDS = 30 * 60
+WAITING_LINE_SECONDS = 60  # between two lines of the log that say for whom rank 0 waits
 # After a stop request before all ranks have met, they wait for the others so much longer, to leave together.
 STOP_ALONE_SECONDS = 30
-# Of one collective. Long, since all wait while rank 0 decodes a folder of images; the watchdog finds hangs.
-TIMEOUT = timedelta(minutes=60)
+# Of every group, store and collective. A job may be suspended for days, and PyTorch's clocks go on meanwhile; those of
+# the watchdog do not, which alone finds hangs.
+TIMEOUT = timedelta(days=30)
+# Unless these are 0, PyTorch's watchdog of NCCL ends the process by SIGABRT while an error is being reported.
+OUR_OWN_WATCH = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_ENABLE_MONITORING")
 
 _BEGIN, _STOP = "begin", "stop"
 
@@ -78,16 +85,18 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
     if launch.rendezvous is None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # TCPStore's constructor would wait and ignore `stop`.
-        if launch.rank != 0 and not any(_reachable(host, port) for _ in _until_found(stop)):
+        if launch.rank != 0 and not any(listens(host, port) for _ in _until_found(stop)):
             raise RanksLostError(f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT).")
-        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))
-        return store  # type: ignore[no-any-return]
+        server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun may have one
+        return dist.TCPStore(host, port, launch.world_size, server, TIMEOUT, wait_for_workers=False)
     if launch.rank == 0:
         return _publish_store(launch, launch.rendezvous)
     return _find_store(launch, launch.rendezvous, stop)
 
 
-def connect(launch: Launch, device: torch.device, store: dist.Store | None, board: RankBoard, stop: StopFlag) -> None:
+def connect(
+    launch: Launch, device: torch.device, store: dist.Store | None, board: RankBoard, stop: StopFlag, progress: Progress
+) -> None:
     """Start the default process group (NCCL or gloo), unless there is a single process.
 
     Raises:
@@ -100,9 +109,10 @@ def connect(launch: Launch, device: torch.device, store: dist.Store | None, boar
     # keep the group's threads alive beyond `disconnect`.
     import torch._dynamo  # noqa: F401
 
-    _wait_for_all(store, launch, board, stop)
+    _wait_for_all(store, launch, board, stop, progress)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    store.set_timeout(TIMEOUT)
+    for name in OUR_OWN_WATCH:
+        os.environ.setdefault(name, "0")
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
@@ -116,22 +126,26 @@ def connect(launch: Launch, device: torch.device, store: dist.Store | None, boar
         launch.rendezvous.unlink(missing_ok=True)
 
 
-def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: StopFlag) -> None:
+def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: StopFlag, progress: Progress) -> None:
     # Setting up a process group waits for missing ranks without end. A rank that failed or stopped on its way here
     # must not block the others' GPUs.
     store.set(f"here/{launch.rank}", "")
     missing = [f"here/{rank}" for rank in range(launch.world_size)]
-    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    patience, next_line = Patience(RENDEZVOUS_SECONDS), time.monotonic() + WAITING_LINE_SECONDS
     while missing := [key for key in missing if not store.check([key])]:
+        names = ", ".join(key[5:] for key in missing)
+        due = time.monotonic() > next_line
+        next_line += WAITING_LINE_SECONDS * due
+        progress(f"waiting for rank(s) {names} of {launch.world_size}, which have not come up yet" if due else "")
         # The first rank to set the key decides for all: one that left alone would be missed during the set-up.
         if (stop.requested and board.set_once(_BEGIN, _STOP) == _STOP) or board.get(_BEGIN) == _STOP:
             _leave_together(store, launch)
         if (failure := board.failure()) is not None:
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
-        if time.monotonic() > deadline:
+        if patience.over():
             raise RanksLostError(
-                f"of the {launch.world_size} processes, ranks {', '.join(key[5:] for key in missing)} did not come up "
-                f"within {RENDEZVOUS_SECONDS} s. HINT: their own logs are beside this one's, in logs/<run>/slurm."
+                f"of the {launch.world_size} processes, rank(s) {names} did not come up within {RENDEZVOUS_SECONDS} s. "
+                "HINT: their own logs are beside this one's, in logs/<run>/slurm; that of rank 0 has srun's words."
             )
         time.sleep(0.05)
     if board.set_once(_BEGIN, _STOP if stop.requested else "go") == _STOP:
@@ -154,11 +168,11 @@ def _until_found(stop: StopFlag) -> Iterator[None]:
     Raises:
         Interrupted: STOP_ALONE_SECONDS after a stop request, since rank 0 may have had it, too, and be gone already.
     """
-    end = time.monotonic() + RENDEZVOUS_SECONDS
-    while time.monotonic() < end:
+    patience = Patience(RENDEZVOUS_SECONDS)
+    while not patience.over():
         yield
         if stop.requested:
-            end = min(end, time.monotonic() + STOP_ALONE_SECONDS)
+            patience.seconds = min(patience.seconds, STOP_ALONE_SECONDS)
         time.sleep(0.05)
     if stop.requested:
         raise Interrupted
@@ -181,7 +195,7 @@ def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
         if path.exists():
             address = json.loads(path.read_text())
             for host in address["hosts"]:
-                if _reachable(host, address["port"]):
+                if listens(host, address["port"]):
                     store = dist.TCPStore(
                         host, address["port"], launch.world_size, False, TIMEOUT, wait_for_workers=False
                     )
@@ -201,14 +215,6 @@ def _addresses() -> list[str]:
     with contextlib.suppress(OSError):  # a host may fail to resolve its own name
         found += sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     return [*found, "127.0.0.1"]
-
-
-def _reachable(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def disconnect() -> None:
@@ -241,7 +247,7 @@ class Agreement:
 
     def __init__(self, world_size: int, lag: int) -> None:
         self.world_size, self.lag = world_size, lag
-        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
         self._pending: deque[tuple[Tensor, dist.Work]] = deque()
 
     def from_rank_0(self, work: Callable[[], T]) -> T:

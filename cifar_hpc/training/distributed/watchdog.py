@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -23,14 +25,18 @@ from cifar_hpc.training.environment import peak_memory_bytes
 from cifar_hpc.training.process import is_running
 
 T = TypeVar("T")
-# The server of the store lives in rank 0; after this long without an answer it counts as gone.
+# The server of the store lives in rank 0; after this long without an answer it counts as gone. So does a machine.
 ANSWER_SECONDS = 5.0
 TICK_SECONDS = 1.0
-# A rank is gone if it has been silent for this long while no rank made progress (a node that went away takes its
-# connections with it, and they are not closed) ...
+# So often, while no rank makes progress, the hosts of silent ranks are asked. A node that went away takes its
+# connections with it, and they are not closed; a rank that is suspended longer than the others is as silent, but its
+# host answers.
 SILENT_TICKS = 60
-# ... or if its process is gone. Its peers' broken connections tell the main threads of it first, and say more.
+DISCARD_PORT = 9
+# A rank is gone as well if its process is. Its peers' broken connections tell the main threads first, and say more.
 PATIENCE_TICKS = 5
+# A call that holds the interpreter's lock for twice the limit and so much longer ends the process.
+LAST_RESORT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,26 @@ def describe(statuses: Mapping[int, Mapping[str, Any]], ranks: Iterable[int]) ->
     )
 
 
+def listens(host: str, port: int) -> bool | None:
+    """True if a process listens at a port, False if none does; None if the machine does not answer."""
+    try:
+        with socket.create_connection((host, port), ANSWER_SECONDS):
+            return True
+    except OSError as error:
+        return False if isinstance(error, ConnectionRefusedError) or host == socket.gethostname() else None
+
+
+def end_unless_called_again(seconds: float) -> None:
+    """End this process by SIGALRM unless this is called again in time. 0 takes the last call back.
+
+    That needs no thread of Python, which would wait for the interpreter's lock. After a suspension an alarm is overdue:
+    so the first one only calls alarm(SIGALRM), and the next, which has no handler any more, comes 14 seconds later.
+    """
+    library = ctypes.CDLL(None)
+    library.sysv_signal(int(signal.SIGALRM), library.alarm)  # a handler for one signal: signal(2), System V semantics
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 class Heartbeat:
     """Progress of a rank's main thread.
 
@@ -230,13 +256,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(TICK_SECONDS):
-            # Ends the process if even this thread cannot run, as in a call that never releases the interpreter's lock.
-            with contextlib.suppress(ValueError):  # a standard error that is no file
-                faulthandler.dump_traceback_later(2 * self.limit * TICK_SECONDS + 60, exit=True)
+            end_unless_called_again(2 * self.limit * TICK_SECONDS + LAST_RESORT_SECONDS)
             report = self.tick()
             if report is not None:
                 self.end(report)
-        faulthandler.cancel_dump_traceback_later()
+        end_unless_called_again(0)
 
     def tick(self) -> Report | None:
         """Count one tick; returns the report that ends this rank, if it has to end."""
@@ -248,10 +272,12 @@ class Watchdog:
             return self._failure if self._failure.cause == "hang" or self._failed > PATIENCE_TICKS else None
         if self._broken > PATIENCE_TICKS:
             return self._report("lost", "rank 0 is gone: its process was killed, or its node was lost")
+        look = self._idle % SILENT_TICKS == 0
         lost = [
             rank
-            for rank in self._statuses
-            if self._gone[rank] > PATIENCE_TICKS or min(self._idle, self._still[rank]) > SILENT_TICKS
+            for rank, status in self._statuses.items()
+            if self._gone[rank] > PATIENCE_TICKS
+            or (look and self._still[rank] > SILENT_TICKS // 2 and listens(status["host"], DISCARD_PORT) is None)
         ]
         if lost and self._idle > PATIENCE_TICKS:
             return self._report("lost", f"{describe(self._statuses, lost)}: gone. Killed, or the node was lost")
