@@ -35,9 +35,9 @@ RESOURCE_FLAGS = (
     ("partition", "P", "partition (leave out where a site's router chooses)"),
     ("account", "A", "account to charge"),
     ("qos", "Q", "quality of service"),
-    ("time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"),
-    ("nodes", "N|MIN-MAX", "nodes; a range lets Slurm choose, the weights do not depend on it"),
-    ("gpus_per_node", "G", "GPUs, and so processes, on each node"),
+    ("time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED"),
+    ("nodes", "N|MIN-MAX", "nodes; a range or a list such as 1,2,4 lets Slurm choose, the weights do not depend on it"),
+    ("gpus_per_node", "[TYPE:]G", "GPUs, and so processes, on each node"),
     ("cpus_per_task", "C", "CPU cores of each process"),
     ("mem", "M", "memory of a node, such as 32G"),
     ("constraint", "F", "node features"),
@@ -223,7 +223,7 @@ def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
     resources: dict[str, Any] = {}
     for key, _, _ in RESOURCE_FLAGS:
         if (value := getattr(arguments, key)) is not None:
-            number = key in ("gpus_per_node", "cpus_per_task") and re.fullmatch("[0-9]{1,9}", value)
+            number = key == "cpus_per_task" and re.fullmatch("[0-9]{1,9}", value)
             resources[key] = int(value) if number else value
     options: dict[str, str] = {}
     for item in arguments.sbatch:

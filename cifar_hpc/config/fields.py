@@ -97,7 +97,10 @@ def _to_type(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _to_type(value, next(a for a in arguments if a is not type(None)))
+        kind, *others = [a for a in arguments if a is not type(None)]
+        if others and isinstance(value, str):  # int | str; a flag's number is text, too
+            return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else _text(value)
+        return _to_type(value, kind)
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
@@ -135,7 +138,8 @@ def describe(hint: Any, metadata: Any) -> str:
     """In words, what a field of the type `hint` and the bounds in `metadata` may hold."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return describe(next(a for a in arguments if a is not type(None)), metadata) + ", or null"
+        kinds = [describe(a, metadata if a is not str else {}) for a in arguments if a is not type(None)]
+        return ", or ".join(kinds + ["null"] * (type(None) in arguments))
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:

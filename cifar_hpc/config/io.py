@@ -173,15 +173,27 @@ class Site:
     setup: tuple[str, ...] = option((), "shell lines before training, such as module load")
     python: str | None = option(None, "command that runs Python on a compute node; null is this very Python")
     srun: tuple[str, ...] = option((), "further options of srun")
-    gpus: str = option(
+    gpus: str | None = option(
         "gpus-per-node={gpus}",
-        "the option of sbatch that asks for a node's GPUs, such as gres=gpu:{gpus} or gpus-per-node=a100:{gpus}",
+        "the option of sbatch that asks for a node's GPUs, such as gres=gpu:{gpus} or gpus-per-node=a100:{gpus}; null "
+        "is none",
     )
 
-    def gpu_option(self, gpus: int) -> dict[str, str]:
-        """Option of sbatch that requests so many GPUs on each node; none for 0."""
-        name, _, value = self.gpus.partition("=")
-        return {name: value.replace("{gpus}", str(gpus))} if gpus else {}
+    def gpu_option(self, gpus: int | str) -> dict[str, str]:
+        """Option of sbatch that requests so many GPUs on each node, N or TYPE:N; none for 0.
+
+        Raises:
+            SpecError: the profile asks for GPUs of another type, or for none.
+        """
+        kind, _, number = str(gpus).rpartition(":")
+        name, _, value = (self.gpus or "").partition("=")
+        own = re.sub("^(gres[:/])?gpu:?", "", value.partition("{gpus}")[0].rpartition(",")[2]).rstrip(":")
+        if kind and (own or not name) and kind != own:
+            raise SpecError(
+                f"resources.gpus_per_node: {shown(gpus)} is not allowed; allowed with this profile's gpus: "
+                f"{self.gpus or 'null'}: a number. HINT: without '{kind}:'; another profile for other GPUs."
+            )
+        return {name: value.replace("{gpus}", number if own else str(gpus))} if name and number != "0" else {}
 
 
 def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
@@ -205,10 +217,10 @@ def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
                 f"{path}: setup: {shown(line)} is not allowed; allowed: shell lines. HINT: options of sbatch belong "
                 "into resources.sbatch, as option: value."
             )
-    if re.fullmatch(r"(gpus-per-node|gres)=[^{}]*\{gpus\}[^{}]*", site.gpus) is None:
+    if site.gpus and re.fullmatch(r"(gpus-per-node|gres)=[^{}]*\{gpus\}[^{}]*", site.gpus) is None:
         raise SpecError(
             f"{path}: gpus: {shown(site.gpus)} is not allowed; allowed: gpus-per-node=... or gres=..., with {{gpus}} "
-            "once for the number, such as gres=gpu:a100:{gpus}. HINT: without '--'; put it in quotes."
+            "once for the number, such as gres=gpu:a100:{gpus}, or null. HINT: without '--'; put it in quotes."
         )
     chosen = values.get("resources") or {}
     return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cifar_hpc.config.fields import option
 from cifar_hpc.errors import SpecError
-from cifar_hpc.slurm.options import check_dependency, check_option_names, parse_time
+from cifar_hpc.slurm.options import check_dependency, check_option_names, node_counts, parse_time
 from cifar_hpc.text import shown
 
 CLASSES = 10
@@ -221,9 +221,9 @@ class ResourcesSpec:
     partition: str | None = option(None, "Slurm partition; null leaves the choice to the site")
     account: str | None = option(None, "Slurm account")
     qos: str | None = option(None, "Slurm quality of service")
-    time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, ...)")
-    nodes: str = option("1", "N, or MIN-MAX for Slurm to choose")
-    gpus_per_node: int = option(1, "GPUs on each node", low=0, high=4096)
+    time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, UNLIMITED, ...)")
+    nodes: str = option("1", "N, or MIN-MAX or a list such as 1,2,4 for Slurm to choose")
+    gpus_per_node: int | str = option(1, "GPUs on each node, or with their type such as a100:4", low=0, high=4096)
     tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1, high=4096)
     cpus_per_task: int | None = option(None, "CPU cores of each process", low=1, high=4096)
     mem: str | None = option(None, "memory of a node, such as 32G")
@@ -242,18 +242,23 @@ class ResourcesSpec:
     @property
     def max_nodes(self) -> int:
         """The largest number of nodes that Slurm may give."""
-        return int(self.nodes.split("-")[-1])
+        return node_counts(self.nodes)[1]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs on each node, without their type."""
+        return int(str(self.gpus_per_node).rpartition(":")[2])
 
     @property
     def ntasks_per_node(self) -> int:
         """Processes on each node."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
+        return self.tasks_per_node or max(1, self.gpus)
 
     @property
     def fewest_tasks(self) -> int | None:
         """Processes on the smallest number of nodes that Slurm may give; None where it may give but one number."""
-        fewest, separator, _ = self.nodes.partition("-")
-        return int(fewest) * self.ntasks_per_node if separator else None
+        fewest, most = node_counts(self.nodes)
+        return fewest * self.ntasks_per_node if self.nodes != str(most) else None
 
 
 @dataclass(frozen=True)
@@ -330,10 +335,13 @@ def check(spec: Spec) -> Spec:
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", train.device) is None:
         raise SpecError(f"train.device: {shown(train.device)} is not allowed; allowed: auto, cuda, cuda:N, cpu.")
     parse_time(spec.resources.time, "resources.time")
-    nodes = spec.resources.nodes
-    numbers = [int(n) for n in nodes.split("-")] if re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", nodes) else [0]
-    if not 1 <= numbers[0] <= numbers[-1]:
-        raise SpecError(f"resources.nodes: {shown(nodes)} is not allowed; allowed: N or MIN-MAX, such as 2 or 1-4.")
+    node_counts(spec.resources.nodes)
+    gpus = spec.resources.gpus_per_node
+    if isinstance(gpus, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_.-]*:([0-9]{1,3}|[1-3][0-9]{3})", gpus) is None:
+        raise SpecError(
+            f"resources.gpus_per_node: {shown(gpus)} is not allowed; allowed: an integer >= 0 and <= 4096, or one with a "
+            "type of GPU before it, such as a100:4. A list of types is not, since all processes of a run are alike."
+        )
     return spec
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -20,7 +21,7 @@ from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.options import parse_time
+from cifar_hpc.slurm.options import left_out, parse_time
 
 # Before a task has installed its handlers, Python would die of a preemption's SIGTERM. See worker.
 IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
@@ -46,6 +47,8 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         **site.gpu_option(0 if spec.train.device == "cpu" else resources.gpus_per_node),
         **{key: getattr(resources, key) for key in ("nodes", "time", "mem", "reservation")},
         "requeue" if resources.requeue else "no-requeue": True,
+        "signal": f"USR2@{warning_seconds(spec)}",  # submitit's own may be another signal by its variable
+        "propagate": "NONE",  # limits are those of the compute nodes, not of this shell (ulimit -S)
     }
     if "gres" in plain and isinstance(further.get("gres"), str):
         further["gres"] = _joined_gres(plain["gres"], str(further["gres"]))
@@ -63,12 +66,16 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
     return {
         "wckey": None,  # submitit would set its own name
         **{k: in_script(v) for k, v in named.items() if k.replace("_", "-") not in further},
-        "signal_delay_s": warning_seconds(spec),
         "stderr_to_stdout": True,
-        "setup": list(site.setup) or None,
+        "setup": [*_note_of_left_out(), *site.setup] or None,
         "srun_args": srun,
         "additional_parameters": {k: in_script(v) for k, v in (plain | further).items() if v is not None},
     }
+
+
+def _note_of_left_out() -> list[str]:
+    names = left_out(os.environ)
+    return [f"# Not handed on from the environment of the submission: {' '.join(names)}"] if names else []
 
 
 def _joined_gres(site: str, given: str) -> str:
@@ -139,7 +146,7 @@ def slurm_executor(
     if array:
         pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
         parameters["array_parallelism"] = parallel or points
-        parameters["setup"] = [*site.setup, f"ln -sf {ARRAY_PICKLE} {pickle}"]  # where submitit looks for it
+        parameters["setup"] = [*(parameters["setup"] or ()), f"ln -sf {ARRAY_PICKLE} {pickle}"]  # where submitit looks for it
     executor = _executor(paths, site, parameters)
     if array:
         executor.parameters["map_count"] = points
@@ -155,6 +162,10 @@ def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, An
         @classmethod
         def affinity(cls) -> int:
             return 2
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            command: list[str] = super()._make_submission_command(submission_file_path)
+            return ["env", *(f"-u{name}" for name in left_out(os.environ)), *command]
 
     executor = AnywhereSlurmExecutor(folder=paths.slurm, python=_python(site))
     executor.update_parameters(**parameters)
@@ -199,7 +210,7 @@ def submit_slurm(
     except (FailedJobError, FailedSubmissionError) as error:
         words = " ".join(str(error).split()) or type(error).__name__
         hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
-        raise SchedulerError(f"sbatch refused the job: {words}{hint}") from None
+        raise SchedulerError(f"sbatch refused the job: {words}{hint}{_unused_hint()}") from None
 
 
 def sbatch(option: str, script: str) -> str:
@@ -218,7 +229,12 @@ def sbatch(option: str, script: str) -> str:
             return client.command(["sbatch", option, file.name], stderr_too=option == "--test-only").strip()
         except SchedulerError as error:
             words = str(error).partition(" was refused: ")[2] or error
-            raise SchedulerError(f"sbatch refused the job: {words}") from None
+            raise SchedulerError(f"sbatch refused the job: {words}{_unused_hint()}") from None
+
+
+def _unused_hint() -> str:
+    names = [name for name in left_out(os.environ) if name.startswith("SBATCH_")]
+    return f" HINT: {', '.join(names)} of the environment is not used: say it by a flag or in the profile." * bool(names)
 
 
 def record_submitted(

@@ -124,7 +124,7 @@ def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
     executor.update_parameters(
         timeout_min=parse_time(resources.time) / 60,
         tasks_per_node=resources.ntasks_per_node,
-        gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus_per_node,
+        gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus,
         signal_delay_s=warning_seconds(spec),
         stderr_to_stdout=True,
     )

@@ -46,7 +46,7 @@ def check_this_machine(spec: Spec) -> None:
     resources = spec.resources
     if resources.max_nodes > 1:
         raise SpecError(f"resources.nodes: {resources.nodes} needs Slurm; allowed with --cluster local: 1.")
-    wants_gpu = spec.train.device != "cpu" and (resources.gpus_per_node > 0 or spec.train.device != "auto")
+    wants_gpu = spec.train.device != "cpu" and (resources.gpus > 0 or spec.train.device != "auto")
     if wants_gpu and shutil.which("nvidia-smi") is None and not NVIDIA_DEVICE.exists():
         raise SpecError(
             f"train.device: {spec.train.device} with resources.gpus_per_node: {resources.gpus_per_node} asks for "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.slurm.options import left_out
 from cifar_hpc.text import duration
 
 # After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
@@ -23,7 +24,7 @@ SILENT_SECONDS = 30.0
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
 # Options of Slurm's commands by environment variable: they choose which jobs are shown or cancelled, and how; those
 # that end in _ALL only show more.
-_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)")
+_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)|SLURM_CLUSTERS$")
 
 
 def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
@@ -35,14 +36,14 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
     if shutil.which(arguments[0]) is None:
         hint = "HINT: is this a node of the cluster, is Slurm's module loaded?"
         raise SchedulerError(f"{arguments[0]} is not on PATH. {hint}")
-    environment = {k: v for k, v in os.environ.items() if not _OPTIONS.match(k)} | {"SLURM_TIME_FORMAT": "standard"}
+    out = set(left_out(os.environ)) if arguments[0] == "sbatch" else set(filter(_OPTIONS.match, os.environ))
     try:
         result = subprocess.run(
             ["/bin/sh", "-c", _IGNORE_SIGNALS, "sh", *arguments],
             capture_output=True,
             text=True,
             errors="replace",  # a job of this user may work in a folder of any name
-            env=environment if arguments[0] != "sbatch" else None,  # sbatch passes its own to the job
+            env={k: v for k, v in os.environ.items() if k not in out} | {"SLURM_TIME_FORMAT": "standard"},
             timeout=timeout_seconds,
             check=False,
         )

@@ -1,4 +1,4 @@
-"""Options of sbatch: those that are passed through, those that are refused, forms of a time limit (sbatch(1))."""
+"""Options of sbatch (sbatch(1)): those that are passed through or refused, forms of limits, variables left out."""
 
 import re
 from collections.abc import Iterable
@@ -31,6 +31,35 @@ RESERVED = {
     "workdir": "the code snapshot, where jobs run,",
     "wrap": "a job file",
 }
+
+# Variables of a shell that are not handed on to a job: a submission says the same wherever it is made. A variable that
+# a job needs belongs into the site profile's `setup`.
+_LEFT_OUT = re.compile(
+    # Of another job, and options of Slurm's and submitit's programs, which would win over flags, job file and profile.
+    r"_?SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SLURMD_|SBATCH_|SRUN_|SALLOC_|SPANK_|SUBMITIT_|_TEST_CLUSTER_$"
+    # Ranks of another launcher: torchrun, MPI.
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$|TORCHELASTIC_|PMI[2X]?_|PALS_"
+    r"|OMPI_COMM_WORLD_"
+    # How Python and bash run; but not where packages are, how paths are decoded, or what changes no result.
+    r"|PYTHON(?!_|(PATH|HOME|PLATLIBDIR|USERBASE|NOUSERSITE|UTF8|COERCECLOCALE)$|(UNBUFFERED|DONTWRITEBYTECODE)$)"
+    r"|(SHELLOPTS|BASHOPTS|POSIXLY_CORRECT)$"
+    # Kernels and threads, and with them the bits; not the choice of a library that conda makes.
+    r"|(OMP|GOMP|OPENBLAS|ONEDNN|DNNL)_|KMP_(?!DUPLICATE_LIB_OK$)|MKL_(?!(THREADING|INTERFACE)_LAYER$)"
+    r"|(ATEN_CPU_CAPABILITY|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)$"
+)
+# The same, for a job on another machine: GPUs and folders of this one.
+_OF_THIS_MACHINE = re.compile(
+    r"(CUDA|NVIDIA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|CUDA_MPS_|(TMPDIR|TMP|TEMP)$"
+)
+
+
+def left_out(environment: Iterable[str], here: bool = False) -> list[str]:
+    """Names of the variables that a submission does not hand on to the job.
+
+    Args:
+        here: the job runs on this machine.
+    """
+    return sorted(v for v in environment if _LEFT_OUT.match(v) or not (here or _OF_THIS_MACHINE.match(v) is None))
 
 
 def check_option_names(names: Iterable[str]) -> None:
@@ -70,23 +99,43 @@ def check_dependency(text: str | None) -> None:
         )
 
 
-_FORMS = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
+_FORMS = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS, UNLIMITED"
 _NUMBER = "([0-9]{1,9})"  # longer ones do not fit into Slurm's 32 bits
+NO_LIMIT = 60 * (2**32 - 1)  # seconds; the largest number of minutes is Slurm's INFINITE
 
 
 def parse_time(text: str, key: str = "--time") -> int:
-    """Seconds in a Slurm time limit.
+    """Seconds in a Slurm time limit; NO_LIMIT for zero, too, as sbatch takes it.
 
     Raises:
-        SpecError: for any other form, and for zero.
+        SpecError: for any other form.
     """
+    if text.strip().upper() in ("UNLIMITED", "INFINITE", "-1"):
+        return NO_LIMIT
     match = re.fullmatch(rf"(?:{_NUMBER}-)?{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?", text.strip())
     if match is None:
         raise SpecError(f"{key}: {shown(text)} is not allowed; allowed: {_FORMS}, such as 90 or 1-12:00:00.")
     days, first, second, third = match.groups()
     hours, minutes, seconds = (first, second, third) if days or third else (None, first, second)
     d, h, m, s = (int(number or 0) for number in (days, hours, minutes, seconds))
-    total = ((d * 24 + h) * 60 + m) * 60 + s
-    if total == 0:
-        raise SpecError(f"{key}: {text!r} must be more than zero; allowed: {_FORMS}.")
-    return total
+    return ((d * 24 + h) * 60 + m) * 60 + s or NO_LIMIT
+
+
+def node_counts(text: str) -> tuple[int, int]:
+    """(fewest, most) nodes of sbatch's --nodes: N, MIN-MAX, or from Slurm 23.02 on a list such as 1,4-16:4.
+
+    Raises:
+        SpecError: for any other form.
+    """
+    counts = []
+    for item in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6})(?::([0-9]{1,6}))?)?", item)
+        first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
+        last = last if match and match[2] else first
+        if not 1 <= first <= last or (match and match[3] and step < 1):
+            raise SpecError(
+                f"resources.nodes: {shown(text)} is not allowed; allowed: N, MIN-MAX, or a list that Slurm chooses from, "
+                "such as 2, 1-4 or 1,2,4."
+            )
+        counts += [first, last - (last - first) % max(1, step)]
+    return min(counts), max(counts)

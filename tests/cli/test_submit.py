@@ -14,6 +14,7 @@ from helpers import PROJECT
 
 from cifar_hpc.cli import submit
 from cifar_hpc.runs.lock import RunLock
+from cifar_hpc.slurm.options import left_out
 
 SCRIPT = """\
 #!/bin/bash
@@ -37,6 +38,7 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 #SBATCH --output='{logs}/%j_0_log.out'
 #SBATCH --partition=gpu
+#SBATCH --propagate=NONE
 #SBATCH --qos=high
 #SBATCH --reservation=r
 #SBATCH --signal=USR2@120
@@ -61,7 +63,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root whose path has a quote-worthy blank; no Slurm in reach."""
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path / "my root"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.delenv("SLURM_CONF", raising=False)
+    for name in ("SLURM_CONF", *left_out(os.environ)):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("cifar_hpc.slurm.client.shutil.which", lambda name: None)
     return tmp_path / "my root"
 

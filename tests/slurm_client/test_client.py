@@ -115,7 +115,9 @@ def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, m
     assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "standard"
     assert {seen[name] for name in ("SQUEUE_ALL", "SLURM_CONF", "SQUEUER")} == {"x"}
     program(fake, "sbatch", "env")
-    assert "SLURM_TIME_FORMAT=x" in slurm.command(["sbatch"]).splitlines()  # a job has the user's own environment
+    monkeypatch.setenv("SBATCH_WAIT", "1")
+    handed_on = dict(line.split("=", 1) for line in slurm.command(["sbatch"]).splitlines() if "=" in line)
+    assert "SBATCH_WAIT" not in handed_on and handed_on["SQUEUE_STATES"] == "x"  # of interest to a job's own commands
 
 
 def test_queue_reads_folders_of_any_name(fake: Path) -> None:

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="P", help="the partition that runs would go to")
     parser.add_argument("--account", metavar="A", help="the account that runs would be charged to")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="on so many nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs on each (default: the site's, else 1)")
+    parser.add_argument("--gpus-per-node", metavar="G", help="GPUs on each (default: the site's, else 1)")
     parser.add_argument("--job", action="store_true", help="look on the compute nodes as well, in a job of a minute")
     words = "how long the job may wait for its start (default: 10)"
     parser.add_argument("--wait", type=float, default=10, metavar="MINUTES", help=words)

@@ -23,7 +23,7 @@ from cifar_hpc.errors import SchedulerError, SpecError, UserError, explain, near
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.paths import PROJECT
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.options import parse_time
+from cifar_hpc.slurm.options import NO_LIMIT, node_counts, parse_time
 
 PROBE_SECONDS = 300
 # On one machine's own disk or memory; a login node may of course export them to the others.
@@ -62,7 +62,7 @@ def plan_of(spec: Spec, root: Path) -> Plan:
     """Facts for the checks of other processes, which import torch, here and on the compute nodes."""
     file = PROJECT / "requirements.txt"
     pins = parse_requirements(file.read_text()) if file.exists() else {}
-    gpus = 0 if spec.train.device == "cpu" else spec.resources.gpus_per_node
+    gpus = 0 if spec.train.device == "cpu" else spec.resources.gpus
     data, python = spec.data, platform.python_version()
     return Plan(pins, data.source, str(root / data.root), gpus, spec.resources.requeue, python)
 
@@ -219,7 +219,7 @@ class SlurmChecks:
 
     def check_nodes(self) -> Finding:
         """Nodes in service, compared with the nodes and GPUs that are asked for."""
-        name, wanted = self.partition["PartitionName"], self.resources.gpus_per_node
+        name, wanted = self.partition["PartitionName"], self.resources.gpus
         nodes: Counter[int] = Counter()  # by their number of GPUs; -1: out of service
         for count, state, gres in _table("sinfo", "--noheader", f"--partition={name}", "--format=%D|%t|%G"):
             nodes[-1 if state.startswith(OUT) else gpus_of(gres)] += int(count)
@@ -228,7 +228,7 @@ class SlurmChecks:
         words = f"in service: {words}" + (f"; {out} out of service" if out else "")
         if not nodes:
             return problem(words, "see sinfo -R for the reasons; another --partition")
-        if sum(nodes[gpus] for gpus in nodes if gpus >= wanted) < int(self.resources.nodes.split("-")[0]):
+        if sum(nodes[gpus] for gpus in nodes if gpus >= wanted) < node_counts(self.resources.nodes)[0]:
             words = f"{words}; {self.resources.nodes} nodes with {wanted} GPUs each are asked for"
             return problem(words, "fewer --nodes or --gpus-per-node, another --partition")
         return ok(words)
@@ -319,6 +319,6 @@ def _node_names(partition: Mapping[str, str]) -> set[str]:
 def _seconds(text: str) -> int:
     """Seconds of a time of Slurm's; 0 where it is none, such as UNLIMITED."""
     try:
-        return parse_time(text)
+        return parse_time(text) % NO_LIMIT
     except SpecError:
         return 0

@@ -48,7 +48,7 @@ def resolve_device(spec: Spec, local_rank: int) -> torch.device:
     Raises:
         RunFailedError: the spec asks for GPUs, and CUDA is not usable. Training never falls back to the CPU.
     """
-    wanted, gpus = spec.train.device, spec.resources.gpus_per_node
+    wanted, gpus = spec.train.device, spec.resources.gpus
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return torch.device("cpu")
     if not torch.cuda.is_available():
