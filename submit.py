@@ -4,6 +4,8 @@
 import sys
 
 from cifar_hpc.cli.submit import main
+from cifar_hpc.training.process import open_streams
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         keep_others_out()
         status: int = arguments.main(arguments)
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
@@ -29,4 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from cifar_hpc.training.process import open_streams
+
+    open_streams(lossy="train" in sys.argv[1:2])
     sys.exit(main())

@@ -7,12 +7,16 @@ therefore remove it: its writer was killed. That holds across hosts and without 
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from cifar_hpc.errors import SpecError
+from cifar_hpc.text import shown
 
 # Of new files, before the umask: others may never write, whatever the umask.
 FILE_MODE, DIRECTORY_MODE = 0o664, 0o775
@@ -23,6 +27,30 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 class NotRegularError(OSError):
     """The path is a directory, a FIFO, a device or a socket, where a file should be."""
+
+
+def expand_path(text: str, key: str) -> str:
+    """A path with ~ and $VARIABLE replaced as a shell does it.
+
+    Raises:
+        SpecError: names `key`, and the variable that is not set or the user that there is not.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise SpecError(f"{key}: {shown(text)} needs the variable {name}, which is not set here. HINT: export it.")
+        return os.environ[name]
+
+    path = text
+    if text.startswith("~"):
+        try:
+            path = str(Path(text).expanduser())
+        except RuntimeError:
+            raise SpecError(
+                f"{key}: {shown(text)} names no user. HINT: of a folder with such a name, ./ first."
+            ) from None
+    return re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", value, path, flags=re.ASCII)
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:

@@ -115,13 +115,18 @@ def _submit(arguments: argparse.Namespace) -> int:
     keep_others_out()
     order = _order(arguments)
     if arguments.dry_run or arguments.test_only:
-        print(preview(order, ask_slurm=not arguments.dry_run))
+        print(preview(order, ask_slurm=not arguments.dry_run), flush=True)
         return 0
     run = order.run(order.points[0])
     seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
     outcome = submit(order)
     answer, text = _sweep_answer(order, outcome) if order.sweep else _run_answer(order, run, outcome)
-    print(json.dumps(answer) if arguments.json else text, flush=True)
+    try:
+        print(json.dumps(answer) if arguments.json else text, flush=True)
+    except OSError:
+        if arguments.follow:
+            raise
+        return 0  # the job is submitted, whether that can be printed or not
     if outcome.finished or not arguments.follow:
         return 0
     from cifar_hpc.cli.tail import follow
@@ -130,7 +135,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace) -> Order:
-    from cifar_hpc.config.io import from_plain, load_site, load_values, run_name
+    from cifar_hpc.config.io import load_site, load_values, new_spec, run_name
     from cifar_hpc.config.sweep import Point, expand
     from cifar_hpc.launch.preflight import on_slurm
     from cifar_hpc.launch.submit import Order
@@ -141,7 +146,7 @@ def _order(arguments: argparse.Namespace) -> Order:
     values = load_values(job, arguments.overrides, {"resources": defaults}, {"resources": _resources(arguments)})
     section = values.pop("sweep", None)
     if section is None:
-        spec, sweep, parallel = from_plain(values), None, None
+        spec, sweep, parallel = new_spec(values), None, None
         points = [Point(check_run_name(arguments.name or run_name(job.stem, spec)), {}, spec)]
     else:
         if arguments.follow:
@@ -151,7 +156,7 @@ def _order(arguments: argparse.Namespace) -> Order:
         keys = [override.partition("=")[0].strip() for override in arguments.overrides]
         points, parallel = expand(sweep, section, values, keys)
         check_run_name(points[0].run)  # the names of all points have the same length
-    slurm = arguments.dry_run or on_slurm("slurm" if arguments.test_only else arguments.cluster)
+    slurm = arguments.dry_run or on_slurm("slurm" if arguments.test_only else arguments.cluster, points[0].spec)
     return Order(project_root(), points, site, slurm, sweep, parallel)
 
 

@@ -1,4 +1,4 @@
-"""python -m cifar_hpc train: training without a scheduler, in one process or under torchrun."""
+"""python -m cifar_hpc train: training without a scheduler, in one process, under torchrun or under srun."""
 
 import argparse
 import os
@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from cifar_hpc.cli.parser import SEVERAL
-from cifar_hpc.training.process import StopFlag, Stopwatch
+from cifar_hpc.training.process import StopFlag, Stopwatch, launch_of
 
 DESCRIPTION = """\
-Trains in this process, without Slurm and submitit; several processes
-under torchrun train together. The same command again goes on from the newest
-good checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2 and the first
-Ctrl-C save a checkpoint and stop.
+Trains in this process, without submitit; several processes under torchrun
+or srun train together. The same command again goes on from the newest good
+checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU and
+the first Ctrl-C save a checkpoint and stop.
 
 Writes logs/RUN/ (spec.yaml, train.log, metrics.jsonl, events.jsonl) and
 checkpoints/RUN/. Exit status: 0 finished, 1 failed, 2 bad spec or arguments, 4
@@ -41,27 +41,23 @@ def main(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.job)
     spec = load_spec(path, arguments.overrides)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    spec = resolve(paths, spec, world, spec.resources.cpus_per_task or max(1, (os.cpu_count() or 1) // local_world))
+    launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")
+    spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
 
     from cifar_hpc.data.cifar10 import fetch_cifar10
     from cifar_hpc.training.attempt import Attempt
     from cifar_hpc.training.context import Context
-    from cifar_hpc.training.process import Launch
 
-    if rank == 0:
+    paths.create()
+    if launch.rank == 0:
         if spec.data.source == "cifar10":
             fetch_cifar10(paths.root / spec.data.root)  # reading verifies it
-        paths.create()
         owner = holder(paths.lock)
         if owner is not None:
             raise RunBusyError(f"run {paths.name} is being trained by {describe(owner)}.")
         freeze(paths, spec)
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
-    launch = Launch(rank, world, local_rank, None, os.environ.get("SLURM_JOB_ID"))
     attempt = Attempt(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:

@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cifar_hpc.config.fields import build, option
 from cifar_hpc.config.spec import ResourcesSpec, Spec, check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.files import expand_path
 from cifar_hpc.text import shown
 
 # Keys that do not change the result of a run. They are left out of its name.
@@ -41,7 +42,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
             f"sweep: {path} describes many runs, and this command trains one. HINT: submit them with submit.py, or "
             "take the job file alone with --set sweep=null."
         )
-    return from_plain(values)
+    return new_spec(values)
 
 
 def load_values(
@@ -90,6 +91,12 @@ def to_plain(spec: Spec) -> dict[str, Any]:
 def from_plain(values: Mapping[str, Any]) -> Spec:
     """Build and check a spec; the inverse of `to_plain`."""
     return check(build(Spec, dict(values)))
+
+
+def new_spec(values: Mapping[str, Any]) -> Spec:
+    """`from_plain` for what a person has written: ~ and $VARIABLE in data.root are replaced."""
+    spec = from_plain(values)
+    return replace(spec, data=replace(spec.data, root=expand_path(spec.data.root, "data.root")))
 
 
 def to_yaml(spec: Spec, header: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_hpc.config.fields import build, option
-from cifar_hpc.config.io import covered, flatten, from_plain, in_words, merge, nested, run_name
+from cifar_hpc.config.io import covered, flatten, in_words, merge, nested, new_spec, run_name
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.text import shown
@@ -84,7 +84,7 @@ def _point(job: str, values: Values, base: Mapping[str, Any]) -> Point:
     for key, value in values.items():
         base = merge(base, nested(key, value))
     try:
-        spec = from_plain(base)
+        spec = new_spec(base)
     except SpecError as error:
         raise SpecError(f"sweep: the point {_words(values)}: {error}") from None
     return Point(run_name(job, spec), values, spec)

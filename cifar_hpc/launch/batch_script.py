@@ -146,7 +146,10 @@ def slurm_executor(
     if array:
         pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
         parameters["array_parallelism"] = parallel or points
-        parameters["setup"] = [*(parameters["setup"] or ()), f"ln -sf {ARRAY_PICKLE} {pickle}"]  # where submitit looks for it
+        parameters["setup"] = [
+            *(parameters["setup"] or ()),
+            f"ln -sf {ARRAY_PICKLE} {pickle}",
+        ]  # where submitit looks for it
     executor = _executor(paths, site, parameters)
     if array:
         executor.parameters["map_count"] = points
@@ -234,7 +237,9 @@ def sbatch(option: str, script: str) -> str:
 
 def _unused_hint() -> str:
     names = [name for name in left_out(os.environ) if name.startswith("SBATCH_")]
-    return f" HINT: {', '.join(names)} of the environment is not used: say it by a flag or in the profile." * bool(names)
+    return f" HINT: {', '.join(names)} of the environment is not used: say it by a flag or in the profile." * bool(
+        names
+    )
 
 
 def record_submitted(

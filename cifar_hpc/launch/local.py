@@ -25,8 +25,8 @@ from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
-from cifar_hpc.slurm.options import parse_time
-from cifar_hpc.training.process import StopFlag
+from cifar_hpc.slurm.options import left_out, parse_time
+from cifar_hpc.training.process import StopFlag, open_streams
 
 POLL_SECONDS = 1.0
 
@@ -46,10 +46,12 @@ def start(folder: RunPaths | SweepPaths, code: Path, locks: Iterable[RunLock], p
     number = folder.number if isinstance(folder, SweepPaths) else 0
     descriptors = [lock.descriptor for lock in locks if lock.descriptor is not None]
     arguments = [folder.root, folder.name, number, parallel, shlex.join(sys.argv), ",".join(map(str, descriptors))]
+    out = left_out(os.environ, here=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "cifar_hpc.launch.local", *map(str, arguments)],
             cwd=code,
+            env={name: value for name, value in os.environ.items() if name not in out},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -161,4 +163,5 @@ def _answer(pipe: int, job_id: str) -> None:
 
 
 if __name__ == "__main__":
+    open_streams(lossy=True)
     main(sys.argv[1:])

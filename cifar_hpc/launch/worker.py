@@ -16,7 +16,7 @@ from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.requeue import is_stopping
 from cifar_hpc.slurm import client
-from cifar_hpc.training.process import StopFlag, Stopwatch
+from cifar_hpc.training.process import StopFlag, Stopwatch, open_streams
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Task:
     def __call__(self) -> str:
         """Train as `train` does."""
         stop = StopFlag().install()
+        open_streams(lossy=True)
         try:
             return train(run_of_task(Path(self.root), self.target), stop)
         except UserError as error:
@@ -63,9 +64,8 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     attempt = Attempt(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:
-        with contextlib.suppress(OSError):  # srun, which reads these, may have gone with its node
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)  # at once: closing process groups can take longer than a grace time
     stop.ignore()
     return f"run {paths.name} finished"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cifar_hpc.errors import SpecError, nearest
-from cifar_hpc.files import DIRECTORY_MODE, read_regular, write_atomic
+from cifar_hpc.files import DIRECTORY_MODE, expand_path, read_regular, write_atomic
 from cifar_hpc.text import control_character, shown
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -25,7 +25,7 @@ def project_root() -> Path:
     Raises:
         SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot contain.
     """
-    root = Path(os.environ.get("CIFAR_HPC_ROOT") or PROJECT).resolve()
+    root = Path(expand_path(os.environ.get("CIFAR_HPC_ROOT") or "", "CIFAR_HPC_ROOT") or PROJECT).resolve()
     if control_character(str(root)) is not None or "%" in str(root) or "\\" in str(root):
         key = "CIFAR_HPC_ROOT" if os.environ.get("CIFAR_HPC_ROOT") else "the project's folder"
         raise SpecError(

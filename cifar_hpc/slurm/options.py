@@ -134,8 +134,8 @@ def node_counts(text: str) -> tuple[int, int]:
         last = last if match and match[2] else first
         if not 1 <= first <= last or (match and match[3] and step < 1):
             raise SpecError(
-                f"resources.nodes: {shown(text)} is not allowed; allowed: N, MIN-MAX, or a list that Slurm chooses from, "
-                "such as 2, 1-4 or 1,2,4."
+                f"resources.nodes: {shown(text)} is not allowed; allowed: N, MIN-MAX, or a list that Slurm "
+                "chooses from, such as 2, 1-4 or 1,2,4."
             )
         counts += [first, last - (last - first) % max(1, step)]
     return min(counts), max(counts)

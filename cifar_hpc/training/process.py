@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from cifar_hpc.errors import SpecError
+from cifar_hpc.text import shown
+
+# SIGHUP: the terminal closes. SIGXCPU: a limit of CPU time (ulimit -St), once a second until the hard limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 FIRST_STEP = "first_step"  # the last phase
 
 
@@ -27,6 +36,93 @@ class Launch:
     scheduler: str | None = None  # "slurm" | "local" (submitit's executor) | None (a plain process or torchrun)
     job_id: str | None = None
     rendezvous: Path | None = None
+
+
+def launch_of(environment: Mapping[str, str], folder: Path) -> tuple[Launch, int]:
+    """(launch, threads that are this process's share) under torchrun, in a step of srun, or of a single process.
+
+    Args:
+        folder: where rank 0 of a step publishes its address.
+
+    Raises:
+        SpecError: names the variable of torchrun that is missing or has no meaning.
+    """
+
+    def number(name: str, default: int | None, low: int, high: int) -> int:
+        text = environment.get(name)
+        if text is None and default is not None:
+            return default
+        if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+            given = (
+                f"is missing beside WORLD_SIZE={environment.get('WORLD_SIZE')}"
+                if text is None
+                else f"{shown(text)} is not allowed"
+            )
+            raise SpecError(
+                f"{name}: {given}; allowed: {low} to {high}, as torchrun sets it. HINT: is it left over? unset RANK "
+                "WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+            )
+        return int(text)
+
+    job, most = environment.get("SLURM_JOB_ID"), 999_999
+    # Of a step: a batch script and the shell of salloc have SLURM_NTASKS, too, and are a single process.
+    tasks = number("SLURM_STEP_NUM_TASKS", 1, 1, most)
+    if tasks > 1 and environment.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        step, restart = environment.get("SLURM_STEP_ID"), environment.get("SLURM_RESTART_COUNT") or "0"
+        rank, local_rank = number("SLURM_PROCID", None, 0, tasks - 1), number("SLURM_LOCALID", None, 0, tasks - 1)
+        launch = Launch(rank, tasks, local_rank, None, job, folder / f"{job}.{step}-{restart}.json")
+        return launch, number("SLURM_CPUS_PER_TASK", 1, 1, most)
+    world = number("WORLD_SIZE", 1, 1, most)
+    rank = number("RANK", 0 if world == 1 else None, 0, world - 1)
+    here = number("LOCAL_WORLD_SIZE", 1, 1, world)
+    local_rank = number("LOCAL_RANK", 0, 0, (here if "LOCAL_WORLD_SIZE" in environment else world) - 1)
+    if world > 1:
+        number("MASTER_PORT", None, 1, 65535)
+        if not environment.get("MASTER_ADDR"):
+            raise SpecError(
+                f"MASTER_ADDR: is missing beside WORLD_SIZE={world}; allowed: the host of rank 0, as torchrun sets it."
+            )
+    return Launch(rank, world, local_rank, None, job), max(1, (os.cpu_count() or 1) // here)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, where a `lossy` one drops what cannot be written; any is, after its first error."""
+
+    lossy = False
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or len(content)
+        except OSError:
+            if not self.lossy:
+                self.lossy = True  # Python tries again as it ends, which would change the exit status
+                raise
+            return len(content)
+
+
+def open_streams(lossy: bool = False) -> None:
+    """Open /dev/null in place of closed standard streams, and print what their encoding lacks as escapes.
+
+    A file opened later would get the number of a closed one, and with it what libraries print.
+
+    Args:
+        lossy: a full disk or a reader that has gone never raises an exception; on standard error it never does.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # and not a replacement, as a test's
+            with suppress(AttributeError, OSError):
+                stream.flush()
+            raw = _Output(number, "w", closefd=False)
+            raw.lossy = lossy or number == 2
+            encoding = getattr(stream, "encoding", None)
+            new = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, new)
 
 
 class Stopwatch:
@@ -126,13 +222,16 @@ class StopFlag:
         return time.monotonic() - self._received_at if self.requested else None
 
     def install(self, interactive: bool = False) -> StopFlag:
-        """Handle SIGTERM, SIGUSR1 and SIGUSR2, and ignore SIGCONT, which Slurm sends along.
+        """Handle the stop signals, and ignore SIGCONT, which Slurm sends along.
+
+        SIGHUP and SIGINT stay ignored if they are: nohup, or a shell's `&`.
 
         Args:
             interactive: handle the first Ctrl-C as well; a second one interrupts as usual.
         """
         for number in (*STOP_SIGNALS, signal.SIGINT) if interactive else STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         return self
 

@@ -1,6 +1,7 @@
 """Style of all figures: colours, sizes, legends, and files of the same figure as PNG and SVG."""
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ LEGEND_MARGIN = 0.1  # inches, above and below together
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of `width` x `height` inches in this style, without a display or pyplot's state."""
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter's own, say, may not be known to this Python; figures are only saved
     import matplotlib
     from matplotlib.figure import Figure
 
