@@ -14,6 +14,7 @@ from cifar_hpc.text import control_character, shown
 
 T = TypeVar("T")
 MAX_TEXT = 4096  # characters, as many as the longest path
+_IN_QUOTES = """ HINT: put it in quotes, in a shell in two kinds: --set '{}="..."'."""
 
 
 def option(
@@ -66,7 +67,7 @@ def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
         raise SpecError(
             f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}{reason}."
             + nearest(str(value)[:MAX_TEXT], choices)
-            + (" HINT: put it in quotes." if isinstance(value, bool) and str in kinds else "")
+            + (_IN_QUOTES.format(dotted) if isinstance(value, bool) and str in kinds else "")
         ) from None
     if not _in_range(converted, metadata):
         raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
@@ -118,7 +119,7 @@ def _to_type(value: Any, hint: Any) -> Any:
         raise TypeError
     if hint is str:  # a number as it is written in the file: 1.10 is not 1.1
         return _text(value.text if isinstance(value, (WrittenInt, WrittenFloat)) else str(value))
-    return hint(value)
+    return hint(value) + 0.0 if hint is float else hint(value)  # -0.0 is 0.0, also in the name of a run
 
 
 def _in_range(value: Any, metadata: Any) -> bool:

@@ -58,13 +58,22 @@ def load_values(
     Raises:
         SpecError: names the file or the override.
     """
-    values = merge(base, read_mapping(path))
+    values = merge(base, _sweep_by_dotted_keys(read_mapping(path)))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
             raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
-        values = merge(values, nested(key.strip(), parse_yaml(text, f"--set {key}")))
+        values = merge(values, _sweep_by_dotted_keys(nested(key.strip(), parse_yaml(text, f"--set {key}"))))
     return merge(values, flags)
+
+
+def _sweep_by_dotted_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of sweep.grid and sweep.zip as `flatten` writes them, so that --set finds them there."""
+    sweep = values.get("sweep")
+    if not isinstance(sweep, dict):
+        return values
+    parts = {k: flatten(v, f"sweep.{k}") for k, v in sweep.items() if k in ("grid", "zip") and isinstance(v, dict)}
+    return {**values, "sweep": {**sweep, **parts}}
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -110,14 +119,19 @@ def _section_yaml(name: str, values: str) -> str:
     return str(yaml.dump({name: json.loads(values)}, Dumper=Dumper, sort_keys=False))
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train.epochs': 400, ...}; empty mappings stay values."""
+def flatten(values: Mapping[str, Any], where: str = "", prefix: str = "") -> dict[str, Any]:
+    """{'train.epochs': 400, ...}; empty mappings stay values.
+
+    Raises:
+        SpecError: for a key that is given twice, dotted and nested; `where` is the section that it names.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        name = f"{prefix}{key}"
+        found = flatten(value, where, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+        for twice in flat.keys() & found:
+            raise SpecError(f"{where}: {twice} is given twice, dotted and nested; allowed: once.")
+        flat |= found
     return flat
 
 

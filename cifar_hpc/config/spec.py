@@ -16,6 +16,9 @@ IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
 LEAST_WIDTH = 4
+# The largest numbers that PyTorch takes where it computes with 32 bits. Every number has a bound: a checkpoint with
+# one of thousands of digits could not be read.
+FLOAT32, INT32 = 1e38, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,14 @@ class AugmentConfig:
     crop_padding: int = option(4, "zero padding, in pixels, before a crop to 32x32; 0 is off", low=0, high=31)
     flip: float = option(0.5, "probability of a horizontal flip; 0 is off", low=0, high=1)
     rotation: float = option(15.0, "largest angle of rotation, in degrees; 0 is off", low=0, high=180)
-    brightness: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
-    contrast: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
-    saturation: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0)
+    brightness: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0, high=FLOAT32)
+    contrast: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0, high=FLOAT32)
+    saturation: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0, high=FLOAT32)
     hue: float = option(0.1, "shift is uniform in [-x, x] turns of the circle; 0 is off", low=0, high=0.5)
     erasing: float = option(0.5, "probability of erasing a box after normalisation; 0 is off", low=0, high=1)
     erasing_scale: tuple[float, float] = option((0.02, 0.33), "erased area over image area, from and to", low=0, high=1)
     erasing_ratio: tuple[float, float] = option(
-        (0.3, 3.3), "height over width of the box, from and to (log-uniform)", above=0
+        (0.3, 3.3), "height over width of the box, from and to (log-uniform)", above=0, high=FLOAT32
     )
 
     trivial: bool = option(False, "TrivialAugmentWide, on the image as it is, before all others")
@@ -67,10 +70,6 @@ class MixingConfig:
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
 
-# The largest numbers that PyTorch takes where it computes with 32 bits.
-FLOAT32, INT32 = 1e38, 2**31 - 1
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
@@ -100,12 +99,13 @@ class OptimizerSpec:
 @dataclass(frozen=True)
 class LookaheadSpec:
     enabled: bool = option(True, "wrap the optimizer in Lookahead")
-    k: int = option(5, "updates of the fast weights between two syncs", low=1)
+    k: int = option(5, "updates of the fast weights between two syncs", low=1, high=INT32)
     alpha: float = option(0.5, "step of the slow weights towards the fast ones", above=0, high=1)
     bn_batches: int = option(
         16,
         "training batches to re-estimate BatchNorm statistics for slow, averaged or resized training; 0 is off",
         low=0,
+        high=INT32,
     )
 
 
@@ -187,9 +187,9 @@ class CheckpointSpec:
         None, "auto, as null without the next two: an interval within an epoch from measured costs and losses"
     )
     every_minutes: float | None = option(None, "minutes between two checkpoints within an epoch", above=0, high=100_000)
-    every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1)
-    every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1)
-    keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1)
+    every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1, high=INT32)
+    every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1, high=INT32)
+    keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1, high=INT32)
 
     @property
     def automatic(self) -> bool:
@@ -204,7 +204,7 @@ class CheckpointSpec:
 
 @dataclass(frozen=True)
 class RetrySpec:
-    max: int = option(3, "how often a run is requeued for this cause", low=0)
+    max: int = option(3, "how often a run is requeued for this cause", low=0, high=INT32)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,10 @@ class ResourcesSpec:
     comment: str | None = option(None, "job comment; some sites read wishes from it")
     requeue: bool = option(True, "requeue the job after a preemption, a timeout or a node failure")
     warning_seconds: int = option(
-        120, "seconds before the time limit at which Slurm sends SIGUSR2; a quarter of a short limit at most", low=10
+        120,
+        "seconds before the time limit at which Slurm sends SIGUSR2; a quarter of a short limit at most",
+        low=10,
+        high=65535,
     )
     sbatch: dict[str, str] = option({}, "any further sbatch options, by their long names; true: without a value")
 

@@ -21,7 +21,9 @@ Values = dict[str, Any]  # by dotted key
 
 @dataclass(frozen=True)
 class _Limits:
-    parallel: int | None = option(None, "points that train at the same time; null is no limit (locally 1)", low=1)
+    parallel: int | None = option(
+        None, "points that train at the same time; null is no limit (locally 1)", low=1, high=MAX_POINTS
+    )
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def expand(
             raise SpecError(f"sweep.{key}: unknown key; allowed: {', '.join(known)}." + nearest(str(key), known))
     parts = {key: value for key, value in section.items() if key in _PARTS and value is not None}
     limits = build(_Limits, {k: v for k, v in section.items() if k not in _PARTS}, "sweep")
-    axes = [axis for part, value in parts.items() for axis in _PARTS[part](f"sweep.{part}", value)]
-    axes.sort(key=lambda axis: SEED in axis[0])
-    _check_keys(axes, set_keys)
+    by_part = {part: _PARTS[part](f"sweep.{part}", value) for part, value in parts.items()}
+    _check_keys(by_part, set_keys)
+    axes = sorted(itertools.chain(*by_part.values()), key=lambda axis: SEED in axis[0])
     number = math.prod(len(axis) for axis in axes)
     if not axes or number > MAX_POINTS:
         raise SpecError(f"sweep: has {number if axes else 0:,} points; allowed: 1 to {MAX_POINTS:,}.")
@@ -136,30 +138,37 @@ def _lists(where: str, value: Any) -> dict[str, list[Any]]:
 
 
 def _flat(where: str, value: dict[Any, Any]) -> Values:
-    """Convert nested mappings to dotted keys, as --set does."""
-    for key in value:
-        if not isinstance(key, str):
-            raise SpecError(f"{where}: the key {shown(key)} is not allowed; allowed: dotted keys, such as {SEED}.")
-    return flatten(value)
+    """Convert nested mappings to dotted keys, each of which says something of its own."""
+    flat = flatten(value, where)
+    for key, other in itertools.pairwise(sorted(flat, key=lambda key: key.split("."))):
+        if covered(other, [key]):
+            raise SpecError(f"{where}: {key} and {other} say the same twice; allowed: once.")
+    return flat
 
 
-def _check_keys(axes: Sequence[Sequence[Values]], set_keys: Collection[str]) -> None:
+# How --set reaches the values of a key, by the part of the section that has it.
+_SET = {"grid": "grid.{}=[...]", "zip": "zip.{}=[...]", "list": "list=[{{{}: ...}}]", "seeds": "seeds=[...]"}
+
+
+def _check_keys(by_part: Mapping[str, Sequence[Sequence[Values]]], set_keys: Collection[str]) -> None:
     """Refuse keys that a sweep cannot vary, varies twice, or that --set has set."""
     varied: list[str] = []
-    for axis in axes:
+    for part, axis in ((part, axis) for part, axes in by_part.items() for axis in axes):
         keys = sorted({key for values in axis for key in values})
         for key in keys:
             if _overlapping(key, OF_THE_ARRAY):
                 raise SpecError(
                     f"sweep: {key} is not allowed; allowed: keys outside {' and '.join(OF_THE_ARRAY)}, since all "
-                    "points share one job array. HINT: submit once for each value, with --set."
+                    "points share one job array. HINT: submit once for each value, with --set and a --name of its own."
                 )
             for other in _overlapping(key, varied):
-                raise SpecError(f"sweep: {other} and {key} are varied twice; allowed: once, in grid, zip or list.")
+                raise SpecError(
+                    f"sweep: {other} and {key} are varied twice; allowed: once, in grid, zip, list or seeds."
+                )
             for given in _overlapping(key, set_keys):
                 raise SpecError(
-                    f"--set {given}: the sweep varies {key}. HINT: set the section sweep itself, such as "
-                    f"--set sweep.grid.{key}=[...], or take the job file alone with --set sweep=null."
+                    f"--set {given}: the sweep varies {key}. HINT: set the section sweep itself instead, such as "
+                    f"--set 'sweep.{_SET[part].format(key)}', or take the job file alone: add --set sweep=null."
                 )
         varied += keys
 

@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
-        is_int = node.tag == _INT
+        is_int = node.tag == _INT and len(node.value) < 4300  # Python reads no longer ones: infinite, and never allowed
         number = WrittenInt(self.construct_yaml_int(node)) if is_int else WrittenFloat(self.construct_yaml_float(node))
         number.text = self.construct_scalar(node)
         return number

@@ -136,7 +136,7 @@ def test_text_keys_keep_what_is_written(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["yes", "no", "on", "off", "true", "False"])
 def test_a_word_that_yaml_takes_for_a_switch_is_refused_with_the_cure(text: str) -> None:
-    with pytest.raises(SpecError, match=r"inner\.words: (True|False) .* allowed: text\. HINT: put it in quotes\."):
+    with pytest.raises(SpecError, match=r"inner\.words: (True|False) .* allowed: text\. HINT: put it in quotes"):
         inner(**parse_yaml(f"words: {text}", "x"))
 
 

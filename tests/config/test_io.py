@@ -77,7 +77,6 @@ def test_nan_is_read_and_then_refused(tmp_path: Path) -> None:
         ("train: [1", r"not readable as YAML.*line 1"),
         ("[1]: 2", r"unhashable"),
         ("? {a: 1}\n: 2", r"unhashable"),
-        ("a: " + "9" * 5000, r"not readable as YAML"),
         ("a: " + "[" * 5000, r"nested too deeply"),
         ("a: &a [*a]", r"cannot hold itself.*line 1"),
         ("a: !!python/object:os.system x", r"could not determine a constructor .*python/object:os\.system"),

@@ -18,7 +18,7 @@ from cifar_hpc.training.context import Context
 from cifar_hpc.training.process import Launch, StopFlag
 
 LARGE = [1e3, 1e30, 1e38]
-HUGE = [*LARGE, 1.7e308]
+MANY = 2**31 - 1
 TINY = [5e-324, 1e-300, 1e-45, 1e-8]
 
 
@@ -43,13 +43,13 @@ SECTIONS = st.fixed_dictionaries(
         "train": st.fixed_dictionaries(
             {
                 "epochs": pick(1, 2),
-                "batch_size": pick(1, 2, 7, 33, 2**31 - 1),
+                "batch_size": pick(1, 2, 7, 33, MANY),
                 "shards": pick(None, 1, 2, 3),
                 "cpu_threads": pick(1, 1, 2),
                 "device": st.just("cpu"),
                 "amp": pick("fp32", "fp32", "fp32", "bf16", "fp16", "auto"),
                 "label_smoothing": pick(0, 0.1, 1),
-                "seed": pick(0, 2**31 - 1),
+                "seed": pick(0, MANY),
                 "log_seconds": pick(1e-300, 30),
             }
         ),
@@ -59,9 +59,9 @@ SECTIONS = st.fixed_dictionaries(
         "lookahead": st.fixed_dictionaries(
             {
                 "enabled": st.booleans(),
-                "k": pick(1, 5, 10**30),
+                "k": pick(1, 5, MANY),
                 "alpha": pick(1e-300, 0.5, 1),
-                "bn_batches": pick(0, 3, 10**30),
+                "bn_batches": pick(0, 3, MANY),
             }
         ),
         "optimizer": st.fixed_dictionaries(
@@ -74,20 +74,20 @@ SECTIONS = st.fixed_dictionaries(
         ),
         "schedule": st.fixed_dictionaries({"name": pick("cosine", "constant"), "per": pick("epoch", "step")}),
         "checkpoint": st.fixed_dictionaries(
-            {"every_epochs": pick(1, 10**30), "every_steps": pick(None, 1, 10**30), "keep": pick(1, 10**30)}
+            {"every_epochs": pick(1, MANY), "every_steps": pick(None, 1, MANY), "keep": pick(1, MANY)}
         ),
         "augment": st.fixed_dictionaries(
             {
                 "crop_padding": pick(0, 4, 31),
                 "flip": pick(0, 0.5, 1),
                 "rotation": pick(0, 1e-300, 15, 180),
-                "brightness": pick(0, 0.2, *HUGE),
-                "contrast": pick(0, 0.2, *HUGE),
-                "saturation": pick(0, 0.2, *HUGE),
+                "brightness": pick(0, 0.2, *LARGE),
+                "contrast": pick(0, 0.2, *LARGE),
+                "saturation": pick(0, 0.2, *LARGE),
                 "hue": pick(0, 0.1, 0.5),
                 "erasing": pick(0, 0.5, 1),
                 "erasing_scale": pick([0, 0], [0, 1], [1, 1], [0.02, 0.33], [1e-300, 1e-300]),
-                "erasing_ratio": pick([0.3, 3.3], [1e-300, 1e300], [1e-300, 1e-300], [5e-324, 1.7e308]),
+                "erasing_ratio": pick([0.3, 3.3], [1e-300, 1e38], [1e-300, 1e-300], [5e-324, 1e38]),
             }
         ),
     }

@@ -87,7 +87,8 @@ def test_set_reaches_into_the_sweep(tmp_path: Path) -> None:
         ("{gird: {}}", ["sweep.gird: unknown key", "did you mean 'grid'"]),
         ("{}", ["sweep: has 0 points", "1 to"]),
         ("{parallel: 2}", ["sweep: has 0 points"]),
-        ("{seeds: 2, parallel: 0}", ["sweep.parallel: 0", "an integer >= 1"]),
+        ("{seeds: 2, parallel: 0}", ["sweep.parallel: 0", "an integer >= 1 and <= 10000"]),
+        ("{seeds: 2, parallel: 10001}", ["sweep.parallel: 10001", "an integer >= 1 and <= 10000"]),
         ("{seeds: 0}", ["sweep.seeds: 0"]),
         ("{seeds: true}", ["sweep.seeds: True"]),
         ("{seeds: []}", ["sweep.seeds: []"]),
@@ -97,7 +98,7 @@ def test_set_reaches_into_the_sweep(tmp_path: Path) -> None:
         ("{seeds: 5000, grid: {optimizer.lr: [1, 2, 3]}}", ["sweep: has 15,000 points", "1 to 10,000"]),
         ("{grid: [1]}", ["sweep.grid: [1]", "a mapping of keys to lists"]),
         ("{grid: {model.dropout: []}}", ["sweep.grid.model.dropout: []"]),
-        ("{grid: {1: [2]}}", ["sweep.grid: the key 1"]),
+        ("{grid: {1: [2]}}", ["the point 1=2: 1: unknown key"]),
         ("{zip: {model.dropout: [0, 0.1], optimizer.lr: [1]}}", ["sweep.zip: model.dropout has 2, optimizer.lr has 1"]),
         ("{list: [3]}", ["sweep.list: [3]"]),
         ("{list: {model.dropout: 0}}", ["sweep.list: {"]),
@@ -108,6 +109,13 @@ def test_set_reaches_into_the_sweep(tmp_path: Path) -> None:
         ("{grid: {resources: [{}]}}", ["resources is not allowed"]),
         ("{grid: {train.seed: [1]}, seeds: 2}", ["train.seed and train.seed are varied twice"]),
         ("{grid: {model: [{dropout: 0}]}, list: [{model.dropout: 0}]}", ["model and model.dropout are varied twice"]),
+        ("{grid: {train.epochs: [1], train: {epochs: [3]}}}", ["sweep.grid: train.epochs is given twice, dotted and"]),
+        ("{grid: {train: {epochs: [3]}, train.epochs: [1]}}", ["sweep.grid: train.epochs is given twice"]),
+        ("{zip: {train.epochs: [1], train: {epochs: [3]}}}", ["sweep.zip: train.epochs is given twice"]),
+        ("{list: [{train.seed: 0}, {train.epochs: 1, train: {epochs: 3}}]}", ["sweep.list: train.epochs is given"]),
+        ("{zip: {model: [{dropout: 0}], model.dropout: [0.1]}}", ["sweep.zip: model and model.dropout say the same"]),
+        ("{list: [{train.epochs: 1, train: null}]}", ["sweep.list: train and train.epochs say the same twice"]),
+        ("{grid: {train: {1: [2]}}}", ["the point train.1=2: train.1: unknown key"]),
         ("{grid: {checkpoint.keep: [1, 2]}}", ["checkpoint.keep=1 and checkpoint.keep=2 are the same run"]),
     ],
 )  # fmt: skip
@@ -118,10 +126,40 @@ def test_what_makes_no_sweep_is_named(text: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["model.dropout", "model"])
-def test_what_the_sweep_varies_cannot_be_set(given: str) -> None:
-    with pytest.raises(SpecError, match=rf"--set {given}: the sweep varies model\.dropout\. HINT"):
-        expand("job", {"grid": {"model.dropout": [0.1]}}, BASE, ["train.epochs", given])
+@pytest.mark.parametrize("spelling", ["{model.dropout: [0.1, 0.3]}", "{model: {dropout: [0.1, 0.3]}}"])
+@pytest.mark.parametrize("part", ["grid", "zip"])
+def test_set_reaches_a_key_however_it_is_spelt(tmp_path: Path, spelling: str, part: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"sweep: {{{part}: {spelling}}}\n")
+    for override in (f"sweep.{part}.model.dropout=[0.5]", f"sweep.{part}={{model: {{dropout: [0.5]}}}}"):
+        values = load_values(job, [override])
+        (point,) = expand(job.stem, values.pop("sweep"), values)[0]
+        assert point.values == {"model.dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("sweep: {grid: {train.epochs: [1, 2], train: {epochs: [3]}}}", []),
+        ("sweep: {seeds: 2}", ["sweep.grid={train.epochs: [1, 2], train: {epochs: [3]}}"]),
+        ("sweep: {seeds: 2}", ["sweep={grid: {train: {epochs: [3]}, train.epochs: [1]}}"]),
+    ],
+)
+def test_a_key_that_is_given_twice_is_named(tmp_path: Path, text: str, overrides: list[str]) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    with pytest.raises(
+        SpecError, match=r"^sweep\.grid: train\.epochs is given twice, dotted and nested; allowed: once"
+    ):
+        load_values(job, overrides)
+
+
+@pytest.mark.parametrize("text", ["train: {epochs: 1}\ntrain.epochs: 2", "train.epochs: 2"])
+def test_a_job_file_has_no_dotted_keys(tmp_path: Path, text: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    with pytest.raises(SpecError, match=r"^train\.epochs: unknown key"):
+        load_spec(job)
 
 
 def test_a_command_for_one_run_names_the_sweep(tmp_path: Path) -> None:
