@@ -33,6 +33,12 @@ class RanksLostError(RunFailedError):
     retryable = True
 
 
+class RanksDifferError(RunFailedError):
+    """The ranks of a run would not compute the same. On other nodes they may."""
+
+    retryable = everywhere = True
+
+
 class SchedulerError(UserError):
     """The scheduler refused; its own words are in the message."""
 

@@ -45,6 +45,7 @@ class Started(Event, name="started", state="running"):
     environment_changed: dict[str, Any]
     shards: int | None
     machine: dict[str, Any]
+    hosts: list[str]
     command: str | None
     startup: dict[str, float]
 

@@ -28,7 +28,15 @@ from cifar_hpc.training.distributed.group import Agreement, Request, connect, di
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.distributed.watchdog import Watchdog
 from cifar_hpc.training.engine import Engine
-from cifar_hpc.training.environment import configure_torch, describe_environment, describe_machine, resolve_amp
+from cifar_hpc.training.environment import (
+    combined,
+    configure_torch,
+    describe_environment,
+    describe_machine,
+    describe_rank,
+    require_agreement,
+    resolve_amp,
+)
 from cifar_hpc.training.exit import FailureReporter, finished, stopped
 from cifar_hpc.training.process import Patience, process_age
 from cifar_hpc.training.trainer import Position, Trainer
@@ -46,6 +54,8 @@ class Attempt:
         self.failures = FailureReporter(context, self._position)
         self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
+        self.ranks: list[dict[str, Any]] = []  # facts by rank
+        self.differences: list[str] = []  # between ranks, that do not stop them
         self.finished = False  # otherwise the process must exit at once: its peers may be gone
 
     def run(self) -> int:
@@ -100,16 +110,22 @@ class Attempt:
         )
         if agreement.now(Request.STOP if context.stop.requested else Request.GO_ON) is Request.STOP:
             raise Interrupted
-        environment = describe_environment(spec, device) | {"data": digest([data.train_images, data.train_labels])}
+        self._compare(
+            agreement,
+            data=digest([data.train_images, data.train_labels]),
+            test_data=digest([data.test_images, data.test_labels]),
+        )
         context.startup.lap("data")
         state = chosen.read() if chosen is not None else None
         if state is not None:
-            self._check_fits(state, environment)
+            self._check_fits(state)
         context.startup.lap("checkpoint")
         # A rank that has failed so far is noticed here, where gloo reports it; NCCL would wait for it.
         agreement.now(Request.GO_ON)
         context.heart.beat("setting up the model")
         engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
+        self._compare(agreement, gradient=engine.first_gradient())
+        environment = combined(self.ranks, (*describe_environment(spec, device), "data", "test_data", "gradient"))
         store: CheckpointStore | None = None
         if context.first:
             store = CheckpointStore(context.paths.checkpoints, spec.checkpoint.keep, context.emit, context.log.warn)
@@ -133,8 +149,18 @@ class Attempt:
         device = resolve_device(context.spec, launch.local_rank)
         configure_torch(context.spec, device)
         context.heart.beat("meeting the other ranks")
-        connect(launch, device, tcp_store, board, context.stop, self._progress)
+        facts = describe_rank(context.spec, device)
+        self.ranks = connect(launch, device, tcp_store, board, context.stop, self._progress, facts)
         return device
+
+    def _compare(self, agreement: Agreement, **facts: str | None) -> None:
+        """Compare further facts of all ranks.
+
+        Raises:
+            RanksDifferError: on every rank.
+        """
+        self.ranks = [known | new for known, new in zip(self.ranks, agreement.gather(facts), strict=True)]
+        self.differences = require_agreement(self.ranks)
 
     def _open_run(self) -> int:
         """Take the run's lock; return the number of earlier attempts. Rank 0 only."""
@@ -167,7 +193,7 @@ class Attempt:
             self.context.log.line(text)
         return self.context.first and self.context.stop.requested
 
-    def _check_fits(self, state: TrainingState, environment: dict[str, Any]) -> None:
+    def _check_fits(self, state: TrainingState) -> None:
         """Check that a checkpoint was made with this spec and these images.
 
         Raises:
@@ -175,11 +201,13 @@ class Attempt:
         """
         spec = self.context.spec
         check_resumable(from_plain(state.spec), spec, self.context.paths.name)
-        if state.environment["data"] != environment["data"]:
-            raise RunFailedError(
-                f"data.root: the training images in {self.context.paths.root / spec.data.root} are not those that run "
-                f"{self.context.paths.name} was started with. HINT: give the run on other images another --name."
-            )
+        run = self.context.paths
+        for key, kind in (("data", "training"), ("test_data", "test")):
+            if state.environment.get(key) not in (None, self.ranks[0][key]):  # older checkpoints lack the second
+                raise RunFailedError(
+                    f"data.root: the {kind} images in {run.root / spec.data.root} are not those that run {run.name} "
+                    "was started with. HINT: give the run on other images another --name."
+                )
 
     def _pacer(self) -> CheckpointPacer | None:
         """Return the pacer for checkpoint.every: auto. The event of this attempt must have been written."""
@@ -203,7 +231,8 @@ class Attempt:
                 f"step {position.step_in_epoch} of the epoch"
             )
             before = chosen.read().environment
-            changed = {k: [before.get(k), v] for k, v in environment.items() if before.get(k) != v}
+            # A key that an older version did not record says nothing.
+            changed = {k: [before[k], v] for k, v in environment.items() if k in before and before[k] != v}
         log.banner(
             [
                 f"run {context.paths.name}  |  {where}",
@@ -218,8 +247,12 @@ class Attempt:
             log.line(f"metrics.jsonl: {cut} row(s) beyond the checkpoint cut off; they are computed again")
         if changed:
             log.warn(
-                "this is not the environment of the checkpoint, so the bits may differ from here: "
-                + "; ".join(f"{k}: {old} -> {new}" for k, (old, new) in changed.items())
+                f"this is not the environment of the checkpoint, so the bits {'' if 'gradient' in changed else 'may '}"
+                "differ from here: " + "; ".join(f"{k}: {old} -> {new}" for k, (old, new) in changed.items())
+            )
+        if self.differences:
+            log.warn(
+                f"the ranks differ, though their first gradients have the same bits. {'; '.join(self.differences)}"
             )
         event = Resumed if chosen else Started
         context.emit(
@@ -233,6 +266,7 @@ class Attempt:
                 environment_changed=changed,
                 shards=context.spec.train.shards,
                 machine=describe_machine(),
+                hosts=[rank["host"] for rank in self.ranks],
                 command=None if launch.scheduler else shlex.join(sys.argv),
                 startup=context.startup.plain(),
             )

@@ -13,12 +13,13 @@ from cifar_hpc.config.schedule import learning_rate, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.kernels import DRAWS
 from cifar_hpc.data.augment.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss, resize
-from cifar_hpc.data.augment.pipeline import augment
+from cifar_hpc.data.augment.pipeline import augment, normalize
 from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
 from cifar_hpc.training.optim import Lookahead, WeightAverage, build_sgd
@@ -142,6 +143,21 @@ class Engine:
         if self.spec.augment.trivial:
             images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
         return augment(images, draws, self.spec.augment)
+
+    def first_gradient(self) -> str | None:
+        """Return a digest of the gradient of two training images: equal where the kernels compute the same bits.
+
+        Only under the initial weights, which are the same in every attempt. None if the bits may change anyway.
+        """
+        if not self.spec.train.deterministic:
+            return None
+        self.model.train()
+        self.model.set_key(0)
+        self.model.set_update_statistics(False)
+        with self.autocast():  # `forward`, since compiling for this batch size would take long
+            logits = self.model.forward(normalize(self.data.train_images[:2]))
+        loss = self.loss_sum(logits, self.data.train_labels[:2])
+        return digest(torch.autograd.grad(loss, list(self.model.parameters())))[:16]
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the summed cross-entropy with label smoothing, in float32."""

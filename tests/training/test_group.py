@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, Ranks, tiny_spec
 
-from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, SpecError
+from cifar_hpc.errors import Interrupted, RanksDifferError, RanksLostError, RunFailedError, SpecError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training.attempt import Attempt
@@ -23,6 +23,8 @@ from cifar_hpc.training.distributed.group import meet as meet_others
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report
 from cifar_hpc.training.process import Launch, StopFlag
 
+FACTS = {"host": "node1", "gpu_id": None, "deterministic": True}
+
 
 def gloo_threads() -> int:
     return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
@@ -31,7 +33,7 @@ def gloo_threads() -> int:
 def meet(rank: int, world: int, file: str) -> list[int]:
     launch = Launch(rank, world, rank, None, None, Path(file))
     store = meet_others(launch, StopFlag())
-    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool)
+    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool, FACTS)
     found = [torch.zeros(1) for _ in range(world)]
     dist.all_gather(found, torch.tensor([float(rank)]))
     disconnect()
@@ -47,13 +49,46 @@ def test_ranks_meet_through_a_file_that_is_gone_afterwards(ranks: Ranks, tmp_pat
     assert list(file.parent.iterdir()) == []
 
 
+def compared(rank: int, world: int, file: str, facts: list[dict[str, Any]]) -> str:
+    launch = Launch(rank, world, rank, None, None, Path(file))
+    store = meet_others(launch, StopFlag())
+    try:
+        connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool, FACTS | facts[rank])
+    except RanksDifferError as error:
+        assert not dist.is_initialized()
+        return str(error)
+    disconnect()
+    return "met"
+
+
+@pytest.mark.parametrize(
+    ("differing", "message"),
+    [
+        ([{}, {"torch": "2.11"}, {}], "torch: None on rank 0 (node1) and rank 2 (node1), 2.11 on rank 1 (node1)"),
+        (
+            [{"gpu_id": "GPU-1"}, {"gpu_id": "GPU-2"}, {"gpu_id": "GPU-1"}],
+            "GPU-1 of node1 is the GPU of several ranks: rank 0 (node1) and rank 2 (node1).",
+        ),
+        ([{"gpu_id": "GPU-1", "host": f"node{n}"} for n in range(3)], "met"),
+        ([{"processor": "A"}, {"processor": "B"}, {}], "met"),
+    ],
+)
+def test_no_group_of_ranks_that_do_not_agree(
+    ranks: Ranks, tmp_path: Path, differing: list[dict[str, Any]], message: str
+) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    said = ranks.run(3, compared, str(file), differing, group=False)
+    assert len(set(said)) == 1 and message in said[0]
+
+
 def told_to_stop(rank: int, world: int, file: str, who: list[int]) -> str:
     launch, stop = Launch(rank, world, rank, None, None, Path(file)), StopFlag()
     if rank in who:
         stop.raise_flag()
     try:
         store = meet_others(launch, stop)
-        connect(launch, CPU, store, RankBoard(store, rank, world), stop, bool)
+        connect(launch, CPU, store, RankBoard(store, rank, world), stop, bool, FACTS)
     except Interrupted:
         return "left"
     disconnect()
@@ -80,7 +115,7 @@ def fails_before_it_meets(rank: int, world: int, file: str) -> str:
         board.publish(Report(1, "node9", "error", "no usable GPU", "no usable GPU", 0, retryable=False))
         return "failed"
     try:
-        connect(launch, CPU, store, board, stop, bool)
+        connect(launch, CPU, store, board, stop, bool, FACTS)
     except RanksLostError as error:
         board.set(f"heard/{rank}")
         if rank == 0:
@@ -119,7 +154,7 @@ def test_a_finished_run_leaves_no_thread_that_could_abort_the_interpreter(ranks:
 
 def test_one_process_needs_no_group() -> None:
     assert meet_others(Launch(), StopFlag()) is None
-    connect(Launch(), CPU, None, RankBoard(None, 0, 1), StopFlag(), bool)
+    assert connect(Launch(), CPU, None, RankBoard(None, 0, 1), StopFlag(), bool, FACTS) == [FACTS]
     assert not dist.is_initialized()
     disconnect()
 
@@ -143,7 +178,8 @@ def test_never_the_cpu_where_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("device", "count", "local_rank", "index"), [("auto", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:2", 4, 0, 2)]
+    ("device", "count", "local_rank", "index"),
+    [("auto", 4, 3, 3), ("cuda", 1, 3, 0), ("auto", 2, 2, 0), ("auto", 2, 3, 1), ("cuda:2", 4, 0, 2)],
 )
 def test_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int, local_rank: int, index: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -155,13 +191,12 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int, local_ra
     assert chosen == [index]
 
 
-@pytest.mark.parametrize(("device", "local_rank"), [("auto", 2), ("cuda:2", 0)])
-def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int) -> None:
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    spec = tiny_spec(train={"device": device}, resources={"gpus_per_node": 2})
+    spec = tiny_spec(train={"device": "cuda:2"}, resources={"gpus_per_node": 2})
     with pytest.raises(RunFailedError, match=r"GPU 2 is not there .* visible: 2"):
-        resolve_device(spec, local_rank)
+        resolve_device(spec, 0)
 
 
 def agreed(rank: int, world: int, lag: int, who: int, when: int, request: int, steps: int) -> list[int]:

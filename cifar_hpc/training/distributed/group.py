@@ -22,6 +22,7 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, UserError
 from cifar_hpc.files import write_atomic
 from cifar_hpc.training.distributed.watchdog import RankBoard, listens
+from cifar_hpc.training.environment import require_agreement
 from cifar_hpc.training.process import Launch, Patience, StopFlag
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ _BEGIN, _STOP = "begin", "stop"
 
 
 def resolve_device(spec: Spec, local_rank: int) -> torch.device:
-    """Return the device of this process.
+    """Return the device of this process: of the GPUs that it sees, that of its local rank.
 
     Raises:
         RunFailedError: the spec asks for GPUs, and CUDA is not usable. Training never falls back to the CPU.
@@ -61,13 +62,13 @@ def resolve_device(spec: Spec, local_rank: int) -> torch.device:
             f"{socket.gethostname()}: {built}. HINT: check nvidia-smi there, or ask for --set train.device=cpu."
         )
     count = torch.cuda.device_count()
-    index = local_rank if count > 1 else 0  # Slurm may bind one GPU to each task
+    index = local_rank % count  # Slurm may show each task only some of the node's GPUs
     if ":" in wanted:
         index = int(wanted.partition(":")[2])
     if index >= count:
         raise RunFailedError(
             f"train.device: GPU {index} is not there on {socket.gethostname()}; visible: {count}. "
-            "HINT: resources.tasks_per_node must not exceed resources.gpus_per_node."
+            "HINT: train.device: auto takes those that are there."
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -95,21 +96,37 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
 
 
 def connect(
-    launch: Launch, device: torch.device, store: dist.Store | None, board: RankBoard, stop: StopFlag, progress: Progress
-) -> None:
-    """Start the default process group (NCCL or gloo), unless there is a single process.
+    launch: Launch,
+    device: torch.device,
+    store: dist.Store | None,
+    board: RankBoard,
+    stop: StopFlag,
+    progress: Progress,
+    facts: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Start the default process group (NCCL or gloo), unless there is a single process. Return the facts of all ranks.
+
+    Args:
+        facts: of this rank. All ranks must agree on them; otherwise their collectives might not even fit.
 
     Raises:
+        RanksDifferError: they do not agree.
         RanksLostError: another rank failed, or did not come up within RENDEZVOUS_SECONDS.
         Interrupted: there was a stop request before all ranks had come up.
     """
     if store is None:
-        return
+        return [facts]
     # DDP needs it. If it were imported later, default arguments of its functions would hold the default group, and so
     # keep the group's threads alive beyond `disconnect`.
     import torch._dynamo  # noqa: F401
 
+    store.set(f"facts/{launch.rank}", json.dumps(facts))
     _wait_for_all(store, launch, board, stop, progress)
+    ranks = [json.loads(store.get(f"facts/{rank}")) for rank in range(launch.world_size)]
+    store.set(f"read/{launch.rank}", "")
+    if launch.rank == 0:
+        store.wait([f"read/{rank}" for rank in range(launch.world_size)])  # if they differ, the store ends with rank 0
+    require_agreement(ranks)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     for name in OUR_OWN_WATCH:
         os.environ.setdefault(name, "0")
@@ -124,6 +141,7 @@ def connect(
     dist.barrier()
     if launch.rank == 0 and launch.rendezvous is not None:
         launch.rendezvous.unlink(missing_ok=True)
+    return ranks
 
 
 def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: StopFlag, progress: Progress) -> None:
@@ -267,6 +285,13 @@ class Agreement:
         """
         own = self._on_rank_0(work, share=False)
         return own if self._group is None or dist.get_rank() == 0 else work()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order."""
+        values = [value] * self.world_size
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def after_step(self, request: Request) -> Request:
         """Return the request that all ranks act on after this step."""
