@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from cifar_hpc.launch.epilog import MARK
 from cifar_hpc.text import control_character
 
 HOSTILE = (
@@ -98,4 +99,6 @@ def run_with_stub_srun(script: str, folder: Path) -> list[str]:
         check=True,
     )
     assert done.stderr == b"" and list(work.iterdir()) == []
-    return [word.decode() for word in done.stdout.split(b"\0")[:-1]]
+    mark, _, words = done.stdout.partition(b"\n")
+    assert mark.decode().startswith(MARK)
+    return [word.decode() for word in words.split(b"\0")[:-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 SBATCH = """#!/bin/sh
@@ -21,6 +22,11 @@ SQUEUE = """#!/bin/sh
 case "$*" in *--format*) cat "$QUEUE" 2>/dev/null;; esac
 exit 0
 """
+
+
+def slurm_time(local: str) -> str:
+    """A local time as Slurm's commands are asked to print it."""
+    return str(int(datetime.fromisoformat(local).timestamp()))
 
 
 class StubSlurm:

@@ -15,6 +15,7 @@ from typing import Any
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.launch.epilog import MARK
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.logs import TrainLog
@@ -23,8 +24,61 @@ from cifar_hpc.runs.progress import record_event
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import left_out, parse_time
 
+# A file system may be mounted late. Slurm has gone to /tmp then, where Python finds no package.
+FIND_CODE = 'n=180; until cd "$SLURM_SUBMIT_DIR" 2>/dev/null || [ $((n-=1)) -lt 0 ]; do sleep 1; done'
 # Before a task has installed its handlers, Python would die of a preemption's SIGTERM. See worker.
-IGNORE_SIGNALS = """sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """
+IGNORE_SIGNALS = f"""sh -c 'trap "" TERM USR1 USR2; {FIND_CODE}; cd "$SLURM_SUBMIT_DIR" && exec "$@"' sh """
+# The begin of a batch script: the start is recorded before anything can fail, as `runs.events.Attempted`. The site's
+# setup and the tasks run in a subshell, which may end as it likes: whoever has not called hpc_end calls it at the exit.
+RECORD = r"""
+hpc_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+hpc_job=${hpc_job:-$SLURM_JOB_ID} hpc_restarts=${SLURM_RESTART_COUNT:-0} hpc_nodes=$SLURM_JOB_NODELIST
+hpc_append() { # FILE LINE; a line before it that was cut short is ended first
+  local file=$hpc_logs/$hpc_run/$1 cut=
+  [ -f "$file" ] || [ ! -e "$file" ] || return
+  [ -z "$(tail -c 1 "$file")" ] || cut=$'\n'
+  printf '%s%s\n' "$cut" "$2" >> "$file"
+} 2> /dev/null
+hpc_event() { # NAME FIELDS
+  local head="\"time\": \"$(date -u +%FT%T.%3NZ)\", \"event\": \"$1\", \"host\": \"$HOSTNAME\""
+  hpc_append events.jsonl "{$head, \"job_id\": \"$hpc_job\", \"restart\": null, \"world_size\": null, $2}"
+}
+hpc_end() { # STATUS of the tasks
+  local last= events=$hpc_logs/$hpc_run/events.jsonl
+  [ ! -f "$events" ] || last=$(tail -n 1 "$events")
+  if [ "$1" -ne 0 ] || [[ $last == *'"event": "attempt"'* ]]; then
+    (cd "$SLURM_SUBMIT_DIR" && trap '' TERM USR1 USR2 && hpc_epilog "$1") || hpc_no_python "$1"
+  fi
+  kill -WINCH $$
+  exit "$1"
+}
+hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
+  local again=false action="not requeued" output=$hpc_slurm/${hpc_job}_0_log.out
+  local words="the start ended with status $1, and Python could not be started to say why"
+  [ "$(squeue --noheader --jobs="$hpc_job" --format=%T)" = RUNNING ] || return
+  if [ "$hpc_restarts" -lt "$hpc_limit" ] && scontrol requeue "$hpc_job"; then
+    scontrol update "jobid=$hpc_job" "StartTime=now+$((hpc_restarts < 5 ? 120 << hpc_restarts : 3600))"
+    again=true action=requeueing
+  elif scontrol requeuehold "$hpc_job"; then
+    action="held: the command requeue releases it"
+  fi
+  hpc_event failed "\"step\": 0, \"error\": \"$words\", \"cause\": \"start\", \"again\": $again"
+  [ $again = false ] || hpc_event requeued '"reason": "failure"'
+  words="$words; $action. Last words: $(tac "$output" | sed '/^MARK/q' | head -n 3 | tac)"
+  hpc_append train.log "$(date '+%F %T') FAILED: $words"
+}
+umask o-w
+trap : HUP INT TERM USR1 USR2
+trap hpc_said=1 WINCH
+trap 'n=$?; [ -n "$hpc_said" ] || (hpc_end $n); exit $n' EXIT
+FIND_CODE
+hpc_run=RUN
+hpc_event attempt "\"restart_count\": $hpc_restarts, \"nodes\": \"$hpc_nodes\""
+echo "MARK$hpc_job, restart $hpc_restarts, on $hpc_nodes =="
+(
+trap : HUP INT TERM USR1 USR2
+cd "$SLURM_SUBMIT_DIR" || exit
+"""
 
 ARRAY_PICKLE = "task.pkl"  # callable of all tasks of an array
 ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
@@ -132,28 +186,35 @@ def slurm_executor(
         parallel: how many may run at the same time; None is no limit.
     """
     array = isinstance(paths, SweepPaths)
-    epilog = f"{_python(site)} -m cifar_hpc.launch.epilog {shlex.quote(str(paths.root))} {shlex.quote(_target(paths))}"
     dependency = ",".join(filter(None, (None if array else "singleton", spec.resources.dependency)))
-    parameters = slurm_parameters(paths, spec, site) | {
+    parameters = slurm_parameters(paths, spec, site)
+    parameters |= {
         "dependency": in_script(dependency or None),
-        "teardown": [
-            "# Where all tasks were killed at once, somebody else has to ask for another try.",
-            "status=$?",
-            f'[ "$status" -eq 0 ] || {epilog} "$status"',
-            'exit "$status"',
-        ],
+        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu"],
+        "teardown": ["hpc_end $?", ")"],
     }
     if array:
         pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
         parameters["array_parallelism"] = parallel or points
-        parameters["setup"] = [
-            *(parameters["setup"] or ()),
-            f"ln -sf {ARRAY_PICKLE} {pickle}",
-        ]  # where submitit looks for it
+        parameters["setup"].append(f"ln -sf {ARRAY_PICKLE} {pickle}")  # where submitit looks for it
     executor = _executor(paths, site, parameters)
     if array:
         executor.parameters["map_count"] = points
     return executor
+
+
+def _begin(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> list[str]:
+    root, target = shlex.quote(str(paths.root)), shlex.quote(_target(paths))
+    run = target
+    if isinstance(paths, SweepPaths):  # a line for each name, as write_points writes them
+        run = f"""$(sed -n "$((SLURM_ARRAY_TASK_ID + 2))s/[\\",]//gp" {target})"""
+    python = site.python or shlex.quote(sys.executable)
+    return [
+        f"hpc_logs={shlex.quote(str(paths.root / 'logs'))} hpc_slurm={shlex.quote(str(paths.slurm))}",
+        f"hpc_limit={spec.failures.max if spec.resources.requeue else 0}",
+        f'hpc_epilog() {{ exec {python} -m cifar_hpc.launch.epilog {root} {target} "$1"; }}',
+        RECORD.strip().replace("FIND_CODE", FIND_CODE).replace("hpc_run=RUN", f"hpc_run={run}").replace("MARK", MARK),
+    ]
 
 
 def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, Any]) -> Any:

@@ -1,25 +1,49 @@
-"""Epilog of the batch script: reports and requeues an attempt whose processes were all killed at once.
+"""Epilog of the batch script: reports and requeues an attempt that ended without a word.
 
-That happens to a run of one process on a node short of memory, and to the tasks that are left when one node's
-slurmstepd dies. Any task that lives does so itself (training/exit).
+That is one of which no rank ever spoke (srun, a module, Python or an import failed), and one whose processes were all
+killed at once: a run of one process on a node short of memory, the tasks that are left when one node's slurmstepd
+dies. Any task that lives does so itself (training/exit).
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
-from datetime import datetime
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
 from cifar_hpc.runs.frozen_spec import require_frozen
-from cifar_hpc.runs.history import History, step_of
+from cifar_hpc.runs.history import Attempt, History, step_of
+from cifar_hpc.runs.lock import holder
 from cifar_hpc.runs.logs import TrainLog, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.progress import record_event
-from cifar_hpc.runs.requeue import ALIVE, Decision, Ending, decide, request_requeue
-from cifar_hpc.slurm.client import job_fields, own_job_id
+from cifar_hpc.runs.requeue import (
+    ALIVE,
+    Decision,
+    Ending,
+    broken_node,
+    decide,
+    elsewhere,
+    end_for_good,
+    request_requeue,
+)
+from cifar_hpc.slurm.client import job_fields, own_job_id, restart_count
+from cifar_hpc.text import one_line, printable
+
+# The batch script writes such a line to the job's output as it begins: what follows is of this start.
+MARK = "== start of job "
+LAST_LINES = 8  # of a task
+LAST_FILES = 3
+LAST_BYTES = 20_000
+CLOCKS_DIFFER = 5.0  # seconds, between a node and a file server
+# What srun says after a task has said why.
+_NO_REASON = re.compile(r"srun: error: .* task\S* .*: (Exited|Killed|Terminated)|srun: (Job step|Terminating)")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,37 +55,52 @@ def main(arguments: Sequence[str]) -> int:
     root, target, status = arguments
     keep_others_out()
     try:
-        Epilog(run_of_task(Path(root), target), own_job_id() or "").run(status)
+        paths = run_of_task(Path(root), target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    history = History.read(paths.events)
+    attempt = history.attempt_of(own_job_id() or "", restart_count())
+    if attempt is not None:
+        # Slurm writes the output of an array's tasks into the folder of the sweep.
+        output = Path(target).parent / "slurm" if "/" in target else paths.slurm
+        Epilog(paths, history, attempt, output).run(status)
     return 0
 
 
 class Epilog:
-    """The end of an attempt of this job."""
+    """The end of an attempt of this job.
 
-    def __init__(self, paths: RunPaths, job_id: str) -> None:
-        self.paths, self.job_id = paths, job_id
+    Args:
+        output: folder of the job's output files.
+    """
+
+    def __init__(self, paths: RunPaths, history: History, attempt: Attempt, output: Path) -> None:
+        self.paths, self.history, self.attempt, self.output = paths, history, attempt, output
+        self.job_id = str(attempt.job_id)
         self.log = TrainLog(paths.train_log, enabled=True)
-        self.spec = require_frozen(paths)
         self.job: dict[str, str] | None = None
-        self.history = History.read(paths.events)
-        self.attempt = self.history.attempt_of(job_id)
 
     def run(self, status: str) -> None:
         """Report the end and request the requeue, unless a task has done so."""
-        if self.attempt is None or not self._has_nodes():
+        last = self.attempt.said
+        failed = last.get("event") == Failed.name and last.get("again")
+        if (last and not failed and last["event"] != Requeued.name) or not self._has_nodes():
             return
-        last = self.history.end
+        try:
+            self.spec = require_frozen(self.paths)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            self._emit(Failed(step=0, error=one_line(str(error)), cause="start", again=False))
+            return self.log.line(f"FAILED: {error}")
         if not last:
-            self._all_killed(status)
-        elif last["event"] == Requeued.name:  # a task has died between this event and its request
+            self._nothing_said(status)
+        elif failed:
+            before = takewhile(lambda row: row.get("time") != last.get("time"), read_jsonl(self.paths.events))
+            self._act(self._decide(Ending("error", step=step_of(last)), History.of(before)))
+        else:  # a task has died between this event and its request
             delay = int(last.get("delay_seconds") or 0)
             self._requeue(Decision("requeue", str(last.get("reason")), "", delay), recorded=True)
-        elif last["event"] == Failed.name and last.get("again"):
-            before = takewhile(lambda row: row.get("time") != last.get("time"), read_jsonl(self.paths.events))
-            self._act(self._decide("error", History.of(before), step_of(last)))
 
     def _has_nodes(self) -> bool:
         """True if the job still has its nodes: otherwise it is being ended, or its requeue is under way."""
@@ -72,19 +111,49 @@ class Epilog:
             return True
         return self.job.get("JobState") in ALIVE
 
-    def _all_killed(self, status: str) -> None:
+    def _nothing_said(self, status: str) -> None:
         # The last step is not known; progress is what is on disk.
-        step = max(self.attempt.step if self.attempt else 0, step_of(self.history.last_of(Checkpoint)))
-        decision = self._decide("killed", self.history, step)
-        if decision.reason == "failure":
-            words = f"all processes were killed (exit status {status})"
-            self._emit(Failed(step=step, error=words, cause="killed", again=decision.action == "requeue"))
-            self.log.line(f"FAILED: {words}. HINT: out of memory? See --mem, and what sacct -j {self.job_id} says")
-        self._act(decision)
+        step = max(self.attempt.step, step_of(self.history.last_of(Checkpoint)))
+        error, text = f"before training began (exit status {status})", ""
+        ending = Ending("busy")  # as a rank would have said: another process holds the run, and writes its logs
+        if self.attempt.begun:
+            error = f"all processes were killed (exit status {status})"
+            text = f"{error}. HINT: out of memory? See --mem, and what sacct -j {self.job_id} says"
+            ending = Ending("killed", step=step)
+        elif holder(self.paths.lock) is None:
+            lines = self._last_lines()
+            text = "\n    ".join(
+                [f"{error}, with these last words:", *lines] if lines else [f"{error}, without a word"]
+            )
+            reasons = [line for line in lines if not _NO_REASON.search(line)] or lines
+            error = ": ".join([error, *(one_line(line)[:500] for line in reasons[-1:])])
+            ending = Ending("start", step=step, bad_node=broken_node("\n".join(lines), _node(lines)))
+        decision = self._decide(ending, self.history)
+        if decision.reason == "failure" and text:
+            again, bad_node = decision.action == "requeue", ending.bad_node or None
+            self._emit(Failed(step=step, error=error, cause=ending.cause, again=again, bad_node=bad_node))
+            self.log.line(f"FAILED: {text}")
+        if text or decision.action == "requeue":
+            self._act(decision)
 
-    def _decide(self, cause: str, history: History, step: int) -> Decision:
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        return decide(Ending(cause, restarts=restarts, step=step), self.spec, history, self.job, datetime.now())
+    def _last_lines(self) -> list[str]:
+        """Last lines of the output of this start: of some tasks, and then of srun and task 0."""
+        lines: list[str] = []
+        for path in reversed(sorted(self.output.glob(f"{self.job_id}_*_log.out"))[:LAST_FILES]):
+            with suppress(OSError), path.open("rb") as file:
+                if os.fstat(file.fileno()).st_mtime < (self.attempt.start or 0.0) - CLOCKS_DIFFER:
+                    continue
+                file.seek(-min(LAST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                _, mark, text = printable(file.read().decode(errors="replace")).rpartition(MARK)
+                own = [line for line in text.splitlines()[bool(mark) :] if line.strip()]
+                lines += own[-LAST_LINES:]
+        return lines
+
+    def _decide(self, ending: Ending, history: History) -> Decision:
+        ending = replace(ending, restarts=restart_count())
+        return elsewhere(
+            decide(ending, self.spec, history, self.job, datetime.now(UTC)), ending, self.spec, self.job_id
+        )
 
     def _act(self, decision: Decision) -> None:
         self.log.line(decision.explanation)
@@ -92,6 +161,8 @@ class Epilog:
             self._requeue(decision)
         elif decision.action == "leave":
             self._emit(Left(reason=decision.reason, explanation=decision.explanation))
+        else:
+            end_for_good(self.job_id, self.history)
 
     def _requeue(self, decision: Decision, recorded: bool = False) -> None:
         try:
@@ -100,9 +171,15 @@ class Epilog:
             self.log.line(f"WARNING not requeued: {refusal}")
 
     def _emit(self, event: Event) -> None:
-        assert self.attempt is not None
         restart, world_size = self.attempt.restart, self.attempt.world_size
         record_event(self.paths, event, job_id=self.job_id, restart=restart, world_size=world_size)
+
+
+def _node(lines: Sequence[str]) -> str | None:
+    """The node that srun names in its last words, or the only one of the job."""
+    named = re.findall(r"srun: error: (\S+): task|on node (\S+?):", "\n".join(lines))
+    only = os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES") == "1" else None
+    return "".join(named[-1]) if named else only
 
 
 if __name__ == "__main__":

@@ -33,6 +33,13 @@ class Submitted(Event, name="submitted", state="queued"):
     sweep: str | None = None
 
 
+class Attempted(Event, name="attempt", state="running"):
+    """A job has started: its batch script writes this before anything can fail (launch/batch_script)."""
+
+    restart_count: int
+    nodes: str
+
+
 class Started(Event, name="started", state="running"):
     """An attempt found no checkpoint and begins at step 0."""
 
@@ -117,7 +124,7 @@ class Requeued(Event, name="requeued", state="requeued"):
     explanation: str | None = None
 
 
-class RequeueFailed(Event, name="requeue_failed"):
+class RequeueFailed(Event, name="requeue_failed", state="stopped"):
     """Slurm refused to requeue the job."""
 
     reason: str
@@ -144,7 +151,7 @@ class Cancelled(Event, name="cancelled", state="cancelled"):
 
 
 class Failed(Event, name="failed", state="failed"):
-    """The attempt failed; `again` says whether another one was requested."""
+    """The attempt failed; `again` says whether another one was requested, `bad_node` which node's fault it was."""
 
     step: int
     error: str
@@ -152,6 +159,7 @@ class Failed(Event, name="failed", state="failed"):
     rank: int | None = None
     rank_host: str | None = None
     again: bool
+    bad_node: str | None = None
 
 
 class Hang(Failed, name="hang", state="failed"):

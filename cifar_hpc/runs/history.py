@@ -21,8 +21,11 @@ SUBMITTED, KILLED = "submitted", "killed"
 # Events by which an attempt ends or announces its end; a submission ends it, too.
 _OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
 _ENDS = (*_OWN_ENDS, events.Submitted.name)
-# What may end a start that finds the run finished, and says nothing about the run.
-_STOPS = (events.Requeued.name, events.Left.name, events.Holding.name, events.Cancelled.name)
+# Events of a start that finds the run finished, which say nothing about the run.
+_SURPLUS = (
+    *(events.Attempted.name, events.Requeued.name, events.RequeueFailed.name, events.Left.name, events.Holding.name),
+    events.Cancelled.name,
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,14 @@ class Losses:
 class Attempt:
     """One start of a run. Times are in seconds since 1970, None where the event has none.
 
-    start: when it was ready to train.
+    start: when it was ready to train; of one that never was, its end.
     end: its last checkpoint, or the event that ended it in order: what came after is computed again.
     heard: its last own event.
     cause: of the next attempt: preemption, timeout, failure, ..., SUBMITTED or KILLED.
     stop_step: where it finished or stopped on a signal; None after any other end.
+    begun: whether it was ready to train; until then only its batch script has spoken.
+    restart_count: how often Slurm had restarted its job; None where no batch script says that.
+    said: the last event that ends or announces its end; empty where there is none.
     """
 
     step: int
@@ -54,6 +60,9 @@ class Attempt:
     ended: bool = False
     cause: str = KILLED
     stop_step: int | None = None
+    begun: bool = True
+    restart_count: int | None = None
+    said: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, row: Row) -> None:
         """Apply an event that came after the start."""
@@ -65,18 +74,20 @@ class Attempt:
         if name in _ENDS:
             self.cause, self.ended = _cause(name, row, self.cause), True
             self.end = self.end if self.cause == SUBMITTED else time
+            self.start = self.start if self.begun else self.end
         elif name == events.Checkpoint.name and not self.ended:
             self.end = time
+        if name in (*_OWN_ENDS, events.Signal.name, events.RequeueFailed.name):
+            self.said = dict(row)
 
 
 @dataclass
 class History:
     """Summary of the events so far.
 
-    requeues: by cause, all of them; `requeues_since_submission` are those that limits count.
-    failed_step: step of the last failure since the last submission.
+    requeues: by cause, but for those that were refused; `requeues_since_submission` are those that limits count.
+    failed_step: step of the last failure since the last submission, but for those that were a node's fault.
     state: the event that says what the state of the run is where it has no job; empty before the first.
-    end: the last event that ends or announces the end of the newest attempt; empty where there is none.
     last: the last event of each kind, but for starts; a cancellation until the next submission or attempt.
     """
 
@@ -85,7 +96,6 @@ class History:
     requeues_since_submission: dict[str, int] = field(default_factory=dict)
     failed_step: int | None = None
     state: dict[str, Any] = field(default_factory=dict)
-    end: dict[str, Any] = field(default_factory=dict)
     last: dict[str, dict[str, Any]] = field(default_factory=dict)
     job_id: str | None = None
 
@@ -107,14 +117,17 @@ class History:
         name = row.get("event")
         if not isinstance(name, str):
             return
-        job_id, world_size = row.get("job_id"), row.get("world_size")
+        job_id = row.get("job_id")
         self.job_id = job_id if isinstance(job_id, str) and job_id else self.job_id
         kept = dict(row)
-        if name in STARTS:
+        if name in (*STARTS, events.Attempted.name):
             kept = {"event": name, "time": row.get("time")}  # without the environment
-            time, ranks = time_of(row), world_size if isinstance(world_size, int) else None
-            self.attempts.append(Attempt(step_of(row), row.get("restart"), job_id, ranks, time, time, time))
-            self.end = {}
+            self._start(name, row)
+        elif speaking := [a for a in self.attempts if a.job_id == job_id and a.restart == row.get("restart")]:
+            speaking[-1].add(name, row)
+        elif name == events.Submitted.name and self._announced(job_id):
+            for before in self.attempts[-2:-1]:  # the job began before its submission was recorded
+                before.add(name, row)
         elif self.attempts:
             self.attempts[-1].add(name, row)
         if name not in STARTS:
@@ -124,25 +137,50 @@ class History:
         if name == events.Submitted.name:
             self.requeues_since_submission, self.failed_step = {}, None
         elif name == events.Requeued.name:
-            for counts in (self.requeues, self.requeues_since_submission):
-                counts[str(row.get("reason"))] = counts.get(str(row.get("reason")), 0) + 1
-        elif name in FAILURES:
+            self._count(str(row.get("reason")), 1)
+        elif name == events.RequeueFailed.name and (refused := self.last_of(events.Requeued)):
+            self._count(str(refused.get("reason")), -1)
+        elif name in FAILURES and not row.get("bad_node"):
             self.failed_step = step_of(row)
-        if name in (*_OWN_ENDS, events.Signal.name):
-            self.end = kept
-        surplus = self.state.get("event") == events.Finished.name and name in _STOPS
+        surplus = self.state.get("event") == events.Finished.name and name in _SURPLUS
         if name in STATES and not surplus:
             # What a cancelled attempt still does about it is no news.
             self.state = kept if name == events.Finished.name else self.last.get(events.Cancelled.name, kept)
+
+    def _start(self, name: str, row: Row) -> None:
+        """Add an attempt, or let the one begin that its batch script has announced."""
+        job_id, time, size, count = row.get("job_id"), time_of(row), row.get("world_size"), row.get("restart_count")
+        restart = row.get("restart")
+        if begun := name in STARTS:
+            count = self.attempts.pop().restart_count if self._announced(job_id) else None
+        else:
+            restart = len(self.attempts)
+        ranks, count = (n if isinstance(n, int) else None for n in (size, count))
+        new = Attempt(step_of(row), restart, job_id, ranks, time, time, time, begun=begun, restart_count=count)
+        self.attempts.append(new)
+
+    def _announced(self, job_id: Any) -> bool:
+        """True if the newest attempt is one of this job, and only its batch script has spoken."""
+        last = self.attempts[-1] if self.attempts else None
+        return last is not None and not last.begun and not last.ended and last.job_id == job_id
+
+    def _count(self, reason: str, change: int) -> None:
+        for counts in (self.requeues, self.requeues_since_submission):
+            counts[reason] = max(0, counts.get(reason, 0) + change)
+
+    def earlier_than(self, job_id: str | None) -> int:
+        """Number of attempts before the one that starts now in a job."""
+        return len(self.attempts) - self._announced(job_id)
 
     def last_of(self, event: type[Event]) -> dict[str, Any]:
         """The last event of a kind (see `last`); empty where there is none."""
         return self.last.get(event.name, {})
 
-    def attempt_of(self, job_id: str) -> Attempt | None:
-        """The newest attempt, if it is one of this job and the run was not submitted again since."""
-        last = self.attempts[-1] if self.attempts else None
-        return last if last is not None and last.job_id == job_id and last.cause != SUBMITTED else None
+    def attempt_of(self, job_id: str, restart_count: int) -> Attempt | None:
+        """The attempt of this start of a job; None if it is not known, or the run was submitted again since."""
+        newest = next((a for a in reversed(self.attempts) if a.job_id == job_id), None)
+        known = newest is not None and newest.restart_count in (None, restart_count) and newest.cause != SUBMITTED
+        return newest if known else None
 
     @property
     def restart_causes(self) -> dict[str, int]:
@@ -169,10 +207,12 @@ class History:
 
         An attempt that finished or stopped on a signal lost nothing, unless the next one began at an earlier step (its
         last checkpoint could not be written). Any other one was killed, crashed or hung. Its end is not recorded: it
-        counts as running until its last event, so the rate of losses comes out a little too high.
+        counts as running until its last event, so the rate of losses comes out a little too high. One that never began
+        had nothing to lose.
         """
-        lost = [a.stop_step is None or after.step < a.stop_step for a, after in pairwise(self.attempts)]
-        return Losses(sum(lost), sum(_seconds(a.start, a.heard) for a in self.attempts[:-1]))
+        begun = [attempt for attempt in self.attempts if attempt.begun]
+        lost = [a.stop_step is None or after.step < a.stop_step for a, after in pairwise(begun)]
+        return Losses(sum(lost), sum(_seconds(a.start, a.heard) for a in begun[:-1]))
 
 
 def _cause(name: str, row: Row, before: str) -> str:

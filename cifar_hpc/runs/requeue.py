@@ -1,15 +1,16 @@
 """Requeueing: the decision, as a pure function of how an attempt ended, and the request to Slurm."""
 
+import re
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
-from cifar_hpc.slurm.client import parse_instant, requeue_job
+from cifar_hpc.slurm.client import forbid_requeue, nodes_but, parse_instant, refused_for_good, requeue_job
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
 # is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
@@ -19,6 +20,14 @@ EARLY_SECONDS = 60
 # Delay of a retry: the first one, doubled with each failure up to the last. Under Slurm the first is Slurm's own delay
 # after a requeue; on one's own machine only the processes that are ending need time.
 DELAY_SECONDS = {"slurm": (120, 3600), "local": (2, 60)}
+# What the programs of a job say where its node is broken, and the same job would run on another one.
+_NODE_FAULT = re.compile(
+    r"no CUDA-capable device|finds no usable GPU|\bECC\b|uncorrectable|\bXid\b|fallen off the bus|GPU is lost"
+    r"|busy or unavailable|system not yet initialized|CUDA unknown error|CUDA driver|initialize NVML|/dev/nvidia"
+    r"|[Dd]river/library version mismatch|[Ll]aunch failed:|Task launch for .* failed|slurmstepd: error: exec"
+    r"|Stale file handle|Transport endpoint is not connected"
+    r"|No space left on device: '?/(tmp|var|local|dev/shm)\b"
+)
 # submitit's local controller restarts a job at most this often (submitit.local.local, Controller.run).
 LOCAL_REQUEUES = 5
 
@@ -27,13 +36,16 @@ LOCAL_REQUEUES = 5
 class Ending:
     """The end of an attempt.
 
-    cause: "signal", "killed" (all processes at once), "busy" (another process holds the run's lock), or the cause of a
-        rank's report: "error", "out_of_memory", "hang", "lost".
+    cause: "signal", "killed" (all processes at once), "start" (before any rank could speak), "busy" (another process
+        holds the run's lock), or the cause of a rank's report: "error", "out_of_memory", "hang", "lost".
     scheduler: "slurm", "local" (submitit's executor) or None.
     received: the signal that stopped this rank; None if another rank received it.
     restarts: SLURM_RESTART_COUNT of this attempt.
     step: the last step before a failure.
     retryable: false for an error that would come again.
+    bad_node: the node whose fault it was; empty if it was none's.
+    refused: Slurm's words, if it has refused to requeue the job and asking again is useless; empty after a passing
+        refusal, None if it was not asked.
     """
 
     cause: str
@@ -42,6 +54,8 @@ class Ending:
     restarts: int = 0
     step: int = 0
     retryable: bool = True
+    bad_node: str = ""
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,14 @@ class Decision:
         leaving would end the job for good) or "fail" (exit with an error).
     reason: preemption, timeout, failure, ended, ...: for logs and counts.
     explanation: a line for train.log.
+    exclude: nodes that the next attempt may not start on.
     """
 
     action: str
     reason: str
     explanation: str
     delay_seconds: int = 0
+    exclude: str = ""
 
     def event(self) -> Requeued:
         """The event of a requeue."""
@@ -70,11 +86,11 @@ def decide(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] 
     Args:
         history: of the run, without this failure.
         job: fields of `scontrol show job`; None if scontrol does not answer or there is no Slurm.
-        now: local time, as Slurm's own times are.
+        now: with its time zone.
     """
     if ending.cause == "signal" and ending.scheduler != "slurm":
         return _after_signal_without_slurm(ending, history)
-    if ending.cause == "signal" or (ending.cause == "killed" and job is not None and _preempted(job)):
+    if ending.cause == "signal" or (ending.cause in ("killed", "start") and job is not None and _preempted(job)):
         return _after_signal(ending, spec, history, job, now)
     return _after_failure(ending, spec, history, job)
 
@@ -105,8 +121,13 @@ def _after_signal(
     reason = "timeout" if timeout else "preemption"
     if not _may_requeue(spec, job):
         return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
-    if timeout and history.requeues_since_submission.get("timeout", 0) >= spec.timeouts.max:
+    asked = ending.refused is not None  # and so counted in the history
+    if timeout and history.requeues_since_submission.get("timeout", 0) >= spec.timeouts.max + asked:
         return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
+    if ending.refused and preempted and (end is None or (now - end).total_seconds() < EARLY_SECONDS):
+        return Decision("hold", reason, f"{ending.refused}; waiting until Slurm ends the job, and perhaps requeues it")
+    if ending.refused:
+        return Decision("leave", reason, f"{reason}; not requeued: {ending.refused} Submit again to go on")
     killed = "all processes were killed, " if ending.cause == "killed" else ""
     return Decision("requeue", reason, f"JobState={state}: {killed}{reason}; requeueing")
 
@@ -125,7 +146,7 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
         refusal = ": the same would happen again"
     elif ending.scheduler is None or not _may_requeue(spec, job):
         refusal = "; submit the same again to go on from the newest checkpoint"
-    elif earlier is not None and ending.step <= earlier and ending.cause != "busy":
+    elif earlier is not None and ending.step <= earlier and not (ending.cause == "busy" or ending.bad_node):
         refusal = (
             f": the run failed at step {earlier} before and got no further this time (step {ending.step}). "
             "HINT: fix the cause and submit again"
@@ -157,22 +178,55 @@ def _preempted(job: Mapping[str, str]) -> bool:
     return preempted is not None and (started is None or preempted >= started)
 
 
+def broken_node(words: str, node: str | None) -> str:
+    """`node`, if these words of a failed program tell of a fault of its node; else nothing."""
+    return node or "" if _NODE_FAULT.search(words) else ""
+
+
+def elsewhere(decision: Decision, ending: Ending, spec: Spec, job_id: str) -> Decision:
+    """The decision, with the broken node kept away from the next attempt if enough others are left."""
+    if decision.action != "requeue" or not ending.bad_node:
+        return decision
+    exclude, why = "", ": resources.nodelist asks for certain nodes"
+    if spec.resources.nodelist is None:
+        try:
+            exclude = nodes_but(ending.bad_node, job_id, int(spec.resources.nodes.partition("-")[0]))
+            why = "" if exclude else ": too few others would be left"
+        except SchedulerError as error:
+            why = f": {error}"
+    words = f"{'without' if exclude else 'not without'} node {ending.bad_node}, which looks broken{why}"
+    return replace(decision, exclude=exclude, explanation=f"{decision.explanation}, {words}")
+
+
+def end_for_good(job_id: str, history: History) -> None:
+    """Keep a job that is over from coming back on behalf of a preemption that it has answered itself."""
+    if history.requeues_since_submission.get("preemption"):  # otherwise a person may still requeue it by hand
+        forbid_requeue(job_id)
+
+
 def request_requeue(
-    job_id: str, decision: Decision, spec: Spec, emit: Callable[[Event], None], recorded: bool = False
+    job_id: str,
+    decision: Decision,
+    spec: Spec,
+    emit: Callable[[Event], None],
+    recorded: bool = False,
+    again: bool = False,
 ) -> None:
     """Requeue a job, and record that in events.jsonl.
 
     Args:
         emit: appends an event.
         recorded: the event has been written already.
+        again: the caller asks again after a passing refusal.
 
     Raises:
-        SchedulerError: Slurm refused; that is recorded, too.
+        SchedulerError: Slurm refused; that is recorded, too, if it was the last time.
     """
     if not recorded:  # before the request, since Slurm kills this process right after it
         emit(decision.event())
     try:
-        requeue_job(job_id, decision.delay_seconds, spec.resources.fewest_tasks)
+        requeue_job(job_id, decision.delay_seconds, spec.resources.fewest_tasks, decision.exclude)
     except SchedulerError as refusal:
-        emit(RequeueFailed(reason=str(refusal)))
+        if not again or refused_for_good(refusal):
+            emit(RequeueFailed(reason=str(refusal)))
         raise

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
+from cifar_hpc.runs.events import (
+    FAILURES,
+    Cancelled,
+    Failed,
+    Finished,
+    Hang,
+    Holding,
+    Left,
+    Requeued,
+    RequeueFailed,
+    Submitted,
+)
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import controller_of, holder
 from cifar_hpc.runs.paths import RunPaths, array_points
@@ -90,6 +101,7 @@ _STOPPING = {
 _NO_END = {
     Submitted.name: "its job is gone from the queue",
     Requeued.name: "its requeued job is gone from the queue",
+    RequeueFailed.name: "Slurm refused to requeue its job",
     Holding.name: "Slurm ended the job",
 }
 

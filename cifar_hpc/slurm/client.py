@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.slurm.options import left_out
@@ -22,6 +22,10 @@ RELEASE_SECONDS = 2
 SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
+# Words of refusals that asking again does not change (Slurm's src/common/slurm_errno.c, and those of a site's own).
+_FOR_GOOD = re.compile(r"permitted|denied|not allowed|presently disabled|not supported|Invalid user id", re.I)
+# Nodes that take jobs, by their state in sinfo; marks at its end: * does not answer, $ maintenance.
+_TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 # Options of Slurm's commands by environment variable: they choose which jobs are shown or cancelled, and how; those
 # that end in _ALL only show more.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)|SLURM_CLUSTERS$")
@@ -36,6 +40,7 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
     if shutil.which(arguments[0]) is None:
         hint = "HINT: is this a node of the cluster, is Slurm's module loaded?"
         raise SchedulerError(f"{arguments[0]} is not on PATH. {hint}")
+    times = {"SLURM_TIME_FORMAT": "standard" if arguments[0] == "sbatch" else "%s"}  # for people, and for parse_instant
     out = set(left_out(os.environ)) if arguments[0] == "sbatch" else set(filter(_OPTIONS.match, os.environ))
     try:
         result = subprocess.run(
@@ -43,7 +48,7 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
             capture_output=True,
             text=True,
             errors="replace",  # a job of this user may work in a folder of any name
-            env={k: v for k, v in os.environ.items() if k not in out} | {"SLURM_TIME_FORMAT": "standard"},
+            env={k: v for k, v in os.environ.items() if k not in out} | times,
             timeout=timeout_seconds,
             check=False,
         )
@@ -97,22 +102,64 @@ def job_fields(job_id: str) -> dict[str, str]:
     return dict(reversed(pairs))  # the first counts: a comment or a path may hold words such as JobState=FAILED
 
 
-def requeue_job(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None) -> None:
-    """Put a running job back into the queue.
+def restart_count() -> int:
+    """How often Slurm has restarted the job that this process belongs to."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def requeue_job(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = None, exclude: str = "") -> None:
+    """Put this process's running job back into the queue.
 
     Args:
         delay_seconds: time until it may start, if longer than Slurm's own two minutes.
         fewest_tasks: see `allow_fewer_nodes`.
+        exclude: nodes that it may not start on, and the waiting tasks of its array neither; empty for no change.
 
     Raises:
         SchedulerError: Slurm refused.
     """
-    command(["scontrol", "requeue", job_id])
+    try:
+        command(["scontrol", "requeue", job_id])
+    except SchedulerError:
+        # A controller that was too slow with its answer may have done it.
+        if int(job_fields(job_id).get("Restarts") or 0) <= restart_count():
+            raise
+    if exclude:
+        with contextlib.suppress(SchedulerError):  # refused for tasks of the array that run, accepted for the others
+            _update(job_id.partition("_")[0], f"ExcNodeList={exclude}")
     allow_fewer_nodes(job_id, fewest_tasks)
     if delay_seconds > SLURM_DELAY_SECONDS:
         # Accepted while the job is COMPLETING, and kept when that ends (measured with Slurm 22.05).
         with contextlib.suppress(SchedulerError):
             _update(job_id, f"StartTime=now+{delay_seconds}")
+
+
+def refused_for_good(refusal: SchedulerError) -> bool:
+    """True if asking again is useless."""
+    return _FOR_GOOD.search(str(refusal)) is not None
+
+
+def nodes_but(node: str, job_id: str, fewest: int) -> str:
+    """The nodes to exclude, so that a job and the other tasks of its array keep away from `node`, too.
+
+    Args:
+        fewest: nodes that the job needs at least.
+
+    Returns:
+        A value for `requeue_job`; empty if too few nodes of the same kind would be left.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    text = command(["scontrol", "show", "job", "-o", job_id.partition("_")[0]])
+    excluded, partitions = (set(re.findall(rf" {key}=([^\s(]\S*)", text)) for key in ("ExcNodeList", "Partition"))
+    expanded = command(["scontrol", "show", "hostnames", ",".join({node, *excluded})]).split()
+    options = ("--noheader", "--Node", f"--partition={','.join(partitions)}")
+    lines = command(["sinfo", *options, "--format=%N|%t|%c|%m|%G|%f"]).splitlines()
+    rows = [line.split("|", 2) for line in lines if line.count("|") > 1]
+    kinds = {name: kind for name, _, kind in rows}
+    alike = {name for name, state, kind in rows if kind == kinds.get(node) and _TAKES_JOBS.fullmatch(state)}
+    return ",".join(sorted(expanded)) if len(alike.difference(expanded)) >= fewest else ""
 
 
 def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:
@@ -161,11 +208,9 @@ def cancel_job(job_id: str) -> None:
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """A time as scontrol prints it (local, to the second); None for N/A, Unknown and None."""
-    try:
-        return datetime.fromisoformat(text or "")
-    except ValueError:
-        return None
+    """A time as Slurm's commands print it here, in seconds since 1970 (a local time is ambiguous when clocks are set
+    back); None for N/A, Unknown and None."""
+    return datetime.fromtimestamp(int(text), UTC) if text and re.fullmatch("[0-9]{1,11}", text) else None
 
 
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -222,7 +267,7 @@ class QueuedJob:
     name: str
     state: str
     reason: str
-    start: str  # expected or actual, as squeue prints it; of a job that waits for its begin time, that time
+    start: str  # expected or actual, in seconds since 1970 or N/A; of a job that waits for its begin time, that time
     nodes: str
     partition: str  # or several, with commas
     dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
@@ -240,9 +285,8 @@ class QueuedJob:
 
     @property
     def start_time(self) -> datetime | None:
-        """Expected or actual start, in local time with its zone; None if it is not known or the job is held."""
-        instant = parse_instant(self.start) if not self.held else None
-        return None if instant is None else instant.astimezone()
+        """Expected or actual start; None if it is not known or the job is held."""
+        return parse_instant(self.start) if not self.held else None
 
     @property
     def reason_code(self) -> str:

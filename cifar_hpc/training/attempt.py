@@ -179,7 +179,7 @@ class Attempt:
                 context.heart.beat("waiting for the run's lock")
         for path in (context.paths.slurm / "rendezvous").glob("*"):  # of killed attempts
             path.unlink(missing_ok=True)
-        return len(History.read(context.paths.events).attempts)
+        return History.read(context.paths.events).earlier_than(launch.job_id)
 
     def _has_finished(self, chosen: Choice | None) -> bool:
         """True if the run finished before, and was not submitted again, and all epochs are on disk. Rank 0 only."""

@@ -33,7 +33,7 @@ class Context:
     @cached_property
     def restart(self) -> int:
         """Number of earlier attempts; from events.jsonl until all ranks have agreed on it."""
-        return len(History.read(self.paths.events).attempts)
+        return History.read(self.paths.events).earlier_than(self.launch.job_id)
 
     def say_first_step(self, step: int) -> None:
         """Report the first step, which takes longer than others: it loads kernels, and may compile the model."""

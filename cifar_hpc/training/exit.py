@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,23 @@ from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserE
 from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
-from cifar_hpc.runs.requeue import Decision, Ending, decide, request_requeue
-from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields
+from cifar_hpc.runs.requeue import (
+    Decision,
+    Ending,
+    broken_node,
+    decide,
+    elsewhere,
+    end_for_good,
+    request_requeue,
+)
+from cifar_hpc.slurm.client import (
+    allow_fewer_nodes,
+    end_step,
+    forbid_requeue,
+    job_fields,
+    refused_for_good,
+    restart_count,
+)
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
 from cifar_hpc.training.process import is_running, siblings
@@ -77,17 +92,21 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
     launch, received = context.launch, context.stop.signal
     if launch.scheduler is not None and not context.log.enabled:
         return 0  # any other status could make srun kill rank 0 before it has requeued, or the executor restart the job
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    ending = Ending("signal", launch.scheduler, received, restarts)
+    ending = Ending("signal", launch.scheduler, received, restart_count())
     deadline = time.monotonic() + HOLD_SECONDS
     held = ""
     while True:
         decision = decide_now(context, ending, quiet=bool(held))
         if decision.action == "requeue":
-            context.log.line(decision.explanation)
+            asked = ending.refused is not None
+            if not asked:
+                context.log.line(decision.explanation)
             try:
-                return restart(context, decision)
+                return restart(context, decision, recorded=asked, again=True)
             except SchedulerError as refusal:
+                ending = replace(ending, refused=str(refusal) if refused_for_good(refusal) else "")
+                if ending.refused:
+                    continue
                 decision = replace(decision, action="hold", explanation=f"{refusal}; holding still, and asking again")
         leaves = decision.action == "leave"
         if leaves or decision.explanation != held:
@@ -134,17 +153,21 @@ def decide_now(context: Context, ending: Ending, quiet: bool = False) -> Decisio
         except SchedulerError as error:
             if not quiet:
                 context.log.warn(str(error))
-    return decide(ending, context.spec, History.read(context.paths.events), job, datetime.now())
+    decision = decide(ending, context.spec, History.read(context.paths.events), job, datetime.now(UTC))
+    return elsewhere(decision, ending, context.spec, context.launch.job_id or "")
 
 
-def restart(context: Context, decision: Decision) -> int:
+def restart(context: Context, decision: Decision, recorded: bool = False, again: bool = False) -> int:
     """Have the run started again; returns the exit status to end with.
+
+    Args:
+        recorded, again: as `request_requeue`.
 
     Raises:
         SchedulerError: Slurm refused.
     """
     if context.launch.scheduler == "slurm":
-        request_requeue(context.launch.job_id or "", decision, context.spec, context.emit)
+        request_requeue(context.launch.job_id or "", decision, context.spec, context.emit, recorded, again)
         return 0
     context.emit(decision.event())
     time.sleep(decision.delay_seconds)
@@ -171,7 +194,9 @@ def report_of(error: BaseException, context: Context) -> Report:
     ):
         cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
     rank, host = context.launch.rank, socket.gethostname()
-    return Report(rank, host, cause, summary, text.rstrip(), context.heart.step, retryable, status)
+    bad_node = broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
+    step, retryable = context.heart.step, retryable or bool(bad_node)
+    return Report(rank, host, cause, summary, text.rstrip(), step, retryable, status, bad_node)
 
 
 def _memory_advice(context: Context) -> str:
@@ -253,7 +278,13 @@ class FailureReporter:
         if first.cause == "lost" and context.stop.requested:
             # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
             return stopped(context, self.position(), stored=False)
-        ending = Ending(first.cause, context.launch.scheduler, step=first.step, retryable=first.retryable)
+        ending = Ending(
+            first.cause,
+            context.launch.scheduler,
+            step=first.step,
+            retryable=first.retryable,
+            bad_node=first.bad_node,
+        )
         decision = decide_now(context, ending)
         if decision.action == "leave":
             context.log.line(decision.explanation)
@@ -314,6 +345,7 @@ class FailureReporter:
         event = Hang if report.cause == "hang" else Failed
         error, again = missing or report.summary, decision.action == "requeue"
         who: dict[str, Any] = {"cause": report.cause, "rank": report.rank, "rank_host": report.host}
+        who |= {"bad_node": report.bad_node or None}
         context.emit(event(step=report.step, error=error, again=again, **who))
         # The reason comes last in the log, where a `tail` shows it.
         context.log.line(decision.explanation)
@@ -327,6 +359,8 @@ class FailureReporter:
                 _end_other_ranks()
             if decision.action == "requeue":
                 return restart(context, decision)
+            if context.launch.scheduler == "slurm":
+                end_for_good(context.launch.job_id or "", History.read(context.paths.events))
             if report.cause == "hang" and context.launch.scheduler == "slurm":
                 end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
         except SchedulerError as refusal:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stub_slurm import slurm_time
 
 from cifar_hpc.cli import tail
 from cifar_hpc.cli.tail import EpochFollower, LogFollower, StateFollower
@@ -197,7 +198,7 @@ def test_each_reason_is_said_once(queue: Queue, states: StateFollower) -> None:
     queue.holds("RUNNING")
     assert news(states) == ""
     states.paths.events.write_text('{"event": "requeued", "reason": "timeout"}\n')
-    queue.holds("PENDING", "BeginTime", "2026-01-01T10:00:00")
+    queue.holds("PENDING", "BeginTime", slurm_time("2026-01-01T10:00:00"))
     assert news(states) == "requeued: until 2026-01-01 10:00:00, at its time limit"
     queue.holds("PENDING", "Resources")
     assert news(states) != ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stub_slurm import slurm_time
 
 from cifar_hpc import files as jsonfile
 from cifar_hpc.__main__ import main
@@ -67,7 +68,7 @@ def test_from_the_queue_to_the_end(world: World, capsys: pytest.CaptureFixture[s
         lambda: world.job("RUNNING"),
         lambda: world.log("== run run  |  started from step 0", PROGRESS, DONE),
         lambda: world.event("requeued", reason="preemption"),
-        lambda: world.job("PENDING", "BeginTime", "2026-01-01T10:00:00"),
+        lambda: world.job("PENDING", "BeginTime", slurm_time("2026-01-01T10:00:00")),
         lambda: world.job("RUNNING"),
         lambda: world.log("== run run  |  resumed"),
         lambda: (world.log("FINISHED"), world.ends("finished", test_accuracy=90.0)),

@@ -10,11 +10,14 @@ import pytest
 from helpers import tiny_spec
 
 from cifar_hpc.launch.epilog import main
+from cifar_hpc.runs import requeue
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 
+ATTEMPT = {"event": "attempt", "job_id": "7", "restart": None, "restart_count": 0, "time": "2026-01-01T00:00:00.000Z"}
 START = {"event": "started", "job_id": "7", "restart": 0, "world_size": 2, "step": 0}
 AGAIN = {"event": "resumed", "job_id": "7", "restart": 1, "world_size": 2, "step": 30}
 FAILED = {"event": "failed", "step": 25, "again": True}
@@ -29,18 +32,22 @@ SAVED = {"event": "checkpoint", "job_id": "7", "step": 30}
         ([START, SAVED, REQUEUED, AGAIN], 1, {}),
         ([START, FAILED, REQUEUED, SAVED], 0, REQUEUED),
         ([], None, {}),
-        ([{"event": "submitted", "job_id": "7"}], None, {}),  # killed before it began: the same would happen again
-        ([START, {"event": "submitted", "job_id": "7"}], None, {}),
+        ([{"event": "submitted", "job_id": "7"}], None, {}),
+        ([ATTEMPT], 0, {}),
+        ([ATTEMPT, {"event": "submitted", "job_id": "7"}], 0, {}),  # it began before that was recorded
+        ([ATTEMPT, START, SAVED], 0, {}),
+        ([ATTEMPT, START, REQUEUED, ATTEMPT | {"restart_count": 1}], None, {}),  # a later start than this one
+        ([ATTEMPT, START, ATTEMPT | {"job_id": "8"}, REQUEUED | {"job_id": "7", "restart": 0}], 0, REQUEUED),
+        ([START, {"event": "submitted", "job_id": "8"}], None, {}),
         ([START | {"job_id": "6"}, SAVED], None, {}),
     ],
 )
 def test_only_an_attempt_of_this_job_is_reported(
     events: list[dict[str, Any]], restart: int | None, end: dict[str, Any]
 ) -> None:
-    history = History.of(events)
-    attempt = history.attempt_of("7")
+    attempt = History.of(events).attempt_of("7", 0)
     assert (attempt.restart if attempt else None) == restart
-    assert history.end == end
+    assert end.items() <= (attempt.said if attempt else {}).items() and bool(end) == bool(attempt and attempt.said)
 
 
 class Site:
@@ -61,7 +68,7 @@ class Site:
         freeze(self.paths, tiny_spec(**sections))
 
     def job(self, state: str = "RUNNING", preempted: str = "None") -> None:
-        self.answer.write_text(f"JobId=7 JobState={state} StartTime=2026-01-01T00:00:00 PreemptTime={preempted}\n")
+        self.answer.write_text(f"JobId=7 JobState={state} StartTime=1767225600 PreemptTime={preempted}\n")
 
     def happened(self, *rows: dict[str, Any]) -> None:
         for row in rows:
@@ -123,7 +130,7 @@ def test_epilog_does_not_requeue_without_progress_or_permission(site: Site) -> N
 def test_epilog_counts_a_preemption_that_killed_all_tasks_as_one(site: Site) -> None:
     site.freeze()
     site.happened(START, SAVED)
-    site.job(preempted="2026-01-01T00:00:05")
+    site.job(preempted="1767225605")
     (requeued,) = site.end()
     assert (requeued["event"], requeued["reason"]) == ("requeued", "preemption")
     assert site.requests() == ["requeue 7"]
@@ -133,7 +140,7 @@ def test_epilog_requeues_a_later_attempt_that_a_preemption_killed(site: Site, mo
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     site.freeze()
     site.happened(START, SAVED, REQUEUED, AGAIN)
-    site.job("SIGNALING", preempted="2026-01-01T00:10:00 Restarts=1 Requeue=1")
+    site.job("SIGNALING", preempted="1767226200 Restarts=1 Requeue=1")
     assert [row["event"] for row in site.end()][-1] == "requeued"
     assert site.requests()[0] == "requeue 7"
 
@@ -141,7 +148,7 @@ def test_epilog_requeues_a_later_attempt_that_a_preemption_killed(site: Site, mo
 def test_epilog_leaves_a_preempted_job_that_may_not_be_requeued(site: Site) -> None:
     site.freeze(resources={"requeue": False})
     site.happened(START, SAVED)
-    site.job(preempted="2026-01-01T00:00:05")
+    site.job(preempted="1767225605")
     (left,) = site.end()
     assert (left["event"], left["reason"], site.requests()) == ("left", "preemption", [])
 
@@ -185,5 +192,106 @@ def test_epilog_finds_a_task_of_an_array_by_its_index(site: Site, monkeypatch: p
 
 def test_epilog_names_a_spec_that_cannot_be_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.paths.spec.write_text("train: [")
-    assert main([str(site.paths.root), "run", "1"]) == 1
-    assert str(site.paths.spec) in capsys.readouterr().err
+    site.happened(ATTEMPT)
+    (failed,) = site.end()
+    assert (failed["again"], site.requests()) == (False, [])
+    assert str(site.paths.spec) in capsys.readouterr().err and str(site.paths.spec) in failed["error"]
+    assert f"FAILED: {site.paths.spec}" in site.paths.train_log.read_text()
+
+
+OUTPUT = """an earlier start
+== start of job 7, restart 0, on n1 ==
+Traceback (most recent call last):
+ModuleNotFoundError: No module named 'torch'
+srun: error: n1: task 0: Exited with exit code 1
+"""
+
+
+def test_a_start_that_no_rank_has_spoken_of_is_a_failure_in_the_programs_own_words(site: Site) -> None:
+    site.freeze()
+    site.happened(ATTEMPT)
+    (site.paths.slurm / "7_0_log.out").write_text(OUTPUT)
+    (site.paths.slurm / "7_1_log.out").write_text("words of task 1\n")
+    (site.paths.slurm / "77_0_log.out").write_text("words of another job\n")
+    failed, requeued = site.end()
+    assert failed["error"].endswith("(exit status 137): ModuleNotFoundError: No module named 'torch'")
+    assert (failed["cause"], failed["again"], failed["restart"], failed["world_size"]) == ("start", True, 0, None)
+    assert "bad_node" not in failed and (requeued["reason"], requeued["delay_seconds"]) == ("failure", 120)
+    log = site.paths.train_log.read_text()
+    assert "words of task 1" in log and "No module named 'torch'" in log and "out of memory" not in log
+    assert "an earlier start" not in log and "another job" not in log
+    assert site.end() == []
+
+
+def test_two_starts_that_fail_without_progress_end_the_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.freeze(failures={"max": 5})
+    site.happened(ATTEMPT)
+    assert [row["event"] for row in site.end()] == ["failed", "requeued"]
+    site.happened(ATTEMPT | {"restart_count": 1})
+    assert site.end() == []  # of an old start whose node was cut off from the cluster
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (failed,) = site.end()
+    assert failed["again"] is False and "failed at step 0 before" in site.paths.train_log.read_text()
+    history = History.read(site.paths.events)
+    assert (len(history.attempts), history.restart_causes) == (2, {"failure": 1})
+    assert site.requests() == ["requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("words", "node"),
+    [
+        ("srun: error: Task launch for StepId=7.0 failed on node n2: Communication connection failure", "n2"),
+        ("srun: error: n2: task 1: Exited with exit code 1\nRuntimeError: No CUDA GPUs; no CUDA-capable device", "n2"),
+        ("Task launch failed: Communication connection failure", "n1"),
+        ("OSError: [Errno 28] No space left on device: '/tmp/x'", "n1"),
+    ],
+)
+def test_a_broken_node_is_left_and_does_not_count_as_a_lack_of_progress(
+    site: Site, monkeypatch: pytest.MonkeyPatch, words: str, node: str
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(requeue, "nodes_but", lambda *given: asked.append(given) or "n1,n2")
+    site.freeze(failures={"max": 2})
+    site.happened({"event": "failed", "step": 0}, ATTEMPT)
+    (site.paths.slurm / "7_0_log.out").write_text(words)
+    failed, _ = site.end()
+    assert (failed["bad_node"], asked) == (node, [(node, "7", 1)])
+    assert site.requests() == ["requeue 7", "update jobid=7 ExcNodeList=n1,n2"]
+    assert f"without node {node}, which looks broken" in site.paths.train_log.read_text()
+    assert History.read(site.paths.events).failed_step == 0  # of the failure before
+
+
+@pytest.mark.parametrize("nodelist", ["n1", None])
+def test_a_broken_node_is_taken_again_where_there_is_no_other(
+    site: Site, monkeypatch: pytest.MonkeyPatch, nodelist: str | None
+) -> None:
+    monkeypatch.setattr(requeue, "nodes_but", lambda *_: "")
+    site.freeze(resources={"nodelist": nodelist})
+    site.happened(ATTEMPT)
+    (site.paths.slurm / "7_0_log.out").write_text("srun: error: n1: task 0: x\nuncorrectable ECC error\n")
+    assert [row["event"] for row in site.end()] == ["failed", "requeued"]
+    assert site.requests() == ["requeue 7"]
+    why = "resources.nodelist asks for certain nodes" if nodelist else "too few others would be left"
+    assert f"not without node n1, which looks broken: {why}" in site.paths.train_log.read_text()
+
+
+def test_a_start_that_finds_the_run_in_other_hands_comes_back_later_and_leaves_its_logs(site: Site) -> None:
+    site.freeze(failures={"max": 1})
+    site.happened(START | {"job_id": "6"}, SAVED | {"job_id": "6"}, ATTEMPT)
+    lock = RunLock(site.paths.lock)
+    lock.acquire({"job_id": "6"})
+    (requeued,) = site.end()
+    assert (requeued["event"], requeued["delay_seconds"], site.requests()) == ("requeued", 240, ["requeue 7"])
+    site.happened(ATTEMPT | {"restart_count": 0})
+    before = site.paths.train_log.read_text()
+    assert site.end() == [] and site.paths.train_log.read_text() == before
+    lock.release()
+
+
+def test_a_failure_for_good_after_a_preemption_gives_up_the_right_to_come_back(site: Site) -> None:
+    site.freeze(failures={"max": 0})
+    site.happened(START, {"event": "requeued", "reason": "preemption"}, ATTEMPT)
+    assert [row["event"] for row in site.end()] == ["failed"]
+    assert site.requests() == ["update jobid=7 Requeue=0"]

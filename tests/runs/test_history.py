@@ -79,7 +79,7 @@ def test_a_fold_can_be_continued(events: list[dict[str, Any]], split: int) -> No
 @pytest.mark.parametrize("row", [{}, {"event": None}, {"event": ["started"]}, {"event": "of a later version"}])
 def test_other_rows_are_passed_over(row: dict[str, Any]) -> None:
     history = History.of([row])
-    assert (history.attempts, history.state, history.end) == ([], {}, {})
+    assert (history.attempts, history.state) == ([], {})
 
 
 def test_limits_count_from_the_last_submission() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,10 +15,17 @@ from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.requeue import LOCAL_REQUEUES, Decision, Ending, decide, is_stopping, request_requeue
 
-NOW = datetime(2026, 1, 2, 12, 0, 0)
-LATER, SOON = "2026-01-02T16:00:00", "2026-01-02T12:02:30"
+NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
+
+
+def at(clock: str) -> str:
+    """A time of that day as Slurm is asked to print it."""
+    return str(int(datetime.fromisoformat(f"2026-01-02T{clock}+00:00").timestamp()))
+
+
+LATER, SOON = at("16:00:00"), at("12:02:30")
 RUNNING = {"JobState": "RUNNING", "Restarts": "0", "Requeue": "1", "PreemptTime": "None", "EndTime": LATER}
-PREEMPTED = RUNNING | {"PreemptTime": "2026-01-02T11:59:58", "EndTime": SOON}
+PREEMPTED = RUNNING | {"PreemptTime": at("11:59:58"), "EndTime": SOON}
 COMPLETING = RUNNING | {"JobState": "COMPLETING"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -72,7 +79,7 @@ SIGNALS = [
     ("preempted after earlier restarts", signal.SIGTERM, PREEMPTED | {"Restarts": "4"}, {"restarts": 4}, "requeue",
      "preemption"),
     ("near the time limit after an earlier start was preempted", signal.SIGUSR2,
-     PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, {}, "requeue", "timeout"),
+     PREEMPTED | {"StartTime": at("12:00:00")}, {}, "requeue", "timeout"),
     ("preempted, no grace: Slurm has requeued", signal.SIGTERM, COMPLETING | {"Restarts": "1"}, {}, "leave",
      "preemption"),
     ("the same at the fifth time", signal.SIGTERM, COMPLETING | {"Restarts": "5"}, {"restarts": 4}, "leave",
@@ -86,12 +93,12 @@ SIGNALS = [
     ("node down, another rank got the signal", None, COMPLETING, {}, "leave", "ended"),
     ("time limit near", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {}, "requeue", "timeout"),
     ("time limit near, another rank got the signal", None, RUNNING | {"EndTime": SOON}, {}, "requeue", "timeout"),
-    ("time limit, warned 60 s early", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T12:03:00"}, {}, "requeue",
+    ("time limit, warned 60 s early", signal.SIGUSR2, RUNNING | {"EndTime": at("12:03:00")}, {}, "requeue",
      "timeout"),
-    ("time limit has passed", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T11:59:59"}, {}, "requeue", "timeout"),
+    ("time limit has passed", signal.SIGUSR2, RUNNING | {"EndTime": at("11:59:59")}, {}, "requeue", "timeout"),
     ("the last timeout", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"timeouts": 2}, "requeue", "timeout"),
     ("timeouts used up", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"timeouts": 3}, "leave", "timeout"),
-    ("USR2 far from the end", signal.SIGUSR2, RUNNING | {"EndTime": "2026-01-02T12:03:01"}, {}, "requeue",
+    ("USR2 far from the end", signal.SIGUSR2, RUNNING | {"EndTime": at("12:03:01")}, {}, "requeue",
      "preemption"),
     ("USR1 by a person", signal.SIGUSR1, RUNNING, {}, "requeue", "preemption"),
     ("no time limit", signal.SIGUSR2, RUNNING | {"EndTime": "Unknown"}, {}, "requeue", "preemption"),
@@ -212,8 +219,8 @@ def test_decide_when_all_processes_were_killed() -> None:
         (RUNNING, False),
         (RUNNING | {"JobState": "SIGNALING"}, False),
         (PREEMPTED, True),
-        (PREEMPTED | {"StartTime": "2026-01-02T11:00:00"}, True),
-        (PREEMPTED | {"StartTime": "2026-01-02T12:00:00"}, False),  # an earlier start was preempted, not this one
+        (PREEMPTED | {"StartTime": at("11:00:00")}, True),
+        (PREEMPTED | {"StartTime": at("12:00:00")}, False),  # an earlier start was preempted, not this one
         (COMPLETING, True),
         (RUNNING | {"JobState": "PENDING"}, True),
     ],
@@ -242,5 +249,5 @@ def test_request_requeue_records_it_before_the_request_and_a_refusal_after(
     except SchedulerError:
         assert refused
     event = Requeued(reason="failure", delay_seconds=240, explanation="again")
-    expected = [*([] if recorded else [event]), ("7", 240, 2), *([RequeueFailed(reason="no")] * refused)]
+    expected = [*([] if recorded else [event]), ("7", 240, 2, ""), *([RequeueFailed(reason="no")] * refused)]
     assert happened == expected

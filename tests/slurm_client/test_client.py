@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import stat
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,7 @@ def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, m
         monkeypatch.setenv(name, "x")
     program(fake, "squeue", "env")
     seen = dict(line.split("=", 1) for line in slurm.command(["squeue"]).splitlines() if "=" in line)
-    assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "standard"
+    assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "%s"
     assert {seen[name] for name in ("SQUEUE_ALL", "SLURM_CONF", "SQUEUER")} == {"x"}
     program(fake, "sbatch", "env")
     monkeypatch.setenv("SBATCH_WAIT", "1")
@@ -170,9 +170,10 @@ def test_queue_is_empty_without_a_cluster(fake: Path) -> None:
 
 
 def test_a_refusal_has_slurms_words(fake: Path) -> None:
-    program(fake, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
-    with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Invalid job id specified"):
+    program(fake, "scontrol", "echo 'Access/permission denied' >&2; [ $1 = show ] && echo JobState=RUNNING Restarts=0")
+    with pytest.raises(SchedulerError, match=r"scontrol requeue 9 was refused: Access/permission denied") as refusal:
         slurm.requeue_job("9")
+    assert slurm.refused_for_good(refusal.value)
 
 
 def asked(fake: Path) -> list[str]:
@@ -195,10 +196,64 @@ def test_requeue_job(fake: Path, delay: int, fewest: int | None, expected: list[
     assert asked(fake) == expected
 
 
+def test_the_whole_array_keeps_away_from_a_node(fake: Path) -> None:
+    program(fake, "scontrol", f"echo \"$@\" >> '{fake}/asked'; [ $1 = requeue ]")  # refused for tasks that run
+    slurm.requeue_job("9_1", exclude="n1,n2")
+    assert asked(fake) == ["requeue 9_1", "update jobid=9 ExcNodeList=n1,n2"]
+
+
 def test_requeue_job_succeeds_where_only_the_updates_after_it_are_refused(fake: Path) -> None:
     program(fake, "scontrol", f'echo "$@" >> \'{fake}/asked\'; [ "$1" = requeue ]')
     slurm.requeue_job("9", 240, 2)
     assert len(asked(fake)) == 3
+
+
+def test_a_requeue_that_is_said_to_have_failed_may_have_worked(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "slurm_requeue error: Socket timed out on send/recv operation"
+    body = f"if [ $1 = show ]; then echo JobState=COMPLETING Restarts=2; else echo '{words}' >&2; exit 1; fi"
+    program(fake, "scontrol", body)
+    slurm.requeue_job("9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # so this start was not requeued
+    with pytest.raises(SchedulerError, match="Socket timed out") as refusal:
+        slurm.requeue_job("9")
+    assert not slurm.refused_for_good(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "for_good"),
+    [
+        ("Requested operation is presently disabled for job 9", True),
+        ("sudo: you are not permitted to do this", True),
+        ("Invalid user id", True),
+        ("Unable to contact slurm controller (connect failure)", False),
+        ("Job can not be altered now, try again later", False),
+        ("Zero Bytes were transmitted or received", False),
+    ],
+)
+def test_refusals_for_good_and_those_that_pass(words: str, for_good: bool) -> None:
+    assert slurm.refused_for_good(SchedulerError(words)) is for_good
+
+
+NODES = "n1|idle|8|8000|gpu:4|(null) n2|mix~|8|8000|gpu:4|(null) n3|down*|8|8000|gpu:4|(null) n4|idle|64|9|(null)|big"
+
+
+@pytest.mark.parametrize(
+    ("node", "own", "fewest", "expected"),
+    [
+        ("n1", "(null)", 1, "n1"),
+        ("n1", "(null)", 2, ""),  # n3 is down, and n4 is of another kind
+        ("n1", "n4", 1, "n1,n4"),
+        ("n1", "n[2-3]", 1, ""),
+        ("n4", "(null)", 1, ""),
+        ("n9", "(null)", 1, ""),
+    ],
+)
+def test_nodes_but_leaves_enough_of_the_same_kind(fake: Path, node: str, own: str, fewest: int, expected: str) -> None:
+    show = f"echo 'JobId=6 ArrayTaskId=1-3 Partition=gpu ExcNodeList={own} Comment=x'"
+    names = r"echo $3 | tr , '\n' | sed 's/n\[2-3\]/n2 n3/'"
+    program(fake, "scontrol", f"case $2 in job) [ $4 = 5 ] && {show};; hostnames) {names};; esac")
+    program(fake, "sinfo", f"[ $3 = --partition=gpu ] && echo '{NODES}' | tr ' ' '\\n'")
+    assert slurm.nodes_but(node, "5_2", fewest) == expected
 
 
 def test_release_job_is_not_within_the_second_of_the_requeue(fake: Path) -> None:
@@ -240,7 +295,7 @@ def test_parse_instant_of_no_time(text: str | None) -> None:
 
 
 def test_parse_instant() -> None:
-    assert slurm.parse_instant("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5)
+    assert slurm.parse_instant("1767323045") == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def test_forbid_requeue(fake: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from datetime import datetime, timedelta
 
 import pytest
+from stub_slurm import slurm_time
 
 from cifar_hpc.runs.state import clock
 from cifar_hpc.slurm.client import QueuedJob, expected
@@ -60,11 +61,11 @@ def test_why_names_dependencies(dependency: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        ("2026-01-02T12:12:10", "starts in ~12m"),
-        ("2026-01-02T12:00:40", "starts in ~40s"),
-        ("2026-01-02T15:10:00", "starts in ~3h10m"),
-        ("2026-01-09T12:00:00", "starts in ~7d00h"),
-        ("2026-01-02T11:59:00", ""),
+        (slurm_time("2026-01-02T12:12:10"), "starts in ~12m"),
+        (slurm_time("2026-01-02T12:00:40"), "starts in ~40s"),
+        (slurm_time("2026-01-02T15:10:00"), "starts in ~3h10m"),
+        (slurm_time("2026-01-09T12:00:00"), "starts in ~7d00h"),
+        (slurm_time("2026-01-02T11:59:00"), ""),
         ("N/A", ""),
     ],
 )
@@ -74,7 +75,7 @@ def test_expected(start: str, words: str) -> None:
 
 def test_start_of_a_held_job_is_none() -> None:
     for reason in ("JobHeldUser", "job requeued in held state"):
-        assert job(reason, start="2026-01-02T12:12:10").start_time is None
+        assert job(reason, start=slurm_time("2026-01-02T12:12:10")).start_time is None
 
 
 def test_clock() -> None:

@@ -13,6 +13,7 @@ from helpers import tiny_spec
 
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import requeue
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as module
@@ -30,7 +31,7 @@ class Slurm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: list[Answer] = [RUNNING]
-        self.refusals = 0  # of the next requests
+        self.refusals, self.words = 0, "scontrol requeue was refused"  # of the next requests
         self.requests: list[tuple[Any, ...]] = []
         self.now = 0.0
         monkeypatch.setattr(module, "job_fields", self._job_fields)
@@ -51,7 +52,7 @@ class Slurm:
         self.requests.append(("requeue", *given))
         if self.refusals > 0:
             self.refusals -= 1
-            raise SchedulerError("scontrol requeue was refused")
+            raise SchedulerError(self.words)
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -66,8 +67,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
 def stop(tmp_path: Path) -> Callable[..., tuple[Context, int]]:
     """Stop a run at step 7 by a signal; returns its context and the exit status."""
 
-    def run(scheduler: str | None, number: signal.Signals = signal.SIGUSR2, **launch: Any) -> tuple[Context, int]:
-        spec = tiny_spec(resources={"nodes": "1-2", "tasks_per_node": 2})
+    def run(
+        scheduler: str | None, number: signal.Signals = signal.SIGUSR2, timeouts: Any = None, **launch: Any
+    ) -> tuple[Context, int]:
+        spec = tiny_spec(resources={"nodes": "1-2", "tasks_per_node": 2}, timeouts=timeouts or {})
         flag = StopFlag()
         context = Context(RunPaths(tmp_path, "run"), spec, Launch(scheduler=scheduler, job_id="7", **launch), flag)
         context.paths.create()
@@ -83,7 +86,7 @@ def events(context: Context) -> list[tuple[str, Any]]:
 
 def test_requeue_asks_slurm_with_the_fewest_tasks_and_exits_with_0(slurm: Slurm, stop: Callable[..., Any]) -> None:
     context, status = stop("slurm")
-    assert (status, slurm.requests) == (0, [("requeue", "7", 0, 2)])
+    assert (status, slurm.requests) == (0, [("requeue", "7", 0, 2, "")])
     assert events(context) == [("signal", None), ("requeued", "preemption")]
     assert "STOPPED by SIGUSR2: step 7 is on disk" in context.paths.train_log.read_text()
 
@@ -104,12 +107,49 @@ def test_hold_asks_again_until_slurm_answers_and_says_so_once(slurm: Slurm, stop
 
 
 def test_hold_after_a_refused_requeue(slurm: Slurm, stop: Callable[..., Any]) -> None:
-    slurm.refusals = 1
+    slurm.refusals = 5
     context, status = stop("slurm")
-    refused = ("requeue_failed", "scontrol requeue was refused")
-    again = ("requeued", "preemption")
-    assert status == 0
-    assert events(context) == [("signal", None), again, refused, ("holding", "preemption"), again]
+    assert (status, slurm.now) == (0, 5 * ASK_AGAIN_SECONDS)
+    assert events(context) == [("signal", None), ("requeued", "preemption"), ("holding", "preemption")]
+    assert History.read(context.paths.events).requeues == {"preemption": 1}
+
+
+def test_the_last_timeout_is_not_used_up_by_its_own_request(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.answers, slurm.refusals = [near_its_limit()], 2
+    context, status = stop("slurm", timeouts={"max": 1})
+    assert (status, slurm.now) == (0, 2 * ASK_AGAIN_SECONDS)
+    assert events(context)[1:] == [("requeued", "timeout"), ("holding", "timeout")]
+
+
+def near_its_limit(**fields: str) -> dict[str, str]:
+    return RUNNING | {"EndTime": str(int(time.time()) + 60)} | fields
+
+
+def test_a_requeue_that_is_not_permitted_is_asked_for_once(slurm: Slurm, stop: Callable[..., Any]) -> None:
+    slurm.answers, slurm.refusals, slurm.words = [near_its_limit()], 9, "scontrol requeue is not permitted here."
+    context, status = stop("slurm")
+    assert (status, slurm.now) == (1, 0.0)
+    refused = ("requeue_failed", slurm.words)
+    assert events(context) == [("signal", None), ("requeued", "timeout"), refused, ("left", "timeout")]
+    assert (
+        "timeout; not requeued: scontrol requeue is not permitted here. Submit" in context.paths.train_log.read_text()
+    )
+    history = History.read(context.paths.events)
+    assert (history.requeues_since_submission["timeout"], history.state["event"]) == (0, "left")
+
+
+@pytest.mark.parametrize("again", [0, 1])  # whether Slurm requeues a preempted job itself
+def test_a_preempted_job_that_may_not_requeue_itself_waits_for_slurm(
+    slurm: Slurm, stop: Callable[..., Any], again: int
+) -> None:
+    now = int(time.time())
+    preempted = RUNNING | {"PreemptTime": str(now - 1), "StartTime": str(now - 60), "EndTime": str(now + 30)}
+    ended = preempted | {"JobState": "COMPLETING", "Restarts": str(again)}
+    slurm.answers, slurm.refusals, slurm.words = [preempted, preempted, preempted, ended], 9, "Access/permission denied"
+    context, status = stop("slurm", signal.SIGTERM)
+    assert (status, slurm.now) == (1, 2 * ASK_AGAIN_SECONDS)
+    assert [name for name, _ in events(context)] == ["signal", "requeued", "requeue_failed", "holding", "left"]
+    assert events(context)[-1] == ("left", "preemption" if again else "ended")
 
 
 def test_hold_ends_after_a_while(slurm: Slurm, stop: Callable[..., Any]) -> None:

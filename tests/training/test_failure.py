@@ -106,7 +106,7 @@ def test_report_requeues_a_failure_that_may_pass(run: Reporting) -> None:
     failed, requeued = run.events()
     assert (failed["event"], failed["cause"], failed["step"], failed["again"]) == ("failed", "error", 5, True)
     assert (requeued["event"], requeued["reason"], requeued["delay_seconds"]) == ("requeued", "failure", 120)
-    assert run.requests == [("requeue", "7", 120, None)]
+    assert run.requests == [("requeue", "7", 120, None, "")]
     assert "requeueing after failure 1 of at most 3" in run.log()
     assert run.log().rstrip().endswith("ValueError: a fault")
 
@@ -155,7 +155,7 @@ def test_a_run_that_another_process_holds_is_requeued_and_its_log_is_left_alone(
     reporter = run.reporter()
     reporter.context.spec = tiny_spec(failures={"max": limit})
     assert reporter.report(RunBusyError("held by node9")) == RunBusyError.exit_code
-    assert run.names() == names and run.requests == [("requeue", "7", 240, None)] * len(names)
+    assert run.names() == names and run.requests == [("requeue", "7", 240, None, "")] * len(names)
     assert all(event["explanation"] == "held by node9" for event in run.events())
     assert not run.paths.train_log.exists()
 

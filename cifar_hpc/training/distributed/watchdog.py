@@ -46,6 +46,7 @@ class Report:
     cause: "error", "out_of_memory", "hang" or "lost" (contact with another rank).
     text: for the log; a traceback if there is one.
     retryable: whether another try may help.
+    bad_node: name of this rank's node, if the fault is the node's; else empty.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class Report:
     step: int
     retryable: bool
     status: int = 1
+    bad_node: str = ""
 
 
 class RankBoard:
