@@ -283,7 +283,7 @@ def test_a_start_that_finds_the_run_in_other_hands_comes_back_later_and_leaves_i
     lock = RunLock(site.paths.lock)
     lock.acquire({"job_id": "6"})
     (requeued,) = site.end()
-    assert (requeued["event"], requeued["delay_seconds"], site.requests()) == ("requeued", 240, ["requeue 7"])
+    assert (requeued["event"], requeued["delay_seconds"], site.requests()[0]) == ("requeued", 240, "requeue 7")
     site.happened(ATTEMPT | {"restart_count": 0})
     before = site.paths.train_log.read_text()
     assert site.end() == [] and site.paths.train_log.read_text() == before
