@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,14 +19,15 @@ from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE, DataSpec
 from cifar_hpc.data import synthetic
 from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
 from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
-from cifar_hpc.data.image_input import decode
+from cifar_hpc.data.image_input import decode, read_image
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, replacing
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
-_DECODED_AT_ONCE = 500
+# Files of a network file system take their time, but not one after the other.
+_READ_AT_ONCE, _READERS = 500, 16
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 Progress = Callable[[str], bool]
@@ -92,17 +94,18 @@ def _hold_out(data: Dataset, count: int) -> Dataset:
 
 def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
     files, labels = list_folder(folder)
-    cache = _cache_path(folder, root, files)
+    both = files["train"] + files["test"]
+    cache = _cache_path(folder, root, _read_images(both, progress, "reading")[0])
     remove_leftovers(cache.parent)  # of processes that were killed while they wrote one
     if os.path.lexists(cache):
         try:
             return _read_cache(cache)
         except (BadFileError, OSError) as error:  # no reason to stop: it is only a cache
             progress(f"WARNING data cache {cache}: {error}; decoding again")
-    tensors: list[Tensor] = []
-    for split in ("train", "test"):
-        tensors += _decode(files[split], progress), torch.tensor(labels[split])
-    data = Dataset(*tensors)
+    digest, images = _read_images(both, progress, "decoding")
+    cache = _cache_path(folder, root, digest)  # which is another one where an image has changed since
+    count = len(files["train"])
+    data = Dataset(images[:count], torch.tensor(labels["train"]), images[count:], torch.tensor(labels["test"]))
     try:
         cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         with replacing(cache) as file:
@@ -112,16 +115,10 @@ def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
     return data
 
 
-def _cache_path(folder: Path, root: Path, files: dict[str, list[Path]]) -> Path:
-    digest = hashlib.sha256(b"2")  # the version of the cache's format
-    for paths in files.values():
-        for path in paths:
-            status = path.stat()
-            name = "/".join(path.parts[-3:])  # split, class, file; `relative_to` would take as long as all the rest
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    name = f"decoded-{digest.hexdigest()[:16]}.pt"
+def _cache_path(folder: Path, root: Path, digest: str) -> Path:
+    name = f"decoded-{digest[:16]}.pt"
     beside = folder / ".cifar_hpc"
-    if (beside / name).exists() or os.access(folder, os.W_OK):
+    if os.path.exists(beside / name) or os.access(folder, os.W_OK, effective_ids=True):  # noqa: PTH110
         return beside / name
     return root / "checkpoints" / ".data" / name
 
@@ -140,22 +137,33 @@ def _read_cache(path: Path) -> Dataset:
     return Dataset(*(content[name] for name in names))
 
 
-def _decode(files: list[Path], progress: Progress) -> Tensor:
-    images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+def _read_images(files: list[Path], progress: Progress, doing: str) -> tuple[str, Tensor]:
+    """(sha256 of names and contents, images; none unless `doing` is decoding).
+
+    The content decides: tar, rsync and zip give other images the time of the old ones. Reading 50,000 takes a second.
+    """
+    digest = hashlib.sha256(b"3")  # the version of the cache's format
+    images = torch.empty(len(files) if doing == "decoding" else 0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     last_said = time.monotonic()
-    for first in range(0, len(files), _DECODED_AT_ONCE):
-        part = files[first : first + _DECODED_AT_ONCE]
-        try:
-            images[first : first + len(part)] = decode(part)
-        except SpecError as error:
-            raise SpecError(f"data.root: {error}") from None
-        text = ""
-        if time.monotonic() - last_said > 10:
-            text = f"decoding images: {first + len(part)} of {len(files)} in {part[0].parent.parent}"
-            last_said = time.monotonic()
-        if progress(text):
-            raise Interrupted
-    return images
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(files), _READ_AT_ONCE):
+            part = files[first : first + _READ_AT_ONCE]
+            try:
+                contents = list(pool.map(read_image, part))
+                if doing == "decoding":
+                    images[first : first + len(part)] = decode(part, contents)
+            except SpecError as error:
+                raise SpecError(f"data.root: {error}") from None
+            for path, content in zip(part, contents, strict=True):
+                name = "/".join(path.parts[-3:])  # split, class, file; `relative_to` would take as long as all the rest
+                digest.update(f"{name}\0{len(content)}\n".encode(errors="surrogateescape") + content)
+            text = ""
+            if time.monotonic() - last_said > 10:
+                text = f"{doing} images: {first + len(part)} of {len(files)} in {part[0].parent.parent}"
+                last_said = time.monotonic()
+            if progress(text):
+                raise Interrupted
+    return digest.hexdigest(), images
 
 
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:

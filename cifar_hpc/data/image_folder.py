@@ -1,6 +1,8 @@
 """The ImageFolder layout: train/<class>/* and test/<class>/*, checked without opening an image."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cifar_hpc.config.spec import CLASSES
@@ -11,6 +13,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
 
 
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Turn what the system says about a file or folder into an error of data.root."""
+    try:
+        yield
+    except OSError as error:
+        raise SpecError(f"data.root: {error.filename} cannot be read: {error.strerror}.") from None
+
+
+@_named_errors()
 def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of one split; labels are the order of the class folders' names.
 
@@ -30,7 +42,7 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     labels: list[int] = []
     for label, name in enumerate(classes):
         images = sorted(
-            (e for e in _entries(folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES)),
+            (e for e in os.scandir(folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES)),
             key=lambda entry: entry.name,
         )
         if not images:
@@ -43,20 +55,14 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     return files, labels, classes
 
 
+@_named_errors()
 def class_folders(folder: Path) -> list[str]:
     """The names of the class folders in `folder`, in the order of their labels.
 
     Raises:
         SpecError: it cannot be read.
     """
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        return list(os.scandir(folder))
-    except OSError as error:
-        raise SpecError(f"data.root: {folder} cannot be read: {error.strerror}.") from None
+    return sorted(entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def list_folder(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[int]]]:

@@ -4,7 +4,8 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +23,8 @@ from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.text import shown
 
 LARGEST_BYTES = 2**33  # of a file that is read as a whole
+LARGEST_IMAGE = 2**22  # bytes of a file of 32x32 pixels, nearly all of them comments
+_RESIZE = " HINT: resize the images first."
 _SHAPES = "[N, 32, 32, 3], [N, 3, 32, 32] or CIFAR's rows [N, 3072]"
 _CONTENT = "a .npy or .npz file, a CIFAR pickle (protocol 2 or later), or a folder of images"
 
@@ -75,26 +78,59 @@ def open_images(path: Path) -> ImageInput:
     raise SpecError(f"{path}: is none of the files that can be read ({what}); allowed: {_CONTENT}.")
 
 
-def decode(files: Sequence[Path]) -> Tensor:
-    """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB.
+def read_image(path: Path) -> bytes:
+    """The content of an image file.
 
     Raises:
-        SpecError: names the file that is no image, or of another size.
+        SpecError: it cannot be read, or is far larger than 32x32 pixels need.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            content = file.read(LARGEST_IMAGE + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
+    if len(content) > LARGEST_IMAGE:
+        raise SpecError(f"{path}: holds more than {LARGEST_IMAGE:,} bytes; allowed: 32x32 pixels.{_RESIZE}")
+    return content
+
+
+def decode(files: Sequence[Path], contents: Iterable[bytes] | None = None) -> Tensor:
+    """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB.
+
+    Args:
+        contents: what `read_image` has read from `files`.
+
+    Raises:
+        SpecError: as `read_image`, and names the file that is no image, or of another size.
     """
     from PIL import Image
 
     images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    for number, path in enumerate(files):
+    for number, (path, content) in enumerate(zip(files, contents or map(read_image, files), strict=True)):
         try:
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), "r", IMAGE_FORMATS) as image:
                 width, height = image.size
                 if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
-                    images[number] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+                    images[number] = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
         except Exception as error:  # PIL has many
-            raise SpecError(f"{path}: is not a readable image: {error}.") from None
+            reason = str(error).partition(" <_io")[0]  # of what it was read from
+            raise SpecError(f"{path}: is not a readable image: {reason}.") from None
         if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-            raise SpecError(f"{path}: is {width}x{height} pixels; allowed: 32x32. HINT: resize the images first.")
+            raise SpecError(f"{path}: is {width}x{height} pixels; allowed: 32x32.{_RESIZE}")
     return images
+
+
+def _rgb(image: Any) -> NDArray[Any]:
+    """Pixels of a PIL image, uint8 [32, 32, 3]."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; allowed: whole numbers of up to 16 bits")
+    if not image.mode.startswith("I"):
+        return np.array(image.convert("RGB"))
+    # Grey of 16 bits, of which `convert` would make all above 255 white. PIL cuts off the lower half of colours of 16
+    # bits in a PNG, and rounds in a PPM.
+    grey = np.asarray(image).astype(np.int32)
+    grey = grey >> 8 if image.format == "PNG" else (grey + 128) // 257
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def _open_folder(folder: Path) -> ImageInput:

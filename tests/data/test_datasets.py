@@ -146,7 +146,7 @@ def test_an_image_of_another_format_than_the_suffixes_is_not_opened(
 
 def test_the_second_start_reads_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_dataset(FOLDER, root)
-    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
     assert same(load_dataset(FOLDER, root), first)
     draw(root / "images" / "train" / "class0" / "0.png", 99)
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
@@ -238,7 +238,7 @@ def test_a_damaged_or_foreign_cache_is_named_and_made_anew(
     (line,) = [text for text in said if str(cache) in text]
     assert re.search(rf"WARNING data cache .*: .*{message}.*; decoding again", line)
     assert not (root / "evil").exists()
-    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
     assert same(load_dataset(FOLDER, root), first)
 
 
