@@ -3,9 +3,13 @@
 torchvision takes as long to import as all of the reading takes, and it imports torch, which the submitting process
 never does. `python -m cifar_hpc.data.cifar10 FOLDER` downloads in a process of its own."""
 
+import fcntl
 import hashlib
+import os
 import pickle
+import shutil
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cifar_hpc.errors import SpecError, UserError
-from cifar_hpc.files import NotRegularError, read_regular
+from cifar_hpc.files import NotRegularError, open_regular, read_regular, try_flock
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
@@ -31,24 +35,52 @@ META_MD5 = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
 
 
 def fetch_cifar10(folder: Path) -> None:
-    """Download CIFAR-10 into `folder`, unless all its files are there.
+    """Download CIFAR-10 into `folder`, unless all its files are there; one process at a time.
 
     Raises:
         SpecError: it cannot be downloaded.
     """
-    if all((folder / FOLDER / name).exists() for name in TRAIN_MD5 | TEST_MD5 | META_MD5):
+    if _complete(folder):
         return
-    from torchvision.datasets import CIFAR10
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        CIFAR10(str(folder), download=True)
+        with os.fdopen(open_regular(folder / ".cifar10.lock", os.O_RDWR | os.O_CREAT), "wb") as file:
+            alone = try_flock(file.fileno())
+            if alone is False:
+                print(f"waiting for another process that downloads CIFAR-10 into {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            for left in folder.glob(".cifar10-*") if alone is not None else ():  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if not _complete(folder):
+                _download(folder)
     except Exception as error:  # urllib, tarfile and torchvision each raise their own
         raise SpecError(
             f"data.root: {folder} holds no CIFAR-10 and the download failed: {' '.join(str(error).split())}. "
-            f"HINT: put {ARCHIVE} (md5 {ARCHIVE_MD5}) there yourself, or use --set data.source=folder "
-            "or data.source=synthetic."
+            f"HINT: put {ARCHIVE} (md5 {ARCHIVE_MD5}) there yourself, or use --set data.source=synthetic, or "
+            "data.source=folder with data.root=FOLDER."
         ) from None
+
+
+def _complete(folder: Path) -> bool:
+    return all(os.path.exists(folder / FOLDER / name) for name in TRAIN_MD5 | TEST_MD5 | META_MD5)  # noqa: PTH110
+
+
+def _download(folder: Path) -> None:
+    """Unpack the archive beside its place and move the files there, so that none is ever there in part."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    archive = folder / ARCHIVE
+    with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=folder) as name:
+        beside = Path(name)
+        if there := check_integrity(str(archive), ARCHIVE_MD5):
+            (beside / ARCHIVE).symlink_to(archive.absolute())
+        CIFAR10(name, download=True)
+        if not there:
+            (beside / ARCHIVE).replace(archive)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for path in (beside / FOLDER).iterdir():
+            path.replace(folder / FOLDER / path.name)
 
 
 def check_cifar10(folder: Path) -> None:
@@ -101,7 +133,7 @@ def _verified(folder: Path, name: str, md5: str) -> bytes:
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise SpecError(
             f"data.root: {path} is truncated or not the original (its md5 should be {md5}). "
-            "HINT: delete it and submit again."
+            "HINT: if nobody is just writing it, delete it and submit again."
         )
     return content
 
