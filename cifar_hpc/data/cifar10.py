@@ -47,7 +47,8 @@ def fetch_cifar10(folder: Path) -> None:
         with os.fdopen(open_regular(folder / ".cifar10.lock", os.O_RDWR | os.O_CREAT), "wb") as file:
             alone = try_flock(file.fileno())
             if alone is False:
-                print(f"waiting for another process that downloads CIFAR-10 into {folder}", flush=True)
+                words = f"waiting for another process that downloads CIFAR-10 into {folder}"
+                print(words, file=sys.stdout, flush=True)  # which preflight.check_data shows
                 fcntl.flock(file, fcntl.LOCK_EX)
             for left in folder.glob(".cifar10-*") if alone is not None else ():  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
