@@ -7,6 +7,8 @@ INTERRUPT=SIGNAL@evaluate:E   before the evaluation of epoch E (counted from 0)
 INTERRUPT=SIGNAL@step:N/RANK  the same, on that rank only
 INTERRUPT=RAISE@step:N/RANK   an exception there instead of a signal; OOM@...: a failed allocation
 INITIAL_SCALE=X               GradScaler begins at X
+LAG=N                         the lag of the agreement, which is 1 on GPUs and 0 on CPUs
+IMPATIENT=1                   limits that a suspension of a second exceeds, wherever one could be taken for a fault
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.training import trainer
+from cifar_hpc.training import attempt, trainer
 from cifar_hpc.training.checkpoints.store import CheckpointStore
+from cifar_hpc.training.distributed import watchdog
+from cifar_hpc.training.distributed.group import Agreement
 from cifar_hpc.training.engine import Engine
 
 stores: list[CheckpointStore] = []  # those of this process
@@ -89,6 +95,11 @@ def play(arguments: list[str]) -> int:
         interrupt(rule)
     if scale := os.environ.get("INITIAL_SCALE"):
         torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=float(scale))
+    if lag := os.environ.get("LAG"):
+        attempt.Agreement = lambda world, **_: Agreement(world, int(lag))  # type: ignore[assignment,misc]
+    if os.environ.get("IMPATIENT"):
+        c10d._get_default_timeout = lambda backend: timedelta(seconds=0.8)
+        watchdog.TICK_SECONDS, watchdog.SILENT_TICKS, watchdog.PATIENCE_TICKS = 0.1, 2, 3
     return main(arguments)
 
 

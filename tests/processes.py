@@ -35,8 +35,14 @@ class Runs:
     root: Path
     processes: list[Process] = field(default_factory=list)
 
-    def start(self, name: str, world: int, *overrides: str, interrupt: str = "", torchrun: bool = False) -> list[int]:
-        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own).
+    def start(self, name: str, world: int, *overrides: str, **how: Any) -> list[int]:
+        """Train until all processes have ended; their exit statuses by rank (under torchrun: its own)."""
+        return self.wait(self.begin(name, world, *overrides, **how))
+
+    def begin(
+        self, name: str, world: int, *overrides: str, interrupt: str = "", torchrun: bool = False
+    ) -> list[Process]:
+        """Begin to train; the processes by rank.
 
         Args:
             torchrun: start the ranks with it, each as a new interpreter.
@@ -69,7 +75,7 @@ class Runs:
             ]
             started += nursery.start(starts)
         self.processes += started
-        return self.wait(started)
+        return started
 
     def wait(self, started: list[Process]) -> list[int]:
         """Their exit statuses; a process that stopped itself is killed once all others have ended."""

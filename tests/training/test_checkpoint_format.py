@@ -21,6 +21,7 @@ from torch import Tensor
 from cifar_hpc.config.io import to_plain
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.tensorfile import BadFileError, digest, seal
+from cifar_hpc.training.checkpoints import format as checkpoint_format
 from cifar_hpc.training.checkpoints.format import FORMAT, REQUIRED, TrainingState, read_checkpoint, to_host
 
 # In the order of the file, which has been the same since format 1.
@@ -380,6 +381,33 @@ def test_digests_of_a_plain_optimizer() -> None:
     found = snapshot(engine).digests()
     assert found["slow_weights"] is None
     assert found["momentum"] != snapshot(tiny_engine(tiny_spec(lookahead={"enabled": False}))).digests()["momentum"]
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+def test_a_copy_needs_no_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such memory is limited (ulimit -l), and may be used up."""
+    monkeypatch.setattr(checkpoint_format, "_page_locked", True)
+    empty_like, asked = torch.empty_like, list[bool]()
+
+    def refuse(value: Tensor, *, device: str, pin_memory: bool) -> Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        return empty_like(value.as_subclass(Tensor), device=device)
+
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    tree, warnings = {"a": torch.arange(3.0).as_subclass(OnGpu), "b": [torch.ones(2)]}, list[str]()
+    for _ in range(2):
+        copied = to_host(tree, warnings.append)
+        assert copied["a"].tolist() == [0, 1, 2] and copied["b"][0].tolist() == [1, 1]
+    assert asked == [True, False, False], "it was asked for once"
+    (warning,) = warnings
+    assert "CUDA error: out of memory. HINT: ulimit -l" in warning and "asynchronously" not in warning
 
 
 def test_a_copy_on_the_host_shares_nothing() -> None:

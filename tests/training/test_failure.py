@@ -30,6 +30,33 @@ from cifar_hpc.training.process import Launch, StopFlag
 TRACEBACK = "Traceback (most recent call last)"
 
 
+NCCL_WHERE = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, {}, NCCL version 2.27.5\n"
+NCCL = {
+    "usage": NCCL_WHERE.format("invalid usage (run with NCCL_DEBUG=WARN for details)")
+    + "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+    "argument": NCCL_WHERE.format("invalid argument")
+    + "ncclInvalidArgument: Invalid value for an argument.\nLast error:\nNCCL_NET_PLUGIN: no such thing",
+    "remote": NCCL_WHERE.format("remote process exited or there was a network error")
+    + "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+    "Last error:\nNET/IB: Got completion from peer 10.0.0.7<4791> with status=12",
+    "peer": NCCL_WHERE.format("unhandled system error")
+    + "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+    "Last error:\nsocketProgress: Connection closed by remote peer node2<40411>",
+    "system": NCCL_WHERE.format("unhandled system error")
+    + "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+    "Last error:\nError while creating shared memory segment /dev/shm/nccl-Xy (size 9637888): No space left on device",
+    "internal": NCCL_WHERE.format("internal error")
+    + "ncclInternalError: Internal check failed.\nLast error:\nAttribute busid of node nic not found",
+    "cuda": NCCL_WHERE.format("unhandled cuda error")
+    + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    "Cuda failure 802 'system not yet initialized'",
+    "memory": NCCL_WHERE.format("unhandled cuda error")
+    + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+}
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/{}"
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     return Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(rank=2, world_size=4), StopFlag())
@@ -45,7 +72,20 @@ def context(tmp_path: Path) -> Context:
         (RunBusyError("busy"), "error", False, 4),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", True, 1),
         (MemoryError(), "out_of_memory", True, 1),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "lost", True, 1),
+        (RuntimeError(GLOO.format("pair.cc:547] Connection closed by peer [10.0.0.7]:41001")), "lost", True, 1),
+        (RuntimeError(GLOO.format("unbound_buffer.cc:81] Timed out waiting 1800000ms for recv")), "lost", True, 1),
+        (RuntimeError(f"Gloo connectFullMesh failed with {GLOO.format('pair.cc:144] no error')}"), "lost", True, 1),
+        (RuntimeError(GLOO.format("device.cc:84] ifa != nullptr. Unable to find address for: eth9")), "error", True, 1),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), "error", True, 1),
+        (dist.DistStoreError("wait timeout after 1000ms, keys: /group/0"), "lost", True, 1),
+        (dist.DistBackendError(NCCL["usage"]), "error", False, 1),
+        (dist.DistBackendError(NCCL["argument"]), "error", False, 1),
+        (dist.DistBackendError(NCCL["remote"]), "lost", True, 1),
+        (dist.DistBackendError(NCCL["peer"]), "lost", True, 1),
+        (dist.DistBackendError(NCCL["system"]), "error", True, 1),
+        (dist.DistBackendError(NCCL["internal"]), "error", True, 1),
+        (dist.DistBackendError(NCCL["cuda"]), "error", True, 1),
+        (dist.DistBackendError(NCCL["memory"]), "out_of_memory", True, 1),
         (dist.DistNetworkError("Connection reset by peer"), "lost", True, 1),
         (ConnectionResetError("Connection reset by peer"), "error", True, 1),
     ],
@@ -55,6 +95,9 @@ def test_report_of(context: Context, error: Exception, cause: str, again: bool, 
     found = report_of(error, context)
     assert (found.cause, found.retryable, found.status, found.rank) == (cause, again, status, 2)
     assert ("HINT: lower train.batch_size" in found.text) == (cause == "out_of_memory")
+    assert str(error) in found.text, "what it says is kept whole"
+    if "NCCL" in str(error):
+        assert found.summary.startswith("DistBackendError: nccl") and found.summary.endswith(str(error)[-30:])
 
 
 # ------------------------------------------------------------------------------------------------- in this process
@@ -173,7 +216,7 @@ def test_the_first_failure_counts_and_one_rank_reports_it(run: Reporting) -> Non
 
 def test_another_rank_reports_where_rank_0_is_gone(run: Reporting) -> None:
     store = dist.HashStore()
-    run.reporter(0, store)
+    run.reporter(0, store).board.post(host="node1", pid=42, doing="step 3")
     assert run.reporter(1, store).report(dist.DistNetworkError("Connection reset by peer")) == 0
     failed, requeued = run.events()
     assert (failed["cause"], failed["rank"], requeued["event"]) == ("lost", 1, "requeued")
@@ -223,7 +266,9 @@ def last_start(runs: Runs) -> tuple[dict[str, Any], str]:
     return events[-1], runs.log("run").rpartition("=" * 100)[2]
 
 
-def test_every_way_to_lose_a_rank_is_reported_once_and_the_weights_stay_the_same(runs: Runs) -> None:
+def test_every_way_to_lose_a_rank_is_reported_once_and_the_weights_stay_the_same(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs.finish("reference", 1)
     start: dict[str, Any] = {"name": "run", "world": 3}
 
@@ -242,6 +287,7 @@ def test_every_way_to_lose_a_rank_is_reported_once_and_the_weights_stay_the_same
 
     # Rank 0 serves the store and holds the lock: the others have to speak for it.
     for rank in (0, 2):
+        monkeypatch.setenv("LAG", str(rank // 2))  # 1 as on GPUs
         statuses = runs.start(**start, interrupt=f"SIGKILL@step:{6 + rank}/{rank}")
         assert sorted(statuses) == [-signal.SIGKILL, 1, 1]
         event, log = last_start(runs)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import nursery
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +19,10 @@ from helpers import CPU, Ranks, tiny_spec
 from cifar_hpc.errors import Interrupted, RanksDifferError, RanksLostError, RunFailedError, SpecError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.training import exit as exit_module
 from cifar_hpc.training.attempt import Attempt
 from cifar_hpc.training.context import Context
+from cifar_hpc.training.distributed import group
 from cifar_hpc.training.distributed.group import Agreement, Request, connect, disconnect, resolve_device
 from cifar_hpc.training.distributed.group import meet as meet_others
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report
@@ -129,6 +134,103 @@ def test_a_rank_that_fails_on_its_way_does_not_keep_the_others_waiting(ranks: Ra
     file.parent.mkdir(parents=True)
     heard = "rank 1 (node9) failed: no usable GPU"
     assert ranks.run(3, fails_before_it_meets, str(file), group=False) == [heard, "failed", heard]
+
+
+WAITING = "waiting for rank(s) 2 of 3, which have not come up yet"
+
+
+def arrives_late(rank: int, world: int, file: str) -> list[str]:
+    """What this rank has to say while it waits. The last one comes when the first one has waited for it alone."""
+    said = list[str]()
+    launch, told = Launch(rank, world, rank, None, None, Path(file)), Path(file).with_name("told")
+    while rank == world - 1 and not told.exists():
+        time.sleep(0.02)
+    store = meet_others(launch, StopFlag())
+
+    def progress(text: str) -> None:
+        said.extend([text] * bool(text))
+        if rank == 0 and said.count(WAITING) == 2:
+            told.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "WAITING_LINE_SECONDS", 0.1)
+        connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), progress)
+    disconnect()
+    return said
+
+
+def test_ranks_wait_for_one_that_comes_late_and_say_so(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    first, _, _ = ranks.run(3, arrives_late, str(file), group=False)
+    assert first.count(WAITING) >= 2
+
+
+def alone(rank: int, world: int, root: str, file: bool, present: int) -> str:
+    """What the rank `present` finds out; the others never come."""
+    if rank != present:
+        return ""
+    launch = Launch(rank, world, rank, None, None, Path(root) / "slurm" / "rendezvous" / "7-0.json" if file else None)
+    paths = RunPaths(Path(root), "run")
+    attempt = Attempt(Context(paths, tiny_spec(), launch, StopFlag()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "RENDEZVOUS_SECONDS", 1)
+        patch.setattr(exit_module, "RANK_0_SECONDS", 0.1)
+        patch.setattr(exit_module, "LAST_WORDS_SECONDS", 0.1)
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(nursery.free_port()))
+        assert attempt.run() == 1
+    (failed,) = read_jsonl(paths.events)
+    assert failed["cause"] == "lost"
+    assert paths.train_log.read_text().rstrip().endswith(failed["error"].removeprefix("RanksLostError: "))
+    return str(failed["error"])
+
+
+@pytest.mark.parametrize("way", ["file", "MASTER_ADDR"])
+def test_ranks_that_never_come_are_named_and_nobody_guesses_why(ranks: Ranks, tmp_path: Path, way: str) -> None:
+    for present, words in enumerate(("of the 3 processes, rank(s) 1, 2 did not come up within 1 s", "rank ")):
+        root = tmp_path / str(present)
+        (root / "slurm").mkdir(parents=True)
+        said = ranks.run(3, alone, str(root), way == "file", present, group=False)[present]
+        assert said.startswith(f"RanksLostError: {words}"), said
+        assert "memory" not in said and "killed" not in said
+
+
+def limits(rank: int, world: int, file: str) -> set[float]:
+    """Seconds of every time limit of PyTorch in a whole start."""
+    launch = Launch(rank, world, rank, None, None, Path(file))
+    store = meet_others(launch, StopFlag())
+    assert store is not None
+    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool)
+    agreement = Agreement(world, 0)
+    assert agreement.now(Request.SAVE) is Request.SAVE
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) == 2
+    found = {store.timeout, store.clone().timeout, *(one._get_backend(CPU).options._timeout for one in groups)}
+    del agreement, groups
+    disconnect()
+    return {timeout.total_seconds() for timeout in found}
+
+
+def test_no_time_limit_of_pytorch_ends_a_job_that_is_suspended_for_days(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-0.json"
+    file.parent.mkdir(parents=True)
+    assert ranks.run(2, limits, str(file), group=False) == [{30 * 86_400.0}] * 2
+
+
+def test_only_our_watchdog_ends_a_process_that_uses_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_ENABLE_MONITORING")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names})
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **given: seen.append([backend, *map(os.environ.get, names)])
+    )
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    for own in ({}, {names[2]: "1"}):  # what the user has set stays
+        os.environ.update(own)
+        store = dist.HashStore()
+        connect(Launch(), torch.device("cuda", 0), store, RankBoard(None, 0, 1), StopFlag(), bool)
+    assert seen == [["nccl", "0", "0", "0"], ["nccl", "0", "0", "1"]]
 
 
 def whole_run(rank: int, world: int, root: str, sections: dict[str, Any]) -> tuple[int, int]:

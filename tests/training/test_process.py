@@ -20,7 +20,7 @@ from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import process
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.exit import stopped
-from cifar_hpc.training.process import STOP_SIGNALS, Launch, StopFlag, Stopwatch, is_running, process_age
+from cifar_hpc.training.process import STOP_SIGNALS, Launch, Patience, StopFlag, Stopwatch, is_running, process_age
 
 PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
 
@@ -38,6 +38,24 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not watch.over
     watch.lap(process.FIRST_STEP)
     assert watch.over
+
+
+def test_patience_ends_in_time_and_hardly_counts_a_suspension(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def asks(patience: Patience, after: list[float]) -> int:
+        """How often it says that there is time."""
+        for count, seconds in enumerate(after):
+            now[0] += seconds
+            if patience.over():
+                return count
+        return len(after)
+
+    assert asks(Patience(300), [1.0] * 400) == 300
+    assert asks(Patience(300), [86_400.0, *[1.0] * 400]) == 1 + 290
+    assert asks(Patience(3), [86_400.0, *[1.0] * 9]) == 1 + 2, "also where the limit is short"
+    assert asks(Patience(1800), [10.0] * 400) == 180, "a look may take 10 s"
 
 
 @pytest.mark.process

@@ -7,12 +7,15 @@ process send itself a signal at a precise step, so that no outcome depends on ti
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from helpers import leftovers
-from processes import Runs
+from processes import LIMIT_SECONDS, Runs, stopped
 
 from cifar_hpc import tensorfile
 from cifar_hpc.__main__ import main
@@ -73,19 +76,38 @@ def reference(runs: Runs) -> str:
     return "reference"
 
 
-def test_stopped_and_moved_between_1_3_4_and_2_ranks(runs: Runs, reference: str, look: Any) -> None:
+def test_stopped_and_moved_between_1_3_4_and_2_ranks(
+    runs: Runs, reference: str, look: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs.stop("moved", 3, interrupt="SIGTERM@step:2/2")  # only the last rank is told, and before the first checkpoint
     runs.copy("moved", "evaluating")
+    monkeypatch.setenv("LAG", "1")  # as on GPUs: a request takes effect a step later
     runs.stop("moved", 4, interrupt="SIGUSR1@step:10/1")
     assert runs.resumed("moved") == (3, 0, 3)
     runs.finish("moved", 2)
-    assert runs.resumed("moved") == (11, 1, 2)
+    assert runs.resumed("moved") == (12, 1, 3)
     assert look(runs, "moved") == look(runs, reference)
     assert look(runs, reference).position == (18, 2)
     rows = read_jsonl(runs.root / "logs" / "moved" / "metrics.jsonl")
     assert [(row["world_size"], row["restart"]) for row in rows] == [(4, 1), (2, 2)]
     kinds = [e["event"] for e in runs.events("moved", "started", "resumed", "signal", "finished")]
     assert kinds == ["started", "signal", "resumed", "signal", "resumed", "finished"]
+
+
+def test_a_suspended_job_goes_on(runs: Runs, reference: str, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are suspended in the middle of an epoch, and resumed one long after the other."""
+    monkeypatch.setenv("IMPATIENT", "1")
+    started = runs.begin("suspended", 2, interrupt="SIGSTOP@step:11")
+    end = time.monotonic() + LIMIT_SECONDS
+    while not all(stopped(process.pid) for process in started):
+        assert time.monotonic() < end and not any(process.poll() for process in started), runs.output("suspended")
+        time.sleep(0.02)
+    for process in started:
+        time.sleep(2)
+        os.kill(process.pid, signal.SIGCONT)
+    assert runs.wait(started) == [0, 0], runs.output("suspended")
+    assert look(runs, "suspended") == look(runs, reference)
+    assert runs.events("suspended", "failed", "hang", "requeued", "resumed") == []
 
 
 def test_stopped_while_evaluating_then_killed(runs: Runs, reference: str, look: Any) -> None:

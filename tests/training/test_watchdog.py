@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -137,6 +138,61 @@ def test_the_first_failure_ends_a_rank_that_is_stuck(watch: Callable[..., Watche
     assert second.publish(report(1)) == report(1)
     assert first.publish(report(0)) == report(1), "the first failure stays the first"
     assert watched.verdict() == report(1)
+
+
+@pytest.mark.parametrize(
+    ("host", "lost"), [("localhost", False), (socket.gethostname(), False), ("node9.invalid", True)]
+)
+def test_a_silent_rank_is_lost_only_if_its_host_does_not_answer(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, host: str, lost: bool
+) -> None:
+    """It may be suspended longer than the others."""
+    monkeypatch.setattr(watchdog, "SILENT_TICKS", 10)
+    RankBoard(store, 1, 2).post(host=host, space="another", pid=1, count=3, doing="step 3", step=3)
+    dog, reports = Watchdog(RankBoard(store, 0, 2), Heartbeat(), 600, lambda report: None), []
+    dog.exchange()
+    for _ in range(25):
+        dog.exchange()
+        reports.append(dog.tick())
+    assert [r.cause for r in reports if r] == ["lost"] * 2 * lost
+    assert all("rank 1 (node9.invalid" in r.text for r in reports if r)
+
+
+def watched(out: str, stuck: bool) -> None:
+    """A process without progress and with a limit of 3 seconds; `stuck` in a call that holds the interpreter's lock."""
+    watchdog.TICK_SECONDS = 0.05
+    watchdog.LAST_RESORT_SECONDS = -5  # so that the alarm comes after a second
+
+    def end(report: Report) -> None:
+        Path(out).write_text(report.text)
+        os._exit(7)
+
+    Watchdog(RankBoard(None, 0, 1), Heartbeat(), 3.0, end).start()
+    if stuck:
+        time.sleep(0.5)
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+    time.sleep(LIMIT)
+
+
+@pytest.mark.process
+def test_a_suspension_is_no_hang_and_hangs_are_found(tmp_path: Path) -> None:
+    """Neither a suspension longer than all limits, nor an alarm that is overdue after it, ends a process; a hang does,
+    even one that lets no thread of Python run."""
+    outs = [tmp_path / name for name in ("suspended", "stuck")]
+    began = time.monotonic()
+    suspended, stuck = nursery.start(
+        [nursery.Start(watched, (str(out), out.name == "stuck"), os.environ, out) for out in outs]
+    )
+    os.kill(suspended.pid, signal.SIGSTOP)
+    time.sleep(4)
+    assert suspended.poll() is None
+    os.kill(suspended.pid, signal.SIGCONT)
+    assert suspended.wait(LIMIT) == 7
+    assert time.monotonic() - began > 4 + 2.5, "the suspension was counted"
+    assert "no rank has made any progress" in outs[0].read_text()
+    assert stuck.wait(LIMIT) == -signal.SIGALRM
 
 
 @pytest.mark.process
