@@ -3,6 +3,7 @@
 Before it, the process waits for its checkpoints to be written, so that no outcome depends on the disk.
 
 INTERRUPT=SIGNAL@step:N       before step N (counted from 0)
+INTERRUPT=SIGNAL@agree:N      after N steps, before the ranks agree
 INTERRUPT=SIGNAL@evaluate:E   before the evaluation of epoch E (counted from 0)
 INTERRUPT=SIGNAL@step:N/RANK  the same, on that rank only
 INTERRUPT=RAISE@step:N/RANK   an exception there instead of a signal; OOM@...: a failed allocation
@@ -64,18 +65,18 @@ def fault(name: str) -> None:
 
 def interrupt(rule: str) -> None:
     """Arrange for what `rule` says."""
-    match = re.fullmatch(r"(SIG\w+|RAISE|OOM)@(step|evaluate):(\d+)(?:/(\d+))?", rule)
+    match = re.fullmatch(r"(SIG\w+|RAISE|OOM)@(step|agree|evaluate):(\d+)(?:/(\d+))?", rule)
     assert match, rule
     name, place, number, rank = match.groups()
     if rank is not None and rank != os.environ.get("RANK", "0"):
         return
     remember_stores()
 
-    def before(owner: Any, attribute: str, count: int) -> None:
+    def before(owner: Any, attribute: str, count: Callable[..., int]) -> None:
         original: Callable[..., Any] = getattr(owner, attribute)
 
         def wrapper(*args: Any) -> Any:
-            if args[count] == int(number):
+            if count(*args) == int(number):
                 settle()
                 fault(name)
             return original(*args)
@@ -83,9 +84,11 @@ def interrupt(rule: str) -> None:
         setattr(owner, attribute, wrapper)
 
     if place == "step":
-        before(Engine, "step", 3)  # (self, epoch, step_in_epoch, global_step, rows)
+        before(Engine, "step", lambda engine, epoch, step_in_epoch, global_step, rows: global_step)
+    elif place == "agree":
+        before(trainer.Trainer, "_decide", lambda trainer, now: trainer.position.step)
     else:
-        before(trainer, "evaluate", 1)  # (engine, epoch, between)
+        before(trainer, "evaluate", lambda engine, epoch, between: epoch)
 
 
 def play(arguments: list[str]) -> int:

@@ -95,9 +95,9 @@ def test_stopped_and_moved_between_1_3_4_and_2_ranks(
 
 
 def test_a_suspended_job_goes_on(runs: Runs, reference: str, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ranks are suspended in the middle of an epoch, and resumed one long after the other."""
+    """Its ranks are suspended before they agree on a step, and resumed one long after the other."""
     monkeypatch.setenv("IMPATIENT", "1")
-    started = runs.begin("suspended", 2, interrupt="SIGSTOP@step:11")
+    started = runs.begin("suspended", 2, interrupt="SIGSTOP@agree:11")
     end = time.monotonic() + LIMIT_SECONDS
     while not all(stopped(process.pid) for process in started):
         assert time.monotonic() < end and not any(process.poll() for process in started), runs.output("suspended")
