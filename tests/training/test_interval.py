@@ -172,6 +172,15 @@ def test_steps_that_happen_to_be_quick_beside_a_write_do_not_make_it_free() -> N
     assert free.interval(1.0) == interval.LEAST_SECONDS
 
 
+def test_a_suspension_during_a_write_is_not_the_cost_of_a_checkpoint() -> None:
+    measured, _ = pace()
+    for seconds in (0.5, 7200.0, 0.5):
+        measured.saved(0.1, 0)
+        measured.step(seconds, False, seconds)
+    assert measured.costs.write == pytest.approx(0.6), "with its snapshot"
+    assert measured.interval(8000) < interval.MOST_SECONDS
+
+
 def test_the_log_tells_the_interval_once_and_when_it_changes_noticeably() -> None:
     measured, lines = pace()
     assert [measured.interval(now) for now in (0.0, 1.0, 60.0)] == [pytest.approx(417, rel=0.01)] * 3

@@ -134,8 +134,9 @@ class CheckpointPacer:
             self._slower += seconds - fmean(self._steps)
         if self._write_began is not None and not writing:
             # A slow-down below zero is noise. Taking it as zero errs towards rarer checkpoints, which costs little.
-            self._stalls.append((self._snapshots + max(0.0, self._slower)) / self._written)
-            self._writes.append(now - self._write_began)
+            if now - self._write_began < MOST_SECONDS:  # else the job was suspended meanwhile
+                self._stalls.append((self._snapshots + max(0.0, self._slower)) / self._written)
+                self._writes.append(now - self._write_began)
             self._write_began = None
 
     def interval(self, now: float) -> float:
