@@ -11,6 +11,8 @@ from cifar_hpc.errors import SpecError, nearest
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 # What such a file may hold, by Pillow's names: Pillow goes by the content, and knows formats that start programs (EPS).
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
+# Images that nobody means to leave out, as any other file is.
+_UNREADABLE = (".gif", ".tif", ".tiff", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".jp2", ".jpe", ".jfif")
 
 
 @contextmanager
@@ -41,10 +43,14 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted(
-            (e for e in os.scandir(folder / name) if e.name.lower().endswith(IMAGE_SUFFIXES)),
-            key=lambda entry: entry.name,
-        )
+        entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.lower().endswith(_UNREADABLE):
+                raise SpecError(
+                    f"data.root: {entry.path} is not read; allowed: {' '.join(IMAGE_SUFFIXES)}. HINT: convert it, or "
+                    "move it away."
+                )
+        images = [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
         if not images:
             raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
         for image in images:

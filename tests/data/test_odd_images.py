@@ -268,6 +268,16 @@ def test_what_leads_nowhere_is_named(root: Path, plant: Callable[[Path], Path]) 
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["b.tif", "b.PGM", "b.gif"])
+def test_an_image_of_a_format_that_is_not_read_is_not_left_out_silently(root: Path, name: str) -> None:
+    folder = root / "images" / "test" / "class 3"
+    (folder / "notes.txt").write_text("no image")
+    assert len(list_folder(root / "images")[0]["test"]) == CLASSES
+    (folder / name).write_bytes(b"")
+    with pytest.raises(SpecError, match=rf"class 3/{name} is not read; allowed: \.jpg .*HINT: convert it"):
+        list_folder(root / "images")
+
+
 def test_a_file_that_became_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(SpecError, match=r"a\.png: cannot be read: is no regular file but a FIFO"):
