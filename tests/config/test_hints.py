@@ -17,6 +17,9 @@ from cifar_hpc.config.io import from_plain, load_spec, load_values, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point, expand
 from cifar_hpc.errors import SpecError
+from cifar_hpc.launch.preflight import check_this_machine
+from cifar_hpc.runs.frozen_spec import resolve
+from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.slurm.options import RESERVED
 
 KEYS = {f"{section}.{key}" for section, values in to_plain(Spec()).items() for key in values}
@@ -99,6 +102,28 @@ def test_what_is_said_of_words_that_are_switches(tmp_path: Path, word: str) -> N
     assert submitted(job, [cure.replace("...", word)])[0].spec.resources.comment == word
     job.write_text(f"resources: {{comment: '{word}'}}")
     assert "put it in quotes" in hint and load_spec(job).resources.comment == word
+
+
+def test_what_is_said_of_more_processes_than_shards(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("train: {shards: 2}\n")
+    with pytest.raises(SpecError, match=" HINT: ") as caught:
+        resolve(RunPaths(tmp_path, "old"), load_spec(job), 4, 1)
+    (cure,) = overrides_in(str(caught.value))
+    assert resolve(RunPaths(tmp_path, "new"), load_spec(job, [cure]), 4, 1).train.shards == 4
+    assert "at most 2 processes" in str(caught.value)
+    assert resolve(RunPaths(tmp_path, "old"), load_spec(job), 2, 1).train.shards == 2
+
+
+def test_what_is_said_where_there_are_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_hpc.launch.preflight.NVIDIA_DEVICE", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job = tmp_path / "job.yaml"
+    job.write_text("")
+    with pytest.raises(SpecError, match=" HINT: ") as caught:
+        check_this_machine(load_spec(job))
+    (cure,) = overrides_in(str(caught.value))
+    check_this_machine(load_spec(job, [cure]))
 
 
 # ------------------------------------------------------------------ what hints name
