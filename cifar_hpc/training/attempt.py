@@ -62,8 +62,8 @@ class Attempt:
         """Train; return the exit status for this process."""
         context = self.context
         try:
-            trainer = self._prepare()
-            trained = trainer is None or trainer.train(self._pacer())
+            self._prepare()
+            trained = self.trainer is None or self.trainer.train(self._pacer())
         except Interrupted:
             trained = False
         except Exception as error:
@@ -89,8 +89,8 @@ class Attempt:
 
     # ------------------------------------------------------------ start
 
-    def _prepare(self) -> Trainer | None:
-        """Meet the other ranks, find the run's state and data, and set up the trainer; None if all is done."""
+    def _prepare(self) -> None:
+        """Meet the other ranks, find the run's state and data, and set up the trainer, unless all is done."""
         context, spec, launch = self.context, self.context.spec, self.context.launch
         context.startup.lap("import")
         device = self._join_ranks()
@@ -103,7 +103,7 @@ class Attempt:
         chosen = agreement.from_rank_0(lambda: choose(context))
         context.startup.lap("checkpoint")
         if agreement.from_rank_0(lambda: self._has_finished(chosen)):
-            return None
+            return
         context.heart.beat("loading the images")
         data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
             lambda: load_dataset(spec.data, context.paths.root, self._progress)
@@ -137,7 +137,6 @@ class Attempt:
         if context.first:
             self._announce(trainer.position, chosen, environment)
         agreement.now(Request.GO_ON)
-        return trainer
 
     def _join_ranks(self) -> torch.device:
         """Find the other ranks, start the watchdog, and form the process group. Return this rank's device."""

@@ -33,13 +33,7 @@ _INSTRUCTIONS = re.compile(r"(avx|amx|fma|sve|asimd|bf16|i8mm)\w*")  # a process
 _NOT_COMPARED = ("host", "gpu_id", "threads", "deterministic")  # the last two are keys of the spec as well
 _WARNED = ("processor", "instructions", "variables", "machine")
 _WARNED_UNLESS_DETERMINISTIC = ("device", "gpu", "cuda", "cudnn", "cublas")
-_DIGESTS = {
-    "data": "data.root (training images)",
-    "test_data": "data.root (test images)",
-    "gradient": "the first gradient",
-    "code": "the code of cifar_hpc",
-}
-_NAMED_RANKS, _NAMED_KEYS = 3, 6  # in a message
+_LABELS = {"data": "training images in data.root", "test_data": "test images in data.root"}
 
 
 def resolve_amp(spec: Spec, device: torch.device) -> str:
@@ -65,15 +59,11 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    threads = spec.train.cpu_threads or 1
-    with suppress(AttributeError):  # a PyTorch without OpenMP
-        openmp = ctypes.CDLL(None)
-        openmp.omp_set_dynamic(0)  # undoes OMP_DYNAMIC; kernels would wait without end for threads they do not get
-        if (limit := openmp.omp_get_thread_limit()) < threads:  # the same
-            raise RunFailedError(
-                f"OMP_THREAD_LIMIT: {limit} is not allowed; allowed: at least train.cpu_threads ({threads}). HINT: "
-                "unset it."
-            )
+    threads, openmp = spec.train.cpu_threads or 1, ctypes.CDLL(None)
+    if hasattr(openmp, "omp_set_dynamic"):  # kernels wait without end for threads that they do not get
+        openmp.omp_set_dynamic(0)
+        if (limit := openmp.omp_get_thread_limit()) < threads:
+            raise RunFailedError(f"OMP_THREAD_LIMIT: {limit} is below train.cpu_threads: {threads}. HINT: unset it.")
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
@@ -104,7 +94,7 @@ def describe_rank(spec: Spec, device: torch.device) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "gpu_id": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
-        "code": digest({str(path.relative_to(PACKAGE)): path.read_bytes() for path in PACKAGE.rglob("*.py")}),
+        "code": digest({str(path.relative_to(PACKAGE)): path.read_bytes() for path in PACKAGE.rglob("*.py")})[:16],
         **flatten(to_plain(spec)),
         **flatten({"machine": {**describe_machine(), "processor": None}}),  # processors are compared by `processor`
         **describe_environment(spec, device),
@@ -128,22 +118,17 @@ def require_agreement(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
                 "exceed resources.gpus_per_node, and train.device must not name a GPU."
             )
     warned = _WARNED if ranks[0]["deterministic"] else (*_WARNED, *_WARNED_UNLESS_DETERMINISTIC)
-    fatal, minor = {}, []
+    fatal, minor = list[str](), list[str]()
     for key in dict.fromkeys(key for rank in ranks for key in rank if key not in _NOT_COMPARED):
         groups = _by_value(rank.get(key) for rank in ranks)
-        if len(groups) == 1:
-            continue
-        length = 12 if key in _DIGESTS else 80
-        words = ", ".join(f"{value[:length] or 'none'} on {_who(who, ranks)}" for value, who in groups.items())
-        text = f"{_DIGESTS.get(key, key)}: {words}"
-        if covered(key, warned):
-            minor.append(text)
-        else:
-            fatal[key] = text
+        if len(groups) > 1:
+            words = ", ".join(f"{value[:80] or 'none'} on {_who(who, ranks)}" for value, who in groups.items())
+            (minor if covered(key, warned) else fatal).append(f"{_LABELS.get(key, key)}: {words}")
     if fatal:
-        texts = [*fatal.values(), *minor]
-        more = f"; and {len(texts) - _NAMED_KEYS} more" if len(texts) > _NAMED_KEYS else ""
-        raise RanksDifferError(f"the ranks do not agree. {'; '.join(texts[:_NAMED_KEYS])}{more}. HINT: {_hint(fatal)}")
+        raise RanksDifferError(
+            f"the ranks do not agree. {'; '.join([*fatal, *minor][:6])}{'; and more' * (len(fatal) > 6)}. HINT: all "
+            "need one job file, one installation, the same images, and one kind of hardware (--constraint)."
+        )
     return minor
 
 
@@ -162,19 +147,8 @@ def _by_value(values: Iterable[Any]) -> dict[str, list[int]]:
 
 
 def _who(numbers: Sequence[int], ranks: Sequence[Mapping[str, Any]]) -> str:
-    names = [f"rank {number} ({ranks[number]['host']})" for number in numbers[:_NAMED_RANKS]]
-    more = len(numbers) - len(names)
-    return " and ".join([*names, f"{more} more"] if more else names)
-
-
-def _hint(keys: Iterable[str]) -> str:
-    if any("." in key for key in keys):
-        return "start all ranks with one job file and the same --set; a key that is null may be filled in by node."
-    if {"data", "test_data"} & set(keys):
-        return "a data.root on the nodes' own disks must hold the same files on all of them."
-    if {"device", "gpu", "amp", "gradient"} & set(keys):
-        return "ask for nodes of one kind, as with --constraint; bits differ between kinds of hardware."
-    return "all nodes must use one installation."
+    names = [f"rank {number} ({ranks[number]['host']})" for number in numbers]
+    return " and ".join(names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"])
 
 
 # malloc.h of glibc

@@ -142,9 +142,9 @@ DISK = {"data": {"source": "folder", "root": "/proc/self/cwd/images", "train_siz
         ({}, {"train": {"amp": "bf16"}}, "", f"train.amp: fp32 on rank 0 ({HOST}), bf16 on rank 1 ({HOST})"),
         ({}, {"train": {"cpu_threads": 2}}, "", f"train.cpu_threads: 1 on rank 0 ({HOST}), 2 on rank 1 ({HOST})"),
         ({}, {}, "torch", f"2.11.0 on rank 1 ({HOST})"),
-        (DISK, {}, "train", "data.root (training images): "),
-        (DISK, {}, "test", "data.root (test images): "),
-        ({}, {}, "kernels", "the first gradient: "),
+        (DISK, {}, "train", "training images in data.root: "),
+        (DISK, {}, "test", "test images in data.root: "),
+        ({}, {}, "kernels", "gradient: "),
     ],
     ids=["epochs", "shards", "precision", "threads", "torch", "training images", "test images", "kernels"],
 )

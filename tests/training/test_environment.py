@@ -133,35 +133,34 @@ def test_ranks_that_are_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "words", "hint"),
+    ("facts", "words"),
     [
-        ({"train.epochs": 3}, "train.epochs: 2 on rank 0 (a), 3 on rank 1 (b).", "one job file"),
-        ({"data.root": "/x"}, "data.root: data on rank 0 (a), /x on rank 1 (b).", "one job file"),
-        ({"code": "0123456789abcdef"}, "0123456789ab on rank 1 (b).", "one installation"),
-        ({"torch": "2.11.0"}, "2.11.0 on rank 1 (b).", "one installation"),
-        ({"device": "x86_64 AVX2"}, "x86_64 AVX2 on rank 1 (b).", "--constraint"),
-        ({"gpu": "sm_90, 66 multiprocessors"}, "gpu: None on rank 0 (a), sm_90, 66", "--constraint"),
-        ({"amp": "bf16"}, "amp: fp32 on rank 0 (a), bf16 on rank 1 (b).", "--constraint"),
-        ({"gradient": "0" * 16}, "the first gradient: None on rank 0 (a), 000000000000 on rank 1 (b).", "--constraint"),
-        ({"data": "1" * 64}, "data.root (training images): None on rank 0 (a), 111111111111 on", "the same files"),
+        ({"train.epochs": 3}, "train.epochs: 2 on rank 0 (a), 3 on rank 1 (b)."),
+        ({"data.root": "/x"}, "data.root: data on rank 0 (a), /x on rank 1 (b)."),
+        ({"code": "0123456789abcdef"}, ", 0123456789abcdef on rank 1 (b)."),
+        ({"torch": "2.11.0"}, ", 2.11.0 on rank 1 (b)."),
+        ({"device": "x86_64 AVX2"}, ", x86_64 AVX2 on rank 1 (b)."),
+        ({"gpu": "sm_90, 66 multiprocessors"}, "gpu: None on rank 0 (a), sm_90, 66 multiprocessors on rank 1 (b)."),
+        ({"amp": "bf16"}, "amp: fp32 on rank 0 (a), bf16 on rank 1 (b)."),
+        ({"gradient": "0" * 16}, "gradient: None on rank 0 (a), 0000000000000000 on rank 1 (b)."),
+        ({"data": "1" * 64}, f"training images in data.root: None on rank 0 (a), {'1' * 64} on rank 1 (b)."),
+        ({"test_data": "1" * 64}, f"test images in data.root: None on rank 0 (a), {'1' * 64} on rank 1 (b)."),
     ],
 )
-def test_what_ranks_must_agree_on(facts: dict[str, Any], words: str, hint: str) -> None:
+def test_what_ranks_must_agree_on(facts: dict[str, Any], words: str) -> None:
     message = refusal({}, facts)
-    assert words in message and hint in message.partition("HINT: ")[2], message
+    assert f"{words} HINT: " in message, message
 
 
 def test_a_refusal_names_what_may_be_the_reason() -> None:
     message = refusal({"gradient": "1"}, {"gradient": "2", "variables": "MKL_CBWR=AVX2"})
-    assert (
-        "the first gradient: 1 on rank 0 (a), 2 on rank 1 (b); variables: none on rank 0 (a), MKL_CBWR=AVX2" in message
-    )
+    assert "gradient: 1 on rank 0 (a), 2 on rank 1 (b); variables: none on rank 0 (a), MKL_CBWR=AVX2" in message
 
 
 def test_a_refusal_stays_short() -> None:
     message = refusal(*[{}] * 5, {"torch": "2.11.0"}, {f"key.{number}": "x" * 1000 for number in range(50)})
     assert "rank 0 (a) and rank 1 (b) and rank 2 (c) and 3 more" in message
-    assert "; and 45 more. HINT:" in message and len(message) < 2000
+    assert "; and more. HINT:" in message and len(message) < 2000
 
 
 @pytest.mark.parametrize("key", ["processor", "instructions", "variables", "machine.python", "machine.torchvision"])
@@ -198,4 +197,4 @@ def configured(**variables: str) -> subprocess.CompletedProcess[str]:
 def test_variables_that_would_keep_threads_from_a_kernel_that_waits_for_them() -> None:
     assert float(configured(OMP_DYNAMIC="true").stdout) == 8 * 64 * 30 * 30 * 576
     refused = configured(OMP_THREAD_LIMIT="1")
-    assert "OMP_THREAD_LIMIT: 1 is not allowed; allowed: at least train.cpu_threads (2)" in refused.stderr
+    assert "OMP_THREAD_LIMIT: 1 is below train.cpu_threads: 2." in refused.stderr
