@@ -66,6 +66,11 @@ def test_each_field_of_events_is_described(trained: Path) -> None:
         assert set(row) - common <= set(re.findall(r"`([a-z_]+)`", line)), row
 
 
+def test_each_field_of_an_environment_is_described(trained: Path) -> None:
+    (started,) = [row for row in read_jsonl(trained / "events.jsonl") if row["event"] == "started"]
+    assert first_cells(section("environment")) == set(started["environment"])
+
+
 def test_each_field_of_status_is_described() -> None:
     assert first_cells(section("status --json")) == {field.name for field in dataclasses.fields(RunState)}
 
