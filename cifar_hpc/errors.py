@@ -21,6 +21,10 @@ class SpecError(UserError):
     """A bad spec, argument or input file."""
 
 
+class UnknownKeyError(SpecError):
+    """A key that this version does not have; a later one may."""
+
+
 class RunFailedError(UserError):
     """Training cannot go on, for a reason that another try would not change (such as a NaN loss)."""
 

@@ -1,20 +1,21 @@
 """Files of tensors and plain values: written by torch.save, checked as a whole before anything in them is interpreted.
 
-torch.save writes a ZIP archive without compression, with a CRC-32 of every record; torch.load does not check it. Here
-it is checked first (1 s for 3 GB), so a flipped bit is found before a damaged pickle can ask for a terabyte of memory.
-No code in a file is ever run: weights_only admits tensors and plain values, and nothing else is loaded.
+torch.save writes a ZIP archive without compression, with a CRC-32 of every record; torch.load does not check it, and
+believes what a pickle says of sizes. Here the sums are checked first, so a flipped bit is found before a damaged pickle
+can ask for a terabyte of memory, and every tensor has to fit into a record of its own. Time and memory that a file
+takes therefore grow with its size alone. No code in a file is ever run.
 """
 
 import errno
 import hashlib
+import io
+import math
 import os
 import pickle
-import re
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ from cifar_hpc.files import NotRegularError, open_regular
 _NOT_RUN = "nothing in it was executed"
 # What reading a damaged file, or a damaged disk, leads to; any other OSError says nothing about the file.
 _DAMAGE = (errno.EINVAL, errno.EIO, errno.EILSEQ)
+# Of what a file may hold, by the name that torch.save gives the storage of each type.
+_TYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "ByteStorage": torch.uint8,
+}
+_PIECE = 2**20  # bytes that are read at once: they stay in the processor's cache
 
 
 class BadFileError(Exception):
@@ -54,7 +63,10 @@ def save(tree: Any, file: BinaryIO, advanced: Callable[[int], None] = lambda cou
         advanced: called with the number of bytes written since the last call.
     """
     counting = _Counting(file, advanced)
-    torch.save(tree, counting)  # type: ignore[arg-type]
+    try:
+        torch.save(tree, counting)  # type: ignore[arg-type]
+    except RuntimeError as error:  # such as "unexpected pos", in place of what the disk says
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     return counting.sha.hexdigest()
 
 
@@ -76,12 +88,19 @@ def load(path: Path) -> Any:
             raise BadFileError(f"cannot be opened: {error.strerror}") from None
         raise
     with os.fdopen(descriptor, "rb") as file:
-        _check_whole(file)
-        file.seek(0)
-        return _interpret(file)
+        records = _read_records(file)
+    try:
+        return _Reader(records).load()
+    except BadFileError:
+        raise
+    except Exception as error:  # what was never written by torch.save
+        raise BadFileError(
+            f"damaged or foreign ({type(error).__name__}: {_first_line(str(error))}); {_NOT_RUN}"
+        ) from None
 
 
-def _check_whole(file: BinaryIO) -> None:
+def _read_records(file: BinaryIO) -> dict[str, Tensor]:
+    """The bytes of each record by its name in the archive. All sums are right."""
     try:
         head = file.read(4)
         if not head:
@@ -91,47 +110,115 @@ def _check_whole(file: BinaryIO) -> None:
         if head != b"PK\3\4":
             raise BadFileError(f"no file of torch.save, or damaged: it begins with {head!r}")
         with zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            entries = archive.infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
                 raise BadFileError("compressed, which no checkpoint or cache of cifar_hpc is")
-            if (bad := archive.testzip()) is not None:
-                raise BadFileError(f"damaged: the sum of its record {bad} is wrong")
+            if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+                raise BadFileError("damaged or foreign: its records overlap, or are longer than the file")
+            return {entry.filename.partition("/")[2]: _read_record(archive, entry) for entry in entries}
     except BadFileError:
         raise
     except Exception as error:  # zipfile fails in many ways on a damaged file
-        if isinstance(error, OSError) and error.errno not in _DAMAGE:
+        if isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", None) not in _DAMAGE:
             raise
-        raise BadFileError(f"damaged or cut short ({type(error).__name__}: {error})") from None
-
-
-def _interpret(file: BinaryIO) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        if names := _unsafe_globals(file):
-            raise BadFileError(f"holds code (pickle globals: {', '.join(names)}), which was not executed") from None
-        words = _first_line(str(error).rpartition("WeightsUnpickler error:")[2])
-        raise BadFileError(f"holds more than tensors and plain values ({words}); {_NOT_RUN}") from None
-    except Exception as error:  # foreign, or damaged where zipfile does not look
         if "allocate memory" in str(error) or "not enough memory" in str(error):
             raise MemoryError(_first_line(str(error))) from None
-        raise BadFileError(f"damaged or foreign ({type(error).__name__}: {_first_line(str(error))})") from None
+        raise BadFileError(f"damaged or cut short ({type(error).__name__}: {_first_line(str(error))})") from None
 
 
-def _unsafe_globals(file: BinaryIO) -> list[str]:
-    """Names that a pickle would call, found by reading it without running it."""
-    file.seek(0)
+def _read_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+    content = torch.empty(entry.file_size, dtype=torch.uint8)
+    view, place = content.numpy().data, 0
     try:
-        return [_first_line(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)][:5]
-    except Exception:  # a pickle that is odd in another way as well
-        return []
+        with archive.open(entry) as record:
+            while piece := record.read(_PIECE):
+                view[place : place + len(piece)] = piece
+                place += len(piece)
+    except zipfile.BadZipFile:
+        raise BadFileError(f"damaged: the sum of its record {entry.filename[:120]} is wrong") from None
+    return content
+
+
+_OPCODES = (
+    pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT,
+    pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.EMPTY_LIST, pickle.APPEND,
+    pickle.APPENDS, pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET,
+    pickle.LONG_BINGET,
+)  # fmt: skip
+
+
+class _Reader(pickle._Unpickler):
+    """Reads what torch.save pickles of tensors, dicts, lists and plain values, and calls nothing that the file names.
+
+    Values are a tree: only text and names of types may be repeated, since a list of two times a list of two times
+    ... has 2^60 ways through it in a kilobyte. Each record belongs to one tensor.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[Any] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
+
+    def __init__(self, records: dict[str, Tensor]) -> None:
+        super().__init__(io.BytesIO(records["data.pkl"].numpy().data))
+        self.records, self.memo = records, _Memo(10 * sum(map(len, records.values())))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _TYPES:
+            return _TYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return _no_hooks
+        if module.partition(".")[0] == "torch":
+            raise BadFileError(f"holds what no checkpoint or cache of cifar_hpc does ({module}.{name})"[:200])
+        raise BadFileError(f"holds code (pickle globals: {f'{module}.{name}'[:120]}), which was not executed")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, dtype, key, _, count = pid
+        flat = self.records.pop(f"data/{key}").view(dtype)
+        if len(flat) != count:
+            raise ValueError("a record of another size")
+        return flat
+
+    def _tensor(self, flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+        whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
+        if not whole or len(size) > 8 or math.prod(size) > len(flat):
+            raise ValueError("a tensor that is larger than its record")
+        return flat.as_strided(size, stride, offset)
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or any(type(key) not in (str, int) for key in items[::2]):
+            raise ValueError("keys that are neither text nor numbers")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._set_items(self.pop_mark())
+    dispatch[pickle.SETITEM[0]] = lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()])
+
+
+class _Memo(dict[int, Any]):
+    """The values that a pickle repeats: names of types, and so many characters of text."""
+
+    def __init__(self, characters: int) -> None:
+        self.left = characters
+
+    def __getitem__(self, index: int) -> Any:
+        value = super().__getitem__(index)
+        if isinstance(value, (list, dict, tuple, Tensor)):
+            raise ValueError("one list, mapping or tensor in several places")
+        self.left -= len(value) if isinstance(value, str) else 0
+        if self.left < 0:
+            raise ValueError("text that is repeated beyond measure")
+        return value
+
+
+def _no_hooks() -> None:
+    """Take the place of the empty OrderedDict that torch.save writes with each tensor."""
 
 
 def _first_line(text: str) -> str:
-    return next(iter(re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines()), "")[:120]
+    return next(iter(text.strip().splitlines()), "")[:120]
 
 
 def digest(value: Any) -> str:

@@ -16,14 +16,17 @@ import nursery
 import torch
 import torch.distributed as dist
 
-from cifar_hpc.config.io import from_plain, merge
+from cifar_hpc.config.io import from_plain, merge, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.data.synthetic import make_synthetic
+from cifar_hpc.models.improved_resnet import ImprovedResNet
+from cifar_hpc.runs.logs import metrics_text
 from cifar_hpc.training.checkpoints.format import TrainingState, to_host
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch
+from cifar_hpc.training.optim import build_optimizer
 
 PROJECT, TESTS = nursery.PROJECT, nursery.TESTS  # their folders
 CPU = torch.device("cpu")
@@ -59,14 +62,45 @@ def tiny_engine(spec: Spec, rank: int = 0, world: int = 1) -> Engine:
     return Engine(spec, CPU, ShardLayout(spec.train.shards or world, world, rank), data, spec.train.amp)
 
 
-def blank_state(**values: Any) -> TrainingState:
-    """A training state with these values, and zeros in the other fields."""
-    return TrainingState(**(dict.fromkeys(TrainingState.__dataclass_fields__, 0) | {"average": None} | values))
+ENVIRONMENT = {"amp": "fp32", "cuda": None, "device": "cpu", "torch": "2"}
+# A run of one block without Lookahead, whose largest weights lie in the middle of the file.
+BLANK = tiny_spec(
+    model={"width_multiplier": 1.0, "stem_width": 16, "blocks": [1], "widths": [32]},
+    lookahead={"enabled": False},
+    train={"shards": 1},
+)
+
+
+def blank_state(step: int = 0, epoch: int = 0, *, number: float = 0.0, **values: Any) -> TrainingState:
+    """A training state of BLANK as a checkpoint may hold it, all of whose weights are `number`."""
+    with torch.device("meta"):
+        model = ImprovedResNet(BLANK.model)
+    within = values.get("step_in_epoch", 0 if epoch else step)
+    each = (step - within) // epoch if epoch else 0
+    blank = {
+        "spec": to_plain(BLANK),
+        "step": step,
+        "epoch": epoch,
+        "step_in_epoch": within,
+        "epoch_seconds": 0.0,
+        "best": {"epoch": 0, "test_accuracy": -1.0},
+        "model": {name: torch.full(p.shape, float(number)) for name, p in model.named_parameters()},
+        "buffers": {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in model.named_buffers()},
+        "optimizer": build_optimizer(model, BLANK).state_dict(),
+        "scaler": {},
+        "updates": 0,
+        "slow_buffers": None,
+        "sums": torch.zeros(1, 2, dtype=torch.float64),
+        "history": metrics_text([{"epoch": n, "step": n * each} for n in range(1, epoch + 1)]),
+        "environment": ENVIRONMENT,
+    }
+    return TrainingState(**(blank | values))
 
 
 def snapshot(engine: Engine) -> TrainingState:
     """What a checkpoint holds of an engine."""
-    return blank_state(**to_host({**engine.state(), "sums": engine.epoch_sums()}))
+    fields = {"spec": to_plain(engine.spec), **engine.state(), "sums": engine.epoch_sums()}
+    return blank_state(engine.updates, **to_host(fields))
 
 
 class Ranks:

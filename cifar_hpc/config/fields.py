@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from cifar_hpc.config.yaml_loader import WrittenFloat, WrittenInt
-from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.errors import SpecError, UnknownKeyError, nearest
 from cifar_hpc.text import control_character, shown
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         dotted = f"{path}.{key}" if path else str(key)
         if key not in fields:
             hint = nearest(str(key), fields)
-            raise SpecError(f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}.{hint}")
+            raise UnknownKeyError(f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}.{hint}")
         if dataclasses.is_dataclass(hints[key]):
             arguments[key] = build(hints[key], value, dotted)
         else:

@@ -4,16 +4,18 @@ Two of its layers give the same result for any number of processes: BatchNorm by
 are read back from the safetensors file that `python -m cifar_hpc export` writes."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_hpc.config.fields import build
-from cifar_hpc.config.spec import CLASSES, ModelSpec
+from cifar_hpc.config.spec import CLASSES, ModelSpec, Spec, check
+from cifar_hpc.errors import SpecError
 from cifar_hpc.randomness import Stream, mix
+from cifar_hpc.text import one_line
 
 EXPANSION = 4
 
@@ -134,6 +136,24 @@ def build_model(spec: ModelSpec, seed: int) -> ImprovedResNet:
         return ImprovedResNet(spec)
 
 
+def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ImprovedResNet:
+    """The network that has these tensors themselves as weights and buffers.
+
+    Raises:
+        ValueError, RuntimeError: they are not those of the network.
+    """
+    if sum(spec.blocks) > len(tensors):
+        raise ValueError(f"its tensors are too few for {sum(spec.blocks)} blocks")
+    with torch.device("meta"):  # takes no memory before the shapes are known to fit
+        network = ImprovedResNet(spec)
+    if wrong := [
+        name for name, t in network.state_dict().items() if name in tensors and tensors[name].dtype != t.dtype
+    ]:
+        raise ValueError(f"{wrong[0]} is {tensors[wrong[0]].dtype}")
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+
 class ExportedModel(nn.Module):
     """A trained network with its normalisation, in evaluation mode.
 
@@ -148,7 +168,7 @@ class ExportedModel(nn.Module):
     def __init__(self, network: nn.Module, card: dict[str, str]) -> None:
         super().__init__()
         self.network, self.card = network, card
-        self.classes: list[str] = json.loads(card["classes"])
+        self.classes = [str(name) for name in json.loads(card["classes"])]
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(json.loads(card[name])).view(3, 1, 1))
 
@@ -163,16 +183,20 @@ def load_exported(file: str | Path) -> ExportedModel:
 
     Raises:
         FileNotFoundError: there is no such file.
-        SpecError: its card names a network that this version does not know.
+        SpecError: it is no exported model, or of a network that this version does not know.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as opened:
-        card: dict[str, Any] = opened.metadata()
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    network = ImprovedResNet(build(ModelSpec, json.loads(card["model"]), "model"))
-    network.load_state_dict(weights)
-    return ExportedModel(network.to(memory_format=torch.channels_last), card).eval()
+    try:
+        with safe_open(file, "pt") as opened:
+            card = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        network = assemble(check(Spec(model=build(ModelSpec, json.loads(card["model"]), "model"))).model, weights)
+        exported = ExportedModel(network.to(memory_format=torch.channels_last), card)
+    except (SafetensorError, SpecError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        words = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise SpecError(f"{file}: is not what `python -m cifar_hpc export` writes ({words}).") from None
+    return exported.eval()
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cifar_hpc import __version__
-from cifar_hpc.config.io import check_resumable, from_plain
 from cifar_hpc.data.datasets import load_dataset
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
 from cifar_hpc.runs.events import Finished, Resumed, Started
@@ -118,7 +117,7 @@ class Attempt:
         context.startup.lap("data")
         state = chosen.read() if chosen is not None else None
         if state is not None:
-            self._check_fits(state)
+            self._check_images(state)
         context.startup.lap("checkpoint")
         # A rank that has failed so far is noticed here, where gloo reports it; NCCL would wait for it.
         agreement.now(Request.GO_ON)
@@ -130,7 +129,13 @@ class Attempt:
         if context.first:
             store = CheckpointStore(context.paths.checkpoints, spec.checkpoint.keep, context.emit, context.log.warn)
         trainer = self.trainer = Trainer(engine, context, agreement, store, environment)
-        if state is not None:
+        if chosen is not None and state is not None:
+            each, begin = engine.steps_per_epoch, state.epoch * engine.steps_per_epoch
+            if state.step != begin + state.step_in_epoch or state.step_in_epoch > each:
+                raise RunFailedError(
+                    f"{chosen.path}: step_in_epoch: {state.step_in_epoch}, epoch: {state.epoch}, step: {state.step} do "
+                    f"not go with epochs of {each} steps. HINT: move the file away."
+                )
             trainer.resume(state)
         context.startup.lap("model")
         context.heart.beat("the first step", trainer.position.step)
@@ -192,14 +197,13 @@ class Attempt:
             self.context.log.line(text)
         return self.context.first and self.context.stop.requested
 
-    def _check_fits(self, state: TrainingState) -> None:
-        """Check that a checkpoint was made with this spec and these images.
+    def _check_images(self, state: TrainingState) -> None:
+        """Check that a checkpoint was made with these images.
 
         Raises:
-            UserError: names the difference.
+            RunFailedError: it was not.
         """
         spec = self.context.spec
-        check_resumable(from_plain(state.spec), spec, self.context.paths.name)
         run = self.context.paths
         for key, kind in (("data", "training"), ("test_data", "test")):
             if state.environment.get(key) not in (None, self.ranks[0][key]):  # older checkpoints lack the second

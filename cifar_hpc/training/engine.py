@@ -22,7 +22,7 @@ from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
-from cifar_hpc.training.optim import Lookahead, WeightAverage, build_sgd
+from cifar_hpc.training.optim import Lookahead, WeightAverage, build_optimizer
 
 NO_BAD_STEP = 2**62
 # GradScaler starts at 2**16 and halves at an overflow. Only gradients that are NaN at any scale get it down to here.
@@ -65,11 +65,9 @@ class Engine:
             )
             self.reducer = ShardReducer(self.ddp, layout)
 
-        inner = build_sgd(self.model, spec.optimizer)
         self.updates = 0
-        inner.register_step_post_hook(self._count_update)
-        look = spec.lookahead
-        self.optimizer = Lookahead(inner, look.k, look.alpha) if look.enabled else inner
+        self.optimizer = build_optimizer(self.model, spec)
+        getattr(self.optimizer, "inner", self.optimizer).register_step_post_hook(self._count_update)
         decay = spec.ema.decay
         self.average = WeightAverage(list(self.model.parameters()), decay) if decay is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_hpc.config.spec import OptimizerSpec
+from cifar_hpc.config.spec import OptimizerSpec, Spec
 
 
 class SGD(torch.optim.SGD):
@@ -43,6 +43,12 @@ def build_sgd(model: nn.Module, spec: OptimizerSpec) -> SGD:
 
         sgd.register_step_pre_hook(decay_layers)
     return sgd
+
+
+def build_optimizer(model: nn.Module, spec: Spec) -> Optimizer:
+    """Return the optimizer of a run: SGD, and Lookahead around it where the spec says so."""
+    inner, look = build_sgd(model, spec.optimizer), spec.lookahead
+    return Lookahead(inner, look.k, look.alpha) if look.enabled else inner
 
 
 class Lookahead(Optimizer):

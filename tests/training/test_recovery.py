@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROJECT, leftovers, tiny_spec
+from helpers import BLANK, PROJECT, leftovers
 from made_files import save, state
 
 from cifar_hpc.errors import RunFailedError
@@ -35,7 +35,7 @@ from cifar_hpc.training.process import Launch, StopFlag
 def context(tmp_path: Path) -> Context:
     paths = RunPaths(tmp_path, "run")
     paths.create()
-    return Context(paths, tiny_spec(), Launch(), StopFlag())
+    return Context(paths, BLANK, Launch(), StopFlag())
 
 
 def events(context: Context, *kinds: str) -> list[dict[str, Any]]:
@@ -273,7 +273,7 @@ def test_a_rank_that_sees_another_file_or_none_says_so(tmp_path: Path) -> None:
     save(tmp_path, 5)
     path = tmp_path / "step_00000005.pt"
     choice = Choice(path, read_checkpoint(path).digest)
-    torch.save(dataclasses.replace(state(5), epoch=7).to_dict(), path)  # whole, but another one
+    torch.save(dataclasses.replace(state(5), epoch_seconds=7.0).to_dict(), path)  # whole, but another one
     with pytest.raises(RunFailedError, match=r"step_00000005\.pt: rank 0 has chosen it, but .* its digest is .* HINT"):
         choice.read(patience_seconds=0)
     path.write_bytes(b"x")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Ranks, tiny_engine, tiny_spec
+from helpers import ENVIRONMENT, Ranks, tiny_engine, tiny_spec
 
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.runs.events import Checkpoint, Event
@@ -44,7 +44,7 @@ class Run:
         self.engine = tiny_engine(spec, rank, world)
         store = CheckpointStore(self.paths.checkpoints, 99, self._emit, pytest.fail)
         agreement = agreement or Agreement(world, lag=0)
-        self.trainer = Trainer(self.engine, self.context, agreement, store if rank == 0 else None, {"device": "cpu"})
+        self.trainer = Trainer(self.engine, self.context, agreement, store if rank == 0 else None, ENVIRONMENT)
 
     def _emit(self, event: Event) -> None:
         assert isinstance(event, Checkpoint)
@@ -108,7 +108,7 @@ def test_train_ends_with_every_epoch_on_disk(whole: Run) -> None:
     assert (state.step, state.epoch, state.step_in_epoch) == (2 * STEPS, 2, 0)
     assert state.slow_buffers is not None
     assert not state.sums.any(), "those of the next epoch"
-    assert state.environment == {"device": "cpu"}
+    assert state.environment == ENVIRONMENT
     assert whole.trainer.stored
 
 

@@ -1,21 +1,29 @@
 """The training state, and the file that holds it.
 
 A checkpoint file is one dict of tensors and plain values, written by torch.save and readable with weights_only=True.
-Its keys are the fields of `TrainingState`, and `format`, the version of this layout.
+Its keys are the fields of `TrainingState`, and `format`, the version of this layout. A digest proves that a file is
+unchanged, and not that a run wrote it: names, shapes, types and numbers are compared with those that its spec gives.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cifar_hpc import tensorfile
-from cifar_hpc.errors import RunFailedError
+from cifar_hpc.config.io import from_plain, to_plain
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import RunFailedError, SpecError, UnknownKeyError
+from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.text import shown
+from cifar_hpc.training.optim import build_optimizer
 
 FORMAT = 1
 
@@ -92,8 +100,8 @@ def read_checkpoint(path: Path) -> TrainingState:
     """Read and verify a checkpoint.
 
     Raises:
-        BadFileError: the file is damaged or foreign.
-        RunFailedError: reading it is not permitted, or its format version is another one; it is not damaged.
+        BadFileError: the file is damaged or foreign; the message names the field.
+        RunFailedError: reading it is not permitted, or another version wrote it; it is not damaged.
         OSError, MemoryError: it cannot be read at the moment.
     """
     try:
@@ -115,7 +123,112 @@ def read_checkpoint(path: Path) -> TrainingState:
     if missing:
         raise BadFileError(f"incomplete: {', '.join(missing)} missing")
     tensorfile.check_seal(content)
+    try:
+        spec = from_plain(content["spec"])
+    except UnknownKeyError as error:
+        raise RunFailedError(f"{path}: its spec: {error} HINT: did a newer cifar_hpc write it?") from None
+    except (SpecError, TypeError, ValueError) as error:
+        raise BadFileError(f"its spec: {error}") from None
+    _check_position(content)
+    _check_parts(content, spec)
+    content["spec"] = to_plain(spec)
     return TrainingState(**{field.name: content.get(field.name) for field in fields(TrainingState)})
+
+
+def _check_position(content: Mapping[str, Any]) -> None:
+    """Check the plain values but the spec's, and that they agree with one another."""
+    numbers = {"epoch": int, "step_in_epoch": int, "step": int, "updates": int, "epoch_seconds": float, "history": str}
+    for key, form in {**numbers, "best": {"epoch": int, "test_accuracy": float}}.items():
+        _check(content[key], form, key)
+    epoch, within, step = content["epoch"], content["step_in_epoch"], content["step"]
+    environment = content["environment"]
+    try:
+        rows = [json.loads(line) for line in content["history"].splitlines()]
+        ends = [(row["epoch"], row["step"]) for row in rows]
+        json.dumps(environment)  # plain values, of whatever version
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadFileError(f"history or environment: not what a run writes ({type(error).__name__})") from None
+    each = ends[0][1] if ends else within
+    whole = all(type(number) is int for end in ends for number in end)
+    for key, good in {
+        "history": whole and ends == [(n, n * each) for n in range(1, len(ends) + 1)],
+        "epoch": epoch == len(ends),
+        "step_in_epoch": whole and within <= each,
+        "step": whole and step == epoch * each + within,
+        "updates": content["updates"] <= step,
+        "best": content["best"]["epoch"] <= epoch,
+        "environment": isinstance(environment, dict)
+        and {"amp", "cuda", "device", "torch"} <= environment.keys()
+        and environment["amp"] in ("fp32", "bf16", "fp16"),
+    }.items():
+        if not good:
+            raise BadFileError(f"{key}: {shown(content[key])} does not go with the other fields")
+
+
+def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
+    """Check names, shapes and types against the model and the optimizer that the spec builds, in no memory."""
+    if not isinstance(content["model"], dict) or sum(spec.model.blocks) > len(content["model"]):
+        raise BadFileError("model: is not that of the spec")
+    with torch.device("meta"):
+        model = ImprovedResNet(spec.model)
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    optimizer = build_optimizer(model, spec).state_dict()
+    inner = optimizer.get("inner", optimizer)
+    if content["updates"] and spec.optimizer.momentum:
+        inner["state"] = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights.values())}
+    inner["param_groups"][0]["lr"] = float
+    if "counter" in optimizer:
+        optimizer["counter"] = content["updates"]
+    scaler = {"scale": float, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    for key, form in {
+        "model": weights,
+        "buffers": buffers,
+        "optimizer": optimizer,
+        "scaler": {**scaler, "_growth_tracker": int} if content["scaler"] else {},
+        "average": None if spec.ema.decay is None else list(weights.values()),
+        "slow_buffers": None if content["slow_buffers"] is None else buffers,
+        "sums": torch.empty(spec.train.shards or 1, 2, dtype=torch.float64, device="meta"),
+    }.items():
+        _check(content.get(key), form, key)
+
+
+def _check(value: Any, form: Any, where: str) -> None:
+    """Check a value against the form it has to have.
+
+    Args:
+        form: a mapping or list of forms; a tensor, for its shape and type; int (from 0), float (finite) or str; or the
+            very value.
+
+    Raises:
+        BadFileError: names the field.
+    """
+    if isinstance(form, dict) and isinstance(value, dict):
+        for key in (*form, *value):
+            if key not in form or key not in value:
+                raise BadFileError(f"{where}: {shown(key)} is {'missing' if key in form else 'foreign'}")
+        for key, part in form.items():
+            _check(value[key], part, f"{where}.{key}")
+        return
+    if isinstance(form, list) and isinstance(value, list) and len(value) == len(form):
+        for number, part in enumerate(form):
+            _check(value[number], part, f"{where}.{number}")
+        return
+    if isinstance(form, Tensor):
+        good = isinstance(value, Tensor) and (value.shape, value.dtype) == (form.shape, form.dtype)
+    elif form in (int, float):
+        good = type(value) in (int, form) and abs(value) < math.inf and (form is float or 0 <= value < 2**53)
+    else:
+        good = isinstance(value, form if form is str else (bool, int, float, str, NoneType)) and form in (str, value)
+    if not good:
+        raise BadFileError(f"{where}: {_in_words(value)} is not allowed; allowed: {_in_words(form)}")
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, type):
+        return {int: "an integer from 0", float: "a number", str: "text"}[value]
+    return f"a list of {len(value)}" if isinstance(value, list) else shown(value)
 
 
 _page_locked = True  # until this process is refused such memory

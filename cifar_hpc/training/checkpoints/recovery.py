@@ -76,7 +76,7 @@ def choose(context: Context) -> Choice | None:
     directory = context.paths.checkpoints
     tidy_logs(context.paths)
     remove_leftovers(directory)
-    found = newest_good(directory)
+    found = newest_good(directory, context.spec)
     for path in misnamed(directory):
         context.log.warn(f"{path.name} is not a name that a run gives its checkpoints; it is left alone")
     if found is None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc import tensorfile
-from cifar_hpc.errors import RunFailedError
+from cifar_hpc.config.io import check_resumable, from_plain
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.files import (
     DIRECTORY_MODE,
     read_regular,
@@ -72,10 +74,13 @@ class Found:
     bad: list[tuple[Path, str]]
 
 
-def newest_good(directory: Path) -> Found | None:
+def newest_good(directory: Path, spec: Spec | None = None) -> Found | None:
     """Find the newest checkpoint that verifies; None in a new run. Changes nothing.
 
     best.pt holds a whole state as well, and is used if it is newer than all good step files.
+
+    Args:
+        spec: of the run that is to go on: a file of another one is not good.
 
     Raises:
         RunFailedError: there are checkpoints and none is good. A silent restart from step 0 would lose the run.
@@ -85,7 +90,7 @@ def newest_good(directory: Path) -> Found | None:
     paths = candidates(directory)
     for path in paths:
         try:
-            state = read_checkpoint(path)
+            state = _read_own(path, spec)
             if path.name != step_name(state.step):
                 raise BadFileError(f"holds step {state.step}, which is not what its name says")
             found = Found(path, state, bad)
@@ -94,11 +99,11 @@ def newest_good(directory: Path) -> Found | None:
             if os.path.lexists(path):  # otherwise the running job has removed it meanwhile
                 bad.append((path, str(error)))
     if found is None and not bad and paths and candidates(directory):
-        return newest_good(directory)  # all were removed while newer ones were written
+        return newest_good(directory, spec)  # all were removed while newer ones were written
     best = directory / BEST
     if (bad or found is None) and os.path.lexists(best):
         try:
-            state = read_checkpoint(best)
+            state = _read_own(best, spec)
             if found is None or state.step > found.state.step:
                 return Found(best, state, bad)
         except (BadFileError, RunFailedError) as error:
@@ -113,6 +118,16 @@ def newest_good(directory: Path) -> Found | None:
             + "\nHINT: restore one from a backup; to start from step 0, move these and the run's logs away."
         )
     return found
+
+
+def _read_own(path: Path, spec: Spec | None) -> TrainingState:
+    state = read_checkpoint(path)
+    try:
+        if spec is not None:
+            check_resumable(from_plain(state.spec), spec, path.parent.name)
+    except SpecError as error:
+        raise BadFileError(f"is of another run: {error}") from None
+    return state
 
 
 def duplicate(source: Path, target: Path) -> None:
@@ -138,19 +153,21 @@ def duplicate(source: Path, target: Path) -> None:
 # A file's entry in index.json. Size and mtime_ns show later whether the file is still the same one.
 Entry = dict[str, Any]
 _TYPES = {"step": int, "epoch": int, "step_in_epoch": int, "sha256": str, "bytes": int, "mtime_ns": int, "time": str}
+_MOST_BYTES = 2**22  # of index.json, where an entry takes 300
 
 
 def read_index(directory: Path) -> dict[str, Entry]:
     """Read the entries of index.json by file name, with that of best.pt; damaged ones are left out."""
     try:
-        index = json.loads(read_regular(directory / INDEX))
+        long = (directory / INDEX).stat().st_size > _MOST_BYTES
+        index = {} if long else json.loads(read_regular(directory / INDEX))
         entries = {**index["checkpoints"], BEST: index.get("best")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return {
         name: entry
         for name, entry in entries.items()
-        if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _TYPES.items())
+        if isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in _TYPES.items())
     }
 
 
