@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.runs.paths import find_run, project_root
+from cifar_hpc.text import printable
 
 if TYPE_CHECKING:
     from cifar_hpc.training.checkpoints.format import TrainingState
@@ -38,12 +39,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=1))
         return 0
-    for key in ("file", "verified", "step", "epoch", "step_in_epoch", "updates", "shards", "best", "environment"):
-        print(f"{key:14} {report[key]}")
-    for name, digest in report["sums"].items():
-        print(f"{name:14} sha256 {digest}")
-    for line in report["skipped"]:
-        print(f"{'skipped':14} {line}")
+    keys = ("file", "verified", "step", "epoch", "step_in_epoch", "updates", "shards", "best", "environment")
+    lines = [f"{key:14} {report[key]}" for key in keys]
+    lines += [f"{name:14} sha256 {digest}" for name, digest in report["sums"].items()]
+    lines += [f"{'skipped':14} {line}" for line in report["skipped"]]
+    print(printable("\n".join(lines)))
     return 0
 
 

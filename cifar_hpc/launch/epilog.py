@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         paths = run_of_task(Path(root), target)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     history = History.read(paths.events)
     attempt = history.attempt_of(own_job_id() or "", restart_count())

@@ -26,6 +26,7 @@ from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 from cifar_hpc.slurm.options import left_out, parse_time
+from cifar_hpc.text import printable
 from cifar_hpc.training.process import StopFlag, open_streams
 
 POLL_SECONDS = 1.0
@@ -107,7 +108,7 @@ def _start_point(run: RunPaths, command: str) -> list[Any]:
             return []
         job = start_here(run, spec, command)
     except (UserError, OSError) as error:
-        print(f"{run.name}: not started: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{run.name}: not started: {error}"), file=sys.stderr, flush=True)
         return []
     print(f"{run.name}: started as job {job.job_id}", file=sys.stderr, flush=True)
     return [job]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.files import DIRECTORY_MODE, NotRegularError, open_regular, read_regular, write_atomic
+from cifar_hpc.text import printable
 
 # Lines of one log that are kept for later; beyond it the oldest are only on standard error.
 KEPT_LINES = 1000
@@ -29,14 +30,14 @@ def utc_now() -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append whole lines with one write(2), so that lines of several processes never mix.
+    """Append whole lines, in printable characters, with one write(2), so that those of several processes never mix.
 
     A line that was cut short (a full disk) is ended first, so that it cannot swallow this one. Where the log cannot be
     written, the line goes to standard error, and is kept for the next call.
     """
     with _lock:
         waiting = _kept[path]
-        waiting.append(line)
+        waiting.append(line := printable(line))
         try:
             while waiting:
                 _append(path, waiting[0] + "\n")

@@ -18,6 +18,7 @@ from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.tensorfile import digest
+from cifar_hpc.text import one_line
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.recovery import Choice, choose
@@ -251,7 +252,8 @@ class Attempt:
         if changed:
             log.warn(
                 f"this is not the environment of the checkpoint, so the bits {'' if 'gradient' in changed else 'may '}"
-                "differ from here: " + "; ".join(f"{k}: {old} -> {new}" for k, (old, new) in changed.items())
+                "differ from here: "
+                + "; ".join(one_line(f"{k}: {old} -> {new}")[:300] for k, (old, new) in changed.items())
             )
         if self.differences:
             log.warn(

@@ -38,6 +38,7 @@ from cifar_hpc.slurm.client import (
     refused_for_good,
     restart_count,
 )
+from cifar_hpc.text import printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
 from cifar_hpc.training.process import is_running, siblings
@@ -242,7 +243,7 @@ class FailureReporter:
         report = report_of(error, self.context)
         brief = isinstance(error, UserError) or self.context.stop.requested or report.cause == "lost"
         with suppress(OSError):  # srun, which reads this, may have gone with its node
-            print(f"error: {error if brief else report.text}", file=sys.stderr, flush=True)
+            print(printable(f"error: {error if brief else report.text}"), file=sys.stderr, flush=True)
         if isinstance(error, UserError) and error.everywhere and not self.context.first:
             return error.exit_code
         if not self._reporting.acquire(blocking=False):

@@ -29,6 +29,7 @@ from cifar_hpc.files import (
 from cifar_hpc.runs.events import Checkpoint, CheckpointFailed, Event
 from cifar_hpc.runs.logs import utc_now
 from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.text import one_line
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 
 BEST = "best.pt"
@@ -126,7 +127,7 @@ def _read_own(path: Path, spec: Spec | None) -> TrainingState:
         if spec is not None:
             check_resumable(from_plain(state.spec), spec, path.parent.name)
     except SpecError as error:
-        raise BadFileError(f"is of another run: {error}") from None
+        raise BadFileError(one_line(f"is of another run: {error}")[:500]) from None
     return state
 
 
