@@ -8,7 +8,8 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import faulty
+import nursery
 import pytest
 import torch
 import yaml
-from helpers import TINY, leftovers
+from helpers import PROJECT, TINY, leftovers
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import merge
@@ -330,6 +332,75 @@ def test_code_in_checkpoints_is_refused_by_name_and_never_run(run: Run, referenc
     final = run.result()
     assert {**final, "best": reference["best"]} == reference
     assert final["best"] in (reference["best"], None), "None where no later epoch was better"
+
+
+def rewrite(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Make `target` a whole checkpoint, sealed, of another content than `source`."""
+    content = tensorfile.load(source)
+    edit(content)
+    torch.save(tensorfile.seal(content), target)
+
+
+def test_a_run_goes_on_from_an_older_file_where_newer_ones_are_crafted(run: Run, reference: dict[str, Any]) -> None:
+    """Whole files, which torch.load takes: wrong shapes, other steps, escapes, and 2 ** 60 ways through a list."""
+    assert run.start({8: stop_here}) == 128 + signal.SIGTERM
+    good = run.checkpoints / "step_00000009.pt"
+    bomb: list[Any] = [1]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    edits: dict[int, Callable[[dict[str, Any]], object]] = {
+        10: lambda content: content["model"].update({"head.weight": torch.zeros(1)}),
+        11: lambda content: content["environment"].update(device="\x1b]0;owned\x07", amp="\x1b[2J"),
+        12: lambda content: content["spec"]["train"].update(seed=1),
+    }
+    for step, edit in edits.items():
+        rewrite(good, run.checkpoints / f"step_{step:08d}.pt", edit)
+    torch.save({"format": 1, "environment": bomb}, run.checkpoints / "step_00000013.pt")
+    torch.save({"format": 1, "model": torch.zeros(1).expand(2**34)}, run.checkpoints / "step_00000014.pt")
+    assert run.start() == 0, run.output
+    assert "Traceback" not in run.output and "\x1b" not in run.output + run.log
+    reasons = {e["file"]: e["reason"] for e in run.events("fallback")}
+    assert list(reasons) == [f"step_{step:08d}.pt" for step in (14, 13, 12, 11, 10)]
+    assert reasons["step_00000010.pt"].startswith("model.head.weight: torch.float32 [1] is not allowed")
+    assert run.events("resumed")[-1]["file"] == good.name
+    assert run.result() == reference
+
+
+def test_a_file_of_more_steps_than_an_epoch_has_is_an_error_by_name(run: Run) -> None:
+    """Only the images tell, which are loaded after the file was chosen."""
+    assert run.start({2: stop_here}) == 128 + signal.SIGTERM
+    good = candidates(run.checkpoints)[0]
+    far = run.checkpoints / "step_00001000.pt"
+    rewrite(good, far, lambda content: content.update(step=1000, step_in_epoch=1000))
+    assert run.start() == 1
+    assert f"{far}: step_in_epoch: 1000, epoch: 0, step: 1000 do not go with epochs of 3 steps" in run.output
+    assert "Traceback" not in run.output
+    far.unlink()
+    assert run.start() == 0, run.output
+
+
+def test_escapes_in_a_whole_file_reach_neither_the_log_nor_a_terminal(run: Run) -> None:
+    assert run.start({8: stop_here}) == 128 + signal.SIGTERM
+    newest = candidates(run.checkpoints)[0]
+    device = "\x1b]0;owned\x07\x1b[2J\n2026-01-01 00:00:00 FINISHED\ud800"
+    rewrite(newest, newest, lambda content: content["environment"].update(device=device))
+    environment = os.environ | nursery.THREADS | {"CIFAR_HPC_ROOT": str(run.root)}
+    for command in (
+        ["inspect", "run"],
+        ["evaluate", "run"],
+        ["export", "run", "--out", str(run.root / "x.safetensors")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cifar_hpc", *command], env=environment, cwd=PROJECT, capture_output=True,
+            text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+    assert "\x1b" not in (run.root / "x.md").read_text()
+    assert run.start() == 0, run.output
+    warning = next(line for line in run.log.splitlines() if "not the environment of the checkpoint" in line)
+    assert r"device: \x1b]0;owned\x07\x1b[2J 2026-01-01 00:00:00 FINISHED\ud800 -> " in warning
+    assert "\x1b" not in run.log and "\x1b" not in run.output
 
 
 def test_a_run_all_of_whose_checkpoints_are_bad_says_what_it_tried(run: Run) -> None:

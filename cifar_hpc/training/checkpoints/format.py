@@ -186,7 +186,7 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
         "model": weights,
         "buffers": buffers,
         "optimizer": optimizer,
-        "scaler": {**scaler, "_growth_tracker": int} if content["scaler"] else {},
+        "scaler": {**scaler, "_growth_tracker": int} if content["scaler"] != {} else {},
         "average": None if spec.ema.decay is None else list(weights.values()),
         "slow_buffers": None if content["slow_buffers"] is None else buffers,
         "sums": torch.empty(spec.train.shards or 1, 2, dtype=torch.float64, device="meta"),
