@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from helpers import PROJECT
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cifar_hpc
 from cifar_hpc.__main__ import main
@@ -26,6 +27,7 @@ from cifar_hpc.cli.export import metadata
 from cifar_hpc.config.spec import DataSpec, ModelSpec
 from cifar_hpc.data.datasets import own_images
 from cifar_hpc.data.synthetic import CLASSES
+from cifar_hpc.errors import SpecError
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.trained_model import load_trained
@@ -157,6 +159,74 @@ def test_the_same_checkpoint_gives_the_same_bytes(root: Path, tmp_path: Path) ->
     assert again.read_bytes() == content and same == card
     assert hashlib.sha256(content).hexdigest() in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", "model.safetensors"]
+
+
+def card_of(**changes: str | None) -> Callable[[dict[str, torch.Tensor], dict[str, str]], object]:
+    """Change the metadata; None takes a key away."""
+
+    def edit(_: dict[str, torch.Tensor], card: dict[str, str]) -> None:
+        card |= {key: text for key, text in changes.items() if text is not None}
+        for key in [key for key, text in changes.items() if text is None]:
+            del card[key]
+
+    return edit
+
+
+MODEL = {"width_multiplier": 0.0625, "blocks": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (card_of(model=None), "KeyError: 'model'"),
+        (card_of(model="{"), "JSONDecodeError"),
+        (card_of(model="[" * 100_000), "RecursionError"),
+        (card_of(model="7"), "model: 7 is not allowed"),
+        (card_of(model='{"later": 7}'), "model.later: unknown key"),
+        (card_of(model=json.dumps({**MODEL, "width_multiplier": 100})), "size mismatch"),
+        (card_of(model=json.dumps({**MODEL, "blocks": [1000, 1000, 1000]})), "too few for 3000 blocks"),
+        (card_of(model=json.dumps({**MODEL, "widths": [1, 1, 1]})), "makes a layer of width 1"),
+        (card_of(classes="7"), "TypeError"),
+        (card_of(mean="[1]"), "RuntimeError"),
+        (card_of(std='["\\u001b[2J"]'), "TypeError|ValueError"),
+        (lambda tensors, _: tensors.pop("head.bias"), "Missing key"),
+        (lambda tensors, _: tensors.update({"more\x1b[2J": torch.zeros(1)}), "Unexpected key"),
+        (lambda tensors, _: tensors.update({"head.bias": torch.zeros(1)}), "size mismatch"),
+        (lambda tensors, _: tensors.update({"head.bias": torch.zeros(10).half()}), "head.bias is torch.float16"),
+    ],
+)
+def test_a_foreign_safetensors_file_is_a_named_error(root: Path, tmp_path: Path, edit: Any, words: str) -> None:
+    path, _, card = exported(tmp_path)
+    assert cifar_hpc.load(str(path)).card["run"] == "tiny"
+    tensors = load_file(path)
+    edit(tensors, card)
+    save_file(tensors, path, card)
+    with pytest.raises(SpecError, match=words) as raised:
+        cifar_hpc.load(str(path))
+    assert str(raised.value).startswith(f"{path}: is not what ") and "\x1b" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\xff" * 8,
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x08\0\0\0\0\0\0\0[[[[[[[[",
+        (150).to_bytes(8, "little")
+        + b'{"head.bias":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'.ljust(150),
+        (150).to_bytes(8, "little")
+        + b'{"head.bias":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}'.ljust(150)
+        + b"\0" * 4,
+    ],
+)
+def test_a_header_that_lies_is_a_named_error(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header)
+    with pytest.raises(SpecError, match=rf"^{path}: is not what `python -m cifar_hpc export` writes"):
+        cifar_hpc.load(str(path))
+    with pytest.raises(FileNotFoundError):
+        cifar_hpc.load(str(tmp_path / "none.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,12 @@ def test_the_index_names_what_is_there(tmp_path: Path) -> None:
 FOREIGN = ["", "{", "[]", '{"checkpoints": 3}', '{"checkpoints": {"step_00000001.pt": 3, "x": {}}, "best": "?"}', None]
 
 
-@pytest.mark.parametrize("content", [*FOREIGN, "[" * 100_000, "\0" * 300])
+ENTRY = {"step": True, "epoch": 0, "step_in_epoch": 1, "sha256": "", "bytes": 1, "mtime_ns": 1, "time": "\x1b[2J"}
+CRAFTED = json.dumps({"checkpoints": {"step_00000001.pt": ENTRY}, "best": {**ENTRY, "step": 10.0**30}})
+LONG = [pytest.param(" " * 2**22 + CRAFTED, id="long"), pytest.param('{"checkpoints": ' + "9" * 5000, id="number")]
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, CRAFTED, *LONG, "[" * 100_000, "\0" * 300])
 def test_a_damaged_or_foreign_index_is_mended_by_the_next_save(tmp_path: Path, content: str | None) -> None:
     writer = Recorder(tmp_path)
     writer.put(1, best=True)
