@@ -25,13 +25,8 @@ from cifar_hpc.files import NotRegularError, open_regular
 _NOT_RUN = "nothing in it was executed"
 # What reading a damaged file, or a damaged disk, leads to; any other OSError says nothing about the file.
 _DAMAGE = (errno.EINVAL, errno.EIO, errno.EILSEQ)
-# Of what a file may hold, by the name that torch.save gives the storage of each type.
-_TYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "ByteStorage": torch.uint8,
-}
+# Types of tensors that a file may hold, by the names that torch.save gives them.
+_TYPES = {"Float": torch.float32, "Double": torch.float64, "Long": torch.int64, "Byte": torch.uint8}
 _PIECE = 2**20  # bytes that are read at once: they stay in the processor's cache
 
 
@@ -164,15 +159,14 @@ class _Reader(pickle._Unpickler):
         self.records, self.memo = records, _Memo(10 * sum(map(len, records.values())))
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _TYPES:
-            return _TYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return _no_hooks
-        if module.partition(".")[0] == "torch":
-            raise BadFileError(f"holds what no checkpoint or cache of cifar_hpc does ({module}.{name})"[:200])
-        raise BadFileError(f"holds code (pickle globals: {f'{module}.{name}'[:120]}), which was not executed")
+        names = {f"torch.{key}Storage": dtype for key, dtype in _TYPES.items()}
+        known = {"torch._utils._rebuild_tensor_v2": self._tensor, "collections.OrderedDict": lambda: None, **names}
+        name = f"{module}.{name}"[:120]
+        if name in known:  # the OrderedDict is of hooks, empty in every tensor
+            return known[name]
+        if name.startswith("torch."):
+            raise BadFileError(f"holds what no checkpoint or cache of cifar_hpc does ({name})")
+        raise BadFileError(f"holds code (pickle globals: {name}), which was not executed")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
@@ -211,10 +205,6 @@ class _Memo(dict[int, Any]):
         if self.left < 0:
             raise ValueError("text that is repeated beyond measure")
         return value
-
-
-def _no_hooks() -> None:
-    """Take the place of the empty OrderedDict that torch.save writes with each tensor."""
 
 
 def _first_line(text: str) -> str:
