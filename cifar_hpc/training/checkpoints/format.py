@@ -146,7 +146,7 @@ def _check_position(content: Mapping[str, Any]) -> None:
     try:
         rows = [json.loads(line) for line in content["history"].splitlines()]
         ends = [(row["epoch"], row["step"]) for row in rows]
-        long = len(json.dumps(environment)) > 10_000  # plain values, of whatever version
+        long = len(json.dumps(environment)) > 100_000  # plain values, of whatever version
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadFileError(f"history or environment: not what a run writes ({type(error).__name__})") from None
     each = ends[0][1] if ends else within
@@ -167,6 +167,10 @@ def _check_position(content: Mapping[str, Any]) -> None:
             raise BadFileError(f"{key}: {shown(content[key])} does not go with the other fields")
 
 
+# Keys of a group of parameters that each version of torch has.
+_GROUP = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
+
+
 def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
     """Check names, shapes and types against the model and the optimizer that the spec builds, in no memory."""
     if not isinstance(content["model"], dict) or sum(spec.model.blocks) > len(content["model"]):
@@ -178,7 +182,7 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
     inner = optimizer.get("inner", optimizer)
     if content["updates"] and spec.optimizer.momentum:
         inner["state"] = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights.values())}
-    inner["param_groups"][0]["lr"] = float
+    inner["param_groups"][0] |= {"lr": float, ...: "other versions of torch have more keys or fewer"}
     if "counter" in optimizer:
         optimizer["counter"] = content["updates"]
     scaler = {"scale": float, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -198,18 +202,18 @@ def _check(value: Any, form: Any, where: str) -> None:
     """Check a value against the form it has to have.
 
     Args:
-        form: a mapping or list of forms; a tensor, for its shape and type; int (from 0), float (finite) or str; or the
-            very value.
+        form: a mapping (with the key `...`, of these keys and others) or list of forms; a tensor, for its shape and
+            type; int (from 0), float (finite) or str; or the very value.
 
     Raises:
         BadFileError: names the field.
     """
     if isinstance(form, dict) and isinstance(value, dict):
         for key in (*form, *value):
-            if key not in form or key not in value:
+            if (key not in form or key not in value) and (... not in form or key in _GROUP):
                 raise BadFileError(f"{where}: {shown(key)} is {'missing' if key in form else 'foreign'}")
-        for key, part in form.items():
-            _check(value[key], part, f"{where}.{key}")
+        for key in (key for key in form if key in value):
+            _check(value[key], form[key], f"{where}.{key}")
         return
     if isinstance(form, list) and isinstance(value, list) and len(value) == len(form):
         for number, part in enumerate(form):
