@@ -20,8 +20,9 @@ from helpers import PROJECT, TINY
 
 from cifar_hpc.config.io import merge
 from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.training.process import STOP_SIGNALS
 
-STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}  # by the signal that a rank got
+STOPPED = {128 + number for number in STOP_SIGNALS}  # by the signal that a rank got
 # 264 images are 8 whole batches and one of 8 images: 9 steps an epoch, 18 in all; Lookahead syncs every 5.
 JOB = merge(TINY, {"checkpoint": {"every_steps": 4}})
 LIMIT_SECONDS = 150  # only bounds how long a hang lasts

@@ -155,7 +155,9 @@ class TrainSpec:
 @dataclass(frozen=True)
 class DataSpec:
     source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
-    root: str = option("data", "folder of the images (relative to the project's root); synthetic ignores it")
+    root: str = option(
+        "data", "folder of the images (relative to the project's root; with ~ or $VARIABLE); synthetic ignores it"
+    )
     train_size: int | None = option(None, "training images (a fixed random choice); null is all", low=1, high=INT32)
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
     holdout: int | None = option(

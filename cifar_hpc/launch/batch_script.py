@@ -116,20 +116,21 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
         **{key: getattr(resources, key) for key in SUBMITIT_NAMES},
+        # With a '/' the name of a file that lists nodes; sbatch runs in the code snapshot.
+        **{
+            key: str(Path(v).absolute())
+            for key in ("exclude", "nodelist")
+            if "/" in (v := getattr(resources, key) or "")
+        },
     }
     return {
         "wckey": None,  # submitit would set its own name
         **{k: in_script(v) for k, v in named.items() if k.replace("_", "-") not in further},
         "stderr_to_stdout": True,
-        "setup": [*_note_of_left_out(), *site.setup] or None,
+        "setup": list(site.setup) or None,
         "srun_args": srun,
         "additional_parameters": {k: in_script(v) for k, v in (plain | further).items() if v is not None},
     }
-
-
-def _note_of_left_out() -> list[str]:
-    names = left_out(os.environ)
-    return [f"# Not handed on from the environment of the submission: {' '.join(names)}"] if names else []
 
 
 def _joined_gres(site: str, given: str) -> str:
@@ -226,6 +227,11 @@ def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, An
         @classmethod
         def affinity(cls) -> int:
             return 2
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            names = left_out(os.environ)
+            note = f"# Not handed on from the environment of the submission: {' '.join(names)}\n" if names else ""
+            return str(super()._make_submission_file_text(command, uid)).replace("\n", f"\n{note}", 1)
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             command: list[str] = super()._make_submission_command(submission_file_path)

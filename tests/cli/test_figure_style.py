@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from helpers import leftovers
+from helpers import PROJECT, leftovers
 from PIL import Image
 
 from cifar_hpc.cli.figures.style import PNG_DPI, new_figure, save_figure
@@ -46,3 +49,11 @@ def test_no_display_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_names_are_shown_as_they_are(tmp_path: Path, text: str) -> None:
     svg = draw(tmp_path, text)[1]
     assert text in "".join(ElementTree.parse(svg).getroot().itertext())
+
+
+@pytest.mark.process
+def test_a_backend_that_jupyter_has_set_is_not_needed(tmp_path: Path) -> None:
+    code = "from cifar_hpc.cli.figures.style import new_figure; new_figure(1, 1).savefig('x.png')"
+    environment = os.environ | {"MPLBACKEND": "module://no_such_module", "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "x.png").exists()

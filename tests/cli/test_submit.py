@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from batch_scripts import options
 from helpers import PROJECT
 
 from cifar_hpc.cli import submit
@@ -191,6 +192,53 @@ def test_slurm_asked_for_where_there_is_none(root: Path, capsys: pytest.CaptureF
     assert "sbatch is not on PATH" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags", ["--partition gpu", "--account lab", "--sbatch exclusive", "--set resources.qos=high"]
+)
+def test_flags_that_mean_slurm_do_not_train_on_a_machine_without(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    arguments = ["--set", "data.source=synthetic", "train.device=cpu", *flags.split()]
+    assert submit.main(arguments) == 3
+    key = flags.replace("--set resources.", "").removeprefix("--").split()[0].partition("=")[0]
+    error = capsys.readouterr().err
+    assert f"resources.{key}: sbatch is not on PATH" in error and "--cluster local" in error
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--gpus-per-node a100:2", {"gpus-per-node": "a100:2", "ntasks-per-node": "2"}),
+        ("--set resources.gpus_per_node=a100:2 train.device=cpu", {"ntasks-per-node": "2"}),
+        ("--time UNLIMITED", {"time": "UNLIMITED", "signal": "USR2@120"}),
+        ("--time 0", {"time": "0", "signal": "USR2@120"}),
+        ("--nodes 1,4", {"nodes": "1,4"}),
+        ("--exclude bad/nodes --nodelist n[1-2]", {"exclude": f"{Path.cwd()}/bad/nodes", "nodelist": "n[1-2]"}),
+        ("--mem 0 --sbatch begin=now+1hour", {"mem": "0", "begin": "now+1hour"}),
+        ("--sbatch propagate=NOFILE", {"propagate": "NOFILE"}),
+    ],
+)
+def test_what_sbatch_takes_is_taken(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: str, found: dict[str, str]
+) -> None:
+    assert submit.main([*flags.split(), "--dry-run"]) == 0
+    script = options(capsys.readouterr().out)
+    assert script.items() >= found.items()
+    assert ("gpus-per-node" in script) == ("cpu" not in flags)
+
+
+def test_the_script_names_what_it_does_not_hand_on(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SBATCH_PARTITION", "secret")
+    assert submit.main(["--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert "\n# Not handed on from the environment of the submission: SBATCH_PARTITION SLURM_JOB_ID\n" in script
+    assert "secret" not in script and options(script)["propagate"] == "NONE"
+
+
 def test_a_run_being_trained_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = RunLock(root / "logs" / "run" / "run.lock")
     lock.acquire({"job_id": "17", "host": "n1", "pid": 4242})
@@ -217,18 +265,25 @@ def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
 ) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, body in (("sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1"), ("squeue", "exit 0")):
+    words = "echo 'sbatch: error: invalid partition' >&2; env >&2; exit 1"
+    for name, body in (("sbatch", words), ("squeue", "exit 0")):
         program = programs / name
         program.write_text(f"#!/bin/sh\n{body}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.undo()
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(root))
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}/usr/bin:/bin")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
     assert submit.main("--set data.source=synthetic --name run".split()) == 3
     captured = capsys.readouterr()
     assert captured.err.count("sbatch: error: invalid partition") == 1 and captured.out == ""
+    assert captured.err.count("SBATCH_ACCOUNT") == 1, "only in the hint"
+    assert "HINT: SBATCH_ACCOUNT of the environment is not used" in captured.err and str(programs) in captured.err
     assert files_below(root / "logs" / "run" / "slurm") == set()
     assert not (root / "logs" / "run" / "events.jsonl").exists()
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    assert submit.main("--set data.source=synthetic --name run".split()) == 2
+    assert "SLURM_CLUSTERS: 'other' is not allowed" in capsys.readouterr().err
 
 
 @pytest.mark.process

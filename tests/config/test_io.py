@@ -23,7 +23,7 @@ from cifar_hpc.config.io import (
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.yaml_loader import parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError
-from cifar_hpc.runs.paths import check_run_name
+from cifar_hpc.runs.paths import check_run_name, project_root
 
 
 @pytest.mark.parametrize(
@@ -295,3 +295,30 @@ def test_the_folder_of_images_names_the_run_only_where_it_says_which_images() ->
 
     assert name("folder", "/a") != name("folder", "/b")
     assert name("cifar10", "/a") == name("cifar10", "/b")
+
+
+def test_home_and_variables_in_the_path_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def root(text: str) -> str:
+        return load_spec(job_file(tmp_path), [f"data.root={text}"]).data.root
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/$me")
+    assert [root(text) for text in ("'~'", "~/data", "$SCRATCH/data", "'${SCRATCH}data'")] == [
+        "/home/me", "/home/me/data", "/scratch/$me/data", "/scratch/$medata",
+    ]  # fmt: skip
+    assert [root(text) for text in ("data", "/a//b/../c/", "a~b", "a$", "./~x")] == [
+        "data", "/a//b/../c/", "a~b", "a$", "./~x",
+    ]  # fmt: skip
+    monkeypatch.setenv("EMPTY", "")
+    for name in ("NO_SUCH", "EMPTY"):
+        with pytest.raises(
+            SpecError, match=rf"^data\.root: '\${name}/data' needs the variable {name}, which is not set"
+        ):
+            root(f"${name}/data")
+    with pytest.raises(SpecError, match=r"^data\.root: '~nobody-here/x' names no user"):
+        root("~nobody-here/x")
+    monkeypatch.setenv("CIFAR_HPC_ROOT", "$NO_SUCH/runs")
+    with pytest.raises(SpecError, match=r"^CIFAR_HPC_ROOT: .* needs the variable NO_SUCH"):
+        project_root()
+    monkeypatch.setenv("CIFAR_HPC_ROOT", "~/runs")
+    assert project_root() == Path("/home/me/runs")

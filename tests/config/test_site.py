@@ -48,6 +48,37 @@ def test_the_number_of_gpus_goes_into_the_sites_option() -> None:
     assert Site(gpus="gres=gpu:a100:{gpus},nvme:900").gpu_option(2) == {"gres": "gpu:a100:2,nvme:900"}
 
 
+@pytest.mark.parametrize(
+    ("gpus", "asked", "option"),
+    [
+        ("gpus-per-node={gpus}", "a100:2", {"gpus-per-node": "a100:2"}),
+        ("gpus-per-node={gpus}", "a100:0", {}),
+        ("gres=gpu:{gpus}", "a100:2", {"gres": "gpu:a100:2"}),
+        ("gres=nvme:9,gres/gpu:{gpus}", "a100:2", {"gres": "nvme:9,gres/gpu:a100:2"}),
+        ("gres=gpu:gh200:{gpus}", "gh200:2", {"gres": "gpu:gh200:2"}),
+        ("gpus-per-node=a100:{gpus}", "a100:2", {"gpus-per-node": "a100:2"}),
+        (None, 4, {}),
+        ("", 4, {}),
+    ],
+)
+def test_a_type_of_gpu_fits_the_sites_option(gpus: str | None, asked: int | str, option: dict[str, str]) -> None:
+    assert Site(gpus=gpus).gpu_option(asked) == option
+
+
+@pytest.mark.parametrize("gpus", ["gres=gpu:gh200:{gpus}", "gpus-per-node=v100:{gpus}", None, ""])
+def test_another_type_of_gpu_than_the_sites_is_refused(gpus: str | None) -> None:
+    with pytest.raises(SpecError, match=r"resources\.gpus_per_node: 'a100:2' is not allowed; .*HINT: without 'a100:'"):
+        Site(gpus=gpus).gpu_option("a100:2")
+
+
+@pytest.mark.parametrize("gpus", ["null", '""'])
+def test_a_site_without_gres_asks_for_no_gpus(dry_run: Callable[..., str], tmp_path: Path, gpus: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"gpus: {gpus}\n")
+    found = options(dry_run("--profile", str(path), "--gpus-per-node", "4"))
+    assert not [name for name in found if name.startswith("g")] and found["ntasks-per-node"] == "4"
+
+
 @pytest.fixture
 def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """submit.py --dry-run with these flags; returns the script."""

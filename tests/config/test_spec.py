@@ -81,6 +81,7 @@ def test_devices(device: str) -> None:
         (ResourcesSpec(), 1, 1),
         (ResourcesSpec(nodes="1-4", gpus_per_node=8), 4, 8),
         (ResourcesSpec(gpus_per_node=0), 1, 1),
+        (ResourcesSpec(nodes="1,4", gpus_per_node="a100:2"), 4, 2),
         (ResourcesSpec(gpus_per_node=4, tasks_per_node=2), 1, 2),
     ],
 )

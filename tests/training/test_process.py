@@ -15,12 +15,22 @@ import yaml
 from helpers import PROJECT, TINY, tiny_spec
 
 from cifar_hpc.config.io import merge
+from cifar_hpc.errors import SpecError
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import process
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.exit import stopped
-from cifar_hpc.training.process import STOP_SIGNALS, Launch, Patience, StopFlag, Stopwatch, is_running, process_age
+from cifar_hpc.training.process import (
+    STOP_SIGNALS,
+    Launch,
+    Patience,
+    StopFlag,
+    Stopwatch,
+    is_running,
+    launch_of,
+    process_age,
+)  # fmt: skip
 
 PHASES = {"process", "import", "group", "lock", "checkpoint", "data", "model"}
 
@@ -164,6 +174,16 @@ def test_the_first_signal_sets_the_flag(flag: StopFlag, number: signal.Signals) 
     assert flag.signal is number
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_nohup_has_ignored_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)  # conftest puts it back
+    flag = StopFlag().install(interactive=True)
+    os.kill(os.getpid(), number)
+    assert not flag.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.requested
+
+
 def test_sigcont_is_ignored(flag: StopFlag) -> None:
     os.kill(os.getpid(), signal.SIGCONT)
     assert not flag.requested
@@ -195,3 +215,99 @@ def test_a_process_whose_name_is_no_text_hides_no_other(tmp_path: Path) -> None:
     stat = tmp_path / "4242" / "stat"
     stat.write_bytes(b"4242 (\xff\xfe) S 1 4242 4242\n")
     assert process._stat(f"../{stat.parent.relative_to('/')}") == ["S", "1", "4242", "4242"]
+
+
+TORCHRUN = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch", "threads"),
+    [
+        ({}, Launch(), os.cpu_count()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999"}, Launch(), os.cpu_count()),
+        (TORCHRUN | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Launch(3, 4, 1), os.cpu_count()),
+        (TORCHRUN | {"WORLD_SIZE": "90", "RANK": "89", "LOCAL_WORLD_SIZE": "90", "LOCAL_RANK": "89"},
+         Launch(89, 90, 89), 1),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "4"}, Launch(3, 4, 1, None, "7", Path("/r/7.2-0.json")), 1),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_RESTART_COUNT": "5", "SLURM_CPUS_PER_TASK": "3"},
+         Launch(3, 4, 1, None, "7", Path("/r/7.2-5.json")), 3),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch(job_id="7"), os.cpu_count()),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch(job_id="7"), os.cpu_count()),
+        (STEP | TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "8", "RANK": "6"}, Launch(6, 8, 0, None, "7"),
+         os.cpu_count()),
+    ],
+)  # fmt: skip
+def test_rank_and_world_size_by_the_launchers_variables(
+    environment: dict[str, str], launch: Launch, threads: int
+) -> None:
+    assert launch_of(environment, Path("/r")) == (launch, threads)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK: '1' is not allowed; allowed: 0 to 0"),
+        ({"RANK": "1"}, "RANK: '1' is not allowed"),
+        ({"WORLD_SIZE": "2"}, "RANK: is missing beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is not allowed"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is not allowed"),
+        ({"WORLD_SIZE": "9" * 9999}, "WORLD_SIZE: '9"),
+        ({"LOCAL_RANK": "abc"}, "LOCAL_RANK: 'abc' is not allowed"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK: '²' is not allowed"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: '-1' is not allowed; allowed: 0 to 1"),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2"}, "LOCAL_RANK: '2' is not allowed"),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE: '3' is not allowed"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR: is missing"),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR: is missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT: is missing"),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT: '99999' is not allowed"),
+    ],
+)
+def test_leftovers_of_torchrun_are_named(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        launch_of(environment, Path("/r"))
+    assert str(caught.value).startswith(words) and "torchrun" in str(caught.value)
+
+
+PRINTING = """
+import os, sys
+from cifar_hpc.training.process import open_streams
+open_streams(lossy=sys.argv[1] == "lossy")
+try:
+    print("\\xe9\\udc80", flush=True)
+except OSError:
+    pass
+print("more")
+print("words", file=sys.stderr)
+with open(os.devnull) as file:
+    assert file.fileno() > 2, "it has taken the place of a closed stream"
+sys.exit(7 if sys.argv[1] != "lossy" else 0)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("redirections", [">&- 2>&-", "<&- >/dev/full", ">/dev/full 2>/dev/full", "2>&-", "| true"])
+def test_streams_that_take_nothing_change_no_exit_status(redirections: str) -> None:
+    for kind, status in (("lossy", 0), ("raises", 7)):
+        line = f'set -o pipefail; "$0" -c "$1" {kind} {redirections}'
+        done = subprocess.run(["bash", "-c", line, sys.executable, PRINTING], cwd=PROJECT, capture_output=True)
+        assert done.returncode == status and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.process
+def test_what_an_encoding_lacks_is_printed_as_an_escape() -> None:
+    command, ascii_only = [sys.executable, "-c", PRINTING, "raises"], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=PROJECT, env=ascii_only, capture_output=True)
+    assert (done.returncode, done.stdout) == (7, b"\\xe9\\udc80\nmore\n"), done.stderr
+
+
+@pytest.mark.process
+def test_a_run_that_can_print_nothing_finishes(tmp_path: Path) -> None:
+    job = tmp_path / "tiny.yaml"
+    job.write_text(yaml.safe_dump(merge(TINY, {"train": {"epochs": 1}})))
+    line = '"$0" -m cifar_hpc train "$1" --name run >&- 2>/dev/full'
+    environment = os.environ | {"CIFAR_HPC_ROOT": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", line, sys.executable, job], cwd=PROJECT, env=environment)
+    assert done.returncode == 0
+    assert read_jsonl(RunPaths(tmp_path, "run").events)[-1]["event"] == "finished"

@@ -79,7 +79,7 @@ def reference(runs: Runs) -> str:
 def test_stopped_and_moved_between_1_3_4_and_2_ranks(
     runs: Runs, reference: str, look: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs.stop("moved", 3, interrupt="SIGTERM@step:2/2")  # only the last rank is told, and before the first checkpoint
+    runs.stop("moved", 3, interrupt="SIGHUP@step:2/2")  # only the last rank is told, and before the first checkpoint
     runs.copy("moved", "evaluating")
     monkeypatch.setenv("LAG", "1")  # as on GPUs: a request takes effect a step later
     runs.stop("moved", 4, interrupt="SIGUSR1@step:10/1")
@@ -112,7 +112,7 @@ def test_a_suspended_job_goes_on(runs: Runs, reference: str, look: Any, monkeypa
 
 def test_stopped_while_evaluating_then_killed(runs: Runs, reference: str, look: Any) -> None:
     # Goes on from step 3 of the test above.
-    runs.stop("evaluating", 1, interrupt="SIGTERM@evaluate:0")
+    runs.stop("evaluating", 1, interrupt="SIGXCPU@evaluate:0")
     runs.kill("evaluating", 2, interrupt="SIGKILL@step:13")
     assert runs.resumed("evaluating") == (9, 0, 9)  # trained, not evaluated: the row is still to come
     runs.finish("evaluating", 1)

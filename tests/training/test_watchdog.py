@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +90,12 @@ def report(rank: int, cause: str = "error") -> Report:
     return Report(rank, "node1", cause, "ValueError: x", "a traceback", 7, retryable=True)
 
 
-def test_watchdog_reports_a_hang_of_one_process(watch: Callable[..., Watched]) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_watchdog_reports_a_hang_of_one_process(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    if closed:
+        monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
     heart = Heartbeat()
     heart.beat("step 49", 49)
     verdict = watch(RankBoard(None, 0, 1), 0.2, heart).verdict()
