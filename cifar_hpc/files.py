@@ -35,22 +35,13 @@ def expand_path(text: str, key: str) -> str:
     Raises:
         SpecError: names `key`, and the variable that is not set or the user that there is not.
     """
-
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text, re.ASCII):
         if not os.environ.get(name):
             raise SpecError(f"{key}: {shown(text)} needs the variable {name}, which is not set here. HINT: export it.")
-        return os.environ[name]
-
-    path = text
-    if text.startswith("~"):
-        try:
-            path = str(Path(text).expanduser())
-        except RuntimeError:
-            raise SpecError(
-                f"{key}: {shown(text)} names no user. HINT: of a folder with such a name, ./ first."
-            ) from None
-    return re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", value, path, flags=re.ASCII)
+    try:
+        return os.path.expandvars(Path(text).expanduser() if text.startswith("~") else text)
+    except RuntimeError:
+        raise SpecError(f"{key}: {shown(text)} names no user. HINT: of a folder with such a name, ./ first.") from None
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:

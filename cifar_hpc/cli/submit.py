@@ -11,6 +11,7 @@ time. The code is copied: editing it does not change a queued job.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -121,12 +122,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
     outcome = submit(order)
     answer, text = _sweep_answer(order, outcome) if order.sweep else _run_answer(order, run, outcome)
-    try:
+    with contextlib.suppress(OSError):  # the job is submitted, whether that can be printed or not
         print(json.dumps(answer) if arguments.json else text, flush=True)
-    except OSError:
-        if arguments.follow:
-            raise
-        return 0  # the job is submitted, whether that can be printed or not
     if outcome.finished or not arguments.follow:
         return 0
     from cifar_hpc.cli.tail import follow

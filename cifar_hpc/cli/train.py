@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from cifar_hpc.cli.parser import SEVERAL
@@ -61,8 +60,6 @@ def main(arguments: argparse.Namespace) -> int:
     attempt = Attempt(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)  # at once: process groups whose peers are gone can take minutes to end
     stop.ignore()
     return 0

@@ -1,6 +1,5 @@
 """Checks on the submitting machine, before anything is queued."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from cifar_hpc.runs.paths import PROJECT, RunPaths
 from cifar_hpc.runs.progress import DAMAGE
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
-from cifar_hpc.text import shown
 
 # Keys of `resources` that mean nothing without Slurm.
 SLURM_ONLY = (
@@ -90,7 +88,6 @@ def on_slurm(cluster: str, spec: Spec) -> bool:
 
     Raises:
         SchedulerError: if Slurm is asked for, also by what has a meaning only there, and does not answer.
-        SpecError: if a variable chooses another cluster, where none of this program's questions would go.
     """
     answers = cluster != "local" and client.answers()
     given = [key for key in SLURM_ONLY if getattr(spec.resources, key)]
@@ -99,8 +96,4 @@ def on_slurm(cluster: str, spec: Spec) -> bool:
         what = "--cluster slurm" if cluster == "slurm" else f"resources.{given[0]}"
         hint = "HINT: is this a login node, is Slurm's module loaded? --cluster local trains on this machine."
         raise SchedulerError(f"{what}: {reason}. {hint}")
-    for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS") if answers else ():
-        if value := os.environ.get(name):
-            hint = "HINT: unset it; SLURM_CONF chooses the cluster, or a login node of the other one"
-            raise SpecError(f"{name}: {shown(value)} is not allowed; allowed: the cluster of this machine. {hint}.")
     return answers

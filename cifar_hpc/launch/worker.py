@@ -64,8 +64,6 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     attempt = Attempt(Context(paths, spec, launch, stop, startup))
     status = attempt.run()
     if not attempt.finished:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)  # at once: closing process groups can take longer than a grace time
     stop.ignore()
     return f"run {paths.name} finished"

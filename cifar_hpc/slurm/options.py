@@ -127,15 +127,12 @@ def node_counts(text: str) -> tuple[int, int]:
     Raises:
         SpecError: for any other form.
     """
-    counts = []
-    for item in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6})(?::([0-9]{1,6}))?)?", item)
-        first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
-        last = last if match and match[2] else first
-        if not 1 <= first <= last or (match and match[3] and step < 1):
-            raise SpecError(
-                f"resources.nodes: {shown(text)} is not allowed; allowed: N, MIN-MAX, or a list that Slurm "
-                "chooses from, such as 2, 1-4 or 1,2,4."
-            )
-        counts += [first, last - (last - first) % max(1, step)]
-    return min(counts), max(counts)
+    item = "([0-9]{1,6})(?:-([0-9]{1,6})(?::([0-9]{1,6}))?)?"
+    found = re.findall(item, text) if re.fullmatch(f"{item}(,{item})*", text, re.ASCII) else [("0", "", "")]
+    ranges = [(int(first), int(last or first), int(step or 1)) for first, last, step in found]
+    if not all(1 <= first <= last and step >= 1 for first, last, step in ranges):
+        raise SpecError(
+            f"resources.nodes: {shown(text)} is not allowed; allowed: N, MIN-MAX, or a list that Slurm chooses from, "
+            "such as 2, 1-4 or 1,2,4."
+        )
+    return min(first for first, _, _ in ranges), max(last - (last - first) % step for first, last, step in ranges)

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from cifar_hpc.text import shown
 # SIGHUP: the terminal closes. SIGXCPU: a limit of CPU time (ulimit -St), once a second until the hard limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 FIRST_STEP = "first_step"  # the last phase
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -48,40 +48,31 @@ def launch_of(environment: Mapping[str, str], folder: Path) -> tuple[Launch, int
         SpecError: names the variable of torchrun that is missing or has no meaning.
     """
 
-    def number(name: str, default: int | None, low: int, high: int) -> int:
-        text = environment.get(name)
-        if text is None and default is not None:
-            return default
-        if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
-            given = (
-                f"is missing beside WORLD_SIZE={environment.get('WORLD_SIZE')}"
-                if text is None
-                else f"{shown(text)} is not allowed"
-            )
-            raise SpecError(
-                f"{name}: {given}; allowed: {low} to {high}, as torchrun sets it. HINT: is it left over? unset RANK "
-                "WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-            )
-        return int(text)
+    def number(name: str, default: str, low: int, high: int) -> int:
+        text = environment.get(name, default)
+        if text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high:
+            return int(text)
+        raise SpecError(f"{name}: {shown(text)} is not allowed; allowed: {low} to {high}{beside}")
 
-    job, most = environment.get("SLURM_JOB_ID"), 999_999
+    size, *names = "WORLD_SIZE", "RANK", "LOCAL_RANK"
     # Of a step: a batch script and the shell of salloc have SLURM_NTASKS, too, and are a single process.
-    tasks = number("SLURM_STEP_NUM_TASKS", 1, 1, most)
-    if tasks > 1 and environment.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        step, restart = environment.get("SLURM_STEP_ID"), environment.get("SLURM_RESTART_COUNT") or "0"
-        rank, local_rank = number("SLURM_PROCID", None, 0, tasks - 1), number("SLURM_LOCALID", None, 0, tasks - 1)
-        launch = Launch(rank, tasks, local_rank, None, job, folder / f"{job}.{step}-{restart}.json")
-        return launch, number("SLURM_CPUS_PER_TASK", 1, 1, most)
-    world = number("WORLD_SIZE", 1, 1, most)
-    rank = number("RANK", 0 if world == 1 else None, 0, world - 1)
-    here = number("LOCAL_WORLD_SIZE", 1, 1, world)
-    local_rank = number("LOCAL_RANK", 0, 0, (here if "LOCAL_WORLD_SIZE" in environment else world) - 1)
+    step = environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and environment.keys().isdisjoint((size, *names))
+    if step:
+        size, *names = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"
+    beside = (
+        f", with {size}={environment.get(size)}. HINT: is it left over? torchrun sets it; unset {' '.join(_TORCHRUN)}"
+    )
+    world, job = number(size, "1", 1, 999_999), environment.get("SLURM_JOB_ID")
+    rank, local_rank = (number(name, "0" if name == "LOCAL_RANK" or world == 1 else "", 0, world - 1) for name in names)
+    if step:
+        file = f"{job}.{environment['SLURM_STEP_ID']}-{environment.get('SLURM_RESTART_COUNT') or 0}.json"
+        launch = Launch(rank, world, local_rank, None, job, folder / file)
+        return launch, number("SLURM_CPUS_PER_TASK", "1", 1, 999_999)
+    here = number("LOCAL_WORLD_SIZE", "1", 1, world)
     if world > 1:
-        number("MASTER_PORT", None, 1, 65535)
+        number("MASTER_PORT", "", 1, 65535)
         if not environment.get("MASTER_ADDR"):
-            raise SpecError(
-                f"MASTER_ADDR: is missing beside WORLD_SIZE={world}; allowed: the host of rank 0, as torchrun sets it."
-            )
+            raise SpecError(f"MASTER_ADDR: '' is not allowed; allowed: the host of rank 0{beside}")
     return Launch(rank, world, local_rank, None, job), max(1, (os.cpu_count() or 1) // here)
 
 
@@ -97,7 +88,7 @@ class _Output(io.FileIO):
             if not self.lossy:
                 self.lossy = True  # Python tries again as it ends, which would change the exit status
                 raise
-            return len(content)
+        return len(content)
 
 
 def open_streams(lossy: bool = False) -> None:
@@ -116,11 +107,8 @@ def open_streams(lossy: bool = False) -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # and not a replacement, as a test's
-            with suppress(AttributeError, OSError):
-                stream.flush()
-            raw = _Output(number, "w", closefd=False)
+            raw, encoding = _Output(number, "w", closefd=False), getattr(stream, "encoding", None)
             raw.lossy = lossy or number == 2
-            encoding = getattr(stream, "encoding", None)
             new = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
             setattr(sys, name, new)
 

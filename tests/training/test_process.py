@@ -249,7 +249,7 @@ def test_rank_and_world_size_by_the_launchers_variables(
     [
         ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK: '1' is not allowed; allowed: 0 to 0"),
         ({"RANK": "1"}, "RANK: '1' is not allowed"),
-        ({"WORLD_SIZE": "2"}, "RANK: is missing beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is not allowed; allowed: 0 to 1, with WORLD_SIZE=2"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is not allowed"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is not allowed"),
         ({"WORLD_SIZE": "9" * 9999}, "WORLD_SIZE: '9"),
@@ -258,9 +258,9 @@ def test_rank_and_world_size_by_the_launchers_variables(
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: '-1' is not allowed; allowed: 0 to 1"),
         (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2"}, "LOCAL_RANK: '2' is not allowed"),
         (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE: '3' is not allowed"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR: is missing"),
-        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR: is missing"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT: is missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR: '' is not allowed"),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR: '' is not allowed"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT: '' is not allowed"),
         (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT: '99999' is not allowed"),
     ],
 )
