@@ -153,6 +153,7 @@ def _order(arguments: argparse.Namespace) -> Order:
         keys = [override.partition("=")[0].strip() for override in arguments.overrides]
         points, parallel = expand(sweep, section, values, keys)
         check_run_name(points[0].run)  # the names of all points have the same length
+    site.gpu_option(points[0].spec.resources.gpus_per_node)  # refuses a type of GPU that the site does not have
     slurm = arguments.dry_run or on_slurm("slurm" if arguments.test_only else arguments.cluster, points[0].spec)
     return Order(project_root(), points, site, slurm, sweep, parallel)
 

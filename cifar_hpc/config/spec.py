@@ -342,7 +342,10 @@ def check(spec: Spec) -> Spec:
     parse_time(spec.resources.time, "resources.time")
     node_counts(spec.resources.nodes)
     gpus = spec.resources.gpus_per_node
-    if isinstance(gpus, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_.-]*:([0-9]{1,3}|[1-3][0-9]{3})", gpus) is None:
+    if (
+        isinstance(gpus, str)
+        and re.fullmatch("(?=.*[A-Za-z])[A-Za-z0-9_.+-]+:([0-9]{1,3}|[1-3][0-9]{3})", gpus) is None
+    ):
         raise SpecError(
             f"resources.gpus_per_node: {shown(gpus)} is not allowed; allowed: an integer >= 0 and <= 4096, or one with "
             "a type of GPU before it, such as a100:4. A list of types is not, since all processes of a run are alike."

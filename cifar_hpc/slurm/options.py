@@ -45,7 +45,7 @@ _LEFT_OUT = re.compile(
     r"|(SHELLOPTS|BASHOPTS|POSIXLY_CORRECT)$"
     # Kernels and threads, and with them the bits; not the choice of a library that conda makes.
     r"|(OMP|GOMP|OPENBLAS|ONEDNN|DNNL)_|KMP_(?!DUPLICATE_LIB_OK$)|MKL_(?!(THREADING|INTERFACE)_LAYER$)"
-    r"|(ATEN_CPU_CAPABILITY|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)$"
+    r"|(ATEN_CPU_CAPABILITY|NVIDIA_TF32_OVERRIDE)$|CUBLAS(LT)?_|TORCH_(ALLOW_TF32|BLAS|CUBLAS|CUDNN)"
 )
 # The same, for a job on another machine: GPUs and folders of this one.
 _OF_THIS_MACHINE = re.compile(
