@@ -103,7 +103,7 @@ def job_fields(job_id: str) -> dict[str, str]:
 
 
 def restart_count() -> int:
-    """How often Slurm has restarted the job that this process belongs to."""
+    """Number of restarts, by Slurm, of the job that this process belongs to."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
