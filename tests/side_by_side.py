@@ -1,5 +1,7 @@
 """All tests: two sessions that share them, and beside them those on a real Slurm, which mostly wait for it.
 
+The last session repeats those in which Slurm decides most on another version of Slurm, where that can be made.
+
 python -m tests.side_by_side: what `make test` runs.
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 SLURM = str(TESTS / "slurm")
+OTHER_SLURM = [str(TESTS / "slurm" / f"test_{name}.py") for name in ("preempted", "people", "nodes")]
 PYTEST = [sys.executable, "-m", "pytest", "-o", "console_output_style=classic"]  # no session knows its percentage
 
 
@@ -22,12 +25,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as shared, ExitStack() as stack:
         part = [*PYTEST, str(TESTS), f"--ignore={SLURM}", f"--share={shared}"]
         beside = []
-        for command in ([*part, "-p", "no:cacheprovider"], [*PYTEST, SLURM, "-p", "no:cacheprovider"]):
+        for command in (part, [*PYTEST, SLURM], [*PYTEST, *OTHER_SLURM, "--slurm-release=other"]):
             output = stack.enter_context(tempfile.TemporaryFile())
+            command = [*command, "-p", "no:cacheprovider"]
             process = subprocess.Popen(command, cwd=TESTS.parent, stdout=output, stderr=subprocess.STDOUT)
             stack.callback(end, process)
             beside.append((process, output))
-        print("one of three sessions that run side by side; the output of the other two comes at the end", flush=True)
+        print("one of four sessions that run side by side; the output of the other three comes at the end", flush=True)
         statuses = [subprocess.run(part, cwd=TESTS.parent).returncode]
         for process, output in beside:
             statuses.append(process.wait())

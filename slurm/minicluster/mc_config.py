@@ -101,10 +101,7 @@ class Layout:
 
     def check(self, settings: Settings) -> None:
         """Refuse a directory name that Slurm or the kernel would refuse later, with a far worse message."""
-        if not re.fullmatch(r"[A-Za-z0-9._/+-]+", str(self.dir)):
-            raise MiniclusterError(
-                f"{self.dir}: Slurm's configuration takes only letters, digits and . _ / + - in a path"
-            )
+        check_path(self.dir)
         node = settings.node_names[-1]
         longest = f"{self.dir}/spool/{node}/{node}_{LONGEST_JOB_ID}.{LONGEST_STEP_ID}"
         excess = len(longest) - SOCKET_PATH_MAX
@@ -128,6 +125,12 @@ class Layout:
         temp = self.marker.with_suffix(".tmp")
         temp.write_text(json.dumps(data, indent=1))
         temp.replace(self.marker)
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that cannot be written into slurm.conf."""
+    if not re.fullmatch(r"[A-Za-z0-9._/+-]+", str(path)):
+        raise MiniclusterError(f"{path}: Slurm's configuration takes only letters, digits and . _ / + - in a path")
 
 
 def settings_from_marker(data: dict[str, Any]) -> Settings:
@@ -264,7 +267,7 @@ PartitionName=urgent {shared} PriorityTier=10 PreemptMode=OFF
 
 def _plugin_dir(settings: Settings) -> str:
     """The line for slurm.conf and slurmdbd.conf, where the programs are those of a tree of mc_release."""
-    plugins = Path(str(shutil.which("slurmctld", path=settings.search_path))).parents[1] / "plugins"
+    plugins = Path(str(shutil.which("slurmctld", path=settings.search_path))).parents[1] / "slurm-plugins"
     return f"PluginDir={plugins}" if plugins.exists() else ""
 
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from mc_config import MissingPackagesError
+from mc_config import MissingPackagesError, check_path
 
 RELEASES = ("bookworm", "trixie")  # Slurm 22.05, 24.11
 PACKAGES = "slurmctld,slurmd,slurm-client,slurmdbd,munge"
@@ -22,6 +22,8 @@ PROGRAMS = (
     "munged slurmctld slurmd slurmstepd slurmdbd sacct sacctmgr salloc sattach sbatch sbcast scancel scontrol sdiag "
     "sinfo sprio squeue sreport srun sshare sstat strigger"
 ).split()
+APT = Path("/etc/apt")
+LIMIT_SECONDS = 1200  # a usual call takes one minute
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -33,7 +35,8 @@ def programs(release: str) -> Path:
     Raises:
         MissingPackagesError: it cannot be made here.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_hpc"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "cifar_hpc"
+    check_path(cache)
     tree = cache / release
     if not tree.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -50,26 +53,29 @@ def _make(release: str, tree: Path, lock: int) -> None:
     shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted; its mounts went with its namespace
     part.mkdir()
     log = part.with_suffix(".log")
-    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(part / "root")]
+    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(part / "root"), *mirror()]
     # In namespaces of its own: no mount and no process outlives it, whoever is killed.
     own = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    with log.open("w") as out:
-        done = subprocess.run(
-            [*own, *command, *_mirror()],
-            env=os.environ | {"PATH": PATH},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            pass_fds=[lock],
-            check=False,
-        )
-    if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+    try:
+        with log.open("w") as out:
+            subprocess.run(
+                [*own, *command],
+                env=os.environ | {"PATH": PATH},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                pass_fds=[lock],
+                timeout=LIMIT_SECONDS,
+                check=True,
+            )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         shutil.rmtree(part, ignore_errors=True)
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        how = "failed" if isinstance(error, subprocess.CalledProcessError) else f"took more than {LIMIT_SECONDS} s"
         raise MissingPackagesError(
-            f"--release {release}: debootstrap ended with code {done.returncode}:\n{tail}\n"
-            f"HINT: it needs Debian's archive and the right to make namespaces and devices; the whole log is {log}"
-        )
+            f"release {release}: debootstrap {how}:\n{tail}\n"
+            f"HINT: it needs Debian's archive, and the right to make namespaces and devices; the whole log is {log}"
+        ) from None
     _write_wrappers(part, tree)
     part.rename(tree)
     log.unlink()
@@ -77,17 +83,19 @@ def _make(release: str, tree: Path, lock: int) -> None:
 
 def _require_tools(release: str) -> None:
     if os.getuid() != 0:
-        raise MissingPackagesError(f"--release {release}: only root can make its tree. HINT: run this as root")
+        raise MissingPackagesError(f"release {release}: only root can make its tree. HINT: run this as root")
     if shutil.which("debootstrap", path=PATH) is None:
         raise MissingPackagesError(
-            f"--release {release}: missing programs: debootstrap\ninstall it with: apt-get install -y debootstrap"
+            f"release {release}: missing programs: debootstrap\ninstall it with: apt-get install -y debootstrap"
         )
 
 
-def _mirror() -> list[str]:
+def mirror() -> list[str]:
     """The archive that apt uses here, if this is a Debian; else debootstrap's own default."""
-    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))]
-    text = "\n".join(file.read_text(errors="replace") for file in files if file.exists())
+    files = [APT / "sources.list", *sorted((APT / "sources.list.d").glob("*"))]
+    text = "\n".join(
+        file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.exists()
+    )
     return re.findall(r"^(?:URIs:|deb ).*?(https?://\S+/debian)/?(?=\s|$)", text, re.MULTILINE)[:1]
 
 
@@ -99,7 +107,7 @@ def _write_wrappers(part: Path, tree: Path) -> None:
     """
     (loader,) = (part / "root" / "usr" / "lib").glob("*/ld-linux-*.so.*")
     libraries = tree / loader.parent.relative_to(part)
-    (part / "plugins").symlink_to(libraries / "slurm-wlm")  # where mc_config looks for it
+    (part / "slurm-plugins").symlink_to(libraries / "slurm-wlm")  # where mc_config looks for it
     for folder in ("bin", "loader"):
         (part / folder).mkdir()
     for name in PROGRAMS:

@@ -32,7 +32,8 @@ resources: {gpus_per_node: 0, tasks_per_node: 2, time: 30}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slurm-release", help="a Debian release (see minicluster tree): run on its Slurm, not our own")
+    told = "run on the Slurm of this Debian release (see minicluster tree), or on the `other` one than this machine's"
+    parser.addoption("--slurm-release", help=told)
 
 
 def clean_environment(slurm_conf: str) -> dict[str, str]:
@@ -88,11 +89,25 @@ def slurm_on_path(request: pytest.FixtureRequest) -> Iterator[None]:
     release = request.config.getoption("--slurm-release")
     with pytest.MonkeyPatch.context() as patch:
         if release:
-            made = subprocess.run([sys.executable, TOOL, "tree", release], capture_output=True, text=True, check=False)
-            if made.returncode != 0:  # the archive may be out of reach, which is no fault of ours
-                (pytest.skip if made.returncode == MISSING_PACKAGES else pytest.fail)(made.stderr)
-            patch.setenv("PATH", f"{made.stdout.strip()}:{os.environ['PATH']}")
+            folder = request.getfixturevalue("other_slurm") if release == "other" else make_tree(release)
+            patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         yield
+
+
+@pytest.fixture(scope="session")
+def other_slurm() -> str:
+    """The folder of the programs of another Slurm than this machine's; skips where it cannot be made."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    own = subprocess.run(["/bin/sh", "-c", "slurmctld -V"], env={"PATH": path}, capture_output=True, text=True)
+    return make_tree("trixie" if " 22." in own.stdout else "bookworm")
+
+
+def make_tree(release: str) -> str:
+    """minicluster tree; where that is not possible (no root, the archive is out of reach), the tests are skipped."""
+    made = subprocess.run([sys.executable, TOOL, "tree", release], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        (pytest.skip if made.returncode == MISSING_PACKAGES else pytest.fail)(made.stderr)
+    return made.stdout.strip()
 
 
 @pytest.fixture(scope="session")
