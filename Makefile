@@ -1,6 +1,7 @@
 # make setup        .venv with what requirements.txt lists; TORCH=keep uses the PyTorch that is already there
 # make demo         a run from end to end on this machine, with a preemption on the way
-# make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed)
+# make test         set up everything and run the tests (the Slurm ones too where Slurm can be installed, some of them
+#                   on a second Slurm, where its tree can be made: as root, with debootstrap)
 # make test-quick   the tests that need no process of their own: a minute and a half, and no Slurm
 # make lint         ruff and mypy
 # make bench        everything beside what one would run instead: a table, JSON, a chart in docs/; QUICK=1 for a glance

@@ -78,7 +78,8 @@ def test_status_tells_up_from_degraded(cluster: Any) -> None:
         "nograce",
     ):
         assert name in good.stdout
-    cluster.scontrol("update", "nodename=node2", "state=down", "reason=test")
+    # Not down, from which a node comes back by itself with its next registration (ReturnToService=2).
+    cluster.scontrol("update", "nodename=node2", "state=drain", "reason=test")
     assert cluster.tool("status").returncode == 1
     cluster.scontrol("update", "nodename=node2", "state=resume")
     end = time.monotonic() + 10
@@ -256,9 +257,10 @@ def test_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 def test_missing_programs_are_listed_with_the_apt_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(TOOL.parent))
     import mc_cluster
+    import mc_config
     from mc_config import Settings
 
-    monkeypatch.setattr(mc_cluster.mc_start, "SEARCH_PATH", str(tmp_path))
+    monkeypatch.setattr(mc_config, "SEARCH_PATH", str(tmp_path))
     with pytest.raises(
         mc_cluster.MissingPackagesError,
         match=r"apt-get install .* munge slurmctld slurmd slurm-client slurmdbd",

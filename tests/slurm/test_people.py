@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +33,7 @@ def test_what_people_do_to_a_running_job(
         partial(_our_requeue, Run(odd, "requeued-by-us"), short, reference),
         partial(_time_limit, Run(lab, "timeout"), short, reference),
         partial(_last_time_limit, Run(lab, "last-timeout"), short, reference),
+        partial(_requeue_after_the_end, Run(lab, "requeued-after-its-end"), short, reference),
     )
 
 
@@ -128,6 +131,33 @@ def _last_time_limit(run: Run, short: str, reference: Callable[[], Run]) -> None
     run.submit(short, *ONE, "--partition", "gpu")
     run.check_resumed_at(15)
     run.check_kept(reference())
+
+
+def _requeue_after_the_end(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """A finished run is over. Where its job could not say so to Slurm, the start that comes finds nothing to do."""
+    run.submit(short, *ONE, "--partition", "gpu")
+    run.check_kept(reference())
+    refused = run.lab.cluster.scontrol("requeue", run.job_id)
+    assert refused.returncode != 0 and "disabled" in refused.stderr, refused
+
+    programs = run.lab.root / "deaf"
+    programs.mkdir()
+    real = shutil.which("scontrol", path=run.lab.env["PATH"])
+    (programs / "scontrol").write_text(f"""#!/bin/sh
+case "$*" in *Requeue=0*) exit 1;; esac
+exec {real} "$@"
+""")
+    (programs / "scontrol").chmod(0o755)
+    again = Run(run.lab, "requeued-after-its-end-again")
+    again.submit(short, *ONE, "--partition", "gpu", setup=[f'export PATH={shlex.quote(str(programs))}:"$PATH"'])
+    again.check_kept(reference())
+    before = again.events()
+    assert again.lab.cluster.scontrol("requeue", again.job_id).returncode == 0
+    again.release()
+    until("the second start has ended", lambda: "finished before: nothing to do" in again.log(), again.report)
+    assert (job := again.wait_gone())["JobState"] == "COMPLETED" and job["Restarts"] == "1"
+    assert again.events() == before
+    again.check_kept(reference())
 
 
 def test_a_job_released_right_after_its_requeue_starts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,26 @@ STOP = "0/0:SIGSTOP@step:14"  # in the middle of the second epoch
 ONE = ("--set", "resources.tasks_per_node=1")  # process; the weights do not depend on it
 
 
+def ended_for_good(run: Run) -> None:
+    """The job will not come back. Since Slurm 24.05 a job that was warned of a preemption ends as PREEMPTED."""
+    job = run.job()
+    assert job["JobState"] in ("COMPLETED", "PREEMPTED") and (job["Requeue"], job["ExitCode"]) == ("0", "0:0"), job
+
+
 def test_partitions_with_grace_without_grace_and_those_that_cancel(
     lab: Lab, short: str, reference: Callable[[], Run]
 ) -> None:
     grace, cancelable, nograce = runs = [Run(lab, name) for name in ("gpu", "cancelable", "nograce")]
     for run in runs:
         run.submit(short, *(() if run is grace else ONE), "--partition", run.name, moments=[STOP])
+    late = Run(lab, "at-its-end")
+    late.submit(short, *ONE, "--partition", "gpu", moments=["0/0:SIGSTOP@rename:30"])
     for run in runs:
         run.stopped("step:14")
+    late.stopped("rename:30")
     with lab.urgent("-N2", "--exclusive"):
+        late.check_kept(reference())
+        ended_for_good(late)
         for run in runs:
             assert run.wait_job(JobState="PENDING", Reason="BeginTime")["Restarts"] == "1"
             assert run.state()["state"] == "requeued"
@@ -40,6 +51,7 @@ def test_partitions_with_grace_without_grace_and_those_that_cancel(
         run.check_resumed_at(15)
         run.check_kept(reference())
         assert run.job()["Restarts"] == "1" and run.state()["restarts"] == 1
+        ended_for_good(run)
 
     together(*(partial(goes_on, run) for run in runs))
 
@@ -94,6 +106,7 @@ def _three_times(lab: Lab, short: str, reference: Callable[[], Run]) -> None:
         run.check_resumed_at(step + 1, restart + 1)
     run.check_kept(reference())
     assert run.reasons() == ["preemption"] * 3 and run.job()["Restarts"] == "3"
+    ended_for_good(run)
 
 
 def _one_task_of_an_array(lab: Lab, short: str, reference: Callable[[], Run]) -> None:
@@ -126,6 +139,7 @@ def _one_task_of_an_array(lab: Lab, short: str, reference: Callable[[], Run]) ->
     moved.check_resumed_at(15)
     moved.check_kept(reference())
     assert moved.job()["Restarts"] == "1"
+    ended_for_good(moved)
     thaw(pids[stays])
     stays.check_kept(reference())
     assert stays.job()["Restarts"] == "0" and stays.events("requeued", "signal", "resumed") == []
