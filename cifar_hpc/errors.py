@@ -49,6 +49,10 @@ class SchedulerError(UserError):
     exit_code = 3
 
 
+class DoubtError(SchedulerError):
+    """Slurm may have done what it was asked for, and does not say so: nothing may be undone or tried again."""
+
+
 class RunBusyError(UserError):
     """The run is already queued or running, and a run has at most one writer."""
 

@@ -77,6 +77,7 @@ def test_bash_runs_nothing_but_srun_with_these_very_words(folder: str, srun: lis
         status, script, error = dry_run(f"--profile={profile}", f"--comment={comment}", root=str(root))
         assert status == 0, error
         slurm = root / "logs" / "run" / "slurm"
+        slurm.mkdir(parents=True)  # where the script puts the task
         assert run_with_stub_srun(script, Path(directory)) == [
             "--unbuffered",
             "--output",

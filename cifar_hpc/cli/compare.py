@@ -18,7 +18,7 @@ from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs.paths import find_runs, project_root
 from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, sort_key, varied_keys
-from cifar_hpc.runs.state import ANSWER_SECONDS, queue
+from cifar_hpc.runs.state import ANSWER_SECONDS, jobs_of
 from cifar_hpc.text import in_markdown, one_line, printable, shown
 
 DESCRIPTION = """\
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     root = project_root()
     groups = group_runs(find_runs(root, arguments.runs), each=arguments.each)
     try:
-        jobs = queue(root, ANSWER_SECONDS)
+        jobs = jobs_of([run for group in groups for run in group.runs], ANSWER_SECONDS)
     except SchedulerError as error:
         jobs = None
         print(f"warning: the state of unfinished runs is not known: {printable(str(error))}", file=sys.stderr)

@@ -7,7 +7,7 @@ from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import signal_local
 from cifar_hpc.runs.paths import find_run, project_root
-from cifar_hpc.runs.state import queue
+from cifar_hpc.runs.state import jobs_of
 from cifar_hpc.slurm import client
 from cifar_hpc.text import printable
 
@@ -27,14 +27,16 @@ def main(arguments: argparse.Namespace) -> int:
     """Checkpoint and requeue a running job; let a requeued one start now instead of in two minutes."""
     run = arguments.run
     paths = find_run(project_root(), run)
-    job = queue(paths.root).get(run)
+    job = jobs_of([paths]).get(run)
+    if job is not None and job.user:
+        raise SpecError(f"{run}: job {job.job_id} is {job.user}'s. HINT: ask {job.user} to requeue it.")
     if job is not None and job.waits:
         try:
             if (spec := read_frozen(paths)) is not None:
                 client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
             client.release_job(job.job_id, job.held)
         except SchedulerError:
-            now = queue(paths.root).get(run)
+            now = jobs_of([paths]).get(run)
             if now is None or now.waits:
                 raise  # else Slurm has started it meanwhile, and refuses to change it
         print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cifar_hpc.cli.terminal import GAP, Column, display_width, fit, lay_out, least_width, paint, shorten, use_colour
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root
-from cifar_hpc.runs.state import WAITING, QueuePoller, RunState, read_state
+from cifar_hpc.runs.state import WAITING, QueuePoller, RunState
 from cifar_hpc.slurm.client import expected
 from cifar_hpc.text import duration, one_line, printable
 
@@ -33,7 +33,8 @@ finished, failed (with the reason), cancelled, stopped (killed, or gone without
 a message: submit again), not started (never submitted), unreadable (damaged
 files), unknown (Slurm does not answer).
 
-One call of squeue serves all runs, and none is needed where there is no Slurm.
+One call of squeue serves all runs, and a second one asks for the jobs of
+others; none is needed where there is no Slurm.
 In a pipe each run is one plain line, --json is for programs. Exit status: 0, 2
 bad arguments, 3 Slurm does not answer, so that the files alone are shown."""
 EXAMPLES = ("", "'dropout-*' --watch", "improved_resnet-1a2b3c4d --json")
@@ -110,7 +111,7 @@ class Reader:
         """
         found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
         self.queue.poll()
-        return [read_state(paths, self.queue.jobs, self.queue.asked_at) for paths in found]
+        return self.queue.read(found)
 
 
 def watch(reader: Reader) -> int:

@@ -16,7 +16,7 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
-from cifar_hpc.runs.state import ANSWER_SECONDS, QueuePoller, RunState, read_state
+from cifar_hpc.runs.state import ANSWER_SECONDS, QueuePoller, RunState
 from cifar_hpc.slurm.client import QueuedJob, jobs_ahead
 from cifar_hpc.text import duration, printable
 
@@ -325,8 +325,8 @@ class StateFollower:
         if time.monotonic() < self._next_poll:
             return None
         self.queue.poll()
+        (self.state,) = self.queue.read([self.paths], stale=False)
         jobs = None if self.queue.trouble else self.queue.jobs
-        self.state = read_state(self.paths, jobs, asked_at=self.queue.asked_at)
         self._failures = self._failures + 1 if self.state.state == "unreadable" else 0
         self._count_ahead((jobs or {}).get(self.paths.name))
         self._next_poll = time.monotonic() + STATE_SECONDS

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from pathlib import Path
 
 from cifar_hpc.cli.parser import SEVERAL
@@ -33,9 +34,8 @@ def main(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install(interactive=True)
     startup = Stopwatch()
     from cifar_hpc.config.io import load_spec, run_name
-    from cifar_hpc.errors import RunBusyError
     from cifar_hpc.runs.frozen_spec import freeze, resolve
-    from cifar_hpc.runs.lock import describe, holder
+    from cifar_hpc.runs.lock import lock_submission
     from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
 
     path = Path(arguments.job)
@@ -48,16 +48,19 @@ def main(arguments: argparse.Namespace) -> int:
     from cifar_hpc.training.attempt import Attempt
     from cifar_hpc.training.context import Context
 
+    context = Context(paths, spec, launch, stop, startup)
     paths.create()
     if launch.rank == 0:
         if spec.data.source == "cifar10":
             fetch_cifar10(paths.root / spec.data.root)  # reading verifies it
-        owner = holder(paths.lock)
-        if owner is not None:
-            raise RunBusyError(f"run {paths.name} is being trained by {describe(owner)}.")
-        freeze(paths, spec)
+        submission = lock_submission(paths.logs, f"run {paths.name}")
+        context.lock.acquire({"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()})
+        # Again: another process may have come first.
+        context.spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
+        freeze(paths, context.spec)
+        submission.release()
         print(f"run {paths.name}\nlog {paths.train_log}", flush=True)
-    attempt = Attempt(Context(paths, spec, launch, stop, startup))
+    attempt = Attempt(context)
     status = attempt.run()
     if not attempt.finished:
         os._exit(status)  # at once: process groups whose peers are gone can take minutes to end

@@ -1,12 +1,12 @@
 """Batch script of a job (options of sbatch, set-up, the tasks, the epilog), its submission, and the record of that."""
 
-import contextlib
-import io
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import DoubtError, SchedulerError
 from cifar_hpc.launch.epilog import MARK
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.events import Submitted
-from cifar_hpc.runs.logs import TrainLog
-from cifar_hpc.runs.paths import RunPaths, SweepPaths
+from cifar_hpc.runs.logs import TrainLog, complain
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 from cifar_hpc.runs.progress import record_event
+from cifar_hpc.runs.state import ANSWER_SECONDS, queue
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import left_out, parse_time
 
@@ -80,8 +81,15 @@ trap : HUP INT TERM USR1 USR2
 cd "$SLURM_SUBMIT_DIR" || exit
 """
 
-ARRAY_PICKLE = "task.pkl"  # callable of all tasks of an array
+PICKLE, SCRIPT = "task.pkl", "submission.sh"  # the callable of all tasks, and the last batch script
+LINK = f'ln -s {PICKLE} "$hpc_slurm/${{hpc_job}}_submitted.pkl" 2> /dev/null'  # where submitit looks for it
 ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show config); submit a larger sweep in parts."
+
+SBATCH_SECONDS = 180  # sbatch itself tries again for two minutes while slurmctld is busy
+# Slurm's own words for a job that it has not taken; after other ones, such as a timeout, the job may exist.
+_REFUSED = re.compile(r"sbatch: (error|fatal): ")
+_DOUBT = re.compile(r"(?i)timed? ?out|contact|connect|communicat|zero bytes|transmi|receiv|unexpected")
+LOOK_SECONDS = (0, 2, 4, 8)  # before each look for a job that sbatch may have submitted
 
 # By default srun may kill the other tasks when one fails; they still have to log why and to requeue the job (srun(1)).
 SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
@@ -191,13 +199,11 @@ def slurm_executor(
     parameters = slurm_parameters(paths, spec, site)
     parameters |= {
         "dependency": in_script(dependency or None),
-        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu"],
+        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu", LINK],
         "teardown": ["hpc_end $?", ")"],
     }
     if array:
-        pickle = f'{shlex.quote(str(paths.slurm))}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_submitted.pkl"'
         parameters["array_parallelism"] = parallel or points
-        parameters["setup"].append(f"ln -sf {ARRAY_PICKLE} {pickle}")  # where submitit looks for it
     executor = _executor(paths, site, parameters)
     if array:
         executor.parameters["map_count"] = points
@@ -233,10 +239,6 @@ def _executor(paths: RunPaths | SweepPaths, site: Site, parameters: dict[str, An
             note = f"# Not handed on from the environment of the submission: {' '.join(names)}\n" if names else ""
             return str(super()._make_submission_file_text(command, uid)).replace("\n", f"\n{note}", 1)
 
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            command: list[str] = super()._make_submission_command(submission_file_path)
-            return ["env", *(f"-u{name}" for name in left_out(os.environ)), *command]
-
     executor = AnywhereSlurmExecutor(folder=paths.slurm, python=_python(site))
     executor.update_parameters(**parameters)
     return executor
@@ -256,31 +258,55 @@ def submit_slurm(
 ) -> str:
     """Submit a run, or a sweep's points as one job array, from inside the code snapshot; returns the job id.
 
-    submitit's map_array writes a pickle for each task of an array, under names that it knows only after sbatch. Here
-    all tasks share one that exists before: a job whose submission was killed finds all it needs.
+    submitit writes the pickle of a task under a name that it knows only after sbatch. Here one exists before: a job
+    whose submission was killed, or of which sbatch did not tell, finds all it needs.
 
     Args:
         spec: for the resources, which all points share.
         parallel: how many points may run at the same time; None is no limit.
 
     Raises:
-        SchedulerError: with sbatch's own words.
+        SchedulerError: with sbatch's own words; DoubtError if the job may exist.
     """
-    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+    from submitit.core.utils import DelayedSubmission
 
-    executor = slurm_executor(paths, spec, site, points, parallel)
-    task = Task(str(paths.root), _target(paths))
+    DelayedSubmission(Task(str(paths.root), _target(paths))).dump(paths.slurm / PICKLE)
+    script = paths.slurm / SCRIPT
+    script.write_text(batch_script(paths, spec, site, points, parallel))
+    job_id = _job_id(paths, script, code)
+    script.rename(script.with_name(f"{job_id}_{SCRIPT}"))
+    return job_id
+
+
+def _job_id(paths: RunPaths | SweepPaths, script: Path, code: Path) -> str:
+    """Call sbatch; returns the id of the job, which is looked for in the queue if sbatch does not tell."""
     try:
-        # submitit prints what it then raises.
-        with contextlib.chdir(code), contextlib.redirect_stderr(io.StringIO()):
-            if isinstance(paths, RunPaths):
-                return str(executor.submit(task).job_id)
-            DelayedSubmission(task).dump(paths.slurm / ARRAY_PICKLE)
-            return str(executor._submit_command(executor._submitit_command_str).job_id)
-    except (FailedJobError, FailedSubmissionError) as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
-        raise SchedulerError(f"sbatch refused the job: {words}{hint}{_unused_hint()}") from None
+        answer = client.command(["sbatch", str(script)], SBATCH_SECONDS, folder=code)
+    except SchedulerError as error:
+        words = " ".join(str(error).partition(" was refused: ")[2].split()) or str(error)
+        if shutil.which("sbatch") is None or (_REFUSED.search(words) and not _DOUBT.search(words)):
+            hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
+            raise SchedulerError(f"sbatch refused the job: {words}{hint}{_unused_hint()}") from None
+    else:
+        # Sites print lines of their own around it. A job "on cluster X" may be out of sight.
+        ids = set(re.findall(r"^Submitted batch job ([0-9]+)\s*$", answer, re.MULTILINE))
+        if len(ids) == 1:
+            return str(ids.pop())
+        words = f"it printed {' '.join(answer.split())[:500] or 'nothing'}"
+    names = {paths.name} if isinstance(paths, RunPaths) else set(read_points(paths.points))
+    for seconds in LOOK_SECONDS:
+        time.sleep(seconds)
+        try:
+            jobs, silent = queue(paths.root, ANSWER_SECONDS), ""
+        except SchedulerError as error:
+            jobs, silent = {}, f"{error} "
+        if found := [int(jobs[name].job_id.partition("_")[0]) for name in names & jobs.keys()]:
+            complain(f"sbatch did not tell the job's number ({words}); by the queue it is {max(found)}")
+            return str(max(found))
+    if silent or " on cluster " in words:
+        hint = f"HINT: see squeue later, and leave {paths.logs} as it is. The same submission looks for the job first."
+        raise DoubtError(f"maybe submitted: sbatch did not tell the job's number ({words}). {silent}{hint}")
+    raise SchedulerError(f"sbatch submitted no job, by the queue: {words}")
 
 
 def sbatch(option: str, script: str) -> str:
@@ -318,7 +344,8 @@ def record_submitted(
         code: the code snapshot.
         command: command line of the submission; None is that of this process.
     """
-    event = Submitted(scheduler=scheduler, code=code.name, command=command or shlex.join(sys.argv), sweep=sweep)
+    command = command or shlex.join(sys.argv)
+    event = Submitted(scheduler=scheduler, code=code.name, command=command, sweep=sweep, user=client.user_name())
     record_event(run, event, job_id=job_id, restart=None, world_size=None)
     where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
     TrainLog(run.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")

@@ -15,7 +15,7 @@ from cifar_hpc.runs.lock import controller_of, describe, holder
 from cifar_hpc.runs.paths import PROJECT, RunPaths
 from cifar_hpc.runs.progress import DAMAGE
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.client import QueuedJob
+from cifar_hpc.slurm.client import HIDDEN, QueuedJob
 
 # Keys of `resources` that mean nothing without Slurm.
 SLURM_ONLY = (
@@ -66,18 +66,23 @@ def finished_epochs(paths: RunPaths) -> int:
         return 0
 
 
-def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob]) -> str | None:
+def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob | None]) -> str | None:
     """Reason why a run must not be submitted now, since a run has at most one writer; None if there is none.
 
     Args:
-        jobs: by run, as `runs.state.queue` returns them.
+        jobs: by run, as `runs.state.jobs_of` returns them.
     """
     run = f"run {paths.name} is"
-    if (owner := holder(paths.lock)) is not None:
+    if owner := holder(paths.lock) or holder(paths.owner):
         return f"{run} being trained by {describe(owner)}."
-    if job := jobs.get(paths.name):
-        hint = f"HINT: python -m cifar_hpc cancel {paths.name}"
-        return f"{run} already in the queue as job {job.job_id} ({job.state}). {hint}"
+    job, cancel = jobs.get(paths.name), f"python -m cifar_hpc cancel {paths.name}"
+    if job is not None and job.state == HIDDEN:
+        hint = f"HINT: ask {job.user}; {cancel} --gone says that it has ended"
+        return f"{run} maybe in the queue as job {job.job_id} of {job.user}, which Slurm does not show. {hint}"
+    if job is not None:
+        whose = f"{job.user}'s job" if job.user else "job"
+        hint = f"HINT: {cancel}" if not job.user else f"HINT: ask {job.user} to run {cancel}"
+        return f"{run} already in the queue as {whose} {job.job_id} ({job.state}). {hint}"
     if controller := controller_of(paths, History.read(paths.events)):
         return f"{run} already running on this machine as job {controller}."
     return None

@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,18 +16,17 @@ from typing import Any, TypeVar
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
-from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.errors import DoubtError, RunBusyError, SpecError
 from cifar_hpc.files import remove_leftovers, write_atomic
 from cifar_hpc.launch import local, preflight
 from cifar_hpc.launch.batch_script import batch_script, record_submitted, sbatch, submit_slurm
 from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.frozen_spec import freeze, resolve
-from cifar_hpc.runs.lock import RunLock, read_owner
+from cifar_hpc.runs.lock import RunLock, claim, lock_submission
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
-from cifar_hpc.runs.state import queue
+from cifar_hpc.runs.state import THREADS, jobs_of
 
 Result = TypeVar("Result")
-THREADS = 16  # on shared file systems most of the time passes in waiting for each small file
 SPARE_FILES = 200  # open files besides the locks of the runs
 
 
@@ -104,7 +102,9 @@ def submit(order: Order) -> Submission:
         preflight.check_data(data, order.root)
     sweep = SweepPaths(order.root, order.sweep) if order.sweep else None
     with contextlib.ExitStack() as locks:
-        held = [_lock(locks, sweep.sweep, f"sweep {sweep.name}")] if sweep else []
+        held = [lock_submission(sweep.sweep, f"sweep {sweep.name}")] if sweep else []
+        for lock in held:
+            locks.callback(lock.release)
         locked, busy = _lock_free(locks, order, left)
         free = [point for point in left if point.run in locked]
         if not free:
@@ -118,6 +118,7 @@ def submit(order: Order) -> Submission:
             if isinstance(folder, SweepPaths):
                 write_points(folder, [run.name for run in runs])
             _each(freeze, runs, specs)
+            _each(claim, runs)
             if order.on_slurm:
                 job_id = submit_slurm(folder, specs[0], order.site, code, len(runs), order.parallel)
             else:
@@ -134,27 +135,6 @@ def _split_finished(order: Order) -> tuple[list[Point], dict[str, int]]:
     return [point for point in order.points if point.run not in done], done
 
 
-def _lock(locks: contextlib.ExitStack, logs: Path, what: str) -> RunLock:
-    """Take the lock of submissions in `logs`; the kernel drops it when its last holder ends.
-
-    Raises:
-        RunBusyError: if another process has it.
-    """
-    lock = RunLock(logs / "submit.lock")
-    try:
-        lock.acquire({"pid": os.getpid(), "host": socket.gethostname()})
-    except RunBusyError:
-        owner = read_owner(lock.path)
-        if owner.get("controller"):
-            raise RunBusyError(
-                f"{what} is being run by process {owner.get('pid', '?')} on {owner.get('host', '?')}. "
-                "HINT: wait for it, or kill that process, which saves and stops its runs."
-            ) from None
-        raise RunBusyError(f"{what} is being submitted by another process right now.") from None
-    locks.callback(lock.release)
-    return lock
-
-
 def _lock_free(
     locks: contextlib.ExitStack, order: Order, points: Sequence[Point]
 ) -> tuple[dict[str, RunLock], dict[str, str]]:
@@ -165,10 +145,11 @@ def _lock_free(
     locked, busy = {}, {}
     for point in points:
         try:
-            locked[point.run] = _lock(locks, order.run(point).logs, f"run {point.run}")
+            lock = locked[point.run] = lock_submission(order.run(point).logs, f"run {point.run}")
+            locks.callback(lock.release)
         except RunBusyError as error:
             busy[point.run] = str(error)
-    jobs = queue(order.root) if order.on_slurm else {}
+    jobs = jobs_of([order.run(point) for point in points if point.run in locked]) if order.on_slurm else {}
     reasons = _each(lambda run: preflight.why_busy(RunPaths(order.root, run), jobs), locked)
     busy |= {run: reason for run, reason in zip(locked, reasons, strict=True) if reason is not None}
     return {run: lock for run, lock in locked.items() if run not in busy}, busy
@@ -208,11 +189,16 @@ def _record(folder: RunPaths | SweepPaths, run: RunPaths, index: int, job_id: st
 
 @contextlib.contextmanager
 def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) -> Iterator[None]:
-    """Put back the frozen specs of `runs` and remove the files of the job if the block raises an exception."""
+    """Put back the frozen specs of `runs` and remove the files of the job if the block raises an exception.
+
+    Nothing is undone where the job may exist.
+    """
     specs = _each(lambda run: run.spec.read_bytes() if run.spec.exists() else None, runs)
     files = set(folder.slurm.iterdir())
     try:
         yield
+    except DoubtError:
+        raise
     except Exception:
         for run, content in zip(runs, specs, strict=True):
             if content is None:

@@ -25,12 +25,13 @@ class Event:
 
 
 class Submitted(Event, name="submitted", state="queued"):
-    """A job was queued, or started on this machine; `sweep` is the folder of a sweep's submission."""
+    """A job was queued, or started on this machine, by `user`; `sweep` is the folder of a sweep's submission."""
 
     scheduler: str
     code: str
     command: str
     sweep: str | None = None
+    user: str | None = None
 
 
 class Attempted(Event, name="attempt", state="running"):

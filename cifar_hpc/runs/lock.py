@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.errors import RunBusyError, SpecError
+from cifar_hpc.errors import RunBusyError, RunFailedError, SpecError, UserError
 from cifar_hpc.files import NotRegularError, open_regular, try_flock
 from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.paths import RunPaths, same_folder
 
 OWNER_BYTES = 10_000
 
@@ -25,6 +25,7 @@ class RunLock:
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path, self.descriptor = path, descriptor
+        self.owner: dict[str, Any] = {}
 
     def acquire(self, owner: dict[str, Any], patience_seconds: float = 0.0) -> None:
         """Take the lock and write `owner` into it.
@@ -37,21 +38,46 @@ class RunLock:
             SpecError: if the path is not a regular file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + patience_seconds
-        while try_flock(descriptor) is False:
-            if time.monotonic() >= deadline:
-                os.close(descriptor)
+        while True:
+            descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
+            free = try_flock(descriptor) is not False
+            if free and self._is_at_path(descriptor):
+                break
+            os.close(descriptor)
+            if not free and time.monotonic() >= deadline:
                 raise RunBusyError(
                     f"{self.path}: the run is already being trained by {describe(read_owner(self.path))}."
                 )
-            time.sleep(0.2)
+            time.sleep(0.0 if free else 0.2)
         self.descriptor = descriptor
         self.sign(owner)
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.path.lstat())
+        except FileNotFoundError:
+            return False
+
+    def renew(self) -> bool:
+        """Take the lock again if its file was deleted or replaced, so that other processes find it; true if so.
+
+        Raises:
+            RunBusyError: another process has been faster; names it.
+            SpecError: as `acquire`.
+        """
+        before = self.descriptor
+        with contextlib.suppress(OSError):  # of a file system that is in trouble: later
+            if before is not None and not self._is_at_path(before):
+                self.acquire(self.owner)
+                os.close(before)
+                return True
+        return False
 
     def sign(self, owner: dict[str, Any]) -> None:
         """Write who holds the lock."""
         assert self.descriptor is not None
+        self.owner = owner
         with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
@@ -61,6 +87,109 @@ class RunLock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+
+
+class OwnerLock(RunLock):
+    """Lock of a folder of checkpoints, which names the run that it belongs to, also while that has no process.
+
+    Two runs may have one folder: through a link, or as runs of one name in two projects that share checkpoints/.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        super().__init__(paths.owner)
+        self.paths = paths
+
+    def sign(self, owner: dict[str, Any]) -> None:
+        """Write who holds the lock, and for which run.
+
+        Raises:
+            SpecError: the folder belongs to another run; the lock is released.
+        """
+        ours, before = self.paths, read_owner(self.path)
+        with contextlib.suppress(TypeError, KeyError, ValueError):  # an owner that is no run
+            other = RunPaths(Path(before["root"]), before["run"])
+            # Of a project that was moved, copied or deleted, or of a first submission that was refused, nothing counts.
+            elsewhere = other.spec.is_file() and same_folder(other.logs, ours.logs) is False
+            if elsewhere and same_folder(other.checkpoints, ours.checkpoints):
+                self.release()
+                raise SpecError(
+                    f"{ours.checkpoints}: holds the checkpoints of run {other.name} in {other.root}, and one folder "
+                    f"belongs to one run. HINT: use another --name; if that run is not needed any more, "
+                    f"delete {self.path}."
+                )
+        super().sign(owner | {"root": str(ours.root), "run": ours.name})
+
+
+def claim(paths: RunPaths) -> None:
+    """Record that the folder of checkpoints belongs to this run, before it has a process.
+
+    Raises:
+        SpecError: it belongs to another run.
+        RunBusyError: a process writes there.
+    """
+    lock = OwnerLock(paths)
+    lock.acquire({})
+    lock.release()
+
+
+class WriterLock:
+    """The locks of the process that writes a run's files: that of its folder of checkpoints, and run.lock."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.locks = (OwnerLock(paths), RunLock(paths.lock))
+
+    @property
+    def held(self) -> bool:
+        """True after `acquire`."""
+        return self.locks[1].descriptor is not None
+
+    def acquire(self, owner: dict[str, Any], patience_seconds: float = 0.0) -> None:
+        """Take both locks, as `RunLock.acquire`; the folder must not belong to another run."""
+        try:
+            for lock in self.locks:
+                lock.acquire(owner, patience_seconds)
+        except UserError:
+            self.release()
+            raise
+
+    def renew(self) -> list[Path]:
+        """Take a lock again whose file was deleted or replaced; returns the paths of those.
+
+        Raises:
+            RunFailedError: another process has been faster.
+        """
+        try:
+            return [lock.path for lock in self.locks if lock.renew()]
+        except UserError as error:
+            raise RunFailedError(f"{error} The lock of this process was deleted or replaced, so it ends.") from None
+
+    def release(self) -> None:
+        """Release both locks."""
+        for lock in self.locks:
+            lock.release()
+
+
+def lock_submission(folder: Path, what: str) -> RunLock:
+    """Take the lock of those who submit or freeze `what`; the kernel drops it when its last holder ends.
+
+    Args:
+        folder: logs of a run, or of a sweep's submissions.
+
+    Raises:
+        RunBusyError: if another process has it.
+    """
+    lock = RunLock(folder / "submit.lock")
+    try:
+        lock.acquire({"pid": os.getpid(), "host": socket.gethostname()})
+    except RunBusyError:
+        owner = read_owner(lock.path)
+        if owner.get("controller"):
+            raise RunBusyError(
+                f"{what} is being run by process {owner.get('pid', '?')} on {owner.get('host', '?')}. "
+                "HINT: wait for it, or kill that process, which saves and stops its runs."
+            ) from None
+        raise RunBusyError(f"{what} is being submitted by another process right now.") from None
+    return lock
 
 
 def holder(path: Path) -> dict[str, Any] | None:

@@ -99,6 +99,10 @@ class RunPaths:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints" / self.name
 
+    @property
+    def owner(self) -> Path:
+        return self.checkpoints / "owner.lock"
+
     def create(self) -> None:
         """Create the directories.
 
@@ -207,16 +211,26 @@ def read_points(file: Path) -> list[str]:
     return names
 
 
-def array_points(root: Path, directory: str) -> list[str]:
-    """Read the runs of the job array that works in `directory`, by index; none if it is not a sweep's."""
-    above = root / "logs" / SWEEPS
-    if not Path(directory).is_relative_to(above):
-        return []
-    sweep, number, *_ = (*Path(directory).relative_to(above).parts, "", "")
+def same_folder(one: Path, other: Path) -> bool | None:
+    """Compare two folders, which may be one under two names (a link, a bind mount); None if one is not found here."""
     try:
-        return read_points(SweepPaths(root, sweep, int(number)).points) if re.fullmatch(r"[0-9]{1,9}", number) else []
-    except SpecError:  # removed, while its jobs are still there
-        return []
+        return one == other or one.samefile(other)
+    except OSError:
+        return None
+
+
+def array_points(root: Path, folder: Path) -> tuple[list[str], bool | None]:
+    """Read the runs of a job array by index, and whether `folder`, from which it was submitted, is the one of `root`.
+
+    The list is empty if it is not a sweep's.
+    """
+    if folder.parent.parent.name != SWEEPS or not re.fullmatch(r"[0-9]{1,9}", folder.name):
+        return [], False
+    ours = SweepPaths(root, folder.parent.name, int(folder.name))
+    try:
+        return read_points(ours.points), same_folder(folder, ours.logs)
+    except SpecError:  # removed, while its jobs are still there; or another root's
+        return [], False
 
 
 def run_of_task(root: Path, target: str) -> RunPaths:

@@ -225,16 +225,16 @@ class Row:
         return list(dict.fromkeys(item for item in items if item is not None))
 
 
-def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob] | None) -> list[Row]:
+def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob | None] | None) -> list[Row]:
     """A row for each group. Damaged files lead to empty fields, never to an error.
 
     Args:
-        jobs: as `queue` returns them; None where Slurm does not answer.
+        jobs: as `jobs_of` returns them; None where Slurm does not answer.
     """
     return [Row(group, tuple(read_result(run, jobs) for run in group.runs), _data(group)) for group in groups]
 
 
-def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob] | None) -> RunResult:
+def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> RunResult:
     """Result of one run."""
     state = read_state(run, jobs)
     try:

@@ -1,11 +1,14 @@
 """Jobs of runs in Slurm's queue, and the current state of a run: from progress.json, its lock and the queue."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +29,15 @@ from cifar_hpc.runs.events import (
 )
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import controller_of, holder
-from cifar_hpc.runs.paths import RunPaths, array_points
+from cifar_hpc.runs.paths import RunPaths, array_points, is_run_name, same_folder
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
-from cifar_hpc.slurm.client import SILENT_SECONDS, QueuedJob, expected, squeue
+from cifar_hpc.slurm import client
+from cifar_hpc.slurm.client import HIDDEN, SILENT_SECONDS, QueuedJob, expected
 from cifar_hpc.text import duration
 
 ANSWER_SECONDS = 10.0  # for which a person waits for Slurm's answer
+THREADS = 16  # on shared file systems most of the time passes in waiting for each small file
 
 
 def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
@@ -41,17 +46,70 @@ def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
     Raises:
         SchedulerError: Slurm does not answer.
     """
-    queued = squeue(timeout_seconds)
-    sweeps = {directory: array_points(root, directory) for directory in {job.directory for job in queued}}
+    queued = client.squeue(timeout_seconds)
+    folders = {job.directory: Path(job.directory).parent.parent for job in queued}  # <folder>/code/<digest>
+    sweeps = {folder: array_points(root, folder) for folder in set(folders.values())}
     jobs: dict[str, QueuedJob] = {}
     for job in queued:
-        points, index = sweeps[job.directory], job.job_id.partition("_")[2]
+        folder, name, index = folders[job.directory], job.name, job.job_id.partition("_")[2]
+        points, ours = sweeps[folder]
         if index.isdigit() and int(index) < len(points):
             name = points[int(index)]
-            jobs[name] = dataclasses.replace(job, name=name)
-        elif Path(job.directory).is_relative_to(root / "logs" / job.name):
-            jobs[job.name] = job
+        elif is_run_name(name):
+            ours = same_folder(root / "logs" / name, folder)
+        # A folder that is not found under its name here (an automounter's) is known by the job that the run recorded.
+        if ours or (ours is None and History.read(RunPaths(root, name).events).job_id == job.job_id):
+            jobs[name] = dataclasses.replace(job, name=name, behind=_behind(job, folder, queued))
     return jobs
+
+
+def _behind(job: QueuedJob, folder: Path, queued: Iterable[QueuedJob]) -> str:
+    """The job for which a singleton waits, if it was submitted from another folder under the same name."""
+    if job.waits and "singleton" in job.dependency:
+        for other in queued:
+            place = Path(other.directory).parent.parent
+            if other.name == job.name and other.job_id != job.job_id and not same_folder(place, folder):
+                return f"job {other.job_id}, of the same name in {place},"
+    return ""
+
+
+def jobs_of(runs: Sequence[RunPaths], timeout_seconds: float = 30) -> dict[str, QueuedJob | None]:
+    """Jobs of these runs of one root, whoever submitted them, by the run's name; asks Slurm again if that leaves doubt.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    asked_at, jobs = time.time(), queue(runs[0].root, timeout_seconds) if runs else {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        states = list(pool.map(lambda run: read_state(run, jobs, asked_at), runs))
+    return {**jobs, **look_again(states, timeout_seconds)}
+
+
+def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECONDS) -> dict[str, QueuedJob | None]:
+    """Jobs of the runs that are UNKNOWN by what `queue` says, by the run's name, from one more call of squeue.
+
+    None where Slurm has no such job; one in the state HIDDEN where it may be hidden.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    doubtful = {state.job_id: state for state in states if state.state == UNKNOWN and state.job_id}
+    found = client.squeue_jobs(list(doubtful), timeout_seconds) if doubtful else {}
+    hidden = (
+        any(_is_another(state.user) for job_id, state in doubtful.items() if job_id not in found)
+        and client.hides_jobs()
+    )
+    jobs: dict[str, QueuedJob | None] = {}
+    for job_id, state in doubtful.items():
+        job = found.get(job_id)
+        if job is None and hidden and _is_another(state.user):
+            job = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
+        jobs[state.run] = job and dataclasses.replace(job, name=state.run)
+    return jobs
+
+
+def _is_another(user: str | None) -> bool:
+    return user is not None and user != client.user_name()
 
 
 class QueuePoller:
@@ -64,7 +122,7 @@ class QueuePoller:
 
     def __init__(self, root: Path, interval: float) -> None:
         self.root, self.interval = root, interval
-        self.jobs: Mapping[str, QueuedJob] | None = None
+        self.jobs: Mapping[str, QueuedJob | None] | None = None
         self.asked_at: float | None = None
         self.trouble = ""
         self.next_poll = 0.0
@@ -80,6 +138,24 @@ class QueuePoller:
             self.trouble = str(error)
         self.next_poll = time.monotonic() + (SILENT_SECONDS if self.trouble else self.interval)
 
+    def read(self, runs: Sequence[RunPaths], stale: bool = True) -> list[RunState]:
+        """States of runs; Slurm is asked once more for jobs of other users.
+
+        Args:
+            stale: whether Slurm's last answer counts while it does not answer.
+        """
+        jobs = self.jobs if stale or not self.trouble else None
+        states = [read_state(paths, jobs, self.asked_at) for paths in runs]
+        others = [state for state in states if _is_another(state.user)]
+        if jobs is None or self.trouble or not others:
+            return states
+        try:
+            more = look_again(others)
+        except SchedulerError as error:
+            self.trouble, more = str(error), {}
+        jobs = self.jobs = {**jobs, **more}
+        return [read_state(p, jobs) if p.name in more else s for p, s in zip(runs, states, strict=True)]
+
 
 # A log that has been silent for this many of its intervals (and at least this many seconds) is a hung run.
 HUNG_INTERVALS, HUNG_SECONDS = 10, 300
@@ -87,7 +163,9 @@ WAITING = ("queued", "requeued")
 AT_WORK = ("running", "hung", "suspended", "stopping")
 ENDED = ("finished", "failed", "cancelled", "stopped", "not started", "unreadable")
 UNKNOWN = "unknown"
-CLOCKS_DIFFER = 2.0  # seconds, between the machine that looks and one that writes events
+# Time in which a run that was heard of is not gone because one answer of Slurm lacks it: the clock of the machine that
+# wrote the event may differ, and a slurmctld that has just been restarted may not know all jobs yet.
+RECENT_SECONDS = 30.0
 _REQUEUED = {"preemption": "preempted", "timeout": "at its time limit", "failure": "after a failure"}
 # By the last event: why Slurm ends a job, ...
 _STOPPING = {
@@ -129,6 +207,7 @@ class RunState:
     epoch_progress: float | None = None
     restart_causes: dict[str, int] = field(default_factory=dict)
     lost_seconds: float = 0.0
+    user: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -143,7 +222,7 @@ class RunState:
             in its log for much longer than train.log_seconds), suspended (by Slurm), stopping (Slurm ends the job),
             finished, failed, cancelled, stopped (ended otherwise; submitted again, it goes on), not started (never
             submitted), unreadable (its files make no sense or cannot be read, and it has no job), or unknown (Slurm
-            does not answer, or has not been asked since the run was submitted).
+            does not answer, does not show another user's job, or knows no job of a run that was heard of just now).
         detail: str, why, for people; its wording may change.
         epoch, epochs: int, finished ones and those of the spec.
         test_accuracy, best_accuracy: float or null, %, of the last finished epoch and the best one.
@@ -161,15 +240,16 @@ class RunState:
         restart_causes: {cause: int}, all restarts: preemption, timeout, failure, killed (without a warning), submitted
             (again, by a person). Unlike `requeues` it has those that Slurm saw to itself.
         lost_seconds: float, what the restarts have cost, but those after submitting again (`History.lost_seconds`).
+        user: str or null, who submitted it last.
         """
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
 
 
-def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, asked_at: float | None = None) -> RunState:
+def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob | None] | None, asked_at: float | None = None) -> RunState:
     """State of one run; if its files are damaged or not of this project, from its job or lock alone.
 
     Args:
-        jobs: as `queue` returns them; None where Slurm does not answer.
+        jobs: as `queue` and `look_again` return them; None where Slurm does not answer.
         asked_at: when Slurm was asked for `jobs`, in seconds since the epoch: of a run that was heard of since then
             they cannot tell that it has no job.
     """
@@ -178,7 +258,9 @@ def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob] | None, asked_at: 
     try:
         progress = read_progress(paths)
         history = progress.history
-        state, detail = _busy(paths, job, history, now) or _without_a_job(history, jobs is not None, asked_at)
+        state, detail = _busy(paths, job, history, now) or _without_a_job(
+            history, jobs is not None, asked_at, gone=jobs is not None and paths.name in jobs
+        )
         return _state_of(paths, job, progress, state, detail, now)
     except OSError as error:
         trouble = f"its files cannot be read now ({error.strerror or error})"
@@ -209,8 +291,8 @@ def _state_of(
         eta += max(0.0, (start - now).total_seconds())
     part = progress.epoch - summary.epoch
     world_size = history.attempts[-1].world_size if history.attempts else None
-    job_id = job.job_id if job else history.job_id
-    if not (isinstance(world_size, int | None) and isinstance(job_id, str | None)):
+    job_id, user = job.job_id if job else history.job_id, history.last_of(Submitted).get("user")
+    if not (isinstance(world_size, int | None) and isinstance(job_id, str | None) and isinstance(user, str | None)):
         raise ValueError("text where a number should be, or a number where text should be")
     return RunState(
         run=paths.name,
@@ -232,6 +314,7 @@ def _state_of(
         epoch_progress=part if state in AT_WORK and 0 < part <= 1 else None,
         restart_causes=history.restart_causes,
         lost_seconds=round(history.lost_seconds, 3),
+        user=user,
     )
 
 
@@ -259,6 +342,8 @@ def _busy(paths: RunPaths, job: QueuedJob | None, history: History, now: datetim
 
 def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tuple[str, str]:
     """(state, detail) of a run that has a job; `last` is `History.state`."""
+    if job.state == HIDDEN:
+        return UNKNOWN, f"maybe queued as job {job.job_id} of {job.user}: Slurm does not show others' jobs here"
     name, start = str(last.get("event")), job.start_time
     if job.waits and job.reason != "BeginTime":
         return "queued", ", ".join(filter(None, (job.why, expected(start, now))))
@@ -282,19 +367,28 @@ def clock(instant: datetime, now: datetime) -> str:
     return f"{local:%H:%M:%S}" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d %H:%M:%S}"
 
 
-def _without_a_job(history: History, slurm_answers: bool, asked_at: float | None) -> tuple[str, str]:
-    """(state, detail) of a run that has neither a job nor processes."""
+def _without_a_job(history: History, slurm_answers: bool, asked_at: float | None, gone: bool) -> tuple[str, str]:
+    """(state, detail) of a run that has neither a job nor processes.
+
+    Args:
+        gone: Slurm was asked for the recorded job by its id.
+    """
     last = history.state
     if not last:
         return "not started", "never submitted"
-    name, reason = last["event"], last.get("reason")
-    if history.last_of(Submitted).get("scheduler") == "slurm" and name not in (Finished.name, Cancelled.name):
+    name, reason, submitted = last["event"], last.get("reason"), history.last_of(Submitted)
+    if submitted.get("scheduler") == "slurm" and name not in (Finished.name, Cancelled.name):
         if not slurm_answers:
             return UNKNOWN, "Slurm does not answer"
+        # By a failure or by leaving the run itself says that it ended, but for a job that Slurm has requeued.
+        ended = name in FAILURES or (name == Left.name and reason != "preemption")
+        if not (gone or ended) and _is_another(submitted.get("user")):
+            return UNKNOWN, f"maybe queued as job {history.job_id} of {submitted['user']}"
         heard_at = time_of(last)
-        news = asked_at is not None and heard_at is not None and heard_at > asked_at - CLOCKS_DIFFER
-        if news and name not in (*FAILURES, Left.name):  # by which the run itself says that it ended
-            return UNKNOWN, f"{'submitted' if name == Submitted.name else 'heard of'} since Slurm last answered"
+        news = asked_at is not None and heard_at is not None and heard_at > asked_at - RECENT_SECONDS
+        if news and not (gone or ended or name == Left.name):
+            what = "submitted" if name == Submitted.name else "heard of"
+            return UNKNOWN, f"{what} a moment ago, and Slurm does not know its job"
     match name:
         case Finished.name:
             return "finished", f"{last.get('test_accuracy', float('nan')):.2f}%"

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import pwd
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.slurm.options import left_out
@@ -26,13 +29,19 @@ _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
 _FOR_GOOD = re.compile(r"permitted|denied|not allowed|presently disabled|not supported|Invalid user id", re.I)
 # Nodes that take jobs, by their state in sinfo; marks at its end: * does not answer, $ maintenance.
 _TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
-# Options of Slurm's commands by environment variable: they choose which jobs are shown or cancelled, and how; those
-# that end in _ALL only show more.
-_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_(?!ALL$)|SLURM_CLUSTERS$")
+# Options of Slurm's commands by environment variable: they choose the cluster, which jobs are shown or cancelled, and
+# how.
+_OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
+_ALL = {"SQUEUE_ALL": "1", "SINFO_ALL": "1", "SCONTROL_ALL": "1"}  # partitions that a site hides have jobs, too
 
 
-def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False) -> str:
+def command(
+    arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: bool = False, folder: Path | None = None
+) -> str:
     """Run one of Slurm's commands and return what it prints.
+
+    Args:
+        folder: to run it in.
 
     Raises:
         SchedulerError: the command is missing, refuses (its own words are in the message), or does not answer.
@@ -48,7 +57,8 @@ def command(arguments: Sequence[str], timeout_seconds: float = 30, stderr_too: b
             capture_output=True,
             text=True,
             errors="replace",  # a job of this user may work in a folder of any name
-            env={k: v for k, v in os.environ.items() if k not in out} | times,
+            env={k: v for k, v in os.environ.items() if k not in out} | times | _ALL,
+            cwd=folder,
             timeout=timeout_seconds,
             check=False,
         )
@@ -95,11 +105,16 @@ def job_fields(job_id: str) -> dict[str, str]:
     """The fields of `scontrol show job -o`, such as JobState, PreemptTime, EndTime, Restarts.
 
     Raises:
-        SchedulerError: scontrol is missing or does not know the job.
+        SchedulerError: scontrol is missing, does not know the job, or prints anything but this one job.
     """
-    line = command(["scontrol", "show", "job", "-o", job_id]).splitlines()[0]
-    pairs = re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", line)
-    return dict(reversed(pairs))  # the first counts: a comment or a path may hold words such as JobState=FAILED
+    text = command(["scontrol", "show", "job", "-o", job_id])
+    jobs = re.findall(r"^JobId=.* JobState=.*", text, re.MULTILINE)  # a site's wrapper may print lines of its own
+    # The first counts: a comment or a path may hold words such as JobState=FAILED.
+    fields = dict(reversed(re.findall(r"(\S+?)=(.*?)(?=\s\S+?=|\s*$)", jobs[0]))) if len(jobs) == 1 else {}
+    if job_id not in (fields.get("JobId"), f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"):
+        shown = " ".join(text.split())[:200] or "nothing"
+        raise SchedulerError(f"scontrol show job {job_id} does not answer: it printed {shown}.")
+    return fields
 
 
 def restart_count() -> int:
@@ -272,6 +287,8 @@ class QueuedJob:
     partition: str  # or several, with commas
     dependency: str  # those not fulfilled yet, as squeue prints them: singleton(unfulfilled),afterok:5(unfulfilled)
     directory: str  # the folder it works in
+    user: str = ""  # who has submitted it, if that is another user
+    behind: str = ""  # the job that its singleton waits for, if that belongs to another folder
 
     @property
     def waits(self) -> bool:
@@ -304,6 +321,8 @@ class QueuedJob:
         after = re.findall(r"after\w*:([0-9_*]+)", self.dependency) if code == "Dependency" else []
         if after:
             words: str | None = f"job{'s' * (len(after) > 1)} {', '.join(after)} must end first"
+        elif code == "Dependency" and self.behind:
+            words = f"{self.behind} must end first"
         elif code == "Dependency":
             words = f"another job{' of this run' * ('singleton' in self.dependency)} must end first"
         elif limit := re.fullmatch(r"Max\w*Per(Account|User)", code):
@@ -314,8 +333,21 @@ class QueuedJob:
 
 
 _QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
+# Names and folders of jobs that are not of this project may hold bars as well; no other field does.
+_QUEUE_LINE = re.compile(r"([^|]*)\|(.*?)\|([A-Z_]+)" + r"\|([^|]*)" * 5 + r"\|(.*)")
+HIDDEN = "HIDDEN"  # state of a job that its user has recorded and that Slurm does not show to others
+IDS_A_CALL = 1000  # arguments have a limit
 # Jobs with such a reason do not compete for nodes.
 _NOT_COMPETING = ("BeginTime", "Dependency", "JobHeld")
+
+
+@cache
+def user_name() -> str:
+    """Name of this user, by number: $LOGNAME, from which getpass takes it, is another user's under su(1)."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container the user may have no name
+        return str(os.getuid())
 
 
 def squeue(timeout_seconds: float = 30) -> list[QueuedJob]:
@@ -324,15 +356,41 @@ def squeue(timeout_seconds: float = 30) -> list[QueuedJob]:
     Raises:
         SchedulerError: Slurm does not answer.
     """
-    if shutil.which("squeue") is None:
-        return []
+    return [_queued(line) for line in _squeue(_QUEUE_FORMAT, timeout_seconds, "--user", str(os.getuid()))]
+
+
+def squeue_jobs(ids: Sequence[str], timeout_seconds: float = 30) -> dict[str, QueuedJob]:
+    """Those of these jobs, of any user, that are in the queue and may be seen, by id.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    lines: list[str] = []
+    for begin in range(0, len(ids), IDS_A_CALL):
+        asked = f"--jobs={','.join(ids[begin : begin + IDS_A_CALL])}"
+        try:
+            lines += _squeue(f"{_QUEUE_FORMAT}|%u", timeout_seconds, asked)
+        except SchedulerError as error:
+            if "Invalid job id" not in str(error):  # with which Slurm knows none of them
+                raise
+    rows = [line.rpartition("|") for line in lines if line.partition("|")[0] in ids]
+    jobs = [replace(_queued(line), user=user if user != user_name() else "") for line, _, user in rows]
+    return {job.job_id: job for job in jobs}
+
+
+def hides_jobs() -> bool:
+    """True if squeue may not show jobs of other users here."""
     try:
-        # By number: $LOGNAME, from which getpass takes the name, is another user's under su(1).
-        return [QueuedJob(*row) for row in _squeue(_QUEUE_FORMAT, timeout_seconds, "--user", str(os.getuid()))]
-    except SchedulerError as error:
-        if _unconfigured(error):
-            return []
-        raise
+        return re.search(r"^PrivateData\s*=.*\bjobs", command(["scontrol", "show", "config"]), re.MULTILINE) is not None
+    except SchedulerError:
+        return True
+
+
+def _queued(line: str) -> QueuedJob:
+    match = _QUEUE_LINE.fullmatch(line)
+    if match is None:  # to leave out a job would be to say that it is gone
+        raise SchedulerError(f"squeue does not answer: it printed {line[:200]!r}, where a line of a job should be.")
+    return QueuedJob(*match.groups())
 
 
 def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
@@ -347,7 +405,8 @@ def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
     Raises:
         SchedulerError: Slurm does not answer.
     """
-    waiting = _squeue("%i|%Q|%r", timeout_seconds, "--states=PENDING", f"--partition={job.partition}")
+    lines = _squeue("%i|%Q|%r", timeout_seconds, "--states=PENDING", f"--partition={job.partition}")
+    waiting = [line.split("|", 2) for line in lines if line.count("|") >= 2]
     order = {
         job_id: (-int(priority), *map(int, re.findall("[0-9]+", job_id)))
         for job_id, priority, _ in waiting
@@ -361,11 +420,18 @@ def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
     return None if ahead == 0 and job.reason == "Priority" else ahead
 
 
-def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[list[str]]:
-    # With --array each waiting task of an array has a line of its own.
-    text = command(["squeue", "--noheader", "--array", *options, f"--format={fields}"], timeout_seconds)
-    bars = fields.count("|")
-    return [line.split("|", bars) for line in text.splitlines() if line.count("|") >= bars]
+def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[str]:
+    """Lines of jobs; none on a machine without Slurm."""
+    if shutil.which("squeue") is None:
+        return []
+    try:  # with --array each waiting task of an array has a line of its own
+        text = command(["squeue", "--noheader", "--array", *options, f"--format={fields}"], timeout_seconds)
+    except SchedulerError as error:
+        if _unconfigured(error):
+            return []
+        raise
+    # A site's wrapper may print lines of its own.
+    return [line for line in text.splitlines() if re.match(r"[0-9]+[^|\s]*\|", line)]
 
 
 def _unconfigured(error: SchedulerError) -> bool:

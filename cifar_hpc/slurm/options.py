@@ -62,6 +62,14 @@ def left_out(environment: Iterable[str], here: bool = False) -> list[str]:
     return sorted(v for v in environment if _LEFT_OUT.match(v) or not (here or _OF_THIS_MACHINE.match(v) is None))
 
 
+# Options that would put the job where squeue does not show it, and what to use instead.
+OUT_OF_SIGHT = {
+    "cluster-constraint": "a login node of that cluster",
+    "clusters": "a login node of that cluster",
+    "uid": "that user's own account",
+}
+
+
 def check_option_names(names: Iterable[str]) -> None:
     """Check that each name is the long name of an sbatch option that may be passed through.
 
@@ -77,13 +85,13 @@ def check_option_names(names: Iterable[str]) -> None:
                 f"of lower-case letters, digits and '-', such as mail-type.{hint}"
             )
         # sbatch accepts any beginning of a name, so --out would set --output.
-        reserved = [option for option in RESERVED if option.startswith(name)]
+        instead = RESERVED | OUT_OF_SIGHT
+        reserved = [option for option in instead if option.startswith(name)]
         if reserved:
             option = name if name in reserved else reserved[0]
             short = "" if name == option else f" (it is short for {option})"
-            raise SpecError(
-                f"resources.sbatch.{name}: is set by cifar_hpc itself{short}. HINT: use {RESERVED[option]} instead."
-            )
+            why = "is set by cifar_hpc itself" if option in RESERVED else "would hide the job from status and cancel"
+            raise SpecError(f"resources.sbatch.{name}: {why}{short}. HINT: use {instead[option]} instead.")
 
 
 def check_dependency(text: str | None) -> None:

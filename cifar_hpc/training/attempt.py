@@ -15,7 +15,6 @@ from cifar_hpc.data.datasets import load_dataset
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
 from cifar_hpc.runs.events import Finished, Resumed, Started
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.text import one_line
@@ -50,7 +49,6 @@ class Attempt:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.lock = RunLock(context.paths.lock)
         self.failures = FailureReporter(context, self._position)
         self.watchdog: Watchdog | None = None
         self.trainer: Trainer | None = None
@@ -80,7 +78,7 @@ class Attempt:
         self.finished = True
         self.trainer = None  # drops the process groups, so that `disconnect` can end their threads
         disconnect()
-        self.lock.release()
+        context.lock.release()
         return 0
 
     def _position(self) -> Position | None:
@@ -173,9 +171,9 @@ class Attempt:
         context.paths.create()
         owner = {"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()}
         patience = Patience(LOCK_PATIENCE_SECONDS[launch.scheduler])
-        while self.lock.descriptor is None:
+        while not context.lock.held:
             try:
-                self.lock.acquire(owner | {"scheduler": launch.scheduler}, 1.0)
+                context.lock.acquire(owner | {"scheduler": launch.scheduler}, 1.0)
             except RunBusyError:
                 if patience.over():
                     raise

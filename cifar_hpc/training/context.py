@@ -6,6 +6,7 @@ from typing import Any
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.events import Event, FirstStep
 from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import WriterLock
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import record_event, update_progress
@@ -19,6 +20,7 @@ class Context:
     Attributes:
         first: true on rank 0.
         log: enabled on the rank that also writes events and calls Slurm: rank 0, or another one once that is gone.
+        lock: held by rank 0 from the start of the attempt, or from before it.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Context:
         self.first = launch.rank == 0
         self.log = TrainLog(paths.train_log, enabled=self.first)
         self.heart = Heartbeat()
+        self.lock = WriterLock(paths)
 
     @cached_property
     def restart(self) -> int:
@@ -47,8 +50,13 @@ class Context:
 
         Args:
             eta_by_rate, position: as `update_progress`.
+
+        Raises:
+            RunFailedError: another process has taken the run's lock.
         """
         if self.first:
+            for path in self.lock.renew():
+                self.log.warn(f"{path} was deleted or replaced under this process, which holds that lock; made again")
             memory = self.heart.peak_memory_bytes
             update_progress(self.paths, self.spec, eta_by_rate, peak_memory_bytes=memory, **position)
 

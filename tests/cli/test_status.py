@@ -91,7 +91,7 @@ def test_a_run_that_was_submitted_since_the_queue_was_read_has_not_stopped(root:
         fresh.events, Submitted(scheduler="slurm", code="", command=""), job_id="99", restart=None, world_size=None
     )
     (found,) = (state for state in reader.read() if state.run == fresh.name)
-    assert (found.state, found.detail) == ("unknown", "submitted since Slurm last answered")
+    assert (found.state, found.detail) == ("unknown", "submitted a moment ago, and Slurm does not know its job")
     (root / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
     reader.queue.next_poll = 0.0
     (found,) = (state for state in reader.read() if state.run == fresh.name)
@@ -124,6 +124,7 @@ SCHEMA: dict[str, tuple[type, ...]] = {
     "epoch_progress": (*NUMBER, NoneType),
     "restart_causes": (COUNTS,),
     "lost_seconds": NUMBER,
+    "user": (str, NoneType),
 }
 
 

@@ -45,6 +45,9 @@ SCRIPT = """\
 #SBATCH --signal=USR2@120
 #SBATCH --time=1-12
 
+# setup
+ln -sf task.pkl '{logs}'/"${{SLURM_JOB_ID}}_submitted.pkl"
+
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output '{logs}/%j_%t_log.out' --kill-on-bad-exit=0 --wait=0 --cpus-per-task=8 \

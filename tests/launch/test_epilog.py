@@ -186,6 +186,7 @@ def test_epilog_finds_a_task_of_an_array_by_its_index(site: Site, monkeypatch: p
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     site.freeze()
     site.happened(START | {"job_id": "5_1"}, SAVED)
+    site.answer.write_text("JobId=7 ArrayJobId=5 ArrayTaskId=1 JobState=RUNNING\n")
     assert [row["event"] for row in site.end(str(sweep.points))] == ["failed", "requeued"]
     assert site.requests() == ["requeue 5_1"]
 

@@ -129,7 +129,8 @@ def test_what_was_heard_since_slurm_was_asked_is_no_end(paths: RunPaths, second:
         state = "stopped"
     assert found.state == state and found.ended is (state != "unknown")
     if state == "unknown":
-        assert found.detail == f"{'submitted' if event == 'submitted' else 'heard of'} since Slurm last answered"
+        what = "submitted" if event == "submitted" else "heard of"
+        assert found.detail == f"{what} a moment ago, and Slurm does not know its job"
     assert read_state(paths, job("PENDING", "Priority"), asked_at=ASKED_AT.timestamp()).state == "queued"
 
 

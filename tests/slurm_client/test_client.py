@@ -107,13 +107,14 @@ def test_queue_and_jobs_ahead_do_not_wait_for_a_slow_squeue(fake: Path) -> None:
 
 
 def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ["SQUEUE_STATES", "SQUEUE_FORMAT2", "SINFO_PARTITION", "SCONTROL_LOCAL", "SCANCEL_NAME"]
+    settings = ["SQUEUE_STATES", "SLURM_CLUSTERS", "SINFO_PARTITION", "SCONTROL_LOCAL", "SCANCEL_NAME"]
     for name in (*settings, "SLURM_TIME_FORMAT", "SQUEUE_ALL", "SLURM_CONF", "SQUEUER"):
         monkeypatch.setenv(name, "x")
     program(fake, "squeue", "env")
     seen = dict(line.split("=", 1) for line in slurm.command(["squeue"]).splitlines() if "=" in line)
     assert seen.keys().isdisjoint(settings) and seen["SLURM_TIME_FORMAT"] == "%s"
-    assert {seen[name] for name in ("SQUEUE_ALL", "SLURM_CONF", "SQUEUER")} == {"x"}
+    assert {seen[name] for name in ("SQUEUE_ALL", "SCONTROL_ALL")} == {"1"}  # jobs in hidden partitions, too
+    assert {seen[name] for name in ("SLURM_CONF", "SQUEUER")} == {"x"}
     program(fake, "sbatch", "env")
     monkeypatch.setenv("SBATCH_WAIT", "1")
     handed_on = dict(line.split("=", 1) for line in slurm.command(["sbatch"]).splitlines() if "=" in line)

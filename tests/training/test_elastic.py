@@ -105,7 +105,7 @@ def start(
     attempt = Attempt(Context(RunPaths(Path(root), "run"), tiny_spec(**sections), launch, stop))
     with patched(plan, lag, stop, rank, cuts):
         status = attempt.run()
-    attempt.lock.release()
+    attempt.context.lock.release()
     del attempt
     gc.collect()  # the agreement's group goes with it
     return status, cuts
