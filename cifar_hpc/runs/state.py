@@ -331,7 +331,8 @@ def _age(path: Path) -> float | None:
 def _busy(paths: RunPaths, job: QueuedJob | None, history: History, now: datetime) -> tuple[str, str] | None:
     """(state, detail) of a run that has a job or processes; None for any other."""
     if job is not None:
-        return _in_the_queue(job, history.state, now)
+        state, detail = _in_the_queue(job, history.state, now)
+        return state, f"{job.user}'s job: {detail}" if job.user else detail
     owner = holder(paths.lock)
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
@@ -343,7 +344,7 @@ def _busy(paths: RunPaths, job: QueuedJob | None, history: History, now: datetim
 def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tuple[str, str]:
     """(state, detail) of a run that has a job; `last` is `History.state`."""
     if job.state == HIDDEN:
-        return UNKNOWN, f"maybe queued as job {job.job_id} of {job.user}: Slurm does not show others' jobs here"
+        return UNKNOWN, f"maybe queued as job {job.job_id}: Slurm does not show others' jobs here"
     name, start = str(last.get("event")), job.start_time
     if job.waits and job.reason != "BeginTime":
         return "queued", ", ".join(filter(None, (job.why, expected(start, now))))
