@@ -1,0 +1,233 @@
+"""Answers of Slurm's commands that are late, empty, wrapped, or say less than was done, and what follows from each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from stub_slurm import StubSlurm
+
+from cifar_hpc.__main__ import main
+from cifar_hpc.cli import submit
+from cifar_hpc.launch import batch_script
+from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs
+from cifar_hpc.slurm.client import user_name
+
+JOB = "data: {source: synthetic}\n"
+SWEEP = JOB + "sweep: {seeds: 2}\n"
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+REFUSED = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
+
+
+@dataclass
+class Site:
+    """A root, a stub of Slurm, and programs that come before those of the stub."""
+
+    root: Path
+    stub: StubSlurm
+    front: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def program(self, name: str, body: str) -> None:
+        """A program that may call the stub's as REAL."""
+        self.front.joinpath(name).write_text(f"#!/bin/sh\nREAL={self.stub.programs / name}\n{body}\n")
+        self.front.joinpath(name).chmod(0o755)
+
+    def submit(self, text: str = JOB, *arguments: str) -> tuple[int, str]:
+        """Exit status and output of a submission."""
+        job = self.root.with_name("job.yaml")
+        job.write_text(text)
+        return self._said(submit.main([str(job), "--name", "run", *arguments]))
+
+    def command(self, *words: str) -> tuple[int, str]:
+        return self._said(main(list(words)))
+
+    def _said(self, status: int) -> tuple[int, str]:
+        captured = self.capsys.readouterr()
+        return status, captured.out + captured.err
+
+    def states(self) -> dict[str, str]:
+        """State of each run by `status`."""
+        main(["status", "--json"])
+        return {row["run"]: row["state"] for row in json.loads(self.capsys.readouterr().out)}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Site:
+    made = Site(tmp_path / "root", StubSlurm(tmp_path), tmp_path / "front", capsys)
+    made.front.mkdir()
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(made.root))
+    monkeypatch.setattr(batch_script, "LOOK_SECONDS", (0, 0))
+    for name, value in made.stub.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{made.front}:{made.stub.environment['PATH']}")
+    return made
+
+
+# By the answer of sbatch: whether the job exists, and what is known of it (a number, none, or maybe).
+ANSWERS = {
+    "plain": ('"$REAL" "$@"', "known"),
+    "banner": ('echo "Welcome! job 99 of today"; "$REAL" "$@"; echo bye', "known"),
+    "warning": ('echo "sbatch: warning: no time limit" >&2; "$REAL" "$@"', "known"),
+    "timed out, done": (f'"$REAL" "$@" > /dev/null; echo "{TIMED_OUT}" >&2; exit 1', "known"),
+    "timed out, not done": (f'echo "{TIMED_OUT}" >&2; exit 1', "none"),
+    "unknown words, done": ('"$REAL" "$@" > /dev/null; echo "see your administrator" >&2; exit 1', "known"),
+    "killed, done": ('"$REAL" "$@" > /dev/null; kill -9 $$', "known"),
+    "nothing, done": ('"$REAL" "$@" > /dev/null', "known"),
+    "nothing, not done": ("exit 0", "none"),
+    "two numbers, done": (
+        '"$REAL" "$@" > /dev/null; printf "Submitted batch job 7\\nSubmitted batch job 8\\n"',
+        "known",
+    ),
+    "another cluster's name, done here": ('echo "$("$REAL" "$@") on cluster here"', "known"),
+    "another cluster": ('echo "Submitted batch job 7 on cluster other"', "maybe"),
+    "refused": (f'echo "{REFUSED}" >&2; exit 1', "none"),
+}
+
+
+@pytest.mark.parametrize("text", [JOB, SWEEP], ids=["run", "sweep"])
+@pytest.mark.parametrize(("body", "known"), ANSWERS.values(), ids=ANSWERS)
+def test_what_sbatch_answers(site: Site, text: str, body: str, known: str) -> None:
+    site.program("sbatch", body)
+    status, said = site.submit(text)
+    queued = site.stub.queued()
+    assert (status, bool(queued)) == ((0, True) if known == "known" else (3, False)), said
+    runs = all_runs(site.root)
+    recorded = sorted(row["job_id"] for run in runs for row in read_jsonl(run.events))
+    assert recorded == (queued if known == "known" else [])
+    assert bool(runs) is (known != "none")  # a frozen spec, without which a job could not start
+    sweep = SweepPaths(site.root, "run", 1)
+    folder = sweep if text is SWEEP else RunPaths(site.root, "run")
+    assert ("maybe submitted" in said) is (known == "maybe") is (folder.slurm / "submission.sh").exists()
+    assert (folder.slurm / "task.pkl").exists() is (known != "none")
+    if known == "known":
+        assert (folder.slurm / "1_submission.sh").exists()
+        assert site.submit(text)[0] == (0 if text is SWEEP else 4) and site.stub.queued() == queued
+
+
+def test_an_sbatch_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_script, "SBATCH_SECONDS", 3)
+    # Its child holds the pipes when it is killed.
+    site.program("sbatch", '"$REAL" "$@" > /dev/null; touch "$QUEUE.done"; sleep 600 & echo $! > "$QUEUE.pid"; wait')
+    status, said = site.submit()
+    os.kill(int(site.stub.queue.with_name("queue.pid").read_text()), signal.SIGKILL)
+    assert status == 0 and "did not answer within 3 s" in said and len(site.stub.queued()) == 1
+
+
+@pytest.mark.parametrize("text", [JOB, SWEEP], ids=["run", "sweep"])
+def test_while_slurm_is_silent_nothing_is_undone_and_the_next_submission_looks_first(site: Site, text: str) -> None:
+    site.program("sbatch", f'"$REAL" "$@" > /dev/null; touch "$QUEUE.silent"; echo "{TIMED_OUT}" >&2; exit 1')
+    site.program(
+        "squeue", '[ ! -e "$QUEUE.silent" ] || { echo "Unable to contact slurm controller" >&2; exit 1; }\n"$REAL" "$@"'
+    )
+    status, said = site.submit(text)
+    assert status == 3 and "maybe submitted" in said and "Unable to contact" in said
+    runs = all_runs(site.root)
+    assert len(runs) == (2 if text is SWEEP else 1)
+    assert site.submit(text)[0] == 3 and len(site.stub.calls()) == 1  # still silent
+    site.stub.queue.with_name("queue.silent").unlink()
+    assert set(site.states().values()) == {"queued"}
+    status, said = site.submit(text)
+    assert status == (0 if text is SWEEP else 4) and "already in the queue as job 1" in said
+    assert len(site.stub.calls()) == 1
+
+
+def test_a_run_that_was_submitted_is_not_gone_because_one_answer_lacks_it(site: Site) -> None:
+    """As of a slurmctld that has just been restarted."""
+    site.submit()
+    site.program("squeue", f'case "$*" in *--user*) exit 0;; esac; sed "s/$/|{user_name()}/" "$QUEUE"')
+    assert site.states() == {"run": "unknown"}
+    status, said = site.submit()
+    assert status == 4 and "in the queue as" in said and len(site.stub.calls()) == 1
+    site.stub.end()
+    assert site.states() == {"run": "unknown"}
+    assert site.submit()[0] == 0  # asked for the job itself, Slurm does not know it
+
+
+CANCELLATIONS = {
+    "done": ('echo > "$QUEUE"', 0, "is cancelled", "cancelled"),
+    "timed out, done": ('echo > "$QUEUE"; echo "Socket timed out" >&2; exit 1', 0, "is cancelled", "cancelled"),
+    "timed out, not done": ('echo "Socket timed out" >&2; exit 1', 3, "Socket timed out", "queued"),
+    "ending": (
+        'sed -i "s/PENDING/COMPLETING/" "$QUEUE"; echo "Socket timed out" >&2; exit 1',
+        0,
+        "is cancelled",
+        "stopping",
+    ),
+    "silent": ('touch "$QUEUE.silent"; echo "Socket timed out" >&2; exit 1', 3, "maybe cancelled", "unknown"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "words", "state"), CANCELLATIONS.values(), ids=CANCELLATIONS)
+def test_what_scancel_answers(site: Site, body: str, status: int, words: str, state: str) -> None:
+    site.submit()
+    site.program("scancel", body)
+    site.program("squeue", '[ ! -e "$QUEUE.silent" ] || exit 1\n"$REAL" "$@"')
+    found, said = site.command("cancel", "run")
+    assert found == status and words in said
+    events = [row["event"] for row in read_jsonl(RunPaths(site.root, "run").events)]
+    assert events == ["submitted", "cancelled"][: 2 - bool(status)]
+    assert site.states() == {"run": state}
+
+
+class Two:
+    """What a second person sees of the run that alice has submitted."""
+
+    def __init__(self, site: Site, hides: bool) -> None:
+        self.site, self.events = site, RunPaths(site.root, "run").events
+        site.submit()
+        self.events.write_text(self.events.read_text().replace(json.dumps(user_name()), '"alice"'))
+        shown = "" if hides else 'sed "s/$/|alice/" "$QUEUE"'
+        site.program("squeue", rf'case "$*" in *--jobs=1\ --format*) echo asked >> "$QUEUE.asked"; {shown};; esac')
+        site.program("scontrol", f'echo "PrivateData = {"jobs,usage" if hides else "none"}"')
+        site.program("scancel", 'echo "scancel: error: Kill job error: Access/permission denied" >&2; exit 1')
+
+    def asked(self) -> int:
+        """How often squeue was asked for the job by its id."""
+        file = self.site.stub.queue.with_name("queue.asked")
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_another_users_job_is_seen_and_not_submitted_again(site: Site) -> None:
+    two = Two(site, hides=False)
+    assert site.states() == {"run": "queued"} and two.asked() == 1
+    assert "alice's job: Priority" in site.command("status")[1]
+    status, said = site.submit()
+    assert status == 4 and "already in the queue as alice's job 1 (PENDING). HINT: ask alice" in said
+    status, said = site.command("cancel", "run")
+    assert status == 3 and "permission denied HINT: ask alice, whose job it is." in said
+    status, said = site.command("requeue", "run")
+    assert status == 2 and "job 1 is alice's" in said
+    assert site.command("cancel", "run", "--gone")[0] == 2
+    site.stub.end()
+    assert site.states() == {"run": "stopped"}  # it is gone, and Slurm would show it
+    assert site.submit()[0] == 0
+    asked = two.asked()
+    assert site.states() == {"run": "unknown"} and two.asked() == asked  # of one's own job the first answer tells
+
+
+def test_where_slurm_hides_others_jobs_a_run_is_maybe_queued(site: Site) -> None:
+    Two(site, hides=True)
+    assert site.states() == {"run": "unknown"}
+    status, said = site.submit()
+    assert status == 4 and "maybe in the queue as job 1 of alice" in said and "cancel run --gone" in said
+    status, said = site.command("cancel", "run")
+    assert status == 3 and "with --gone it is recorded as ended" in said
+    assert site.command("cancel", "run", "--gone")[0] == 0
+    assert site.states() == {"run": "cancelled"}
+    assert site.submit()[0] == 0 and len(site.stub.calls()) == 2
+
+
+def test_of_runs_that_have_ended_slurm_is_asked_nothing_more(site: Site) -> None:
+    two = Two(site, hides=True)
+    with two.events.open("a") as file:
+        file.write(json.dumps({"event": "failed", "error": "x", "job_id": "1", "again": False}) + "\n")
+    shutil.rmtree(site.root / "logs" / "run" / "code")
+    assert site.states() == {"run": "failed"} and two.asked() == 0
