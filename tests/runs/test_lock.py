@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -18,8 +19,9 @@ import pytest
 from helpers import PROJECT
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.errors import RunBusyError, SpecError
-from cifar_hpc.runs.lock import RunLock, describe, holder, holder_pid, read_owner
+from cifar_hpc.errors import RunBusyError, RunFailedError, SpecError
+from cifar_hpc.runs.lock import RunLock, WriterLock, claim, describe, holder, holder_pid, read_owner
+from cifar_hpc.runs.paths import RunPaths
 
 HOLD = """
 import sys
@@ -133,6 +135,100 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeyp
     monkeypatch.setattr("cifar_hpc.runs.lock.fcntl.flock", flock)
     RunLock(tmp_path / "run.lock").acquire({"job_id": "1"})
     assert holder(tmp_path / "run.lock") is None
+
+
+def two_with_one_folder(tmp_path: Path) -> tuple[RunPaths, RunPaths]:
+    """Runs of one name in two projects that share the folder of checkpoints."""
+    (tmp_path / "scratch").mkdir()
+    runs = RunPaths(tmp_path / "a", "run"), RunPaths(tmp_path / "b", "run")
+    for run in runs:
+        run.root.mkdir()
+        (run.root / "checkpoints").symlink_to(tmp_path / "scratch")
+        run.create()
+    return runs
+
+
+def test_a_folder_of_checkpoints_belongs_to_one_run(tmp_path: Path) -> None:
+    first, second = two_with_one_folder(tmp_path)
+    lock, other = WriterLock(first), WriterLock(second)
+    lock.acquire({"job_id": "5"})
+    with pytest.raises(RunBusyError, match=r"checkpoints/run/owner\.lock: .*by job 5"):
+        other.acquire({})
+    assert not other.held and not second.lock.exists()  # nothing was written
+    lock.release()
+    claim(second)  # the first has no spec: its submission was refused
+    claim(first)
+    first.spec.touch()
+    for use in (lambda: claim(second), lambda: WriterLock(second).acquire({})):
+        with pytest.raises(
+            SpecError, match=rf"holds the checkpoints of run run in {first.root}.*HINT: use another --name"
+        ):
+            use()
+    claim(first)
+    assert holder(first.owner) is None and not second.lock.exists()
+    first.root.rename(tmp_path / "moved")  # whose own path is another now, as after an automounter's change
+    claim(RunPaths(tmp_path / "moved", "run"))
+    shutil.rmtree(tmp_path / "moved")
+    claim(second)
+
+
+def test_a_copy_of_a_project_and_old_owners_are_no_obstacle(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "a", "run")
+    run.create()
+    run.spec.touch()
+    claim(run)
+    shutil.copytree(run.root, tmp_path / "b")
+    claim(RunPaths(tmp_path / "b", "run"))
+    claim(run)
+    (tmp_path / "link").symlink_to(run.root)
+    claim(RunPaths(tmp_path / "link", "run"))
+    claim(run)
+    for content in ("", "[1]", '{"root": 5, "run": "run"}', '{"root": "/x"}', '{"root": "/\\u0000", "run": "run"}'):
+        run.owner.write_text(content)
+        claim(run)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_holder_of_a_deleted_lock_takes_it_again(tmp_path: Path, replaced: bool) -> None:
+    run = RunPaths(tmp_path, "run")
+    run.create()
+    lock, second = WriterLock(run), WriterLock(run)
+    lock.acquire({"job_id": "5"})
+    assert lock.renew() == []
+    run.lock.unlink()
+    if replaced:
+        run.lock.write_text("{}")
+    with pytest.raises(RunBusyError, match="by job 5"):
+        second.acquire({"job_id": "6"})
+    assert holder(run.lock) is None
+    assert lock.renew() == [run.lock] and lock.renew() == []
+    assert holder(run.lock) == {"job_id": "5"}
+    shutil.rmtree(run.checkpoints)
+    assert lock.renew() == [run.owner]
+    for path in (run.lock, run.owner):
+        path.unlink()
+    second.acquire({"job_id": "6"})
+    with pytest.raises(RunFailedError, match=r"by job 6 .* was deleted or replaced, so it ends"):
+        lock.renew()
+    second.release()
+    lock.release()
+    assert holder(run.lock) is None and holder(run.owner) is None
+
+
+def test_a_lock_that_is_deleted_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, deleted = tmp_path / "run.lock", []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not deleted:
+            deleted.append(path.unlink())
+
+    monkeypatch.setattr("cifar_hpc.runs.lock.fcntl.flock", flock)
+    lock = RunLock(path)
+    lock.acquire({"pid": 1})
+    assert deleted and os.path.samestat(os.fstat(lock.descriptor or 0), path.stat())
+    lock.release()
 
 
 def planted_link(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from cifar_hpc.__main__ import main
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import state as run_state
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 from cifar_hpc.slurm import client as slurm
 
 SHOWN = (
@@ -49,6 +51,66 @@ def test_job_fields_ignores_fields_in_a_comment(fake: Path) -> None:
     assert (fields["JobState"], fields["Restarts"], fields["WorkDir"]) == ("RUNNING", "2", "/a b")
 
 
+ARRAY = "JobId=9 ArrayJobId=5 ArrayTaskId=1 JobName=x JobState=RUNNING"
+NOT_ANSWERED = {
+    "nothing": ("", "it printed nothing"),
+    "blank": ("\n \n", "it printed nothing"),
+    "words": ("Welcome to the cluster", "it printed Welcome to the cluster"),
+    "another job": (SHOWN.replace("JobId=5", "JobId=6"), "it printed JobId=6"),
+    "two jobs": (SHOWN + SHOWN, "it printed JobId=5"),
+    "a line cut short": ("JobId=5 JobName=my", "it printed JobId=5"),
+    "another task": (ARRAY, "it printed JobId=9"),
+}
+
+
+@pytest.mark.parametrize(("shown", "words"), NOT_ANSWERED.values(), ids=NOT_ANSWERED)
+def test_job_fields_of_anything_but_this_job_is_no_answer(fake: Path, shown: str, words: str) -> None:
+    (fake / "shown").write_text(shown)
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    with pytest.raises(SchedulerError, match=f"scontrol show job 5 does not answer: {words}"):
+        slurm.job_fields("5")
+
+
+def test_job_fields_behind_a_banner_and_of_a_task(fake: Path) -> None:
+    (fake / "shown").write_text(f"Welcome!\n{SHOWN}bye JobId=7\n")
+    program(fake, "scontrol", f"cat '{fake}/shown'")
+    assert slurm.job_fields("5")["JobState"] == "RUNNING"
+    (fake / "shown").write_text(ARRAY)
+    assert slurm.job_fields("5_1")["JobId"] == slurm.job_fields("9")["JobId"] == "9"
+
+
+@pytest.mark.parametrize("line", ["8|b|RUNNING", "8|b|RUNNING|None|N/A|n1|gpu|(null)", "8|b|running|a|b|c|d|e|/f"])
+def test_a_line_of_a_job_that_makes_no_sense_is_no_answer(fake: Path, line: str) -> None:
+    program(fake, "squeue", f"echo '{line}'")
+    with pytest.raises(SchedulerError, match=r"squeue does not answer: it printed '8\|b\|"):
+        run_state.queue(fake)
+
+
+def test_queue_behind_a_banner_and_beside_names_with_bars(fake: Path) -> None:
+    ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
+    lines = ["Welcome | to | the | cluster", "5 users", "7|a|b c|PENDING|None|N/A||gpu|(null)|/x|y", ours]
+    program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    assert {name: job.nodes for name, job in run_state.queue(fake).items()} == {"b": "n1"}
+    other, _ = slurm.squeue()
+    assert (other.name, other.state, other.directory) == ("a|b c", "PENDING", "/x|y")
+
+
+def test_jobs_by_id_in_batches(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "IDS_A_CALL", 2)
+    line = f"5_1|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e|alice"
+    program(
+        fake,
+        "squeue",
+        f"""echo "$@" >> '{fake}/asked'; case "$*" in *=5_1,6*) echo '{line}'; echo '{line}' | sed s/5_1/55_1/;;
+        *) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac""",
+    )
+    (job,) = slurm.squeue_jobs(["5_1", "6", "7"]).values()
+    assert (job.job_id, job.user, job.nodes) == ("5_1", "alice", "n1") and len(asked(fake)) == 2
+    program(fake, "squeue", "echo 'Unable to contact' >&2; exit 1")
+    with pytest.raises(SchedulerError, match="Unable to contact"):
+        slurm.squeue_jobs(["5"])
+
+
 def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "somebody-else")
     program(fake, "squeue", f"echo \"$@\" > '{fake}/asked'")
@@ -68,6 +130,53 @@ def test_queue(fake: Path) -> None:
     first = jobs["a-1"]
     assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
     assert (jobs["b"].nodes, jobs["b"].partition, jobs["b"].dependency) == ("n[1-2]", "gpu", "(null)")
+
+
+def test_a_folder_is_known_under_another_path(fake: Path) -> None:
+    """By device and inode, as one behind a link or a bind mount; by the recorded job where that path is not here."""
+    (fake / "root" / "logs" / "b").mkdir(parents=True)
+    (fake / "other").symlink_to("root")
+    for place, job_id, found in (
+        (fake / "other", "8", True),
+        (Path("/auto/x"), "8", True),
+        (Path("/auto/x"), "9", False),
+    ):
+        program(fake, "squeue", f"echo '{job_id}|b|RUNNING|None|N/A|n1|gpu|(null)|{place}/logs/b/code/2e'")
+        if place != fake / "other":
+            (fake / "root" / "logs" / "b" / "events.jsonl").write_text('{"event": "submitted", "job_id": "8"}\n')
+        assert list(run_state.queue(fake / "root")) == ["b"] * found
+    (fake / "copy" / "logs" / "b").mkdir(parents=True)  # with its logs, while the job of the original is queued
+    shutil.copy(fake / "root" / "logs" / "b" / "events.jsonl", fake / "copy" / "logs" / "b")
+    program(fake, "squeue", f"echo '8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/root/logs/b/code/2e'")
+    assert run_state.queue(fake / "copy") == {} and list(run_state.queue(fake / "root")) == ["b"]
+
+
+def test_a_sweeps_folder_is_known_under_another_path(fake: Path) -> None:
+    for root, names in (("root", ["s-0", "s-1"]), ("clone", ["s-2", "s-3"])):
+        sweep = SweepPaths(fake / root, "s", 1)
+        sweep.create()
+        write_points(sweep, names)
+    (fake / "other").symlink_to("root")
+    run = RunPaths(fake / "root", "s-1")
+    for place, found in ((fake / "other", ["s-1"]), (fake / "clone", []), (Path("/auto/x"), [])):
+        program(fake, "squeue", f"echo '8_1|s:sweep|RUNNING|None|N/A|n1|gpu|(null)|{place}/logs/sweeps/s/1/code/2e'")
+        assert list(run_state.queue(fake / "root")) == found
+    run.create()
+    run.events.write_text('{"event": "submitted", "job_id": "8_1"}\n')
+    assert list(run_state.queue(fake / "root")) == ["s-1"]
+
+
+def test_a_singleton_that_waits_for_another_folders_job_says_so(fake: Path) -> None:
+    for root in ("mine", "theirs"):
+        (fake / root / "logs" / "b").mkdir(parents=True)
+    lines = [f"7|b|PENDING|JobHeldUser|N/A||gpu|(null)|{fake}/theirs/logs/b/code/1f"]
+    lines += [f"8|b|PENDING|Dependency|N/A||gpu|singleton(unfulfilled)|{fake}/mine/logs/b/code/1f"]
+    program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    (job,) = run_state.queue(fake / "mine").values()
+    assert job.why == f"Dependency: job 7, of the same name in {fake}/theirs/logs/b, must end first"
+    lines[0] = lines[0].replace("theirs", "mine")
+    program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    assert run_state.queue(fake / "mine")["b"].why == "Dependency: another job of this run must end first"
 
 
 WAITING = slurm.QueuedJob("9", "a", "PENDING", "Priority", "N/A", "", "gpu,long", "(null)", "/a")
