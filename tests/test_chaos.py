@@ -187,6 +187,7 @@ def test_other_weights_and_files_are_seen(tmp_path: Path) -> None:
         entries[name] = {"sha256": verdict.sha256(name.encode()).hexdigest(), "bytes": len(name)}
     best = entries.pop("best.pt")
     (folder / "index.json").write_text(json.dumps({"checkpoints": entries, "best": best}))
+    (folder / "owner.lock").touch()
     assert verdict.check_files(tmp_path, RUN, 1, [row]) == []
     assert verdict.check_files(tmp_path, RUN, 1, [row, row]) != []
     (folder / "step_00000006.pt").write_bytes(b"")

@@ -89,7 +89,7 @@ def check_files(root: Path, name: str, keep: int, rows: list[dict[str, Any]]) ->
     problems += [f"left over: {p.relative_to(root)}" for p in sorted(root.rglob("*.tmp"))]
     names = {p.name for p in folder.iterdir()}
     steps = {name for name in names if re.fullmatch(r"step_\d{8}\.pt", name)}
-    if names != steps | {"best.pt", "index.json"}:
+    if names != steps | {"best.pt", "index.json", "owner.lock"}:
         problems.append(f"checkpoints: {sorted(names)}")
     if not 1 <= len(steps) <= keep:
         problems.append(f"checkpoints: {len(steps)} files, checkpoint.keep is {keep}")

@@ -222,7 +222,7 @@ class Run:
         """Nothing half-written lies in the folder of checkpoints, and the index knows each file."""
         names = {p.name for p in self.checkpoints.iterdir()}
         steps = {n for n in names if re.fullmatch(r"step_\d{8}\.pt", n)}
-        assert names == steps | {"best.pt", "index.json"}, names
+        assert names == steps | {"best.pt", "index.json", "owner.lock"}, names
         assert set(json.loads((self.checkpoints / "index.json").read_text())["checkpoints"]) == steps
 
     def check_saved_where_it_stopped(self, count: int = 1) -> int:
