@@ -120,9 +120,12 @@ class History:
         job_id = row.get("job_id")
         self.job_id = job_id if isinstance(job_id, str) and job_id else self.job_id
         kept = dict(row)
+        over = self.state.get("event") == events.Finished.name
         if name in (*STARTS, events.Attempted.name):
             kept = {"event": name, "time": row.get("time")}  # without the environment
-            self._start(name, row)
+            # A job that starts again after it has finished its run has nothing to do, and no end to report.
+            if name in STARTS or not over or job_id not in [attempt.job_id for attempt in self.attempts]:
+                self._start(name, row)
         elif speaking := [a for a in self.attempts if a.job_id == job_id and a.restart == row.get("restart")]:
             speaking[-1].add(name, row)
         elif name == events.Submitted.name and self._announced(job_id):
@@ -142,8 +145,7 @@ class History:
             self._count(str(refused.get("reason")), -1)
         elif name in FAILURES and not row.get("bad_node"):
             self.failed_step = step_of(row)
-        surplus = self.state.get("event") == events.Finished.name and name in _SURPLUS
-        if name in STATES and not surplus:
+        if name in STATES and not (over and name in _SURPLUS):
             # What a cancelled attempt still does about it is no news.
             self.state = kept if name == events.Finished.name else self.last.get(events.Cancelled.name, kept)
 

@@ -89,3 +89,21 @@ def test_limits_count_from_the_last_submission() -> None:
     history.add({"event": "submitted"})
     assert (history.requeues_since_submission, history.failed_step) == ({}, None)
     assert history.requeues == {"failure": 2}
+
+
+def test_a_job_that_starts_again_after_it_has_finished_its_run_is_no_attempt() -> None:
+    def attempt(job_id: str, count: int) -> dict[str, Any]:
+        return {"event": "attempt", "job_id": job_id, "restart": None, "restart_count": count}
+
+    ended = [
+        {"event": "submitted", "job_id": "7"},
+        attempt("7", 0),
+        {"event": "started", "job_id": "7", "restart": 0},
+        {"event": "finished", "job_id": "7", "restart": 0, "step": 9},
+    ]
+    history = History.of([*ended, attempt("7", 1)])
+    assert len(history.attempts) == 1 and history.state["event"] == "finished"
+    assert history.attempt_of("7", 1) is None  # so that the epilog has nothing to report
+    # Another job was submitted for more epochs, and may begin before that is recorded.
+    for rows in ([{"event": "submitted", "job_id": "8"}, attempt("8", 0)], [attempt("8", 0)]):
+        assert History.of([*ended, *rows]).attempt_of("8", 0) is not None
