@@ -36,7 +36,8 @@ RESERVED = {
 # a job needs belongs into the site profile's `setup`.
 _LEFT_OUT = re.compile(
     # Of another job, and options of Slurm's and submitit's programs, which would win over flags, job file and profile.
-    r"_?SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SLURMD_|SBATCH_|SRUN_|SALLOC_|SPANK_|SUBMITIT_|_TEST_CLUSTER_$"
+    r"_?SLURM_(?!CONF$|CONF_SERVER$|JWT$)|SLURMD_|(SBATCH|SRUN|SALLOC|SQUEUE|SCONTROL|SCANCEL|SINFO)_|SPANK_|SUBMITIT_"
+    r"|_TEST_CLUSTER_$"
     # Ranks of another launcher: torchrun, MPI.
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$|TORCHELASTIC_|PMI[2X]?_|PALS_"
     r"|OMPI_COMM_WORLD_"
