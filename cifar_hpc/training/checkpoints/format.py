@@ -158,13 +158,13 @@ def _check_position(content: Mapping[str, Any]) -> None:
         "step": whole and step == epoch * each + within,
         "updates": content["updates"] <= step,
         "best": content["best"]["epoch"] <= epoch,
-        "environment": isinstance(environment, dict)
-        and not long
-        and {"amp", "cuda", "device", "torch"} <= environment.keys()
-        and environment["amp"] in ("fp32", "bf16", "fp16"),
     }.items():
         if not good:
             raise BadFileError(f"{key}: {shown(content[key])} does not go with the other fields")
+    if not isinstance(environment, dict) or long or not {"amp", "cuda", "device", "torch"} <= environment.keys():
+        raise BadFileError("environment: is not a short mapping with amp, cuda, device and torch")
+    if environment["amp"] not in ("fp32", "bf16", "fp16"):
+        raise BadFileError(f"environment.amp: {shown(environment['amp'])} is not allowed; allowed: fp32, bf16, fp16")
 
 
 # Keys of a group of parameters that each version of torch has.
