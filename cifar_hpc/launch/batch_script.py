@@ -36,7 +36,7 @@ hpc_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 hpc_job=${hpc_job:-$SLURM_JOB_ID} hpc_restarts=${SLURM_RESTART_COUNT:-0} hpc_nodes=$SLURM_JOB_NODELIST
 hpc_append() { # FILE LINE; a line before it that was cut short is ended first
   local file=$hpc_logs/$hpc_run/$1 cut=
-  [ -f "$file" ] || [ ! -e "$file" ] || return
+  [ -n "$hpc_run" ] && { [ -f "$file" ] || [ ! -e "$file" ]; } || return
   [ -z "$(tail -c 1 "$file")" ] || cut=$'\n'
   printf '%s%s\n' "$cut" "$2" >> "$file"
 } 2> /dev/null

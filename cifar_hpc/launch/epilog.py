@@ -10,12 +10,12 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.history import Attempt, History, step_of
@@ -23,16 +23,7 @@ from cifar_hpc.runs.lock import holder
 from cifar_hpc.runs.logs import TrainLog, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.progress import record_event
-from cifar_hpc.runs.requeue import (
-    ALIVE,
-    Decision,
-    Ending,
-    broken_node,
-    decide,
-    elsewhere,
-    end_for_good,
-    request_requeue,
-)
+from cifar_hpc.runs.requeue import ALIVE, Decision, Ending
 from cifar_hpc.slurm.client import job_fields, own_job_id, restart_count
 from cifar_hpc.text import one_line, printable
 
@@ -97,7 +88,8 @@ class Epilog:
             self._nothing_said(status)
         elif failed:
             before = takewhile(lambda row: row.get("time") != last.get("time"), read_jsonl(self.paths.events))
-            self._act(self._decide(Ending("error", step=step_of(last)), History.of(before)))
+            ending = Ending("error", step=step_of(last), bad_node=str(last.get("bad_node") or ""))
+            self._act(self._decide(ending, History.of(before)))
         else:  # a task has died between this event and its request
             delay = int(last.get("delay_seconds") or 0)
             self._requeue(Decision("requeue", str(last.get("reason")), "", delay), recorded=True)
@@ -122,12 +114,10 @@ class Epilog:
             ending = Ending("killed", step=step)
         elif holder(self.paths.lock) is None:
             lines = self._last_lines()
-            text = "\n    ".join(
-                [f"{error}, with these last words:", *lines] if lines else [f"{error}, without a word"]
-            )
+            text = "\n    ".join([f"{error}, with these last words:", *(lines or ["none"])])
             reasons = [line for line in lines if not _NO_REASON.search(line)] or lines
             error = ": ".join([error, *(one_line(line)[:500] for line in reasons[-1:])])
-            ending = Ending("start", step=step, bad_node=broken_node("\n".join(lines), _node(lines)))
+            ending = Ending("start", step=step, bad_node=requeue.broken_node("\n".join(lines), _node(lines)))
         decision = self._decide(ending, self.history)
         if decision.reason == "failure" and text:
             again, bad_node = decision.action == "requeue", ending.bad_node or None
@@ -150,10 +140,8 @@ class Epilog:
         return lines
 
     def _decide(self, ending: Ending, history: History) -> Decision:
-        ending = replace(ending, restarts=restart_count())
-        return elsewhere(
-            decide(ending, self.spec, history, self.job, datetime.now(UTC)), ending, self.spec, self.job_id
-        )
+        decision = requeue.decide(ending, self.spec, history, self.job, datetime.now(UTC))
+        return requeue.elsewhere(decision, ending, self.spec, self.job_id)
 
     def _act(self, decision: Decision) -> None:
         self.log.line(decision.explanation)
@@ -162,11 +150,11 @@ class Epilog:
         elif decision.action == "leave":
             self._emit(Left(reason=decision.reason, explanation=decision.explanation))
         else:
-            end_for_good(self.job_id, self.history)
+            requeue.end_for_good(self.job_id, self.history)
 
     def _requeue(self, decision: Decision, recorded: bool = False) -> None:
         try:
-            request_requeue(self.job_id, decision, self.spec, self._emit, recorded)
+            requeue.request_requeue(self.job_id, decision, self.spec, self._emit, recorded)
         except SchedulerError as refusal:
             self.log.line(f"WARNING not requeued: {refusal}")
 

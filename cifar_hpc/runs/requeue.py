@@ -3,14 +3,21 @@
 import re
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
-from cifar_hpc.slurm.client import forbid_requeue, nodes_but, parse_instant, refused_for_good, requeue_job
+from cifar_hpc.slurm.client import (
+    forbid_requeue,
+    nodes_but,
+    parse_instant,
+    refused_for_good,
+    requeue_job,
+    restart_count,
+)
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
 # is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
@@ -25,11 +32,12 @@ _NODE_FAULT = re.compile(
     r"no CUDA-capable device|finds no usable GPU|\bECC\b|uncorrectable|\bXid\b|fallen off the bus|GPU is lost"
     r"|busy or unavailable|system not yet initialized|CUDA unknown error|CUDA driver|initialize NVML|/dev/nvidia"
     r"|[Dd]river/library version mismatch|[Ll]aunch failed:|Task launch for .* failed|slurmstepd: error: exec"
-    r"|Stale file handle|Transport endpoint is not connected"
+    r"|Stale file handle|Transport endpoint is not connected|\bsh: (line )?1: (cd|exec): "
     r"|No space left on device: '?/(tmp|var|local|dev/shm)\b"
 )
 # submitit's local controller restarts a job at most this often (submitit.local.local, Controller.run).
 LOCAL_REQUEUES = 5
+Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Ending:
         holds the run's lock), or the cause of a rank's report: "error", "out_of_memory", "hang", "lost".
     scheduler: "slurm", "local" (submitit's executor) or None.
     received: the signal that stopped this rank; None if another rank received it.
-    restarts: SLURM_RESTART_COUNT of this attempt.
+    restarts: of the job before this attempt, by Slurm.
     step: the last step before a failure.
     retryable: false for an error that would come again.
     bad_node: the node whose fault it was; empty if it was none's.
@@ -51,7 +59,7 @@ class Ending:
     cause: str
     scheduler: str | None = "slurm"
     received: signal.Signals | None = None
-    restarts: int = 0
+    restarts: int = field(default_factory=restart_count)
     step: int = 0
     retryable: bool = True
     bad_node: str = ""
@@ -205,12 +213,7 @@ def end_for_good(job_id: str, history: History) -> None:
 
 
 def request_requeue(
-    job_id: str,
-    decision: Decision,
-    spec: Spec,
-    emit: Callable[[Event], None],
-    recorded: bool = False,
-    again: bool = False,
+    job_id: str, decision: Decision, spec: Spec, emit: Emit, recorded: bool = False, again: bool = False
 ) -> None:
     """Requeue a job, and record that in events.jsonl.
 

@@ -15,18 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs.events import (
-    FAILURES,
-    Cancelled,
-    Failed,
-    Finished,
-    Hang,
-    Holding,
-    Left,
-    Requeued,
-    RequeueFailed,
-    Submitted,
-)
+from cifar_hpc.runs import events
+from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import controller_of, holder
 from cifar_hpc.runs.paths import RunPaths, array_points, is_run_name, same_folder
@@ -179,7 +169,7 @@ _STOPPING = {
 _NO_END = {
     Submitted.name: "its job is gone from the queue",
     Requeued.name: "its requeued job is gone from the queue",
-    RequeueFailed.name: "Slurm refused to requeue its job",
+    events.RequeueFailed.name: "Slurm refused to requeue its job",
     Holding.name: "Slurm ended the job",
 }
 
@@ -228,7 +218,7 @@ class RunState:
         test_accuracy, best_accuracy: float or null, %, of the last finished epoch and the best one.
         images_per_second: float or null, training images, at the last line of progress or over the last finished epoch.
         eta_seconds: float or null, until the end (`Progress.estimate`); null where it has ended, hangs, or is unknown.
-        restarts: int, starts after the first.
+        restarts: int, starts after the first, also those that failed before training.
         requeues: {cause: int}, requeues that the run asked for itself: preemption, timeout, failure.
         world_size: int or null, ranks of the last start.
         job_id: str or null, of the job in the queue, else of the last one.

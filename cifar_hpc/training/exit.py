@@ -18,26 +18,12 @@ import torch
 import torch.distributed as dist
 
 from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
+from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
-from cifar_hpc.runs.requeue import (
-    Decision,
-    Ending,
-    broken_node,
-    decide,
-    elsewhere,
-    end_for_good,
-    request_requeue,
-)
-from cifar_hpc.slurm.client import (
-    allow_fewer_nodes,
-    end_step,
-    forbid_requeue,
-    job_fields,
-    refused_for_good,
-    restart_count,
-)
+from cifar_hpc.runs.requeue import Decision, Ending
+from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields, refused_for_good
 from cifar_hpc.text import printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
@@ -93,7 +79,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
     launch, received = context.launch, context.stop.signal
     if launch.scheduler is not None and not context.log.enabled:
         return 0  # any other status could make srun kill rank 0 before it has requeued, or the executor restart the job
-    ending = Ending("signal", launch.scheduler, received, restart_count())
+    ending = Ending("signal", launch.scheduler, received)
     deadline = time.monotonic() + HOLD_SECONDS
     held = ""
     while True:
@@ -154,8 +140,8 @@ def decide_now(context: Context, ending: Ending, quiet: bool = False) -> Decisio
         except SchedulerError as error:
             if not quiet:
                 context.log.warn(str(error))
-    decision = decide(ending, context.spec, History.read(context.paths.events), job, datetime.now(UTC))
-    return elsewhere(decision, ending, context.spec, context.launch.job_id or "")
+    decision = requeue.decide(ending, context.spec, History.read(context.paths.events), job, datetime.now(UTC))
+    return requeue.elsewhere(decision, ending, context.spec, context.launch.job_id or "")
 
 
 def restart(context: Context, decision: Decision, recorded: bool = False, again: bool = False) -> int:
@@ -168,7 +154,7 @@ def restart(context: Context, decision: Decision, recorded: bool = False, again:
         SchedulerError: Slurm refused.
     """
     if context.launch.scheduler == "slurm":
-        request_requeue(context.launch.job_id or "", decision, context.spec, context.emit, recorded, again)
+        requeue.request_requeue(context.launch.job_id or "", decision, context.spec, context.emit, recorded, again)
         return 0
     context.emit(decision.event())
     time.sleep(decision.delay_seconds)
@@ -195,7 +181,7 @@ def report_of(error: BaseException, context: Context) -> Report:
     ):
         cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
     rank, host = context.launch.rank, socket.gethostname()
-    bad_node = broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
+    bad_node = requeue.broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
     step, retryable = context.heart.step, retryable or bool(bad_node)
     return Report(rank, host, cause, summary, text.rstrip(), step, retryable, status, bad_node)
 
@@ -280,11 +266,7 @@ class FailureReporter:
             # While a job is being ended its ranks may go one by one. No step was agreed on, so nothing is saved.
             return stopped(context, self.position(), stored=False)
         ending = Ending(
-            first.cause,
-            context.launch.scheduler,
-            step=first.step,
-            retryable=first.retryable,
-            bad_node=first.bad_node,
+            first.cause, context.launch.scheduler, step=first.step, retryable=first.retryable, bad_node=first.bad_node
         )
         decision = decide_now(context, ending)
         if decision.action == "leave":
@@ -361,7 +343,7 @@ class FailureReporter:
             if decision.action == "requeue":
                 return restart(context, decision)
             if context.launch.scheduler == "slurm":
-                end_for_good(context.launch.job_id or "", History.read(context.paths.events))
+                requeue.end_for_good(context.launch.job_id or "", History.read(context.paths.events))
             if report.cause == "hang" and context.launch.scheduler == "slurm":
                 end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
         except SchedulerError as refusal:

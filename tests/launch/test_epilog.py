@@ -245,6 +245,7 @@ def test_two_starts_that_fail_without_progress_end_the_run(site: Site, monkeypat
         ("srun: error: n2: task 1: Exited with exit code 1\nRuntimeError: No CUDA GPUs; no CUDA-capable device", "n2"),
         ("Task launch failed: Communication connection failure", "n1"),
         ("OSError: [Errno 28] No space left on device: '/tmp/x'", "n1"),
+        ("sh: 1: exec: /opt/python: not found\nsrun: error: n2: task 1: Exited with exit code 127", "n2"),
     ],
 )
 def test_a_broken_node_is_left_and_does_not_count_as_a_lack_of_progress(

@@ -107,3 +107,44 @@ def test_a_job_that_starts_again_after_it_has_finished_its_run_is_no_attempt() -
     # Another job was submitted for more epochs, and may begin before that is recorded.
     for rows in ([{"event": "submitted", "job_id": "8"}, attempt("8", 0)], [attempt("8", 0)]):
         assert History.of([*ended, *rows]).attempt_of("8", 0) is not None
+
+
+ATTEMPT = {"event": "attempt", "job_id": "7", "restart": None, "restart_count": 0}
+STARTED = {"event": "started", "job_id": "7", "restart": 0, "world_size": 2, "step": 0}
+
+
+@pytest.mark.parametrize(
+    ("events", "begun", "causes", "state"),
+    [
+        ([{"event": "submitted", "job_id": "7"}, ATTEMPT], [False], {}, "attempt"),
+        ([{"event": "submitted", "job_id": "7"}, ATTEMPT, STARTED], [True], {}, "started"),
+        # It began before its submission was recorded.
+        ([ATTEMPT, {"event": "submitted", "job_id": "7"}, STARTED], [True], {}, "started"),
+        ([STARTED | {"job_id": "6"}, ATTEMPT, {"event": "submitted", "job_id": "7"}, STARTED | {"restart": 1}],
+         [True, True], {"submitted": 1}, "started"),
+        # Its node was lost, and it started again.
+        ([ATTEMPT, ATTEMPT | {"restart_count": 1}, STARTED | {"restart": 1}], [False, True], {"killed": 1}, "started"),
+        ([ATTEMPT, {"event": "failed", "job_id": "7", "restart": 0, "step": 0}, ATTEMPT | {"restart_count": 1}],
+         [False, False], {"failure": 1}, "attempt"),
+        # A start that waits in vain for another job, which holds the run.
+        ([STARTED, ATTEMPT | {"job_id": "8"}, {"event": "requeued", "job_id": "8", "restart": 1, "reason": "failure"},
+          {"event": "finished", "job_id": "7", "restart": 0, "step": 9}], [True, False], {"killed": 1}, "finished"),
+        ([{"event": "finished", "step": 9}, ATTEMPT], [False], {}, "finished"),  # a start that has nothing to do
+    ],
+)  # fmt: skip
+def test_attempts_that_never_began_are_attempts(
+    events: list[dict[str, Any]], begun: list[bool], causes: dict[str, int], state: str
+) -> None:
+    history = History.of(events)
+    assert [attempt.begun for attempt in history.attempts] == begun
+    assert (history.restart_causes, history.state["event"]) == (causes, state)
+    assert history.earlier_than("9") == len(begun)
+    assert history.earlier_than("7") == len(begun) - (events[-1]["event"] == "attempt")
+
+
+def test_a_refused_requeue_and_a_fault_of_a_node_do_not_count() -> None:
+    history = History.of([{"event": "requeued", "reason": "timeout"}, {"event": "failed", "step": 5, "bad_node": "n1"}])
+    assert (history.requeues_since_submission, history.failed_step) == ({"timeout": 1}, None)
+    history.add({"event": "requeue_failed", "reason": "Access/permission denied"})
+    assert history.requeues == history.requeues_since_submission == {"timeout": 0}
+    assert History.of([{"event": "requeue_failed"}]).requeues == {}

@@ -88,3 +88,18 @@ def test_times_that_are_none_cost_nothing(time: Any) -> None:
 def test_a_clock_that_was_set_back_costs_nothing() -> None:
     events = [at(100, "started"), at(50, "requeued", reason="preemption"), at(20, "resumed")]
     assert restarts_of(events) == ({"preemption": 1}, 0.0, 0.0)
+
+
+def test_a_start_that_never_began_costs_the_time_until_the_next_one_and_loses_no_work() -> None:
+    own = {"job_id": "7", "restart": 1}
+    events = [
+        at(0, "started", job_id="7", restart=0),
+        at(50, "signal", job_id="7", restart=0, step=9),
+        at(51, "requeued", job_id="7", restart=0, reason="preemption"),
+        at(200, "attempt", job_id="7", restart_count=1),
+        at(210, "failed", **own, step=0),
+        at(211, "requeued", **own, reason="failure"),
+        at(500, "resumed", job_id="7", restart=2, step=9),
+    ]
+    assert restarts_of(events) == ({"preemption": 1, "failure": 1}, (211 - 51) + (500 - 211), 51.0)
+    assert (History.of(events).losses.count, History.of(events).losses.seconds) == (0, 51.0)

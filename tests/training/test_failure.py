@@ -18,7 +18,7 @@ from processes import Runs
 
 from cifar_hpc.errors import RanksLostError, RunBusyError, RunFailedError, SchedulerError, SpecError
 from cifar_hpc.runs import requeue
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as exit_module
 from cifar_hpc.training.checkpoints.store import newest_good
@@ -159,6 +159,38 @@ def test_report_does_not_retry_a_failure_that_would_come_again(run: Reporting) -
     (failed,) = run.events()
     assert (failed["event"], failed["again"], run.requests) == ("failed", False, [])
     assert "not requeued: the same would happen again" in run.log()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("No CUDA GPUs: CUDA error: no CUDA-capable device is detected"),
+        OSError(28, "No space left on device", "/tmp/torchinductor"),
+        RunFailedError("train.device: auto asks for GPUs: PyTorch 2.12 finds no usable GPU (CUDA_VISIBLE_DEVICES=0)"),
+    ],
+)
+def test_a_fault_of_the_node_is_retried_elsewhere_whatever_the_progress(
+    run: Reporting, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setattr(requeue, "nodes_but", lambda node, job_id, fewest: f"{node},n9")
+    assert [run.reporter().report(error) for _ in range(2)] == [0, 0]
+    assert [row["bad_node"] for row in run.events() if row["event"] == "failed"] == ["n1", "n1"]
+    assert [request[1:] for request in run.requests] == [("7", 120, None, "n1,n9"), ("7", 240, None, "n1,n9")]
+    assert "without node n1, which looks broken" in run.log()
+
+
+def test_a_failure_for_good_after_a_preemption_gives_up_the_right_to_come_back(
+    run: Reporting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(requeue, "forbid_requeue", asked.append)
+    run.reporter().report(SpecError("data.root: no such folder"))
+    assert asked == []  # a person may requeue it by hand
+    append_line(run.paths.events, '{"event": "requeued", "reason": "preemption"}')
+    run.reporter().report(SpecError("data.root: no such folder"))
+    assert asked == ["7"]
 
 
 def test_report_does_not_retry_a_failure_without_progress(run: Reporting) -> None:
