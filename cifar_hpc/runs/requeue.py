@@ -10,14 +10,8 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
-from cifar_hpc.slurm.client import (
-    forbid_requeue,
-    nodes_but,
-    parse_instant,
-    refused_for_good,
-    requeue_job,
-    restart_count,
-)
+from cifar_hpc.slurm import client
+from cifar_hpc.slurm.client import forbid_requeue, parse_instant, requeue_job, restart_count
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
 # is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
@@ -27,6 +21,8 @@ EARLY_SECONDS = 60
 # Delay of a retry: the first one, doubled with each failure up to the last. Under Slurm the first is Slurm's own delay
 # after a requeue; on one's own machine only the processes that are ending need time.
 DELAY_SECONDS = {"slurm": (120, 3600), "local": (2, 60)}
+# Words of refusals that asking again does not change (Slurm's src/common/slurm_errno.c, and those of a site's own).
+_FOR_GOOD = re.compile(r"permitted|denied|not allowed|presently disabled|not supported|Invalid user id", re.I)
 # What the programs of a job say where its node is broken, and the same job would run on another one.
 _NODE_FAULT = re.compile(
     r"no CUDA-capable device|finds no usable GPU|\bECC\b|uncorrectable|\bXid\b|fallen off the bus|GPU is lost"
@@ -35,6 +31,8 @@ _NODE_FAULT = re.compile(
     r"|Stale file handle|Transport endpoint is not connected|\bsh: (line )?1: (cd|exec): "
     r"|No space left on device: '?/(tmp|var|local|dev/shm)\b"
 )
+# Nodes that take jobs, by their state in sinfo; marks at its end: * does not answer, $ maintenance.
+_TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 # submitit's local controller restarts a job at most this often (submitit.local.local, Controller.run).
 LOCAL_REQUEUES = 5
 Emit = Callable[[Event], None]
@@ -186,9 +184,37 @@ def _preempted(job: Mapping[str, str]) -> bool:
     return preempted is not None and (started is None or preempted >= started)
 
 
+def refused_for_good(refusal: SchedulerError) -> bool:
+    """True if asking again is useless."""
+    return _FOR_GOOD.search(str(refusal)) is not None
+
+
 def broken_node(words: str, node: str | None) -> str:
     """`node`, if these words of a failed program tell of a fault of its node; else nothing."""
     return node or "" if _NODE_FAULT.search(words) else ""
+
+
+def _nodes_but(node: str, job_id: str, fewest: int) -> str:
+    """The nodes to exclude, so that a job and the other tasks of its array keep away from `node`, too.
+
+    Args:
+        fewest: nodes that the job needs at least.
+
+    Returns:
+        A value for `requeue_job`; empty if too few nodes of the same kind would be left.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    text = client.command(["scontrol", "show", "job", "-o", job_id.partition("_")[0]])
+    excluded, partitions = (set(re.findall(rf" {key}=([^\s(]\S*)", text)) for key in ("ExcNodeList", "Partition"))
+    expanded = client.command(["scontrol", "show", "hostnames", ",".join({node, *excluded})]).split()
+    options = ("--noheader", "--Node", f"--partition={','.join(partitions)}")
+    lines = client.command(["sinfo", *options, "--format=%N|%t|%c|%m|%G|%f"]).splitlines()
+    rows = [line.split("|", 2) for line in lines if line.count("|") > 1]
+    kinds = {name: kind for name, _, kind in rows}
+    alike = {name for name, state, kind in rows if kind == kinds.get(node) and _TAKES_JOBS.fullmatch(state)}
+    return ",".join(sorted(expanded)) if len(alike.difference(expanded)) >= fewest else ""
 
 
 def elsewhere(decision: Decision, ending: Ending, spec: Spec, job_id: str) -> Decision:
@@ -198,7 +224,7 @@ def elsewhere(decision: Decision, ending: Ending, spec: Spec, job_id: str) -> De
     exclude, why = "", ": resources.nodelist asks for certain nodes"
     if spec.resources.nodelist is None:
         try:
-            exclude = nodes_but(ending.bad_node, job_id, int(spec.resources.nodes.partition("-")[0]))
+            exclude = _nodes_but(ending.bad_node, job_id, int(spec.resources.nodes.partition("-")[0]))
             why = "" if exclude else ": too few others would be left"
         except SchedulerError as error:
             why = f": {error}"

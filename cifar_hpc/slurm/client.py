@@ -25,10 +25,6 @@ RELEASE_SECONDS = 2
 SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
-# Words of refusals that asking again does not change (Slurm's src/common/slurm_errno.c, and those of a site's own).
-_FOR_GOOD = re.compile(r"permitted|denied|not allowed|presently disabled|not supported|Invalid user id", re.I)
-# Nodes that take jobs, by their state in sinfo; marks at its end: * does not answer, $ maintenance.
-_TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 # Options of Slurm's commands by environment variable: they choose the cluster, which jobs are shown or cancelled, and
 # how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
@@ -147,34 +143,6 @@ def requeue_job(job_id: str, delay_seconds: int = 0, fewest_tasks: int | None = 
         # Accepted while the job is COMPLETING, and kept when that ends (measured with Slurm 22.05).
         with contextlib.suppress(SchedulerError):
             _update(job_id, f"StartTime=now+{delay_seconds}")
-
-
-def refused_for_good(refusal: SchedulerError) -> bool:
-    """True if asking again is useless."""
-    return _FOR_GOOD.search(str(refusal)) is not None
-
-
-def nodes_but(node: str, job_id: str, fewest: int) -> str:
-    """The nodes to exclude, so that a job and the other tasks of its array keep away from `node`, too.
-
-    Args:
-        fewest: nodes that the job needs at least.
-
-    Returns:
-        A value for `requeue_job`; empty if too few nodes of the same kind would be left.
-
-    Raises:
-        SchedulerError: Slurm does not answer.
-    """
-    text = command(["scontrol", "show", "job", "-o", job_id.partition("_")[0]])
-    excluded, partitions = (set(re.findall(rf" {key}=([^\s(]\S*)", text)) for key in ("ExcNodeList", "Partition"))
-    expanded = command(["scontrol", "show", "hostnames", ",".join({node, *excluded})]).split()
-    options = ("--noheader", "--Node", f"--partition={','.join(partitions)}")
-    lines = command(["sinfo", *options, "--format=%N|%t|%c|%m|%G|%f"]).splitlines()
-    rows = [line.split("|", 2) for line in lines if line.count("|") > 1]
-    kinds = {name: kind for name, _, kind in rows}
-    alike = {name for name, state, kind in rows if kind == kinds.get(node) and _TAKES_JOBS.fullmatch(state)}
-    return ",".join(sorted(expanded)) if len(alike.difference(expanded)) >= fewest else ""
 
 
 def allow_fewer_nodes(job_id: str, fewest_tasks: int | None) -> None:

@@ -23,7 +23,7 @@ from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Hold
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
 from cifar_hpc.runs.requeue import Decision, Ending
-from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields, refused_for_good
+from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields
 from cifar_hpc.text import printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
@@ -91,7 +91,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
             try:
                 return restart(context, decision, recorded=asked, again=True)
             except SchedulerError as refusal:
-                ending = replace(ending, refused=str(refusal) if refused_for_good(refusal) else "")
+                ending = replace(ending, refused=str(refusal) if requeue.refused_for_good(refusal) else "")
                 if ending.refused:
                     continue
                 decision = replace(decision, action="hold", explanation=f"{refusal}; holding still, and asking again")

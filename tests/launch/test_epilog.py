@@ -254,7 +254,7 @@ def test_a_broken_node_is_left_and_does_not_count_as_a_lack_of_progress(
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(requeue, "nodes_but", lambda *given: asked.append(given) or "n1,n2")
+    monkeypatch.setattr(requeue, "_nodes_but", lambda *given: asked.append(given) or "n1,n2")
     site.freeze(failures={"max": 2})
     site.happened({"event": "failed", "step": 0}, ATTEMPT)
     (site.paths.slurm / "7_0_log.out").write_text(words)
@@ -269,7 +269,7 @@ def test_a_broken_node_is_left_and_does_not_count_as_a_lack_of_progress(
 def test_a_broken_node_is_taken_again_where_there_is_no_other(
     site: Site, monkeypatch: pytest.MonkeyPatch, nodelist: str | None
 ) -> None:
-    monkeypatch.setattr(requeue, "nodes_but", lambda *_: "")
+    monkeypatch.setattr(requeue, "_nodes_but", lambda *_: "")
     site.freeze(resources={"nodelist": nodelist})
     site.happened(ATTEMPT)
     (site.paths.slurm / "7_0_log.out").write_text("srun: error: n1: task 0: x\nuncorrectable ECC error\n")
@@ -297,3 +297,31 @@ def test_a_failure_for_good_after_a_preemption_gives_up_the_right_to_come_back(s
     site.happened(START, {"event": "requeued", "reason": "preemption"}, ATTEMPT)
     assert [row["event"] for row in site.end()] == ["failed"]
     assert site.requests() == ["update jobid=7 Requeue=0"]
+
+
+NODES = "n1|idle|8|8000|gpu:4|(null) n2|mix~|8|8000|gpu:4|(null) n3|down*|8|8000|gpu:4|(null) n4|idle|64|9|(null)|big"
+
+
+@pytest.mark.parametrize(
+    ("node", "own", "fewest", "expected"),
+    [
+        ("n1", "(null)", 1, "n1"),
+        ("n1", "(null)", 2, ""),  # n3 is down, and n4 is of another kind
+        ("n1", "n4", 1, "n1,n4"),
+        ("n1", "n[2-3]", 1, ""),
+        ("n4", "(null)", 1, ""),
+        ("n9", "(null)", 1, ""),
+    ],
+)
+def test_nodes_but_leaves_enough_of_the_same_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str, own: str, fewest: int, expected: str
+) -> None:
+    show = f"echo 'JobId=6 ArrayTaskId=1-3 Partition=gpu ExcNodeList={own} Comment=x'"
+    names = r"echo $3 | tr , '\n' | sed 's/n\[2-3\]/n2 n3/'"
+    scontrol = f"case $2 in job) [ $4 = 5 ] && {show};; hostnames) {names};; esac"
+    sinfo = f"[ $3 = --partition=gpu ] && echo '{NODES}' | tr ' ' '\\n'"
+    for name, body in (("scontrol", scontrol), ("sinfo", sinfo)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert requeue._nodes_but(node, "5_2", fewest) == expected

@@ -25,7 +25,7 @@ from cifar_hpc.runs.paths import PROJECT, RunPaths, SweepPaths, write_points
 
 SCONTROL = """#!/bin/sh
 case $1 in
-show) echo "JobId=7 JobState=RUNNING Restarts=${SLURM_RESTART_COUNT:-0} Requeue=1";;
+show) echo "JobId=7 ArrayJobId=5 ArrayTaskId=1 JobState=RUNNING Restarts=${SLURM_RESTART_COUNT:-0} Requeue=1";;
 *) echo "$*" >> "$ASKED";;
 esac
 """

@@ -251,3 +251,18 @@ def test_request_requeue_records_it_before_the_request_and_a_refusal_after(
     event = Requeued(reason="failure", delay_seconds=240, explanation="again")
     expected = [*([] if recorded else [event]), ("7", 240, 2, ""), *([RequeueFailed(reason="no")] * refused)]
     assert happened == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "for_good"),
+    [
+        ("Requested operation is presently disabled for job 9", True),
+        ("sudo: you are not permitted to do this", True),
+        ("Invalid user id", True),
+        ("Unable to contact slurm controller (connect failure)", False),
+        ("Job can not be altered now, try again later", False),
+        ("Zero Bytes were transmitted or received", False),
+    ],
+)
+def test_refusals_for_good_and_those_that_pass(words: str, for_good: bool) -> None:
+    assert requeue.refused_for_good(SchedulerError(words)) is for_good

@@ -174,7 +174,7 @@ def test_a_fault_of_the_node_is_retried_elsewhere_whatever_the_progress(
     run: Reporting, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    monkeypatch.setattr(requeue, "nodes_but", lambda node, job_id, fewest: f"{node},n9")
+    monkeypatch.setattr(requeue, "_nodes_but", lambda node, job_id, fewest: f"{node},n9")
     assert [run.reporter().report(error) for _ in range(2)] == [0, 0]
     assert [row["bad_node"] for row in run.events() if row["event"] == "failed"] == ["n1", "n1"]
     assert [request[1:] for request in run.requests] == [("7", 120, None, "n1,n9"), ("7", 240, None, "n1,n9")]
