@@ -56,6 +56,7 @@ hpc_end() { # STATUS of the tasks
 hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
   local again=false action="not requeued" output=$hpc_slurm/${hpc_job}_0_log.out
   local words="the start ended with status $1, and Python could not be started to say why"
+  [[ $last =~ '"event": "'(failed|hang|requeued|left|finished)'"' ]] && return # a rank has said it
   [ "$(squeue --noheader --jobs="$hpc_job" --format=%T)" = RUNNING ] || return
   if [ "$hpc_restarts" -lt "$hpc_limit" ] && scontrol requeue "$hpc_job"; then
     scontrol update "jobid=$hpc_job" "StartTime=now+$((hpc_restarts < 5 ? 120 << hpc_restarts : 3600))"

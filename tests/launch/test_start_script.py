@@ -71,7 +71,7 @@ class Script:
                 stderr=out,
             )
 
-    def end(self, *setup: str, **options: str) -> tuple[int, list[dict[str, Any]]]:
+    def end(self, *setup: str, **options: Any) -> tuple[int, list[dict[str, Any]]]:
         """Run the script; returns its exit status and the events that are new."""
         before = len(read_jsonl(self.run_paths.events))
         status = self.begin(*setup, **options).wait(timeout=120)
@@ -144,8 +144,9 @@ def test_what_a_rank_has_reported_is_left(script: Script) -> None:
     end = json.dumps({"event": "failed", "job_id": "7", "restart": 0, "step": 9, "again": False})
     events = shlex.quote(str(script.run_paths.events))
     script.srun(f"printf '%s\\n' {shlex.quote(row)} {shlex.quote(end)} >> {events}; exit 1")
-    status, rows = script.end("set -euo pipefail")
-    assert (status, names(rows), script.requests()) == (1, ["attempt", "started", "failed"], [])
+    for python in (None, "/nowhere/python"):
+        status, rows = script.end("set -euo pipefail", python=python)
+        assert (status, names(rows), script.requests()) == (1, ["attempt", "started", "failed"], [])
     script.srun(f"printf '%s\\n' {shlex.quote(row)} >> {events}; exit 0")
     status, rows = script.end(python="false")  # so no Python was needed
     assert (status, names(rows), script.requests()) == (0, ["attempt", "started"], [])

@@ -35,6 +35,7 @@ def test_starts_that_fail(lab: Lab, short: str, reference: Callable[[], Run], ba
         partial(_the_first_start, Run(lab, "first-start"), short, bad, reference),
         partial(_code_that_comes_late, Run(lab, "late-code"), short),
         partial(_no_usable_gpu, Run(lab, "no-gpu"), short),
+        partial(_no_python, Run(lab, "no-python"), short),
     )
 
 
@@ -119,3 +120,16 @@ def _no_usable_gpu(run: Run, short: str) -> None:
     run.release()
     assert run.wait("failed", count=2)["bad_node"] not in ("", failed["bad_node"])
     assert run.wait_gone()["JobState"] == "FAILED" and "failures.max (1) is used up" in run.log()
+
+
+def _no_python(run: Run, short: str) -> None:
+    """Neither the tasks nor the epilog can start Python: the shell asks for another start, and then holds the job."""
+    profile = run.lab.root / "no-python.yaml"
+    profile.write_text("python: /nowhere/python\n")
+    run.submit(short, *ONE, "--set", "failures.max=1", "--profile", str(profile))
+    assert run.wait("failed")["again"] is True
+    run.release()
+    assert run.wait("failed", count=2)["again"] is False
+    until("it is held", lambda: run.state()["state"] == "queued" and "held" in run.state()["detail"], run.report)
+    assert run.log().count("/nowhere/python") >= 2 and run.reasons() == ["failure"]
+    assert "is cancelled" in run.lab.command("cancel", run.name)
