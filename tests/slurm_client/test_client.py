@@ -227,7 +227,7 @@ def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, m
     program(fake, "sbatch", "env")
     monkeypatch.setenv("SBATCH_WAIT", "1")
     handed_on = dict(line.split("=", 1) for line in slurm.command(["sbatch"]).splitlines() if "=" in line)
-    assert handed_on.keys().isdisjoint([*settings, "SBATCH_WAIT", "SQUEUE_ALL"]) and handed_on["SLURM_CONF"] == "x"
+    assert handed_on.keys().isdisjoint([*settings, "SBATCH_WAIT"]) and handed_on["SLURM_CONF"] == "x"
 
 
 def test_queue_reads_folders_of_any_name(fake: Path) -> None:
