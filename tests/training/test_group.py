@@ -154,7 +154,7 @@ def arrives_late(rank: int, world: int, file: str) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group, "WAITING_LINE_SECONDS", 0.1)
-        connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), progress)
+        connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), progress, FACTS)
     disconnect()
     return said
 
@@ -201,7 +201,7 @@ def limits(rank: int, world: int, file: str) -> set[float]:
     launch = Launch(rank, world, rank, None, None, Path(file))
     store = meet_others(launch, StopFlag())
     assert store is not None
-    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool)
+    connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool, FACTS)
     agreement = Agreement(world, 0)
     assert agreement.now(Request.SAVE) is Request.SAVE
     groups = list(dist.distributed_c10d._world.pg_map)
@@ -229,7 +229,7 @@ def test_only_our_watchdog_ends_a_process_that_uses_nccl(monkeypatch: pytest.Mon
     for own in ({}, {names[2]: "1"}):  # what the user has set stays
         os.environ.update(own)
         store = dist.HashStore()
-        connect(Launch(), torch.device("cuda", 0), store, RankBoard(None, 0, 1), StopFlag(), bool)
+        connect(Launch(), torch.device("cuda", 0), store, RankBoard(None, 0, 1), StopFlag(), bool, FACTS)
     assert seen == [["nccl", "0", "0", "0"], ["nccl", "0", "0", "1"]]
 
 
