@@ -24,7 +24,7 @@ ONE = ("--set", "resources.tasks_per_node=1")
 def test_what_people_do_to_a_running_job(
     lab: Lab, short: str, reference: Callable[[], Run], root: Path, project: Path
 ) -> None:
-    odd = Lab(root / """it's a "root" dir $HOME `id` & 'x'""", project, lab.cluster)
+    odd = Lab(root / """it's a "root" dir $ `id` & 'x'""", project, lab.cluster)
     odd.root.mkdir()
     together(
         partial(_scancel, Run(lab, "scancelled"), short, reference),
