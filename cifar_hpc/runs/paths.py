@@ -25,7 +25,9 @@ def project_root() -> Path:
     Raises:
         SpecError: for a path that a batch script or the file name pattern of sbatch's --output cannot contain.
     """
-    root = Path(expand_path(os.environ.get("CIFAR_HPC_ROOT") or "", "CIFAR_HPC_ROOT") or PROJECT).resolve()
+    given = os.environ.get("CIFAR_HPC_ROOT") or str(PROJECT)
+    # A shell has replaced variables already: in a whole path a '$' is part of a name.
+    root = Path(given if given.startswith("/") else expand_path(given, "CIFAR_HPC_ROOT")).resolve()
     if control_character(str(root)) is not None or "%" in str(root) or "\\" in str(root):
         key = "CIFAR_HPC_ROOT" if os.environ.get("CIFAR_HPC_ROOT") else "the project's folder"
         raise SpecError(

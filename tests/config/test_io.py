@@ -322,3 +322,5 @@ def test_home_and_variables_in_the_path_of_the_images(tmp_path: Path, monkeypatc
         project_root()
     monkeypatch.setenv("CIFAR_HPC_ROOT", "~/runs")
     assert project_root() == Path("/home/me/runs")
+    monkeypatch.setenv("CIFAR_HPC_ROOT", "/a $HOME")
+    assert project_root() == Path("/a $HOME")

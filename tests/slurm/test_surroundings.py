@@ -48,7 +48,7 @@ def _submitted_by_an_array_task(run: Run, short: str, reference: Callable[[], Ru
     run.lab.cluster.sbatch("--array=3", "--mem-per-cpu=300", "--cpus-per-task=2", "--wrap", "\n".join(lines))
     run.job_id = run.wait("submitted")["job_id"]
     job = run.wait_gone()
-    assert (job["JobName"], job["Partition"], job["Requeue"], job["TimeLimit"]) == (run.name, "gpu", "1", "00:30:00")
+    assert (job["JobName"], job["Partition"], job["TimeLimit"]) == (run.name, "gpu", "00:30:00")
     time, files, *variables = seen.read_text().splitlines()
     assert (time, files != "777") == ("unlimited", True)
     mine = dict(line.split("=", 1) for line in variables if "=" in line)
@@ -56,7 +56,7 @@ def _submitted_by_an_array_task(run: Run, short: str, reference: Callable[[], Ru
     assert not [name for name in mine if name.startswith(("SLURM_ARRAY", "SLURM_MEM_PER_CPU", "SRUN_", "SBATCH_"))]
     assert mine.keys().isdisjoint(left_out(HOSTILE)) and set(left_out(HOSTILE)) == set(HOSTILE)
     script = (run.logs / "slurm" / f"{run.job_id}_submission.sh").read_text()
-    assert "#SBATCH --signal=USR2@" in script and "SLURM_ARRAY_TASK_ID" in script
+    assert all(words in script for words in ("#SBATCH --requeue\n", "#SBATCH --signal=USR2@", " SLURM_ARRAY_TASK_ID "))
     run.check_kept(reference())
 
 
