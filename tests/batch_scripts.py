@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from cifar_hpc.launch.epilog import MARK
+from cifar_hpc.runs.logs import START_MARK
 from cifar_hpc.text import control_character
 
 HOSTILE = (
@@ -100,5 +100,5 @@ def run_with_stub_srun(script: str, folder: Path) -> list[str]:
     )
     assert done.stderr == b"" and list(work.iterdir()) == []
     mark, _, words = done.stdout.partition(b"\n")
-    assert mark.decode().startswith(MARK)
+    assert mark.decode().startswith(START_MARK)
     return [word.decode() for word in words.split(b"\0")[:-1]]

@@ -15,10 +15,9 @@ from typing import Any
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import DoubtError, SchedulerError
-from cifar_hpc.launch.epilog import MARK
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.events import Submitted
-from cifar_hpc.runs.logs import TrainLog, complain
+from cifar_hpc.runs.logs import START_MARK, TrainLog, complain
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.state import ANSWER_SECONDS, queue
@@ -221,7 +220,10 @@ def _begin(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> list[str]:
         f"hpc_logs={shlex.quote(str(paths.root / 'logs'))} hpc_slurm={shlex.quote(str(paths.slurm))}",
         f"hpc_limit={spec.failures.max if spec.resources.requeue else 0}",
         f'hpc_epilog() {{ exec {python} -m cifar_hpc.launch.epilog {root} {target} "$1"; }}',
-        RECORD.strip().replace("FIND_CODE", FIND_CODE).replace("hpc_run=RUN", f"hpc_run={run}").replace("MARK", MARK),
+        RECORD.strip()
+        .replace("FIND_CODE", FIND_CODE)
+        .replace("hpc_run=RUN", f"hpc_run={run}")
+        .replace("MARK", START_MARK),
     ]
 
 

@@ -20,18 +20,15 @@ from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.history import Attempt, History, step_of
 from cifar_hpc.runs.lock import holder
-from cifar_hpc.runs.logs import TrainLog, read_jsonl
+from cifar_hpc.runs.logs import TrainLog, output_of_start, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.requeue import ALIVE, Decision, Ending
 from cifar_hpc.slurm.client import job_fields, own_job_id, restart_count
 from cifar_hpc.text import one_line, printable
 
-# The batch script writes such a line to the job's output as it begins: what follows is of this start.
-MARK = "== start of job "
 LAST_LINES = 8  # of a task
 LAST_FILES = 3
-LAST_BYTES = 20_000
 CLOCKS_DIFFER = 5.0  # seconds, between a node and a file server
 # What srun says after a task has said why.
 _NO_REASON = re.compile(r"srun: error: .* task\S* .*: (Exited|Killed|Terminated)|srun: (Job step|Terminating)")
@@ -130,13 +127,9 @@ class Epilog:
         """Last lines of the output of this start: of some tasks, and then of srun and task 0."""
         lines: list[str] = []
         for path in reversed(sorted(self.output.glob(f"{self.job_id}_*_log.out"))[:LAST_FILES]):
-            with suppress(OSError), path.open("rb") as file:
-                if os.fstat(file.fileno()).st_mtime < (self.attempt.start or 0.0) - CLOCKS_DIFFER:
-                    continue
-                file.seek(-min(LAST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-                _, mark, text = printable(file.read().decode(errors="replace")).rpartition(MARK)
-                own = [line for line in text.splitlines()[bool(mark) :] if line.strip()]
-                lines += own[-LAST_LINES:]
+            with suppress(OSError):
+                if path.stat().st_mtime >= (self.attempt.start or 0.0) - CLOCKS_DIFFER:
+                    lines += output_of_start(path)[-LAST_LINES:]
         return lines
 
     def _decide(self, ending: Ending, history: History) -> Decision:

@@ -20,6 +20,9 @@ from cifar_hpc.text import printable
 
 # Lines of one log that are kept for later; beyond it the oldest are only on standard error.
 KEPT_LINES = 1000
+# The batch script writes such a line to the job's output as it begins: what follows is of that start.
+START_MARK = "== start of job "
+OUTPUT_BYTES = 20_000  # at the end of an output file
 _kept: defaultdict[Path, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
 _lock = threading.Lock()  # checkpoints are reported from a thread of their own
 
@@ -94,6 +97,15 @@ class TrainLog:
             self._begun = True
             rule = "=" * 100
             append_line(self.path, "\n".join([rule, *(f"== {line}" for line in lines), rule]))
+
+
+def output_of_start(path: Path) -> list[str]:
+    """The last lines that the newest start of a job wrote to an output file; none if it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(-min(OUTPUT_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        _, mark, text = printable(file.read().decode(errors="replace")).rpartition(START_MARK)
+        return [line for line in text.splitlines()[bool(mark) :] if line.strip()]
+    return []
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from helpers import CPU, Ranks, tiny_spec
 
 from cifar_hpc.errors import Interrupted, RanksDifferError, RanksLostError, RunFailedError, SpecError
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.logs import START_MARK, read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import exit as exit_module
 from cifar_hpc.training.attempt import Attempt
@@ -194,6 +194,35 @@ def test_ranks_that_never_come_are_named_and_nobody_guesses_why(ranks: Ranks, tm
         said = ranks.run(3, alone, str(root), way == "file", present, group=False)[present]
         assert said.startswith(f"RanksLostError: {words}"), said
         assert "memory" not in said and "killed" not in said
+
+
+def misses_a_task(rank: int, world: int, file: str, gone: int) -> str:
+    """What a rank finds out of one that ended before it came up."""
+    if rank == gone:
+        return ""
+    launch = Launch(rank, world, rank, "slurm", "7", Path(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "LOOK_TRIES", 2)
+        with pytest.raises(RanksLostError) as lost:
+            store = meet_others(launch, StopFlag())
+            connect(launch, CPU, store, RankBoard(store, rank, world), StopFlag(), bool, FACTS)
+        if rank == 0:
+            time.sleep(1)  # its store ends with it
+    return str(lost.value)
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_task_that_srun_says_has_ended_is_not_waited_for(ranks: Ranks, tmp_path: Path, gone: int) -> None:
+    file = tmp_path / "slurm" / "rendezvous" / "7-1.json"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "slurm" / "7_0_log.out").write_text(
+        "srun: error: node1: task 1: Exited with exit code 9\n"
+        f"{START_MARK}7, restart 1, on node[1-2] ==\n"
+        f"srun: error: node2: tasks {gone},7-9: Exited with exit code 127\n"
+    )
+    log = tmp_path / "slurm" / f"7_{gone}_log.out"
+    words = f"rank {gone} (node2) ended before it came up: Exited with exit code 127. HINT: see the end of {log}"
+    assert sorted(ranks.run(3, misses_a_task, str(file), gone, group=False)) == ["", words, words]
 
 
 def limits(rank: int, world: int, file: str) -> set[float]:

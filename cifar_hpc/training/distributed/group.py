@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -21,6 +22,7 @@ from torch import Tensor
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import Interrupted, RanksLostError, RunFailedError, UserError
 from cifar_hpc.files import write_atomic
+from cifar_hpc.runs.logs import output_of_start
 from cifar_hpc.training.distributed.watchdog import RankBoard, listens
 from cifar_hpc.training.environment import require_agreement
 from cifar_hpc.training.process import Launch, Patience, StopFlag
@@ -28,9 +30,11 @@ from cifar_hpc.training.process import Launch, Patience, StopFlag
 T = TypeVar("T")
 Progress = Callable[[str], object]  # called again and again while other ranks are missing; the text is for the log
 
-# The import of PyTorch over a busy network file system can take one node many minutes longer than another. Whether a
-# process that has not come up is still on its way is known to nobody: srun does not end a step for a task that failed.
+# The import of PyTorch over a busy network file system can take one node many minutes longer than another.
 RENDEZVOUS_SECONDS = 30 * 60
+# srun does not end a step for a task that has failed (batch_script.SRUN_PATIENCE), but says so in rank 0's output.
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([0-9,-]+): (.+)")
+LOOK_TRIES = 100  # of 50 ms, between two looks for that
 WAITING_LINE_SECONDS = 60  # between two lines of the log that say for whom rank 0 waits
 # After a stop request before all ranks have met, they wait for the others so much longer, to leave together.
 STOP_ALONE_SECONDS = 30
@@ -150,7 +154,11 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: Sto
     store.set(f"here/{launch.rank}", "")
     missing = [f"here/{rank}" for rank in range(launch.world_size)]
     patience, next_line = Patience(RENDEZVOUS_SECONDS), time.monotonic() + WAITING_LINE_SECONDS
+    tries = 0
     while missing := [key for key in missing if not store.check([key])]:
+        tries += 1
+        if tries % LOOK_TRIES == 0:
+            _require_alive(launch, {int(key[5:]) for key in missing})
         names = ", ".join(key[5:] for key in missing)
         due = time.monotonic() > next_line
         next_line += WAITING_LINE_SECONDS * due
@@ -168,6 +176,23 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: Sto
         time.sleep(0.05)
     if board.set_once(_BEGIN, _STOP if stop.requested else "go") == _STOP:
         _leave_together(store, launch)
+
+
+def _require_alive(launch: Launch, ranks: set[int]) -> None:
+    """Check that srun has not reported the end of a task that has not come up.
+
+    Raises:
+        RanksLostError: it has.
+    """
+    if launch.scheduler != "slurm" or launch.rendezvous is None:
+        return
+    folder = launch.rendezvous.parents[1]
+    for host, tasks, end in _TASK_ENDED.findall("\n".join(output_of_start(folder / f"{launch.job_id}_0_log.out"))):
+        spans = [span.partition("-") for span in tasks.split(",")]
+        numbers = {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
+        if gone := sorted(ranks & numbers):
+            log = folder / f"{launch.job_id}_{gone[0]}_log.out"
+            raise RanksLostError(f"rank {gone[0]} ({host}) ended before it came up: {end}. HINT: see the end of {log}")
 
 
 def _leave_together(store: dist.Store, launch: Launch) -> NoReturn:
@@ -208,7 +233,9 @@ def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
 
 
 def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
-    for _ in _until_found(stop):
+    for tries, _ in enumerate(_until_found(stop), 1):
+        if tries % LOOK_TRIES == 0:
+            _require_alive(launch, {0})
         list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
         if path.exists():
             address = json.loads(path.read_text())
