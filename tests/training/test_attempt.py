@@ -121,7 +121,7 @@ def attempt(rank: int, world: int, root: str, sections: list[dict[str, Any]], fa
         launch = Launch(rank, world, rank, None, None, Path(root) / "rendezvous" / "now.json")
         attempt = Attempt(Context(RunPaths(Path(root), "run"), tiny_spec(**sections[rank]), launch, StopFlag()))
         status = attempt.run()
-    attempt.lock.release()
+    attempt.context.lock.release()
     del attempt
     gc.collect()
     os.chdir(place)
