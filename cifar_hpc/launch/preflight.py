@@ -1,5 +1,6 @@
 """Checks on the submitting machine, before anything is queued."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cifar_hpc.runs.paths import PROJECT, RunPaths
 from cifar_hpc.runs.progress import DAMAGE
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, QueuedJob
+from cifar_hpc.text import shown
 
 # Keys of `resources` that mean nothing without Slurm.
 SLURM_ONLY = (
@@ -93,8 +95,13 @@ def on_slurm(cluster: str, spec: Spec) -> bool:
 
     Raises:
         SchedulerError: if Slurm is asked for, also by what has a meaning only there, and does not answer.
+        SpecError: if a variable would send the job to another cluster.
     """
     answers = cluster != "local" and client.answers()
+    for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS") if answers else ():
+        if value := os.environ.get(name):
+            hint = "HINT: unset it, or submit on a login node of that cluster"
+            raise SpecError(f"{name}: {shown(value)} would hide the job from status and cancel. {hint}.")
     given = [key for key in SLURM_ONLY if getattr(spec.resources, key)]
     if not answers and (cluster == "slurm" or (cluster == "auto" and given)):
         reason = "sbatch is not on PATH" if shutil.which("sbatch") is None else "squeue does not answer"

@@ -176,7 +176,7 @@ CHECKPOINT = r"step_\d+\.pt"
 
 PLACES: dict[str, Place] = {
     # start-up
-    "lock": Place("start", _before("cifar_hpc.runs.lock", "RunLock.acquire"), only_first=True),
+    "lock": Place("start", _before("cifar_hpc.training.attempt", "Attempt._open_run"), only_first=True),
     "connect": Place("process group", _before("torch.distributed", "init_process_group"), needs="ranks"),
     "connected": Place("process group", _after("torch.distributed", "init_process_group"), needs="ranks"),
     "data": Place("data", _before("cifar_hpc.training.attempt", "load_dataset")),

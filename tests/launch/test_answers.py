@@ -112,6 +112,17 @@ def test_what_sbatch_answers(site: Site, text: str, body: str, known: str) -> No
         assert site.submit(text)[0] == (0 if text is SWEEP else 4) and site.stub.queued() == queued
 
 
+@pytest.mark.parametrize("name", ["SLURM_CLUSTERS", "SBATCH_CLUSTERS"])
+def test_a_variable_that_sends_jobs_to_another_cluster_is_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "other")
+    status, said = site.submit()
+    assert status == 2 and f"{name}: 'other' would hide the job" in said and site.stub.calls() == []
+    status, said = site.submit(JOB, "--sbatch", "clusters=other")
+    assert status == 2 and "resources.sbatch.clusters: would hide the job from status and cancel. HINT: use a" in said
+
+
 def test_an_sbatch_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_script, "SBATCH_SECONDS", 3)
     # Its child holds the pipes when it is killed.
