@@ -146,8 +146,11 @@ def start_minicluster(slurm_on_path: None) -> Iterator[Callable[..., Minicluster
 
 @pytest.fixture(scope="session")
 def minicluster(start_minicluster: Callable[..., Minicluster]) -> Iterator[Minicluster]:
-    """The cluster shared by the session's tests: two nodes, 30 s of grace. SLURM_CONF points to it."""
-    cluster = start_minicluster("--grace", "30")
+    """The cluster shared by the session's tests: two nodes, and grace in which even a busy machine starts two ranks.
+
+    SLURM_CONF points to it.
+    """
+    cluster = start_minicluster("--grace", "120")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(cluster.dir / "slurm.conf"))
         yield cluster

@@ -53,7 +53,7 @@ def _nodes_with_gpus_that_are_none(lab: Lab, tmp_path: Path) -> None:
     assert found["job requeue"]["found"].endswith("Requeue=1")
     good = ("slurm", "partition", "nodes", "preemption", "requeue", "account", "torch", "job file system", "job locks")
     assert {found[check]["status"] for check in (*good, "job signals")} == {"ok"}, found
-    assert "urgent" in found["preemption"]["found"] and "30 s of grace" in found["preemption"]["found"]
+    assert "urgent" in found["preemption"]["found"] and "120 s of grace" in found["preemption"]["found"]
     assert found["partition"]["found"].startswith("gpu: UP, 2 nodes") and "2 with 4 GPUs" in found["nodes"]["found"]
 
 
