@@ -105,7 +105,9 @@ def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
     digest, images = _read_images(both, progress, "decoding")
     cache = _cache_path(folder, root, digest)  # which is another one where an image has changed since
     count = len(files["train"])
-    data = Dataset(images[:count], torch.tensor(labels["train"]), images[count:], torch.tensor(labels["test"]))
+    # In a file, each tensor has memory of its own (`tensorfile`).
+    train, test = images[:count].clone(), images[count:].clone()
+    data = Dataset(train, torch.tensor(labels["train"]), test, torch.tensor(labels["test"]))
     try:
         cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         with replacing(cache) as file:

@@ -78,7 +78,7 @@ def test_ignore_signals_lets_a_task_live_until_its_handlers_take_over(name: str)
         ({"JobState": "RUNNING"}, False),
         ({"JobState": "SIGNALING"}, False),
         ({"JobState": "COMPLETING"}, True),
-        ({"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"}, True),
+        ({"JobState": "RUNNING", "PreemptTime": "1767225600"}, True),
         (None, False),  # scontrol does not answer
     ],
 )
