@@ -44,10 +44,11 @@ hpc_event() { # NAME FIELDS
   hpc_append events.jsonl "{$head, \"job_id\": \"$hpc_job\", \"restart\": null, \"world_size\": null, $2}"
 }
 hpc_end() { # STATUS of the tasks
+  trap '' TERM USR1 USR2 # Slurm also signals a scontrol that has just requeued the job
   local last= events=$hpc_logs/$hpc_run/events.jsonl
   [ ! -f "$events" ] || last=$(tail -n 1 "$events")
   if [ "$1" -ne 0 ] || [[ $last == *'"event": "attempt"'* ]]; then
-    (cd "$SLURM_SUBMIT_DIR" && trap '' TERM USR1 USR2 && hpc_epilog "$1") || hpc_no_python "$1"
+    (cd "$SLURM_SUBMIT_DIR" && hpc_epilog "$1") || hpc_no_python "$1"
   fi
   kill -WINCH $$
   exit "$1"
@@ -222,8 +223,8 @@ def _begin(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> list[str]:
         f'hpc_epilog() {{ exec {python} -m cifar_hpc.launch.epilog {root} {target} "$1"; }}',
         RECORD.strip()
         .replace("FIND_CODE", FIND_CODE)
-        .replace("hpc_run=RUN", f"hpc_run={run}")
-        .replace("MARK", START_MARK),
+        .replace("MARK", START_MARK)
+        .replace("hpc_run=RUN", f"hpc_run={run}"),  # last, since names may hold the other words
     ]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.runs import requeue
-from cifar_hpc.runs.events import Checkpoint, Event, Failed, Left, Requeued
+from cifar_hpc.runs.events import FAILURES, Checkpoint, Event, Failed, Left, Requeued
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.history import Attempt, History, step_of
 from cifar_hpc.runs.lock import holder
@@ -72,7 +72,7 @@ class Epilog:
     def run(self, status: str) -> None:
         """Report the end and request the requeue, unless a task has done so."""
         last = self.attempt.said
-        failed = last.get("event") == Failed.name and last.get("again")
+        failed = last.get("event") in FAILURES and last.get("again")
         if (last and not failed and last["event"] != Requeued.name) or not self._has_nodes():
             return
         try:

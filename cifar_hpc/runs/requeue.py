@@ -12,6 +12,7 @@ from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import forbid_requeue, parse_instant, requeue_job, restart_count
+from cifar_hpc.slurm.options import node_counts
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
 # is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
@@ -224,7 +225,7 @@ def elsewhere(decision: Decision, ending: Ending, spec: Spec, job_id: str) -> De
     exclude, why = "", ": resources.nodelist asks for certain nodes"
     if spec.resources.nodelist is None:
         try:
-            exclude = _nodes_but(ending.bad_node, job_id, int(spec.resources.nodes.partition("-")[0]))
+            exclude = _nodes_but(ending.bad_node, job_id, node_counts(spec.resources.nodes)[0])
             why = "" if exclude else ": too few others would be left"
         except SchedulerError as error:
             why = f": {error}"

@@ -107,9 +107,10 @@ def test_epilog_leaves_an_attempt_that_has_reported_its_end(site: Site, last: di
     assert site.end() == [] and site.requests() == []
 
 
-def test_epilog_requests_what_a_task_recorded_and_did_not_live_to_request(site: Site) -> None:
+@pytest.mark.parametrize("event", ["failed", "hang"])
+def test_epilog_requests_what_a_task_recorded_and_did_not_live_to_request(site: Site, event: str) -> None:
     site.freeze()
-    site.happened(START, SAVED, FAILED)
+    site.happened(START, SAVED, FAILED | {"event": event})
     (requeued,) = site.end()
     assert (requeued["event"], requeued["reason"], requeued["delay_seconds"]) == ("requeued", "failure", 120)
     assert site.requests() == ["requeue 7"]
@@ -248,19 +249,20 @@ def test_two_starts_that_fail_without_progress_end_the_run(site: Site, monkeypat
         ("sh: 1: exec: /opt/python: not found\nsrun: error: n2: task 1: Exited with exit code 127", "n2"),
     ],
 )
+@pytest.mark.parametrize(("nodes", "fewest"), [("1", 1), ("2-4", 2), ("4,2", 2)])
 def test_a_broken_node_is_left_and_does_not_count_as_a_lack_of_progress(
-    site: Site, monkeypatch: pytest.MonkeyPatch, words: str, node: str
+    site: Site, monkeypatch: pytest.MonkeyPatch, words: str, node: str, nodes: str, fewest: int
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(requeue, "_nodes_but", lambda *given: asked.append(given) or "n1,n2")
-    site.freeze(failures={"max": 2})
+    site.freeze(failures={"max": 2}, resources={"nodes": nodes})
     site.happened({"event": "failed", "step": 0}, ATTEMPT)
     (site.paths.slurm / "7_0_log.out").write_text(words)
     failed, _ = site.end()
-    assert (failed["bad_node"], asked) == (node, [(node, "7", 1)])
-    assert site.requests() == ["requeue 7", "update jobid=7 ExcNodeList=n1,n2"]
+    assert (failed["bad_node"], asked) == (node, [(node, "7", fewest)])
+    assert site.requests()[:2] == ["requeue 7", "update jobid=7 ExcNodeList=n1,n2"]
     assert f"without node {node}, which looks broken" in site.paths.train_log.read_text()
     assert History.read(site.paths.events).failed_step == 0  # of the failure before
 

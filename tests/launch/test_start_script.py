@@ -37,6 +37,7 @@ class Script:
     def __init__(self, folder: Path, sweep: bool = False) -> None:
         self.root, self.programs, self.asked = folder, folder / "bin", folder / "asked"
         self.run_paths = RunPaths(folder, "run")
+        self.root.mkdir(exist_ok=True)
         self.run_paths.create()
         self.paths = SweepPaths(folder, "job") if sweep else self.run_paths
         self.paths.create()
@@ -164,6 +165,18 @@ def test_without_python_the_shell_counts_asks_and_at_last_holds(script: Script) 
     ]
     assert script.log().count("/nowhere/python") == 3 and "held: the command requeue releases it" in script.log()
     assert History.read(script.run_paths.events).requeues_since_submission == {"failure": 2}
+
+
+def test_a_requeue_that_slurm_answers_with_sigterm_is_not_taken_for_a_refusal(script: Script) -> None:
+    script.stub("scontrol", SCONTROL.replace("*) echo", "*) kill -TERM $$; echo"))
+    assert names(script.end(python="/nowhere/python")[1]) == ["attempt", "failed", "requeued"]
+    assert script.requests() == ["requeue 7", "update jobid=7 StartTime=now+120"]
+
+
+@pytest.mark.parametrize("name", ["MARKUS", "FIND_CODE", "hpc_run=RUN"])
+def test_names_that_hold_words_of_the_script(tmp_path: Path, name: str) -> None:
+    script = Script(tmp_path / name, sweep=True)
+    assert names(script.end(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="1")[1]) == ["attempt", "failed", "requeued"]
 
 
 def test_a_job_that_is_being_cancelled_is_not_brought_back(script: Script) -> None:
