@@ -109,8 +109,12 @@ class OwnerLock(RunLock):
         with contextlib.suppress(TypeError, KeyError, ValueError):  # an owner that is no run
             other = RunPaths(Path(before["root"]), before["run"])
             # Of a project that was moved, copied or deleted, or of a first submission that was refused, nothing counts.
-            elsewhere = other.spec.is_file() and same_folder(other.logs, ours.logs) is False
-            if elsewhere and same_folder(other.checkpoints, ours.checkpoints):
+            try:
+                elsewhere = other.spec.is_file() and same_folder(other.logs, ours.logs) is False
+                taken = elsewhere and same_folder(other.checkpoints, ours.checkpoints)
+            except PermissionError:  # another user's project, into which this one cannot look
+                taken = True
+            if taken:
                 self.release()
                 raise SpecError(
                     f"{ours.checkpoints}: holds the checkpoints of run {other.name} in {other.root}, and one folder "

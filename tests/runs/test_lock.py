@@ -172,6 +172,25 @@ def test_a_folder_of_checkpoints_belongs_to_one_run(tmp_path: Path) -> None:
     claim(second)
 
 
+def test_a_folder_of_a_project_that_one_may_not_look_into_is_refused_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two_with_one_folder(tmp_path)
+    claim(first)
+    first.spec.touch()
+    before, stat = first.owner.read_bytes(), Path.stat
+
+    def denied(path: Path, **options: bool) -> os.stat_result:
+        if path.is_relative_to(first.root):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(SpecError, match=rf"run run in {first.root}.*HINT: use another --name"):
+        claim(second)
+    assert (second.owner.read_bytes(), holder(second.owner)) == (before, None)
+
+
 def test_a_copy_of_a_project_and_old_owners_are_no_obstacle(tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "a", "run")
     run.create()
