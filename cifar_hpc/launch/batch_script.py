@@ -126,11 +126,7 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
         "nodes": resources.max_nodes,
         **{key: getattr(resources, key) for key in SUBMITIT_NAMES},
         # With a '/' the name of a file that lists nodes; sbatch runs in the code snapshot.
-        **{
-            key: str(Path(v).absolute())
-            for key in ("exclude", "nodelist")
-            if "/" in (v := getattr(resources, key) or "")
-        },
+        **{k: str(Path(v).absolute()) for k in ("exclude", "nodelist") if "/" in (v := getattr(resources, k) or "")},
     }
     return {
         "wckey": None,  # submitit would set its own name
@@ -333,10 +329,8 @@ def sbatch(option: str, script: str) -> str:
 
 
 def _unused_hint() -> str:
-    names = [name for name in left_out(os.environ) if name.startswith("SBATCH_")]
-    return f" HINT: {', '.join(names)} of the environment is not used: say it by a flag or in the profile." * bool(
-        names
-    )
+    names = ", ".join(name for name in left_out(os.environ) if name.startswith("SBATCH_"))
+    return f" HINT: {names} of the environment is not used: say it by a flag or in the profile." if names else ""
 
 
 def record_submitted(

@@ -279,8 +279,7 @@ def signal_local(paths: RunPaths, number: signal.Signals) -> bool:
     """Signal the run's processes on this machine; false if there are none."""
     # The controller passes SIGTERM on to every task.
     pid = controller_of(paths, History.read(paths.events)) if number is signal.SIGTERM else None
-    if pid is None:
-        pid = holder_pid(paths.lock)  # one rank is enough: all agree on where to stop
+    pid = pid or holder_pid(paths.lock)  # one rank is enough: all agree on where to stop
     if pid is not None:
         os.kill(pid, number)
     return pid is not None

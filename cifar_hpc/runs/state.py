@@ -85,14 +85,12 @@ def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECON
     """
     doubtful = {state.job_id: state for state in states if state.state == UNKNOWN and state.job_id}
     found = client.squeue_jobs(list(doubtful), timeout_seconds) if doubtful else {}
-    hidden = (
-        any(_is_another(state.user) for job_id, state in doubtful.items() if job_id not in found)
-        and client.hides_jobs()
-    )
+    missing = [job_id for job_id, state in doubtful.items() if job_id not in found and _is_another(state.user)]
+    hidden = missing if missing and client.hides_jobs() else []
     jobs: dict[str, QueuedJob | None] = {}
     for job_id, state in doubtful.items():
         job = found.get(job_id)
-        if job is None and hidden and _is_another(state.user):
+        if job_id in hidden:
             job = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
         jobs[state.run] = job and dataclasses.replace(job, name=state.run)
     return jobs
