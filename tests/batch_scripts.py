@@ -98,7 +98,8 @@ def run_with_stub_srun(script: str, folder: Path) -> list[str]:
         timeout=120,
         check=True,
     )
-    assert done.stderr == b"" and list(work.iterdir()) == []
+    assert done.stderr == b"", done.stderr
+    assert list(work.iterdir()) == []
     mark, _, words = done.stdout.partition(b"\n")
     assert mark.decode().startswith(START_MARK)
     return [word.decode() for word in words.split(b"\0")[:-1]]

@@ -45,7 +45,10 @@ def write_yaml(path: Path, values: Any) -> str:
     return str(path)
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(TEXT_KEYS, hostile_text())), hostile_text(without="?"), hostile_text())
+TEXTS = {key: hostile_text(without="/" * (key in ("exclude", "nodelist"))) for key in TEXT_KEYS}  # with one: a file
+
+
+@given(st.fixed_dictionaries(TEXTS), hostile_text(without="?"), hostile_text())
 @settings(max_examples=100)
 def test_every_value_reaches_sbatch_as_it_is(texts: dict[str, str], dependency: str, user: str) -> None:
     flags = [f"--{key}={value}" for key, value in texts.items()]
@@ -62,6 +65,7 @@ def test_every_value_reaches_sbatch_as_it_is(texts: dict[str, str], dependency: 
         "ntasks-per-node": "1",
         "open-mode": "append",
         "output": "/r/logs/run/slurm/%j_0_log.out",
+        "propagate": "NONE",
         "requeue": None,
         "signal": "USR2@120",
         "time": "04:00:00",
@@ -77,7 +81,6 @@ def test_bash_runs_nothing_but_srun_with_these_very_words(folder: str, srun: lis
         status, script, error = dry_run(f"--profile={profile}", f"--comment={comment}", root=str(root))
         assert status == 0, error
         slurm = root / "logs" / "run" / "slurm"
-        slurm.mkdir(parents=True)  # where the script puts the task
         assert run_with_stub_srun(script, Path(directory)) == [
             "--unbuffered",
             "--output",

@@ -102,7 +102,7 @@ class Telling(Attempt):
         self.failures.report = self.hand_on
 
     def hand_on(self, error: Exception) -> int:
-        self.lock.release()
+        self.context.lock.release()
         raise error
 
 
