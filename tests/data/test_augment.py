@@ -105,7 +105,7 @@ def test_geometry_without_rotation_equals_torchvision(config: AugmentConfig) -> 
 def test_geometry_of_special_angles() -> None:
     angles = torch.tensor([0.0, 15.0, -15.0, 90.0, -90.0, 180.0, 45.0, 1e-6, 30.0])
     p = kernels.sample_parameters(draws_for(len(angles)), CONFIG)
-    p = dataclasses.replace(p, angle=angles)
+    p = p._replace(angle=angles)
     images = random_images(len(angles))
     expected = torch.stack([reference_geometry(images[n], p, n, 4) for n in range(len(angles))])
     assert torch.equal(geometry(images, p, CONFIG), expected)
@@ -133,7 +133,7 @@ def orders(count: int) -> Tensor:
 def test_color_jitter_matches_torchvision_in_every_order(config: AugmentConfig) -> None:
     count = 24 * 20
     images = random_images(count).float().div(255)
-    p = dataclasses.replace(kernels.sample_parameters(draws_for(count), config), order=orders(count))
+    p = kernels.sample_parameters(draws_for(count), config)._replace(order=orders(count))
     got = color_jitter(images, p, config)
     expected = torch.stack([reference_jitter(images[n], p, n, config) for n in range(count)])
     difference = (got - expected).abs().amax((1, 2, 3))
@@ -141,7 +141,7 @@ def test_color_jitter_matches_torchvision_in_every_order(config: AugmentConfig) 
     assert float(difference.max()) <= (1e-5 if config == CONFIG else 2e-4)
     assert float(got.min()) >= 0 and float(got.max()) <= 1
     # Wrong orders would show: applied in one order for all, the results are far away.
-    same = color_jitter(images, dataclasses.replace(p, order=p.order[:1].expand(count, 4)), config)
+    same = color_jitter(images, p._replace(order=p.order[:1].expand(count, 4)), config)
     assert float((same - expected).abs().amax((1, 2, 3))[1:24].median()) > 1e-3
 
 
@@ -150,7 +150,7 @@ def test_color_jitter_with_some_steps_off(on: set[int]) -> None:
     names = ("brightness", "contrast", "saturation", "hue")
     config = dataclasses.replace(OFF, **{names[i]: 0.2 for i in on})
     images = random_images(48).float().div(255)
-    p = dataclasses.replace(kernels.sample_parameters(draws_for(48), config), order=orders(48))
+    p = kernels.sample_parameters(draws_for(48), config)._replace(order=orders(48))
     expected = torch.stack([reference_jitter(images[n], p, n, config) for n in range(48)])
     got = color_jitter(images, p, config)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -387,16 +387,6 @@ def test_largest_draw_stays_in_range() -> None:
     assert int(p.top) == int(p.left) == 62
     for size in range(1, 33):
         assert int(torch.tensor(1 - 2**-24) * size) == size - 1
-
-
-def test_bad_arguments_are_refused() -> None:
-    images, draws = random_images(2), draws_for(2)
-    for wrong in (images.float(), images[:, :1], images[0]):
-        with pytest.raises(ValueError, match="uint8"):
-            A.augment(wrong, draws, CONFIG)
-    for wrong in (draws[:, 1:], draws.double()):
-        with pytest.raises(ValueError, match="draws"):
-            A.augment(images, wrong, CONFIG)
 
 
 @pytest.mark.parametrize(

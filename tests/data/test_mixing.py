@@ -272,19 +272,6 @@ def test_hits_are_the_shares_of_the_chosen_labels() -> None:
     assert float(M.mixed_correct(right, same)) == 500  # a half and a half of one label are a whole
 
 
-def test_bad_arguments_are_refused() -> None:
-    images, labels, draws = batch(4)
-    for wrong in (images.to(torch.uint8), images[:, :1], images[0]):
-        with pytest.raises(ValueError, match="images"):
-            M.mix_batch(wrong, labels, draws, BOTH)
-    for wrong in (labels.float(), labels[:3]):
-        with pytest.raises(ValueError, match="labels"):
-            M.mix_batch(images, wrong, draws, BOTH)
-    for wrong in (draws.double(), draws[:, :5], draws[:3]):
-        with pytest.raises(ValueError, match="draws"):
-            M.mix_batch(images, labels, wrong, BOTH)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("mixup", -0.1), ("mixup", math.nan), ("cutmix", math.inf), ("cutmix", 101), ("probability", 1.5)],

@@ -6,7 +6,6 @@ all of its samples or on a part of them.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ _ERASE, _AREA, _RATIO, _PLACE = 12, slice(13, 23), slice(23, 33), slice(33, 35)
 DRAWS = 35  # uniform numbers that one sample takes
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Augmentation parameters of B samples; tensors [B] on one device.
 
     Attributes:
@@ -77,26 +75,6 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
         order=draws[:, _ORDER].argsort(dim=1, stable=True),
         box=_erase_boxes(draws, config),
     )
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse images of another shape or type.
-
-    Raises:
-        ValueError: says what is expected.
-    """
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"images must be uint8 [B, 3, 32, 32], got {images.dtype} {list(images.shape)}")
-
-
-def check_draws(draws: Tensor, images: Tensor, columns: int) -> None:
-    """Refuse draws of another shape or type than float32 [len(images), columns].
-
-    Raises:
-        ValueError: says what is expected.
-    """
-    if draws.dtype != torch.float32 or draws.shape != (len(images), columns):
-        raise ValueError(f"draws must be float32 [{len(images)}, {columns}], got {draws.dtype} {list(draws.shape)}")
 
 
 def blends_before_hue(draws: Tensor, config: AugmentConfig) -> Tensor:

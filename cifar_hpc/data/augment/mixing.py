@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_hpc.config.spec import IMAGE_SIZE, MixingConfig
-from cifar_hpc.data.augment.kernels import check_draws
 
 _KNOTS = 4097
 
@@ -89,11 +88,7 @@ def mix_batch(images: Tensor, labels: Tensor, draws: Tensor, config: MixingConfi
         labels: int64 [B] on the same device.
         draws: float32 [B, MIXING_DRAWS] in [0, 1) on the same device, from `randomness.uniform`.
         config: what to do. If it is off, or the batch has a single sample, the images are returned as they are.
-
-    Raises:
-        ValueError: for images, labels or draws of another shape or type.
     """
-    _check(images, labels, draws)
     if not config.on or len(images) < 2:
         return Mixed(images, labels, labels, torch.ones(len(images), dtype=torch.float32, device=images.device))
     partner = partners(draws)
@@ -163,14 +158,6 @@ def mixed_correct(logits: Tensor, mixed: Mixed) -> Tensor:
     """Summed share of the label that has the largest logit, float64."""
     chosen, weight = logits.argmax(dim=1), mixed.weight.double()
     return (weight * (chosen == mixed.labels) + (1 - weight) * (chosen == mixed.other_labels)).sum()
-
-
-def _check(images: Tensor, labels: Tensor, draws: Tensor) -> None:
-    if not images.is_floating_point() or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"images must be float [B, 3, 32, 32], got {images.dtype} {list(images.shape)}")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
-    check_draws(draws, images, MIXING_DRAWS)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -29,11 +29,7 @@ def normalize(images: Tensor) -> Tensor:
 
     Returns:
         float32 [B, 3, 32, 32], channels_last, equal to torchvision's ToTensor, Normalize.
-
-    Raises:
-        ValueError: for images of another shape or type.
     """
-    kernels.check_images(images)
     x = kernels.normalize_(kernels.unit_(_planes(images), images), kernels.channels(images.device))
     return x.view(images.shape).contiguous(memory_format=torch.channels_last)
 
@@ -48,12 +44,7 @@ def augment(images: Tensor, draws: Tensor, config: AugmentConfig) -> Tensor:
 
     Returns:
         float32 [B, 3, 32, 32], channels_last; each sample depends on its own image and draws only.
-
-    Raises:
-        ValueError: for images or draws of another shape or type.
     """
-    kernels.check_images(images)
-    kernels.check_draws(draws, images, kernels.DRAWS)
     # Traced tensors have no values to sort by; fake ones are of a class of their own. Few samples make no parts.
     values = images.device.type == "cpu" and type(draws) is Tensor and not torch.compiler.is_compiling()
     if values and len(images) > PART:
