@@ -71,11 +71,8 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = _conv(channels_in, width, 1), ShardBatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3, stride), ShardBatchNorm2d(width)
         self.conv3, self.bn3 = _conv(width, channels_out, 1), ShardBatchNorm2d(channels_out)
-        self.shortcut = (
-            nn.Sequential(_conv(channels_in, channels_out, 1, stride), ShardBatchNorm2d(channels_out))
-            if project
-            else nn.Identity()
-        )
+        layers = (_conv(channels_in, channels_out, 1, stride), ShardBatchNorm2d(channels_out)) if project else ()
+        self.shortcut = nn.Sequential(*layers)  # without layers the identity
         self.activation = _activation(activation)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -146,10 +143,9 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ImprovedResNet:
         raise ValueError(f"its tensors are too few for {sum(spec.blocks)} blocks")
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         network = ImprovedResNet(spec)
-    if wrong := [
-        name for name, t in network.state_dict().items() if name in tensors and tensors[name].dtype != t.dtype
-    ]:
-        raise ValueError(f"{wrong[0]} is {tensors[wrong[0]].dtype}")
+    for name, own in network.state_dict().items():
+        if tensors.get(name, own).dtype != own.dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}")
     network.load_state_dict(tensors, assign=True)
     return network
 

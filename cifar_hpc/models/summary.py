@@ -1,7 +1,7 @@
 """Summary of the network's layers, from a forward pass on PyTorch's meta device, which computes no numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +12,7 @@ from cifar_hpc.models.improved_resnet import ImprovedResNet, KeyedDropout
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One call of a module that has no submodules.
 
     words: such as `3×3 convolution, stride 2`.
@@ -25,8 +24,7 @@ class Layer:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One of the parts that images pass one after the other, with its layers in the order in which they run.
 
     words: `stem`, `bottleneck`, `dropout 0.2`, `linear`.
@@ -40,8 +38,7 @@ class Block:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """The whole network. `features` is the shape of the head's input, after the pooling."""
 
     input: Shape
