@@ -17,7 +17,7 @@ from cifar_hpc.cli.terminal import PLAIN, Column, Style, fit, lay_out, paint, us
 from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs.paths import find_runs, project_root
-from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, sort_key, varied_keys
+from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, short_keys, sort_key, varied_keys
 from cifar_hpc.runs.state import ANSWER_SECONDS, jobs_of
 from cifar_hpc.text import in_markdown, one_line, printable, shown
 
@@ -37,6 +37,7 @@ FIGURES = {  # name: (heading on a terminal, heading in a document)
     "training_seconds": ("training", "training time"),
     "wall_seconds": ("wall", "wall time"),
 }
+TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
 LONG_HEADINGS = {"ranks": "processes", **dict(FIGURES.values())}
 # Further columns of a document, so that readers know how a row was made.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
@@ -237,7 +238,7 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
     setting_texts = [one_line(text) or MISSING for text in settings(groups)]
     return [
         _column("run", names, names, shown=each or not keys),
-        *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys).items()),
+        *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys, TAKEN).items()),
         _column("settings", setting_texts, [group.changed or None for group in groups], shown=many),
         _column("seeds", [_seeds(row) for row in rows], [len(row.members) for row in rows], shown=not each),
         _figures("test_accuracy", rows, "{:.2f}".format, deviation=True),
@@ -291,14 +292,6 @@ def _epochs(row: Row) -> str:
     done = sorted({member.epoch for member in row.members})
     of = max(member.epochs for member in row.members) or MISSING
     return f"{done[0]}/{of}" if len(done) == 1 else f"{done[0]}-{done[-1]}/{of}"
-
-
-def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key's last part; the whole key where another key or column has that name, too."""
-    taken = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
-    last = {key: key.rpartition(".")[2] for key in keys}
-    count = Counter(last.values())
-    return {key: short if count[short] == 1 and short not in taken else key for key, short in last.items()}
 
 
 def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) -> list[Row]:

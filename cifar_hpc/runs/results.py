@@ -1,7 +1,7 @@
 """Results of runs: groups of runs that differ in their seed alone, with what differs, and a row of results for each."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -90,7 +90,7 @@ def settings(groups: Sequence[Group]) -> list[str]:
 def labels(groups: Sequence[Group]) -> list[str]:
     """Label of each group: changed keys and values, else the run's name."""
     keys = varied_keys(groups)
-    short = _short_keys(keys)
+    short = short_keys(keys)
     words = settings(groups) if len(keys) > MANY_KEYS else [_words(group.changed, short) for group in groups]
     count = Counter(words)
     return [
@@ -105,7 +105,7 @@ def shared_label(groups: Sequence[Group]) -> str:
     if len(first) > MANY_KEYS:
         return ""
     alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return _words(alike, _short_keys(list(first)))
+    return _words(alike, short_keys(list(first)))
 
 
 def _words(changed: Mapping[str, Any], short: Mapping[str, str]) -> str:
@@ -130,11 +130,11 @@ def sort_key(value: Any) -> tuple[int, list[Any]]:
     return (1, [value]) if isinstance(value, (bool, int, float)) else (2, [str(value)])
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key's last part, where no other key has the same; schedule.name is the schedule."""
+def short_keys(keys: Sequence[str], taken: Container[str] = ()) -> dict[str, str]:
+    """Each dotted key's last part, unless another key has the same or it is taken; schedule.name is the schedule."""
     last = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
     count = Counter(last.values())
-    return {key: short if count[short] == 1 else key for key, short in last.items()}
+    return {key: short if count[short] == 1 and short not in taken else key for key, short in last.items()}
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import pytest
 from helpers import TINY
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.compare import FIGURES, all_columns, as_json, print_on_terminal, short_keys
+from cifar_hpc.cli.compare import FIGURES, TAKEN, all_columns, as_json, print_on_terminal
 from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.results import Row, group_runs, read_rows
+from cifar_hpc.runs.results import Row, group_runs, read_rows, short_keys
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 ENVIRONMENT = {"device": "A100", "torch": "2.12.1", "cuda": "13.0", "cudnn": 9, "threads": None, "amp": "bf16"}
@@ -281,7 +281,7 @@ def test_settings_are_broken_on_a_narrow_terminal(
 
 def test_keys_are_shortened_where_nothing_else_has_that_name() -> None:
     keys = ["model.dropout", "optimizer.name", "schedule.name", "train.epochs"]
-    assert list(short_keys(keys).values()) == ["dropout", "optimizer.name", "schedule.name", "train.epochs"]
+    assert list(short_keys(keys, TAKEN).values()) == ["dropout", "optimizer", "schedule", "train.epochs"]
 
 
 @pytest.mark.usefixtures("sweep")
