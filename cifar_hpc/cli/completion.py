@@ -31,17 +31,14 @@ EXAMPLES = ("bash", "zsh")
 
 # Shell functions in completion.bash and completion.zsh that complete an argument, by its metavar.
 COMPLETERS = {
-    "RUN": "_cifar_hpc_runs",
-    "PATTERN": "_cifar_hpc_runs",
+    **dict.fromkeys(("RUN", "PATTERN"), "_cifar_hpc_runs"),
     "RUN|FILE": "_cifar_hpc_runs_and_files",
     "JOB.yaml": "_cifar_hpc_job_files",
     "KEY.PATH=VALUE": "_cifar_hpc_keys",
     "NAME": "_cifar_hpc_profiles",
     "P": "_cifar_hpc_partitions",
     "DIR": "_cifar_hpc_directories",
-    "INPUT": "_cifar_hpc_files",
-    "FILE.csv": "_cifar_hpc_files",
-    "FILE.safetensors": "_cifar_hpc_files",
+    **dict.fromkeys(("INPUT", "FILE.csv", "FILE.safetensors"), "_cifar_hpc_files"),
 }
 
 

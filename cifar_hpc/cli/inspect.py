@@ -19,6 +19,7 @@ DESCRIPTION = """\
 The sums are those of the fast weights, the slow weights, momentum and
 BatchNorm buffers: two runs computed the same if and only if they agree. Exit
 status 1 where the file is damaged; the message says what is wrong with it."""
+SHOWN = ("step", "epoch", "step_in_epoch", "updates", "best", "environment", "digest", "spec")
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --step 3910 --json")
 
 
@@ -51,23 +52,15 @@ def describe(path: Path, state: TrainingState, skipped: list[str]) -> dict[str, 
     """The object of `inspect --json`; `skipped` are newer files that did not verify."""
     from cifar_hpc.training.checkpoints.format import FORMAT
 
-    rows = state.rows
     return {
         "file": str(path),
         "verified": True,
         "skipped": skipped,
         "format": FORMAT,
-        "step": state.step,
-        "epoch": state.epoch,
-        "step_in_epoch": state.step_in_epoch,
-        "updates": state.updates,
+        **{key: getattr(state, key) for key in SHOWN},
         "shards": state.spec["train"]["shards"],
-        "best": state.best,
-        "environment": state.environment,
-        "last_epoch": rows[-1] if rows else None,
+        "last_epoch": state.rows[-1] if state.rows else None,
         "sums": state.digests(),
-        "digest": state.digest,
-        "spec": state.spec,
     }
 
 

@@ -45,10 +45,7 @@ LINES = {  # kind of a line of train.log: (style of `paint`, beginning of the li
     "epoch": ("green", rf"(?:{_DATE})?epoch +\d+(?:/\d+ DONE)?  train loss "),
     "trouble": ("bold red", rf"{_DATE}(?:FAILED|HUNG|OUT OF MEMORY|not requeued)|---- "),
     "warning": ("yellow", rf"{_DATE}WARNING |WARNING "),
-    "stop": (
-        "magenta",
-        rf"{_DATE}(?:STOPPED|CANCELLED|JobState=|requeue|timeout|preemption|all processes were killed)",
-    ),
+    "stop": ("magenta", rf"{_DATE}(?:STOPPED|CANCELLED|JobState=|requeue|timeout|preemption|all processes were)"),
     "good": ("bold", rf"{_DATE}FINISHED "),
     "other": ("", ""),
 }

@@ -20,7 +20,6 @@ Row = Mapping[str, Any]
 SUBMITTED, KILLED = "submitted", "killed"
 # Events by which an attempt ends or announces its end; a submission ends it, too.
 _OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
-_ENDS = (*_OWN_ENDS, events.Submitted.name)
 # Events of a start that finds the run finished, which say nothing about the run.
 _SURPLUS = (
     *(events.Attempted.name, events.Requeued.name, events.RequeueFailed.name, events.Left.name, events.Holding.name),
@@ -71,7 +70,7 @@ class Attempt:
             self.heard = max(filter(None, (self.heard, time)), default=None)
             if name in (events.Signal.name, events.Finished.name):
                 self.stop_step = step_of(row)
-        if name in _ENDS:
+        if name in (*_OWN_ENDS, events.Submitted.name):
             self.cause, self.ended = _cause(name, row, self.cause), True
             self.end = self.end if self.cause == SUBMITTED else time
             self.start = self.start if self.begun else self.end

@@ -85,15 +85,12 @@ def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECON
     """
     doubtful = {state.job_id: state for state in states if state.state == UNKNOWN and state.job_id}
     found = client.squeue_jobs(list(doubtful), timeout_seconds) if doubtful else {}
-    missing = [job_id for job_id, state in doubtful.items() if job_id not in found and _is_another(state.user)]
-    hidden = missing if missing and client.hides_jobs() else []
-    jobs: dict[str, QueuedJob | None] = {}
-    for job_id, state in doubtful.items():
-        job = found.get(job_id)
-        if job_id in hidden:
-            job = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
-        jobs[state.run] = job and dataclasses.replace(job, name=state.run)
-    return jobs
+    others = {job_id: s for job_id, s in doubtful.items() if job_id not in found and _is_another(s.user)}
+    if others and client.hides_jobs():
+        for job_id, state in others.items():
+            found[job_id] = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
+    jobs = {state.run: found.get(job_id) for job_id, state in doubtful.items()}
+    return {run: job and dataclasses.replace(job, name=run) for run, job in jobs.items()}
 
 
 def _is_another(user: str | None) -> bool:
@@ -246,9 +243,7 @@ def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob | None] | None, ask
     try:
         progress = read_progress(paths)
         history = progress.history
-        state, detail = _busy(paths, job, history, now) or _without_a_job(
-            history, jobs is not None, asked_at, gone=jobs is not None and paths.name in jobs
-        )
+        state, detail = _busy(paths, job, history, now) or _without_a_job(paths.name, jobs, history, asked_at)
         return _state_of(paths, job, progress, state, detail, now)
     except OSError as error:
         trouble = f"its files cannot be read now ({error.strerror or error})"
@@ -356,19 +351,18 @@ def clock(instant: datetime, now: datetime) -> str:
     return f"{local:%H:%M:%S}" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d %H:%M:%S}"
 
 
-def _without_a_job(history: History, slurm_answers: bool, asked_at: float | None, gone: bool) -> tuple[str, str]:
-    """(state, detail) of a run that has neither a job nor processes.
-
-    Args:
-        gone: Slurm was asked for the recorded job by its id.
-    """
+def _without_a_job(
+    run: str, jobs: Mapping[str, QueuedJob | None] | None, history: History, asked_at: float | None
+) -> tuple[str, str]:
+    """(state, detail) of a run that has neither a job nor processes."""
     last = history.state
     if not last:
         return "not started", "never submitted"
     name, reason, submitted = last["event"], last.get("reason"), history.last_of(Submitted)
     if submitted.get("scheduler") == "slurm" and name not in (Finished.name, Cancelled.name):
-        if not slurm_answers:
+        if jobs is None:
             return UNKNOWN, "Slurm does not answer"
+        gone = run in jobs  # Slurm was asked for the recorded job by its id
         # By a failure or by leaving the run itself says that it ended, but for a job that Slurm has requeued.
         ended = name in FAILURES or (name == Left.name and reason != "preemption")
         if not (gone or ended) and _is_another(submitted.get("user")):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cifar_hpc.runs import events as e
 from cifar_hpc.runs.events import FAILURES, STARTS
@@ -17,8 +18,7 @@ EARLIEST, LATEST = 946_684_800, 4_102_444_800
 _REASONS = {"preemption": "preempted", "timeout": "timeout"}
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Period of a run, in seconds since 1970.
 
     kind: WAITING (queued or requeued), STARTING (from the begin of the process to its first step), TRAINING, or LOST
@@ -30,8 +30,7 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """Moment in a run.
 
     kind: checkpoint, restart, preempted, timeout, stopped, failed, hung, cancelled, finished; or `under way`, the last
@@ -49,7 +48,6 @@ class Timeline:
     progress: for each attempt, (time, epochs done, parts included) from its start to its end.
     """
 
-    run: RunPaths
     spans: list[Span] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     progress: list[list[tuple[float, float]]] = field(default_factory=list)
@@ -84,14 +82,14 @@ def read_timeline(run: RunPaths) -> Timeline:
     """
     rows = [*read_jsonl(run.events), *({**row, "event": e.Evaluated.name} for row in read_jsonl(run.metrics))]
     timed = [(at, row) for row in rows if (at := time_of(row)) is not None and EARLIEST <= at < LATEST]
-    return _Reader(run, sorted(timed, key=lambda event: event[0])).read()
+    return _Reader(sorted(timed, key=lambda event: event[0])).read()
 
 
 class _Reader:
     """Goes through the events in the order of their times."""
 
-    def __init__(self, run: RunPaths, events: Sequence[tuple[float, Row]]) -> None:
-        self.timeline = Timeline(run)
+    def __init__(self, events: Sequence[tuple[float, Row]]) -> None:
+        self.timeline = Timeline()
         self.events = events
         self.doing, self.since = NOTHING, 0.0
         self.heard = 0.0  # the last event so far
@@ -190,11 +188,10 @@ class _Reader:
 
 def _cut(span: Span, kept: float) -> list[Span]:
     """A span whose training after the moment `kept` was lost."""
-    if span.kind != TRAINING or span.end <= kept:
+    if span.kind != TRAINING:
         return [span]
-    if span.begin >= kept:
-        return [Span(LOST, span.begin, span.end)]
-    return [Span(TRAINING, span.begin, kept), Span(LOST, kept, span.end)]
+    parts = (span._replace(end=min(span.end, kept)), Span(LOST, max(span.begin, kept), span.end))
+    return [part for part in parts if part.begin < part.end]
 
 
 def _steps_per_epoch(events: Sequence[tuple[float, Row]]) -> float | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from run_logs import BEGIN, make_run
+from run_logs import BEGIN
 
 from cifar_hpc.cli.figures.timeline import in_words, timeline_figure
 from cifar_hpc.runs.timeline import Mark, Span, Timeline
@@ -15,7 +13,7 @@ from cifar_hpc.runs.timeline import Mark, Span, Timeline
 ZERO = BEGIN.timestamp()
 
 
-def life(folder: Path, name: str = "a", later: float = 0.0) -> Timeline:
+def life(later: float = 0.0) -> Timeline:
     """A run of 10 minutes that was preempted once and killed once."""
     begin = ZERO + later
     spans = [("waiting", 0, 60), ("starting", 60, 90), ("training", 90, 200), ("waiting", 200, 320),
@@ -23,7 +21,6 @@ def life(folder: Path, name: str = "a", later: float = 0.0) -> Timeline:
     marks = [("checkpoint", 150), ("preempted", 200), ("restart", 320), ("checkpoint", 400), ("failed", 450),
              ("finished", 600)]  # fmt: skip
     return Timeline(
-        make_run(folder, name),
         [Span(kind, begin + one, begin + other) for kind, one, other in spans],
         [Mark(kind, begin + at) for kind, at in marks],
         [[(begin + 90, 0.0), (begin + 200, 2.0)], [], [(begin + 350, 2.0), (begin + 450, 4.0)], [(begin + 450, 3.0)]],
@@ -45,8 +42,8 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for one in figure.legends for text in one.get_texts()]
 
 
-def test_one_run_has_its_bar_and_its_epochs(tmp_path: Path) -> None:
-    figure = timeline_figure([life(tmp_path)], ["a"])
+def test_one_run_has_its_bar_and_its_epochs() -> None:
+    figure = timeline_figure([life()], ["a"])
     above, below = figure.axes
     assert bars(below, "waiting") == [(0, 1), (round(200 / 60, 3), round(320 / 60, 3))]
     assert bars(below, "lost") == [(round(400 / 60, 3), 7.5)]
@@ -74,8 +71,8 @@ def test_one_run_has_its_bar_and_its_epochs(tmp_path: Path) -> None:
     ]
 
 
-def test_several_runs_are_rows_on_one_axis_of_time(tmp_path: Path) -> None:
-    lives = [life(tmp_path, "a"), life(tmp_path, "b", later=3600 * 5)]
+def test_several_runs_are_rows_on_one_axis_of_time() -> None:
+    lives = [life(), life(later=3600 * 5)]
     figure = timeline_figure(lives, ["seed 0", "x" * 80], left_out=7)
     (axis,) = figure.axes
     labels = [label.get_text() for label in axis.get_yticklabels()]
@@ -87,8 +84,8 @@ def test_several_runs_are_rows_on_one_axis_of_time(tmp_path: Path) -> None:
     assert not any(text.startswith("checkpoint") for text in legend(figure))
 
 
-def test_a_run_of_a_single_moment_can_be_drawn(tmp_path: Path) -> None:
-    moment = Timeline(make_run(tmp_path, "a"), [], [Mark("under way", ZERO)])
+def test_a_run_of_a_single_moment_can_be_drawn() -> None:
+    moment = Timeline([], [Mark("under way", ZERO)])
     figure = timeline_figure([moment], ["a"])
     assert legend(figure) == ["under way: 1"]
     figure.draw_without_rendering()

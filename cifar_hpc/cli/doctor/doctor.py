@@ -27,7 +27,7 @@ from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.paths import RunPaths, project_root
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
-from cifar_hpc.text import printable
+from cifar_hpc.text import one_line, printable
 
 DESCRIPTION = """\
 Each line is ok, a warning or a problem, with what was found and what to do.
@@ -274,12 +274,8 @@ def as_text(finding: Finding) -> str:
     indent = " " * len("problem  job file system  ")
     width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else sys.maxsize
     wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
-    lines = [f"{finding.status:7}  {finding.check:15}  {_one_line(finding.found)}"]
-    lines += [f"{indent}-> {_one_line(finding.advice)}"] if finding.advice else []
+    lines = [f"{finding.status:7}  {finding.check:15}  {one_line(finding.found)}"]
+    lines += [f"{indent}-> {one_line(finding.advice)}"] if finding.advice else []
     text = "\n".join(map(wrap.fill, lines))
     style = COLOURS[finding.status] if use_colour(sys.stdout) else ""
     return paint(finding.status, style) + text[len(finding.status) :]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())
