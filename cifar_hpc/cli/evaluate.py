@@ -136,16 +136,13 @@ def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list
     labels = [short(name) for name in names]
     axes.set_xticks(range(CLASSES), labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(CLASSES), labels)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(printable(title))
+    axes.set(xlabel="predicted class", ylabel="true class", title=printable(title))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="images of the true class, %")
     ticks = (0, 1, 5, 10, 25, 50, 100)
     bar.set_ticks([share**0.5 for share in ticks], labels=[str(share) for share in ticks])
-    bar.set_label("images of the true class, %")
     bar.outline.set_visible(False)
     return save_figure(figure, folder, "confusion", printable(title))
 
@@ -189,14 +186,8 @@ def _report(trained: TrainedModel, data: LabelledImages, logged: Mapping[str, An
         "loss": loss,
         "logged": logged,
         "classes": [
-            {
-                "label": label,
-                "name": name,
-                "images": sum(matrix[label]),
-                "correct": matrix[label][label],
-                "accuracy": class_accuracy(matrix, label),
-            }
-            for label, name in enumerate(data.classes)
+            {"label": n, "name": name, "images": sum(row), "correct": row[n], "accuracy": class_accuracy(matrix, n)}
+            for n, (name, row) in enumerate(zip(data.classes, matrix, strict=True))
         ],
         "confusion": matrix,
         "device": trained.device.type,
