@@ -213,9 +213,7 @@ class Row:
 
     def causes(self) -> dict[str, int]:
         """Restarts of all members by cause."""
-        total: Counter[str] = Counter()
-        for member in self.members:
-            total.update(member.restarts)
+        total = sum((Counter(member.restarts) for member in self.members), Counter[str]())
         return dict(sorted(total.items()))
 
     def all_of(self, name: str) -> list[Any]:
