@@ -19,6 +19,7 @@ from tests.chaos.plan import EPOCHS, KINDS, RANDOM, STEPS_PER_EPOCH, plan
 from tests.chaos.play import RUN
 from tests.chaos.ranks import PROJECT, Rank
 from tests.chaos.story import Chapter
+from tests.chaos.trouble import ALL_BAD, DAMAGES, PASSING, REFUSALS, draw
 
 LIMIT_SECONDS = 600  # only bounds a hang
 LAST = EPOCHS * STEPS_PER_EPOCH
@@ -55,6 +56,14 @@ def test_the_plan_of_a_run_depends_on_the_seed_and_its_number_only() -> None:
     for what in plans:
         images = {"decode", "cache"} & {fault.place for fault in what.faults}
         assert not images or what.spec == "images"
+
+
+def test_the_troubles_of_a_run_depend_on_the_seed_and_its_number_only() -> None:
+    troubles = [list(draw(7, number, 2, [1, 2])) for number in range(20)]
+    assert troubles == [list(draw(7, number, 2, [1, 2])) for number in range(20)]
+    assert {trouble.kind for of_run in troubles for trouble in of_run} == {*PASSING, *DAMAGES, *REFUSALS}
+    assert all(trouble.world > 1 for of_run in troubles for trouble in of_run if trouble.place == "ranks")
+    assert not any(trouble.place == "ranks" for number in range(20) for trouble in draw(7, number, 2, [1]))
 
 
 @pytest.mark.process
@@ -160,6 +169,44 @@ def test_statuses_that_do_not_fit_are_seen(
 ) -> None:
     good.ranks[1].status, good.ranks[1].sent = status, sent
     assert any(problem in found for found in story.check(good)), story.check(good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""),
+        ({"rows": []}, "should be refused"),
+        ({"rows": [event("failed", error="another reason")]}, "should be refused"),
+        ({"rows": [event("failed", error=ALL_BAD), event("checkpoint", step=4, epoch=0)]}, "should be refused"),
+        ({"log": f"FAILED: {ALL_BAD}"}, "which rank"),
+        ({"newest_after": 4}, "went from 3 to 4"),
+    ],
+)
+def test_a_refusal_is_checked(good: Chapter, changes: dict[str, Any], problem: str) -> None:
+    rows = [event("failed", error=ALL_BAD)]
+    refused = {"refusal": ALL_BAD, "trouble": "other data", "newest_after": 3, "log": f"{ALL_BAD} on rank 1"}
+    for rank in good.ranks:
+        rank.status = 1
+    found = story.check(dataclasses.replace(good, **({"rows": rows} | refused | changes)))
+    assert found == [] if not problem else any(problem in words for words in found), found
+    good.ranks[1].status = 0
+    assert any("ended with 0, refused" in words for words in story.check(dataclasses.replace(good, **refused)))
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "problem"),
+    [
+        (event("checkpoint_failed"), 0, ""),
+        (event("hang"), 0, "nothing called for"),
+        (event("failed"), -signal.SIGSEGV, "ended with -11"),
+        (event("failed"), (0, 1), "finished with statuses"),
+    ],
+)
+def test_a_start_in_trouble_is_checked(good: Chapter, row: dict[str, Any], status: Any, problem: str) -> None:
+    for rank in good.ranks:
+        rank.sent, rank.status = [], status[rank.number] if isinstance(status, tuple) else status
+    found = story.check(dataclasses.replace(good, passing=True, trouble="EIO logs", rows=[*good.rows, row], log=""))
+    assert found == [] if not problem else any(problem in words for words in found), found
 
 
 def test_output_that_does_not_fit_is_seen(good: Chapter) -> None:

@@ -15,6 +15,7 @@ from tests.chaos import report
 from tests.chaos.cluster import Cluster
 from tests.chaos.plan import SHARDS, plan
 from tests.chaos.play import Played, Stage
+from tests.chaos.trouble import draw
 from tests.nursery import nursery
 
 
@@ -25,6 +26,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="decides what is done to which run (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="K", help="just run K of the campaign (from 0)")
     parser.add_argument("--faults", type=int, default=6, help="faults a run, about (default: %(default)s)")
+    parser.add_argument(
+        "--troubles", type=int, default=2,
+        help="storage that fails, lost folders, damaged files, ranks that differ, a run (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("local", "slurm"), default="local",
         help="processes on this machine, or jobs on the cluster of $SLURM_CONF (default: %(default)s)",
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     def play(number: int) -> Played:
         what = plan(arguments.seed, number, arguments.faults, arguments.worlds, arguments.fresh)
         if cluster is None:
-            return stage.play(what)
+            return stage.play(what, list(draw(arguments.seed, number, arguments.troubles, arguments.worlds)))
         return cluster.play(what, arguments.faults, arguments.worlds, arguments.seed)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -109,7 +114,7 @@ def _again(arguments: argparse.Namespace, number: int) -> str:
     worlds = ",".join(str(world) for world in arguments.worlds)
     return (
         f"python -m tests.chaos --seed {arguments.seed} --only {number} --faults {arguments.faults} "
-        f"--worlds {worlds} --fresh {arguments.fresh} --backend {arguments.backend}"
+        f"--troubles {arguments.troubles} --worlds {worlds} --fresh {arguments.fresh} --backend {arguments.backend}"
     )
 
 

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,40 @@ from tests.chaos.plan import RunPlan, deal
 from tests.chaos.play import Played, Stage
 from tests.chaos.ranks import PROJECT, clean_environment
 from tests.chaos.show import Struck
+from tests.chaos.trouble import Trouble
 
 PATIENCE_SECONDS = 400.0  # only bounds a hang
 KINDS = (
     "scancel --signal=TERM", "scancel --signal=USR1", "scancel --signal=USR2", "cancel", "requeue", "scontrol requeue",
-    "kill a task", "kill all tasks", "urgent job", "node down",
+    "kill a task", "kill all tasks", "urgent job", "node down", "lost logs", "lost checkpoints",
+    "setup exits", "no python", "no code", "srun fails", "requeue refused once", "requeue refused",
+    "requeue timed out", "scontrol empty", "sbatch timed out", "sbatch and squeue", "sbatch banner", "squeue silent",
 )  # fmt: skip
+BAD_STARTS = ("setup exits", "no python", "srun fails")
+# Answers of scripted programs: the program, for which arguments, and what it does; once, but for a refusal for good.
+TIMED_OUT = "error: Socket timed out on send/recv operation' >&2; exit 1"
+SUBMITTED = ("sbatch", "*", f'$real "$@" > /dev/null; echo \'sbatch: {TIMED_OUT}')
+ANSWERS = {
+    "srun fails": [("srun", "*", "echo 'srun: error: Unable to create step: Unspecified error' >&2; exit 1")],
+    "requeue refused once": [("scontrol", "requeue*", f"echo 'slurm_requeue {TIMED_OUT}")],
+    "requeue refused": [("scontrol", "requeue*", "echo 'Requested operation is presently disabled' >&2; exit 1")],
+    "requeue timed out": [("scontrol", "requeue*", f'$real "$@"; echo \'slurm_requeue {TIMED_OUT}')],
+    "scontrol empty": [("scontrol", "show?job*", "exit 0")],
+    "sbatch timed out": [SUBMITTED],
+    "sbatch and squeue": [SUBMITTED, ("squeue", "*--format*", '[ ! -e "${arm%/*}/sbatch" ] || exit 0')],
+    "sbatch banner": [("sbatch", "*", "echo; echo 'Welcome to job 1'; $real \"$@\"; echo '** quota: 7 %'; exit 0")],
+    "squeue silent": [("squeue", "*", f"echo 'slurm_load_jobs {TIMED_OUT}")],
+}
+# Each start puts back what the one before lacked, and lacks what is armed.
+SETUP = """PATH={bin}:$PATH
+[ ! -e {bin}/away ] || mv {bin}/away {bin}/python
+! rm {arms}/python 2> /dev/null || mv {bin}/python {bin}/away
+! rm {arms}/setup 2> /dev/null || exit 3"""
+PROGRAM = """#!/bin/sh
+real={real} arm={arm}
+[ ! -e "$arm" ] || . "$arm"
+exec "$real" "$@"
+"""
 # Checkpoints that a start has written when it is struck; 0 is while it comes up.
 MOMENTS = (0, 0, 1, 2, 3)
 STARTING_SECONDS = 6.0  # about what a start takes until its first step: for a random moment of it
@@ -60,6 +90,8 @@ class Cluster:
         """What a program prints."""
         environment = clean_environment() | {"SLURM_CONF": os.environ["SLURM_CONF"]}
         environment |= {"CIFAR_HPC_ROOT": str(root), "PYTHONPATH": ""} if root else {}
+        if "submit.py" in command:
+            environment["PATH"] = f"{root}/bin:{environment['PATH']}"
         done = subprocess.run(
             command, env=environment, cwd=self.project, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
             check=False,
@@ -115,7 +147,8 @@ class Cluster:
             facts = self.stage.facts(root, run.name)
             played.problems += verdict.compare(facts, reference)
             played.problems += verdict.check_files(root, run.name, what.checkpoint["keep"], reference["final"]["rows"])
-            played.problems += check_story(run.events())
+            bad = sum(s.kind in BAD_STARTS and s.outcome == "struck" for s in played.struck)
+            played.problems += check_story(run.events(), bad)
         if not played.problems:
             shutil.rmtree(root)
         return played
@@ -127,6 +160,16 @@ class ClusterRun:
     def __init__(self, cluster: Cluster, root: Path, name: str, played: Played) -> None:
         self.cluster, self.root, self.name, self.played = cluster, root, name, played
         self.job_id = ""
+        self._armed: Struck | None = None
+        self.arms, programs = root / "arms", root / "bin"
+        for folder in (self.arms, programs):
+            folder.mkdir()
+        setup = SETUP.format(bin=programs, arms=self.arms).split("\n")
+        (root / "site.yaml").write_text(json.dumps({"python": f"{programs}/python", "setup": setup}))
+        for name in ("python", "srun", "scontrol", "sbatch", "squeue"):
+            real = sys.executable if name == "python" else shutil.which(name)
+            (programs / name).write_text(PROGRAM.format(real=real, arm=self.arms / f"{name}-answer"))
+            (programs / name).chmod(0o755)
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """The rows of events.jsonl, those of some kinds or all."""
@@ -138,6 +181,7 @@ class ClusterRun:
         """Strike with `kinds`, one after the other, and see the run to its end."""
         while not self.events("finished"):
             self._see_to_it(rng.choice(worlds))
+            self._disarm()
             if not kinds:
                 self._until("finished, or its job gone", lambda: self.events("finished") or not self._holding())
                 continue
@@ -157,8 +201,11 @@ class ClusterRun:
             if job.get("JobState") != "RUNNING" or self.events("finished"):
                 continue
             struck.outcome = self._strike(kind, job, all_nodes)
+            self._armed = struck if struck.outcome == "armed" else None
             self.played.diary.append(f"{kind} {place}: {struck.outcome}, job {self.job_id} was on {job['NodeList']}")
         self._until("its job gone", lambda: not self._holding())
+        self._disarm()
+        self._until("no process left", lambda: not self.cluster.tasks(f"SLURM_JOB_NAME={self.name}"))
         self.played.starts = len(self.events(*story.ANNOUNCEMENTS))
 
     def _see_to_it(self, tasks: int) -> None:
@@ -185,12 +232,14 @@ class ClusterRun:
             time.sleep(0.2)
 
     def _submit(self, tasks: int) -> None:
-        answer = self.cluster.run(
+        command = (
             sys.executable, "submit.py", str(self.root / "job.yaml"), "--name", self.name, "--cluster", "slurm",
             "--partition", "gpu", "--json", "--set", f"resources.tasks_per_node={tasks}", "resources.time=30",
-            root=self.root,
+            "--profile", str(self.root / "site.yaml"),
         )  # fmt: skip
-        self.job_id = json.loads(answer)["job_id"]
+        silent = self._armed is not None and self._armed.kind == "squeue silent"  # then it is refused, once
+        answer = self.cluster.run(*command, root=self.root, check=not silent)
+        self.job_id = json.loads(answer or self.cluster.run(*command, root=self.root))["job_id"]
 
     def _holding(self) -> bool:
         return self.cluster.job(self.job_id).get("JobState") in HOLDING
@@ -202,9 +251,52 @@ class ClusterRun:
                 raise GaveUpError(f"{what}: not within {PATIENCE_SECONDS:g} s; {self.cluster.job(self.job_id)}")
             time.sleep(0.1)
 
+    def _disarm(self) -> None:
+        """See whether what was armed was met, and take back what is left of it."""
+        met = {path.stem for path in self.arms.glob("*.met")}
+        left = {path.name for path in self.arms.glob("*") if path.suffix != ".met"} - met
+        for path in self.arms.iterdir():
+            path.unlink()
+        if self._armed is not None:
+            self._armed.outcome, self._armed = "not reached" if left else "struck", None
+
+    def _arm(self, kind: str) -> None:
+        """Have the next start, request or submission meet with trouble, and bring that about."""
+        for program, arguments, text in ANSWERS.get(kind, ()):
+            met = 'touch "$arm.met"' if kind == "requeue refused" else 'rm "$arm" 2> /dev/null'
+            (self.arms / f"{program}-answer").write_text(f'case "$*" in {arguments}) ! {met} || {{ {text}; }};; esac\n')
+        if kind in BAD_STARTS:
+            if kind != "srun fails":
+                (self.arms / kind.split()[-1].replace("exits", "setup")).touch()
+            self.cluster.run("scontrol", "requeue", self.job_id, check=False)
+            self._see_to_it(1)
+            self._until("met", lambda: not any(self.arms.iterdir()) or not self._holding())
+        elif "requeue" in kind or kind == "scontrol empty":
+            self.cluster.run("scancel", "--signal=USR1", self.job_id, check=False)
+            self._until("requeued or gone", lambda: self.cluster.job(self.job_id).get("JobState") != "RUNNING")
+        else:
+            self.cluster.run(sys.executable, "-m", "cifar_hpc", "cancel", self.name, root=self.root, check=False)
+            self._until("gone", lambda: not self._holding())
+
     def _strike(self, kind: str, job: dict[str, str], which: float) -> str:
         run, node = self.cluster.run, job["NodeList"]
-        if kind.startswith("scancel"):
+        if kind in ANSWERS or kind in BAD_STARTS:
+            self._arm(kind)
+            return "armed"
+        if kind.startswith("lost"):
+            trouble = Trouble(kind, 1, 0, 0, 0, False, self.name, self.root)
+            trouble.begin()
+            time.sleep(4 * which)
+            trouble.end()
+        elif kind == "no code":
+            run("scontrol", "requeue", self.job_id, check=False)
+            self._until("off its node", lambda: not self.cluster.tasks(f"SLURM_JOB_ID={self.job_id}"))
+            code = self.root / "logs" / self.name / "code"
+            away = code.rename(code.with_name("away"))
+            self._see_to_it(1)
+            time.sleep(4 * which)
+            away.rename(code)
+        elif kind.startswith("scancel"):
             run(*kind.split(), self.job_id, check=False)
         elif kind in ("cancel", "requeue"):
             run(sys.executable, "-m", "cifar_hpc", kind, self.name, root=self.root, check=False)
@@ -229,24 +321,39 @@ class ClusterRun:
         return "struck"
 
 
-def check_story(events: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with the events of a run that a cluster has disturbed."""
+def check_story(events: list[dict[str, Any]], bad_starts: int) -> list[str]:
+    """What is wrong with the events of a run that a cluster has disturbed.
+
+    Args:
+        bad_starts: how many starts failed before Python.
+    """
     problems = []
-    announced, newest, fallback = 0, 0, False
+    newest, fallback = 0, False
+    attempts: list[tuple[str, int]] = []
+    failures: Counter[int] = Counter()
     for row in events:
         kind = row["event"]
         fallback = fallback or kind == "fallback"
+        if kind == "attempt":
+            attempts.append((row["job_id"], row["restart_count"]))
+        elif kind == "failed":
+            failures[len(attempts)] += 1
         if kind in story.ANNOUNCEMENTS:
-            if row["restart"] != announced:
-                problems.append(f"start {announced} calls itself {row['restart']}")
+            if row["restart"] != len(attempts) - 1 or row["job_id"] != attempts[-1][0]:
+                problems.append(f"start {len(attempts) - 1} calls itself {row['restart']}: {row['job_id']}, {attempts}")
             if row["step"] < newest and not fallback:
                 problems.append(f"resumed at step {row['step']}, after step {newest} was on disk")
-            announced += 1
             fallback = False
         elif kind == "checkpoint":
             newest = max(newest, row["step"])
         elif kind in ("checkpoint_failed", "fallback", "hang"):
             problems.append(f"nothing called for {row}")
+    if len(set(attempts)) < len(attempts):
+        problems.append(f"a start is recorded twice: {attempts}")
+    if any(later[0] == job and later[1] != count + 1 for (job, count), later in pairwise(attempts)):
+        problems.append(f"a start is not recorded: {attempts}")
+    if max(failures.values(), default=0) > 1 or failures.total() < bad_starts:
+        problems.append(f"failures of each start: {dict(failures)}; {bad_starts} had to fail")
     finished = [row for row in events if row["event"] == "finished"]
     if len(finished) != 1:
         problems.append(f"finished {len(finished)} times")

@@ -16,9 +16,10 @@ from tests.chaos import plan, ranks, story, verdict
 from tests.chaos.plan import Fault, RunPlan
 from tests.chaos.show import HANG_SECONDS, Show, Struck, wait
 from tests.chaos.story import Chapter
+from tests.chaos.trouble import RUN, Trouble
 from tests.nursery import Start
 
-RUN = "run"  # the name of every run; each has a root of its own
+Group = tuple[Trouble | None, list[Fault]]  # of one start
 
 
 @dataclass
@@ -62,17 +63,23 @@ class Stage:
             self._references[spec] = facts, seconds
         return self._references[spec]
 
-    def play(self, what: RunPlan) -> Played:
+    def play(self, what: RunPlan, troubles: Sequence[Trouble] = ()) -> Played:
         """Play a run to its end, and anew as long as faults are left. Its folders are gone if all was well."""
         played = Played(what, self.folder / f"run-{what.number}")
-        groups = _groups(what.faults)
+        groups: list[Group] = [(None, group) for group in _groups(what.faults)]
+        for trouble in troubles:
+            place = int(trouble.which * (len(groups) + 1))
+            if trouble.shared and place < len(groups) and groups[place][0] is None:
+                groups[place] = trouble, groups[place][1]
+            else:
+                groups.insert(place, (trouble, []))
         life = 0
         while not played.problems and (groups or life == 0):
             life += 1
             self._live(played, f"run-{what.number}-{life}", groups)
         return played
 
-    def _live(self, played: Played, name: str, groups: list[list[Fault]]) -> None:
+    def _live(self, played: Played, name: str, groups: list[Group]) -> None:
         """One life of a run; takes its faults from `groups`, one group a start, until it has finished."""
         what = played.plan
         facts, seconds = self.reference(what.spec)
@@ -81,21 +88,26 @@ class Stage:
         announced = number = 0
         killed = False
         while not played.problems:
-            group = groups.pop(0) if groups else []
-            world = max((fault.world for fault in group), default=what.last_world)
-            show = Show(root, what.spec, world, number)
+            trouble, group = groups.pop(0) if groups else (None, [])
+            if trouble is not None and trouble.needs_files and not (root / "checkpoints" / RUN).exists():
+                groups.insert(0, (trouble, group))
+                trouble, group = None, [Fault("KILL", "save-renamed", "all", trouble.world, trouble.which, 0)]
+            world = max((fault.world for fault in group), default=trouble.world if trouble else what.last_world)
+            show = Show(root, what.spec, world, number, trouble)
             step = story.newest_step(root / "checkpoints" / RUN) or 0
             for fault in group:
                 place, count = plan.nth(fault, world, step, len(groups), what.checkpoint.get("every_steps"), best)
                 show.arm(fault, place, count)
             chapter = self._start(show, root, announced, seconds)
-            chapter.after_kill, killed = killed, chapter.killed
+            chapter.after_kill, killed = killed or bool(trouble), chapter.killed or bool(trouble)
             played.struck += show.struck
             played.starts += 1
             played.diary.append(f"{name} start {number}: {_diary(show, chapter)}")
             problems = ["it hangs; the stacks are in its output"] if show.hung else story.check(chapter)
-            if not (group or chapter.finished or problems):
+            if not (group or trouble or chapter.finished or problems):
                 problems = ["it was left alone, and did not finish"]
+            if (root / "canary").exists():
+                problems.append("code of a checkpoint was run")
             played.problems += [f"{name} start {number}: {problem}" for problem in problems]
             if chapter.finished:
                 break
@@ -129,7 +141,10 @@ class Stage:
     def _start(self, show: Show, root: Path, announced: int, seconds: float) -> Chapter:
         """One start of a run, from its first process to its last: what it told."""
         logs, checkpoints = root / "logs" / RUN, root / "checkpoints" / RUN
-        before = story.newest_step(checkpoints)
+        before, trouble = story.newest_step(checkpoints), show.trouble
+        if trouble is not None:
+            trouble.before(root)
+            before = before if trouble.newest is None else trouble.newest
         sizes = {name: _size(logs / name) for name in ("events.jsonl", "train.log")}
         show.run(["train", str(root / "job.yaml"), "--name", RUN], seconds)
         rows, broken = story.split_lines(_tail(logs / "events.jsonl", sizes["events.jsonl"]))
@@ -138,6 +153,10 @@ class Stage:
             log=_tail(logs / "train.log", sizes["train.log"]),
             halves=any(s.place.startswith("events-half") for s in show.struck),
         )  # fmt: skip
+        if trouble is not None:
+            chapter.trouble, chapter.passing, chapter.refusal = trouble.kind, trouble.passes, trouble.refusal
+            details = f"from {trouble.share:.2f} for {trouble.seconds:.1f} s" if trouble.passes else ""
+            show.struck.append(Struck(trouble.kind, trouble.place, show.world, trouble.outcome, details))
         deaths = [rank.ended for rank in show.ranks if rank.killed]
         for struck in show.struck:
             struck.outcome = _outcome(chapter, struck, show.hung)
@@ -172,6 +191,8 @@ def _outcome(chapter: Chapter, struck: Struck, hung: bool) -> str:
         return "HANGS"
     if chapter.killed:
         return "died"
+    if any(rank.status in (1, 2) for rank in chapter.ranks):
+        return "refused" if chapter.refusal else "failed"
     return "stopped" if chapter.stopped else "went on"
 
 

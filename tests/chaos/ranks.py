@@ -116,9 +116,10 @@ def fork(starts: list[Start]) -> list[Rank]:
 def be(argv: list[str], halts: list[dict[str, Any]]) -> int:
     """In a fork: python -m cifar_hpc ARGV, held where `halts` say."""
     from cifar_hpc.training.distributed import group
-    from tests.chaos.places import install
+    from tests.chaos import places, trouble
     from tests.interrupted import play
 
-    install(halts)
+    places.install(halts)
+    trouble.install()
     group.RENDEZVOUS_SECONDS = COME_UP_SECONDS
     return play(argv)

@@ -9,7 +9,16 @@ from tests.chaos.places import PLACES
 from tests.chaos.play import Played
 from tests.chaos.show import Struck
 
-OUTCOMES = ("struck", "stopped", "died", "went on", "not reached", "HANGS")  # struck: on a cluster, which says no more
+OUTCOMES = (
+    "struck",
+    "stopped",
+    "died",
+    "went on",
+    "refused",
+    "failed",
+    "not reached",
+    "HANGS",
+)  # struck: on a cluster, which says no more
 
 
 def table(played: list[Played]) -> str:

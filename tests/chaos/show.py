@@ -5,8 +5,9 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from signal import SIGCONT, SIGKILL
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tests.chaos import plan, ranks
 from tests.chaos.plan import KINDS, RANDOM, Fault
 from tests.chaos.ranks import Rank
+from tests.chaos.trouble import Trouble
 from tests.nursery import STACKS
 
 HANG_SECONDS = 150  # only bounds how long a hang lasts, on however busy a machine
@@ -39,8 +41,8 @@ class Struck:
 class Show:
     """One start: arm it, run it, and look at its `ranks`, what was `struck`, and whether it `hung`."""
 
-    def __init__(self, root: Path, spec: str, world: int, number: int) -> None:
-        self.root, self.spec, self.world = root, spec, world
+    def __init__(self, root: Path, spec: str, world: int, number: int, trouble: Trouble | None = None) -> None:
+        self.root, self.spec, self.world, self.trouble = root, spec, world, trouble
         self.out = root / f"start-{number}"
         self.ranks: list[Rank] = []
         self.struck: list[Struck] = []
@@ -55,10 +57,10 @@ class Show:
 
     def arm(self, fault: Fault, place: str, count: int) -> None:
         """Have `fault` strike when `place` is passed for the `count`-th time."""
-        rank = fault.rank(self.world)
-        details = f"time {count}, rank {rank}, target {fault.target}{', fresh' if fault.fresh else ''}"
+        rank, fresh = fault.rank(self.world), fault.fresh and self.trouble is None  # a new interpreter knows of none
+        details = f"time {count}, rank {rank}, target {fault.target}{', fresh' if fresh else ''}"
         index = self._strike_with(fault.kind, place, fault.target, details)
-        self.fresh = self.fresh or fault.fresh
+        self.fresh = self.fresh or fresh
         if place == RANDOM:
             self._timed.append((fault.share, index, rank))
         else:
@@ -86,16 +88,23 @@ class Show:
         environment = {"CIFAR_HPC_ROOT": str(self.root)}
         if self.spec == "fp16":
             environment["INITIAL_SCALE"] = plan.INITIAL_SCALE
+        if self.trouble is not None:
+            environment |= self.trouble.environment()
         self.ranks = ranks.start(argv, self.world, environment, self.out, self._halts, self.fresh)
         began = time.monotonic()
         span = seconds * RANDOM_SPREAD + IMPORT_SECONDS * self.fresh
-        timed = sorted((began + share * span, index, rank) for share, index, rank in self._timed)
+        timed: list[tuple[float, Callable[[], None]]] = [
+            (began + share * span, partial(self._strike, index, self.ranks[rank])) for share, index, rank in self._timed
+        ]
+        if (trouble := self.trouble) is not None and trouble.passes:
+            timed += [(begins := began + trouble.share * seconds, trouble.begin)] if trouble.share else []
+            timed.append(((begins if trouble.share else began) + trouble.seconds, trouble.end))
+        timed.sort(key=lambda entry: entry[0])
         last = began  # when something was done to it
         try:
             while any(rank.status is None for rank in self.ranks):
                 if timed and time.monotonic() >= timed[0][0]:
-                    _, index, number = timed.pop(0)
-                    self._strike(index, self.ranks[number])
+                    timed.pop(0)[1]()
                     last = time.monotonic()
                 if time.monotonic() >= last + HANG_SECONDS:
                     self.hung = True
@@ -108,6 +117,8 @@ class Show:
                     last = time.monotonic()
         finally:
             self._end()
+            if trouble is not None:
+                trouble.end()
 
     def _launcher(self) -> None:
         deaths = [rank.ended for rank in self.ranks if rank.killed]

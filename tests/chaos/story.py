@@ -14,6 +14,7 @@ from tests.chaos.ranks import Rank
 
 ANNOUNCEMENTS = ("started", "resumed")
 KNOWN = (*ANNOUNCEMENTS, "first_step", "signal", "left", "checkpoint", "evaluated", "finished", "failed", "mended")
+IN_TROUBLE = (*KNOWN, "fallback", "checkpoint_failed")
 STOPPED = range(128 + 1, 128 + 65)  # told to stop by a signal: 128 + its number
 Event = dict[str, Any]
 
@@ -27,8 +28,10 @@ class Chapter:
         newest_before, newest_after: step of the newest checkpoint file; None without one.
         rows, broken: what it appended to events.jsonl; lines that are no JSON.
         log: what it appended to train.log.
-        after_kill: whether something was killed in the start before it.
+        after_kill: whether something was killed or in trouble in the start before it, or this one begins with damage.
         halves: whether it was caught with half of a line written.
+        trouble: what befell it besides signals; `passing` if that came and went while it ran.
+        refusal: the words with which it must have been refused.
     """
 
     world: int
@@ -41,6 +44,9 @@ class Chapter:
     log: str = ""
     after_kill: bool = False
     halves: bool = False
+    trouble: str = ""
+    passing: bool = False
+    refusal: str = ""
 
     def kinds(self, *kinds: str) -> list[Event]:
         """Its events of some kinds."""
@@ -83,6 +89,10 @@ def newest_step(folder: Path) -> int | None:
 
 def check(chapter: Chapter) -> list[str]:
     """What is wrong with one start."""
+    if chapter.refusal:
+        return [*_check_refusal(chapter), *_check_output(chapter)]
+    if chapter.passing:
+        return [*_check_what_was_heard(chapter), *_check_output(chapter)]
     return [
         *_check_events(chapter),
         *_check_position(chapter),
@@ -92,12 +102,37 @@ def check(chapter: Chapter) -> list[str]:
     ]
 
 
+def _check_refusal(chapter: Chapter) -> list[str]:
+    """A start that must not go on says why, once, and leaves all as it was."""
+    problems = [f"rank {r.number} ended with {r.status}, refused" for r in chapter.ranks if r.status != 1]
+    if [row["event"] for row in chapter.rows] != ["failed"] or chapter.refusal not in chapter.rows[0]["error"]:
+        problems.append(f"should be refused with the words {chapter.refusal!r}; {str(chapter.rows)[:900]}")
+    if chapter.refusal not in chapter.log or (chapter.trouble.startswith("other") and "rank 1" not in chapter.log):
+        problems.append(f"train.log does not say {chapter.refusal!r}, and which rank: {chapter.log[-900:]}")
+    if chapter.newest_after != chapter.newest_before:
+        problems.append(f"refused, and the newest went from {chapter.newest_before} to {chapter.newest_after}")
+    return problems
+
+
+def _check_what_was_heard(chapter: Chapter) -> list[str]:
+    """Of a start whose logs may have been out of reach: what is there is true, and every rank knew what it did."""
+    problems = [f"an event that nothing called for: {r}" for r in chapter.rows if r.get("event") not in IN_TROUBLE]
+    problems += [
+        f"rank {rank.number} ended with {rank.status}; sent to it: {rank.sent}"
+        for rank in chapter.ranks
+        if not (rank.killed or chapter.killed or rank.status in (0, 1, 2) or rank.status in STOPPED)
+    ]
+    if not chapter.killed and len({rank.status == 0 for rank in chapter.ranks}) > 1:
+        problems.append(f"finished with statuses {[rank.status for rank in chapter.ranks]}")
+    return problems
+
+
 def _check_events(chapter: Chapter) -> list[str]:
     problems = []
     if chapter.broken and not chapter.halves:
         problems.append(f"broken lines in events.jsonl: {chapter.broken}")
     for row in chapter.rows:
-        if row.get("event") not in KNOWN:
+        if row.get("event") not in KNOWN and not (row.get("event") == "fallback" and chapter.after_kill):
             problems.append(f"an event that nothing called for: {row}")
         if row.get("world_size") != chapter.world:
             problems.append(f"{row.get('event')}: world_size {row.get('world_size')}, started were {chapter.world}")
@@ -131,7 +166,7 @@ def _check_position(chapter: Chapter) -> list[str]:
         elif row["event"] == "resumed":
             if row["step"] != chapter.newest_before:
                 problems.append(f"resumed at step {row['step']}; on disk was {chapter.newest_before}")
-            if row["file"] != f"step_{row['step']:08d}.pt":
+            if row["file"] != "best.pt" and row["file"] != f"step_{row['step']:08d}.pt":
                 problems.append(f"resumed at step {row['step']} from {row['file']}")
         elif position < here:
             problems.append(f"{row['event']} at {position} (epoch, step), after {here}")
@@ -210,7 +245,8 @@ def _check_output(chapter: Chapter) -> list[str]:
     problems = []
     for rank in chapter.ranks:
         text = rank.out.read_text(errors="replace")
-        if "Traceback" in text and not chapter.killed:
+        # An error of the storage that nothing foresees is shown with all its words.
+        if "Traceback" in text and not chapter.killed and not (chapter.passing and "\nOSError: [Errno" in text):
             problems.append(f"rank {rank.number} printed a traceback")
         if "Fatal Python error" in text or "terminate called" in text:
             problems.append(f"rank {rank.number} crashed")

@@ -87,7 +87,7 @@ def check_files(root: Path, name: str, keep: int, rows: list[dict[str, Any]]) ->
     problems += [f"metrics.jsonl: row {row['epoch']} lacks keys" for row in found if not row.keys() >= VOLATILE]
 
     problems += [f"left over: {p.relative_to(root)}" for p in sorted(root.rglob("*.tmp"))]
-    names = {p.name for p in folder.iterdir()}
+    names = {p.name for p in folder.iterdir() if p.suffix != ".damaged"}  # kept for inspection
     steps = {name for name in names if re.fullmatch(r"step_\d{8}\.pt", name)}
     if names != steps | {"best.pt", "index.json", "owner.lock"}:
         problems.append(f"checkpoints: {sorted(names)}")
