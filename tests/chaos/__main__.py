@@ -40,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="share of the faults at random times that strike new interpreters, start-up included, instead of "
         "forked ones (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run begins later than that (default: no limit)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the runs are played (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the totals there")
@@ -65,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
     cluster = Cluster(stage) if arguments.backend == "slurm" else None
 
-    def play(number: int) -> Played:
+    def play(number: int) -> Played | None:
+        if time.monotonic() - began > arguments.seconds:
+            return None
         what = plan(arguments.seed, number, arguments.faults, arguments.worlds, arguments.fresh)
         if cluster is None:
             return stage.play(what, list(draw(arguments.seed, number, arguments.troubles, arguments.worlds)))
@@ -74,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
             for done in as_completed([pool.submit(play, number) for number in numbers]):
-                played.append(done.result())
-                _say(arguments, played[-1], time.monotonic() - began)
+                if (run := done.result()) is not None:
+                    played.append(run)
+                    _say(arguments, run, time.monotonic() - began)
         finally:
             pool.shutdown(cancel_futures=True)
             nursery().close()

@@ -122,7 +122,8 @@ def _check_what_was_heard(chapter: Chapter) -> list[str]:
         for rank in chapter.ranks
         if not (rank.killed or chapter.killed or rank.status in (0, 1, 2) or rank.status in STOPPED)
     ]
-    if not chapter.killed and len({rank.status == 0 for rank in chapter.ranks}) > 1:
+    # Of rank 0 alone the last checkpoint is.
+    if not chapter.killed and chapter.ranks[0].status == 0 and any(rank.status for rank in chapter.ranks):
         problems.append(f"finished with statuses {[rank.status for rank in chapter.ranks]}")
     return problems
 

@@ -155,7 +155,10 @@ def draw(seed: int, number: int, count: int, worlds: Sequence[int]) -> Iterator[
     kinds = [kind for kind in (*PASSING, *DAMAGES, *REFUSALS) if max(worlds) > 1 or not kind.startswith("other")]
     for kind in islice(deal(f"{seed}/troubles", kinds), number * count, (number + 1) * count):
         world = rng.choice([world for world in worlds if world > 1 or not kind.startswith("other")])
-        share, shared = rng.choice((0.0, rng.random(), rng.random())), kind not in REFUSALS and rng.random() < 0.5
+        share, shared = (
+            rng.choice((0.0, rng.random() * 0.7, rng.random() * 0.7)),
+            kind not in REFUSALS and rng.random() < 0.5,
+        )
         yield Trouble(kind, world, share, rng.uniform(0.1, 1.5), rng.random(), shared)
 
 
