@@ -89,7 +89,7 @@ class Stage:
         killed = False
         while not played.problems:
             trouble, group = groups.pop(0) if groups else (None, [])
-            if trouble is not None and trouble.needs_files and not (root / "checkpoints" / RUN).exists():
+            if trouble is not None and trouble.needs_files and not story.newest_step(root / "checkpoints" / RUN):
                 groups.insert(0, (trouble, group))
                 trouble, group = None, [Fault("KILL", "save-renamed", "all", trouble.world, trouble.which, 0)]
             world = max((fault.world for fault in group), default=trouble.world if trouble else what.last_world)
@@ -142,10 +142,10 @@ class Stage:
         """One start of a run, from its first process to its last: what it told."""
         logs, checkpoints = root / "logs" / RUN, root / "checkpoints" / RUN
         before, trouble = story.newest_step(checkpoints), show.trouble
+        sizes = {name: _size(logs / name) for name in ("events.jsonl", "train.log")}
         if trouble is not None:
             trouble.before(root)
             before = before if trouble.newest is None else trouble.newest
-        sizes = {name: _size(logs / name) for name in ("events.jsonl", "train.log")}
         show.run(["train", str(root / "job.yaml"), "--name", RUN], seconds)
         rows, broken = story.split_lines(_tail(logs / "events.jsonl", sizes["events.jsonl"]))
         chapter = Chapter(

@@ -234,6 +234,14 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Pat
     assert names(tmp_path) == [INDEX, "mine.tmp", "step_00000001.pt"]
 
 
+def test_what_a_failed_write_could_not_remove_goes_with_the_next_one(tmp_path: Path) -> None:
+    """A storage that fails lets nothing be removed either."""
+    store = Recorder(tmp_path)
+    (tmp_path / ".step_00000001.pt.77.tmp").write_bytes(b"half")
+    store.put(2)
+    assert names(tmp_path) == [INDEX, "step_00000002.pt"]
+
+
 def test_falls_back_to_the_newest_good_one(tmp_path: Path) -> None:
     writer = Recorder(tmp_path, keep=9)
     for step in range(1, 11):

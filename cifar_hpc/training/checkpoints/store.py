@@ -255,7 +255,6 @@ class CheckpointStore:
         self._best: _Snapshot | None = None
         self._newest: _Snapshot | None = None
         self._thread: threading.Thread | None = None
-        remove_leftovers(directory)  # of a writer that was killed
         self._tidy({})
 
     @property
@@ -380,6 +379,7 @@ class CheckpointStore:
     def _tidy(self, new: dict[str, Entry]) -> None:
         """Update index.json, and remove all files but the newest `keep`. A failure here loses no checkpoint."""
         try:
+            remove_leftovers(self.directory)  # of a writer that was killed, or whose storage failed just then
             paths = candidates(self.directory)
             if paths:
                 update_index(self.directory, [path.name for path in paths[: self.keep]], new)
