@@ -149,7 +149,8 @@ class Cluster:
             played.problems += verdict.compare(facts, reference)
             played.problems += verdict.check_files(root, run.name, what.checkpoint["keep"], reference["final"]["rows"])
             bad = sum(s.kind in BAD_STARTS and s.outcome == "struck" for s in played.struck)
-            played.problems += check_story(run.events(), bad)
+            lost = any(s.kind.startswith("lost") for s in played.struck)
+            played.problems += check_story(run.events(), bad, lost)
         if not played.problems:
             shutil.rmtree(root)
         return played
@@ -325,11 +326,12 @@ class ClusterRun:
         return "struck"
 
 
-def check_story(events: list[dict[str, Any]], bad_starts: int) -> list[str]:
+def check_story(events: list[dict[str, Any]], bad_starts: int, lost: bool) -> list[str]:
     """What is wrong with the events of a run that a cluster has disturbed.
 
     Args:
         bad_starts: how many starts failed before Python.
+        lost: whether a folder was lost for a while.
     """
     problems = []
     newest, fallback = 0, False
@@ -350,7 +352,7 @@ def check_story(events: list[dict[str, Any]], bad_starts: int) -> list[str]:
             fallback = False
         elif kind == "checkpoint":
             newest = max(newest, row["step"])
-        elif kind in ("checkpoint_failed", "fallback", "hang"):
+        elif kind in ("fallback", "hang") or (kind == "checkpoint_failed" and not lost):
             problems.append(f"nothing called for {row}")
     # After a node failure Slurm counts starts whose script it never launched ("do not launch second copy").
     if any(later[0] == job and later[1] <= count for (job, count), later in pairwise(attempts)):
