@@ -91,7 +91,7 @@ class Stage:
             trouble, group = groups.pop(0) if groups else (None, [])
             if trouble is not None and trouble.needs_files and not story.newest_step(root / "checkpoints" / RUN):
                 groups.insert(0, (trouble, group))
-                trouble, group = None, [Fault("KILL", "save-renamed", "all", trouble.world, trouble.which, 0)]
+                trouble, group = None, [Fault("KILL", "save-renamed", "all", trouble.world, 0, 0)]
             world = max((fault.world for fault in group), default=trouble.world if trouble else what.last_world)
             show = Show(root, what.spec, world, number, trouble)
             step = story.newest_step(root / "checkpoints" / RUN) or 0
