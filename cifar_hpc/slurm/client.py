@@ -349,9 +349,19 @@ def squeue_jobs(ids: Sequence[str], timeout_seconds: float = 30) -> dict[str, Qu
 def hides_jobs() -> bool:
     """True if squeue may not show jobs of other users here."""
     try:
-        return re.search(r"^PrivateData\s*=.*\bjobs", command(["scontrol", "show", "config"]), re.MULTILINE) is not None
+        return "jobs" in setting("PrivateData").split(",")
     except SchedulerError:
         return True
+
+
+def setting(name: str) -> str:
+    """A value of Slurm's configuration; empty if it has none.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    found = re.search(rf"^{name}\s*= *(.*)", command(["scontrol", "show", "config"]), re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def _queued(line: str) -> QueuedJob:

@@ -116,9 +116,12 @@ def test_what_sbatch_answers(site: Site, text: str, body: str, known: str) -> No
 def test_a_variable_that_sends_jobs_to_another_cluster_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    site.program("scontrol", 'echo "ClusterName             = this"')
     monkeypatch.setenv(name, "other")
     status, said = site.submit()
     assert status == 2 and f"{name}: 'other' would hide the job" in said and site.stub.calls() == []
+    monkeypatch.setenv(name, "this")
+    assert site.submit()[0] == 0 and len(site.stub.calls()) == 1
     status, said = site.submit(JOB, "--sbatch", "clusters=other")
     assert status == 2 and "resources.sbatch.clusters: would hide the job from status and cancel. HINT: use a" in said
 
