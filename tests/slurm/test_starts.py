@@ -90,7 +90,8 @@ def _the_first_start(run: Run, short: str, bad: str, reference: Callable[[], Run
     run.submit(short, *ONE, setup=setup)
     failed = run.wait("failed")
     assert failed["cause"] == "start" and "Communication connection failure" in failed["error"]
-    assert run.reasons() == ["failure"] and run.state()["state"] == "requeued"
+    until("it is requeued", lambda: run.state()["state"] == "requeued", run.report)  # once Slurm has looked at it
+    assert run.reasons() == ["failure"]
     run.release()
     run.check_kept(reference(), failures=1)
     assert run.state()["restarts"] == 1 and [row["restart"] for row in run.events("started")] == [1]
