@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,8 +27,10 @@ from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
-# Files of a network file system take their time, but not one after the other.
-_READ_AT_ONCE, _READERS = 500, 16
+# Files of a network file system take their time, but not one after the other. A thread takes several, since to hand over
+# each of them would take longer than to read it from a local disk.
+_READERS, _READ_BY_EACH = 16, 32
+_READ_AT_ONCE = _READERS * _READ_BY_EACH
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 Progress = Callable[[str], bool]
@@ -150,8 +153,9 @@ def _read_images(files: list[Path], progress: Progress, doing: str) -> tuple[str
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(files), _READ_AT_ONCE):
             part = files[first : first + _READ_AT_ONCE]
+            shares = [part[n : n + _READ_BY_EACH] for n in range(0, len(part), _READ_BY_EACH)]
             try:
-                contents = list(pool.map(read_image, part))
+                contents = list(chain.from_iterable(pool.map(lambda paths: [*map(read_image, paths)], shares)))
                 if doing == "decoding":
                     images[first : first + len(part)] = decode(part, contents)
             except SpecError as error:

@@ -86,7 +86,8 @@ def read_image(path: Path) -> bytes:
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            content = file.read(LARGEST_IMAGE + 1)
+            # Not simply the most that is allowed: Python would ask the system for so much memory for each file.
+            content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_IMAGE) + 1)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
     if len(content) > LARGEST_IMAGE:
