@@ -27,8 +27,8 @@ from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
-# Files of a network file system take their time, but not one after the other. A thread takes several, since to hand over
-# each of them would take longer than to read it from a local disk.
+# Files of a network file system take their time, but not one after the other. A thread takes several: to hand over each
+# takes longer than to read it from a local disk.
 _READERS, _READ_BY_EACH = 16, 32
 _READ_AT_ONCE = _READERS * _READ_BY_EACH
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import tempfile
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from cifar_hpc.config.spec import CLASSES, DataSpec
 from cifar_hpc.data import datasets
 from cifar_hpc.data.datasets import Dataset, load_dataset
 from cifar_hpc.data.image_folder import list_folder
-from cifar_hpc.data.image_input import LARGEST_IMAGE, decode
+from cifar_hpc.data.image_input import LARGEST_IMAGE, decode, read_image
 from cifar_hpc.errors import SpecError
 
 RANDOM = np.random.default_rng(0)
@@ -219,6 +220,18 @@ def test_an_image_that_changes_while_the_folder_is_read(root: Path) -> None:
     assert int(load(root).train_images[3].max()) == 3
     draw(path, 99)
     assert int(load(root).train_images[3].max()) == 99
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(saved("PNG"))
+    read_image(path)
+    tracemalloc.start()
+    try:
+        assert read_image(path) == path.read_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_links_are_followed_to_their_content(root: Path) -> None:
