@@ -225,6 +225,30 @@ def test_a_task_that_srun_says_has_ended_is_not_waited_for(ranks: Ranks, tmp_pat
     assert sorted(ranks.run(3, misses_a_task, str(file), gone, group=False)) == ["", words, words]
 
 
+def started_by_torchrun(rank: int, world: int, port: int, start: int) -> bool:
+    """Whether this start sees a failure before it has one; `port` is of a store that serves all starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(port))
+        patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        store = meet_others(Launch(rank, world, rank), StopFlag())
+        board = RankBoard(store, rank, world)
+        found = connect(Launch(rank, world, rank), CPU, store, board, StopFlag(), bool, FACTS | {"start": start})
+    assert [facts["start"] for facts in found] == [start] * world
+    failed = board.failure() is not None
+    dist.barrier()
+    board.publish(Report(rank, "here", "error", "of this start", "", 0, True))
+    dist.barrier()
+    disconnect()
+    return failed
+
+
+def test_what_ranks_left_in_torchruns_store_is_not_seen_after_a_restart(ranks: Ranks) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    for start in range(2):
+        assert ranks.run(3, started_by_torchrun, agent.port, start, group=False) == [False] * 3
+
+
 def limits(rank: int, world: int, file: str) -> set[float]:
     """Seconds of every time limit of PyTorch in a whole start."""
     launch = Launch(rank, world, rank, None, None, Path(file))

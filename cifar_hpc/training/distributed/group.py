@@ -87,16 +87,27 @@ def meet(launch: Launch, stop: StopFlag) -> dist.Store | None:
     """
     if launch.world_size == 1:
         return None
-    if launch.rendezvous is None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # TCPStore's constructor would wait and ignore `stop`.
-        if launch.rank != 0 and not any(listens(host, port) for _ in _until_found(stop)):
-            raise RanksLostError(f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT).")
-        server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun may have one
-        return dist.TCPStore(host, port, launch.world_size, server, TIMEOUT, wait_for_workers=False)
+    if (path := launch.rendezvous) is not None:
+        if launch.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return _publish_store(launch, lambda address: write_atomic(path, address.encode()), [])
+        return _find_store(
+            launch, lambda: _content(path), f"{path}. HINT: is the folder shared between the nodes?", stop
+        )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun, which serves a store there
+    # TCPStore's constructor would wait and ignore `stop`.
+    if (launch.rank != 0 or agent) and not any(listens(host, port) for _ in _until_found(stop)):
+        raise RanksLostError(f"rank 0 does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT).")
+    served = launch.rank == 0 and not agent
+    store = dist.TCPStore(host, port, launch.world_size, served, TIMEOUT, wait_for_workers=False)
+    if not agent:
+        return store
+    # With --max-restarts, torchrun's store still holds all that the ranks of the last start have written.
+    key = "cifar_hpc"
     if launch.rank == 0:
-        return _publish_store(launch, launch.rendezvous)
-    return _find_store(launch, launch.rendezvous, stop)
+        return _publish_store(launch, lambda address: store.set(key, address), [host])
+    return _find_store(launch, lambda: store.get(key) if store.check([key]) else None, f"{host}:{port}.", stop)
 
 
 def connect(
@@ -221,36 +232,39 @@ def _until_found(stop: StopFlag) -> Iterator[None]:
         raise Interrupted
 
 
-def _publish_store(launch: Launch, path: Path) -> dist.TCPStore:
+def _publish_store(launch: Launch, publish: Callable[[str], None], hosts: list[str]) -> dist.TCPStore:
     # Rank 0 takes any free port and publishes it, so a port can collide neither with another job's nor with the one
     # that an earlier attempt of this job has left in TIME_WAIT.
     store = dist.TCPStore("localhost", 0, launch.world_size, True, TIMEOUT, wait_for_workers=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     store.set(token, "")
-    write_atomic(path, json.dumps({"hosts": _addresses(), "port": store.port, "token": token}).encode())
+    publish(json.dumps({"hosts": [*hosts, *_addresses()], "port": store.port, "token": token}))
     return store
 
 
-def _find_store(launch: Launch, path: Path, stop: StopFlag) -> dist.TCPStore:
+def _find_store(launch: Launch, look: Callable[[], bytes | None], where: str, stop: StopFlag) -> dist.TCPStore:
     for tries, _ in enumerate(_until_found(stop), 1):
         if tries % LOOK_TRIES == 0:
             _require_alive(launch, {0})
-        list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
-        if path.exists():
-            address = json.loads(path.read_text())
+        if (found := look()) is not None:
+            address = json.loads(found)
             for host in address["hosts"]:
                 if listens(host, address["port"]):
                     store = dist.TCPStore(
                         host, address["port"], launch.world_size, False, TIMEOUT, wait_for_workers=False
                     )
-                    # The file may be left over from a killed attempt, and another process may use its port now.
+                    # It may be left over from a killed attempt, and another process may use its port now.
                     if store.check([address["token"]]):
                         return store
     raise RanksLostError(
-        f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within "
-        f"{RENDEZVOUS_SECONDS} s through {path}. HINT: is the folder shared between the nodes?"
+        f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 within {RENDEZVOUS_SECONDS} s "
+        f"through {where}"
     )
+
+
+def _content(path: Path) -> bytes | None:
+    list(path.parent.parent.iterdir())  # makes an NFS client look again instead of trusting its cache
+    return path.read_bytes() if path.exists() else None
 
 
 def _addresses() -> list[str]:
