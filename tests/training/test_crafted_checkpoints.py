@@ -114,6 +114,7 @@ FIELDS: list[tuple[Edit, str]] = [
     # Names.
     (lambda content: content["model"].pop("head.bias"), "model: 'head.bias' is missing"),
     (put("model", "more", value=ONE), "model: 'more' is foreign"),
+    (lambda content: content.update(model=dict(reversed(content["model"].items()))), "model: .* order"),
     (put("model", 7, value=ONE), "model: 7 is foreign"),
     (lambda content: momentum(content).clear(), r"optimizer\.inner\.state: 0 is missing"),
     (lambda content: content["optimizer"].pop("counter"), "optimizer: 'counter' is missing"),

@@ -196,6 +196,8 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
         "sums": torch.empty(spec.train.shards or 1, 2, dtype=torch.float64, device="meta"),
     }.items():
         _check(content.get(key), form, key)
+    if list(content["model"]) != list(weights):  # slow and averaged weights are lists in this order
+        raise BadFileError("model: its weights are not in the order of the network's")
 
 
 def _check(value: Any, form: Any, where: str) -> None:
