@@ -60,9 +60,8 @@ class Engine:
         self.ddp: DistributedDataParallel | None = None
         self.reducer: ShardReducer | None = None
         if layout.world_size > 1:
-            self.ddp = DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+            self.ddp = DistributedDataParallel(self.model, device_ids=[device.index] if device.type == "cuda" else None)
+            self.ddp.broadcast_buffers = False  # newer versions of PyTorch have another name for it as an argument
             self.reducer = ShardReducer(self.ddp, layout)
 
         self.updates = 0
