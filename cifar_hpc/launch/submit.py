@@ -52,7 +52,7 @@ class Order:
         """Spec of a point with what its run fixes at its first start (`frozen_spec.resolve`)."""
         resources = point.spec.resources
         tasks = resources.max_nodes * resources.ntasks_per_node
-        share = 1 if self.on_slurm else max(1, (os.cpu_count() or 1) // tasks)
+        share = 1 if self.on_slurm else max(1, len(os.sched_getaffinity(0)) // tasks)
         return resolve(self.run(point), point.spec, tasks, resources.cpus_per_task or share)
 
 

@@ -73,7 +73,7 @@ def launch_of(environment: Mapping[str, str], folder: Path) -> tuple[Launch, int
         number("MASTER_PORT", "", 1, 65535)
         if not environment.get("MASTER_ADDR"):
             raise SpecError(f"MASTER_ADDR: '' is not allowed; allowed: the host of rank 0{beside}")
-    return Launch(rank, world, local_rank, None, job), max(1, (os.cpu_count() or 1) // here)
+    return Launch(rank, world, local_rank, None, job), max(1, len(os.sched_getaffinity(0)) // here)
 
 
 class _Output(io.FileIO):

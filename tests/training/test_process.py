@@ -217,6 +217,7 @@ def test_a_process_whose_name_is_no_text_hides_no_other(tmp_path: Path) -> None:
     assert process._stat(f"../{stat.parent.relative_to('/')}") == ["S", "1", "4242", "4242"]
 
 
+CPUS = len(os.sched_getaffinity(0))  # those of a job, where a node has more
 TORCHRUN = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "2"}
 
@@ -224,24 +225,33 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LO
 @pytest.mark.parametrize(
     ("environment", "launch", "threads"),
     [
-        ({}, Launch(), os.cpu_count()),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999"}, Launch(), os.cpu_count()),
-        (TORCHRUN | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Launch(3, 4, 1), os.cpu_count()),
+        ({}, Launch(), CPUS),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999"}, Launch(), CPUS),
+        (TORCHRUN | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Launch(3, 4, 1), CPUS),
         (TORCHRUN | {"WORLD_SIZE": "90", "RANK": "89", "LOCAL_WORLD_SIZE": "90", "LOCAL_RANK": "89"},
          Launch(89, 90, 89), 1),
         (STEP | {"SLURM_STEP_NUM_TASKS": "4"}, Launch(3, 4, 1, None, "7", Path("/r/7.2-0.json")), 1),
         (STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_RESTART_COUNT": "5", "SLURM_CPUS_PER_TASK": "3"},
          Launch(3, 4, 1, None, "7", Path("/r/7.2-5.json")), 3),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch(job_id="7"), os.cpu_count()),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch(job_id="7"), os.cpu_count()),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch(job_id="7"), CPUS),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch(job_id="7"), CPUS),
         (STEP | TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "8", "RANK": "6"}, Launch(6, 8, 0, None, "7"),
-         os.cpu_count()),
+         CPUS),
     ],
 )  # fmt: skip
 def test_rank_and_world_size_by_the_launchers_variables(
     environment: dict[str, str], launch: Launch, threads: int
 ) -> None:
     assert launch_of(environment, Path("/r")) == (launch, threads)
+
+
+def test_threads_are_no_more_than_the_processors_of_a_job() -> None:
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        assert launch_of({}, Path("/r")) == (Launch(), 1)
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 @pytest.mark.parametrize(
