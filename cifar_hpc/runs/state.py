@@ -23,7 +23,7 @@ from cifar_hpc.runs.paths import RunPaths, array_points, is_run_name, same_folde
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.client import HIDDEN, SILENT_SECONDS, QueuedJob, expected
+from cifar_hpc.slurm.client import HIDDEN, SILENT_SECONDS, QueuedJob
 from cifar_hpc.text import duration
 
 ANSWER_SECONDS = 10.0  # for which a person waits for Slurm's answer
@@ -343,6 +343,13 @@ def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tup
     if job.state == "SUSPENDED":
         return "suspended", f"by Slurm, on {job.nodes}"
     return "stopping", f"{job.state}: {_STOPPING.get(name, 'Slurm ends the job')}"
+
+
+def expected(start: datetime | None, now: datetime) -> str:
+    """`starts in ~12m`, or nothing where that is not known or has passed. Slurm plans by the time limits of what
+    runs, so that jobs often start earlier; and later where others come that go first."""
+    seconds = 0.0 if start is None else (start - now).total_seconds()
+    return f"starts in ~{duration(seconds)}" if seconds > 0 else ""
 
 
 def clock(instant: datetime, now: datetime) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.slurm.options import left_out
-from cifar_hpc.text import duration
 
 # After a requeue Slurm waits for about this long by itself (Reason=BeginTime).
 SLURM_DELAY_SECONDS = 121
@@ -25,8 +24,7 @@ RELEASE_SECONDS = 2
 SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
-# Options of Slurm's commands by environment variable: they choose the cluster, which jobs are shown or cancelled, and
-# how.
+# Options of Slurm's commands by environment variable: the cluster, which jobs are shown or cancelled, and how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
 _ALL = {"SQUEUE_ALL": "1", "SINFO_ALL": "1", "SCONTROL_ALL": "1"}  # partitions that a site hides have jobs, too
 
@@ -415,10 +413,3 @@ def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[str]:
 def _unconfigured(error: SchedulerError) -> bool:
     """True if Slurm's programs are installed here without belonging to any cluster."""
     return any(words in str(error) for words in ("configuration source", "Unable to process configuration file"))
-
-
-def expected(start: datetime | None, now: datetime) -> str:
-    """`starts in ~12m`, or nothing where that is not known or has passed. Slurm plans by the time limits of what
-    runs, so that jobs often start earlier; and later where others come that go first."""
-    seconds = 0.0 if start is None else (start - now).total_seconds()
-    return f"starts in ~{duration(seconds)}" if seconds > 0 else ""

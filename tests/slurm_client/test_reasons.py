@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 import pytest
 from stub_slurm import slurm_time
 
-from cifar_hpc.runs.state import clock
-from cifar_hpc.slurm.client import QueuedJob, expected
+from cifar_hpc.runs.state import clock, expected
+from cifar_hpc.slurm.client import QueuedJob
 
 JOB = QueuedJob("7", "run", "PENDING", "Priority", "N/A", "", "gpu", "(null)", "/logs/run/code/1")
 NOW = datetime(2026, 1, 2, 12, 0, 0).astimezone()
