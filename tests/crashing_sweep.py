@@ -1,6 +1,6 @@
 """Submits a sweep at a stub of Slurm, killed at every point of the submission. Prints one line a case.
 
-python crashing_sweep.py FOLDER. Run by test_sweep_crashes.py in a process of its own; see crashing_submission.py.
+python crashing_sweep.py FOLDER. Run by test_submission.py in a process of its own; see crashing_submission.py.
 """
 
 from __future__ import annotations

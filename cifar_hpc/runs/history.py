@@ -125,8 +125,8 @@ class History:
             # A job that starts again after it has finished its run has nothing to do, and no end to report.
             if name in STARTS or not over or job_id not in [attempt.job_id for attempt in self.attempts]:
                 self._start(name, row)
-        elif speaking := [a for a in self.attempts if a.job_id == job_id and a.restart == row.get("restart")]:
-            speaking[-1].add(name, row)
+        elif (speaking := self._speaking(job_id, row.get("restart"))) is not None:
+            speaking.add(name, row)
         elif name == events.Submitted.name and self._announced(job_id):
             for before in self.attempts[-2:-1]:  # the job began before its submission was recorded
                 before.add(name, row)
@@ -159,6 +159,10 @@ class History:
         ranks, count = (n if isinstance(n, int) else None for n in (size, count))
         new = Attempt(step_of(row), restart, job_id, ranks, time, time, time, begun=begun, restart_count=count)
         self.attempts.append(new)
+
+    def _speaking(self, job_id: Any, restart: Any) -> Attempt | None:
+        """The newest attempt of this job and restart: nearly always the last, also after thousands of them."""
+        return next((a for a in reversed(self.attempts) if a.job_id == job_id and a.restart == restart), None)
 
     def _announced(self, job_id: Any) -> bool:
         """True if the newest attempt is one of this job, and only its batch script has spoken."""

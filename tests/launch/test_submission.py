@@ -30,10 +30,10 @@ ENDLESS = (
 AT_ONCE = 4
 
 
-@pytest.mark.process
-def test_a_killed_submission_hinders_no_later_one_and_of_several_at_once_one_submits(tmp_path: Path) -> None:
+def killed_at_each_step(script: str, folder: Path) -> list[str]:
+    """What a program that kills submissions at every step of theirs has to say."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(TESTS / "crashing_submission.py"), str(tmp_path)],
+        [sys.executable, "-W", "error", str(TESTS / script), str(folder)],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
@@ -41,9 +41,21 @@ def test_a_killed_submission_hinders_no_later_one_and_of_several_at_once_one_sub
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+@pytest.mark.process
+def test_a_killed_submission_hinders_no_later_one_and_of_several_at_once_one_submits(tmp_path: Path) -> None:
+    lines = killed_at_each_step("crashing_submission.py", tmp_path)
     assert sum(line.startswith("killed before") for line in lines) > 30
     assert sum(line.startswith("at once") for line in lines) > 10
+
+
+@pytest.mark.process
+def test_a_killed_submission_of_a_sweep_hinders_no_later_one_and_a_job_that_exists_can_run(tmp_path: Path) -> None:
+    lines = killed_at_each_step("crashing_sweep.py", tmp_path)
+    assert sum(line.endswith(" 0 queued") for line in lines) > 20
+    assert sum(line.endswith(" 2 queued") for line in lines) > 2
 
 
 @dataclass
