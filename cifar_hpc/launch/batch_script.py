@@ -32,6 +32,7 @@ IGNORE_SIGNALS = f"""sh -c 'trap "" TERM USR1 USR2; {FIND_CODE}; cd "$SLURM_SUBM
 # setup and the tasks run in a subshell, which may end as it likes: whoever has not called hpc_end calls it at the exit.
 RECORD = r"""
 hpc_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+hpc_ends='"event": "(failed|hang|requeued|left|finished)"'
 hpc_job=${hpc_job:-$SLURM_JOB_ID} hpc_restarts=${SLURM_RESTART_COUNT:-0} hpc_nodes=$SLURM_JOB_NODELIST
 hpc_append() { # FILE LINE; a line before it that was cut short is ended first
   local file=$hpc_logs/$hpc_run/$1 cut=
@@ -47,7 +48,8 @@ hpc_end() { # STATUS of the tasks
   trap '' TERM USR1 USR2 # Slurm also signals a scontrol that has just requeued the job
   local last= events=$hpc_logs/$hpc_run/events.jsonl
   [ ! -f "$events" ] || last=$(tail -n 1 "$events")
-  if [ "$1" -ne 0 ] || [[ $last == *'"event": "attempt"'* ]]; then
+  # A site's srun may hide the status of its tasks: only an attempt that has said how it ended needs no epilog.
+  if [ "$1" -ne 0 ] || [[ $last && ! $last =~ $hpc_ends ]]; then
     (cd "$SLURM_SUBMIT_DIR" && hpc_epilog "$1") || hpc_no_python "$1"
   fi
   kill -WINCH $$
@@ -56,7 +58,7 @@ hpc_end() { # STATUS of the tasks
 hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
   local again=false action="not requeued" output=$hpc_slurm/${hpc_job}_0_log.out
   local words="the start ended with status $1, and Python could not be started to say why"
-  [[ $last =~ '"event": "'(failed|hang|requeued|left|finished)'"' ]] && return # a rank has said it
+  [[ $last =~ $hpc_ends ]] && return # a rank has said it
   [ "$(squeue --noheader --jobs="$hpc_job" --format=%T)" = RUNNING ] || return
   if [ "$hpc_restarts" -lt "$hpc_limit" ] && scontrol requeue "$hpc_job"; then
     scontrol update "jobid=$hpc_job" "StartTime=now+$((hpc_restarts < 5 ? 120 << hpc_restarts : 3600))"
@@ -89,7 +91,6 @@ ARRAY_HINT = " HINT: an array has at most MaxArraySize tasks (scontrol show conf
 SBATCH_SECONDS = 180  # sbatch itself tries again for two minutes while slurmctld is busy
 # Slurm's own words for a job that it has not taken; after other ones, such as a timeout, the job may exist.
 _REFUSED = re.compile(r"sbatch: (error|fatal): ")
-_DOUBT = re.compile(r"(?i)timed? ?out|contact|connect|communicat|zero bytes|transmi|receiv|unexpected")
 LOOK_SECONDS = (0, 2, 4, 8)  # before each look for a job that sbatch may have submitted
 
 # By default srun may kill the other tasks when one fails; they still have to log why and to requeue the job (srun(1)).
@@ -284,7 +285,7 @@ def _job_id(paths: RunPaths | SweepPaths, script: Path, code: Path) -> str:
         answer = client.command(["sbatch", str(script)], SBATCH_SECONDS, folder=code)
     except SchedulerError as error:
         words = " ".join(str(error).partition(" was refused: ")[2].split()) or str(error)
-        if shutil.which("sbatch") is None or (_REFUSED.search(words) and not _DOUBT.search(words)):
+        if shutil.which("sbatch") is None or (_REFUSED.search(words) and not client.NO_CONTACT.search(words)):
             hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
             raise SchedulerError(f"sbatch refused the job: {words}{hint}{_unused_hint()}") from None
     else:

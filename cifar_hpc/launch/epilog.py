@@ -24,7 +24,7 @@ from cifar_hpc.runs.logs import TrainLog, output_of_start, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.requeue import ALIVE, Decision, Ending
-from cifar_hpc.slurm.client import job_fields, own_job_id, restart_count
+from cifar_hpc.slurm.client import own_job_id, restart_count
 from cifar_hpc.text import one_line, printable
 
 LAST_LINES = 8  # of a task
@@ -93,12 +93,8 @@ class Epilog:
 
     def _has_nodes(self) -> bool:
         """True if the job still has its nodes: otherwise it is being ended, or its requeue is under way."""
-        try:
-            self.job = job_fields(self.job_id)
-        except SchedulerError as error:
-            self.log.line(f"WARNING {error}")
-            return True
-        return self.job.get("JobState") in ALIVE
+        self.job = requeue.ask_about(self.job_id, self.log.warn, requeue.PATIENCE_SECONDS)
+        return self.job is None or self.job.get("JobState") in ALIVE
 
     def _nothing_said(self, status: str) -> None:
         # The last step is not known; progress is what is on disk.

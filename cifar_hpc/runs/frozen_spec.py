@@ -7,6 +7,7 @@ from cifar_hpc.config.spec import Spec, check
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
 
 
@@ -45,8 +46,9 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
     Raises:
         SpecError: if the run was started under a spec that computes something else, or has fewer shards than tasks.
     """
-    # A submission that was killed half-way leaves a frozen spec, but fixes nothing.
-    begun = paths.events.exists() or any(paths.checkpoints.glob("step_*"))
+    # Nothing is fixed by a submission that was killed half-way, or whose job never got as far as training.
+    begun = any(attempt.begun for attempt in History.read(paths.events).attempts)
+    begun = begun or any(paths.checkpoints.glob("step_*"))
     old = read_frozen(paths) if begun else None
     if old is not None:
         check_resumable(old, spec, paths.name)

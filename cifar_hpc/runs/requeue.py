@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -11,7 +12,7 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.client import forbid_requeue, parse_instant, requeue_job, restart_count
+from cifar_hpc.slurm.client import NO_CONTACT, forbid_requeue, job_fields, parse_instant, requeue_job, restart_count
 from cifar_hpc.slurm.options import node_counts
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
@@ -36,6 +37,8 @@ _NODE_FAULT = re.compile(
 _TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 # submitit's local controller restarts a job at most this often (submitit.local.local, Controller.run).
 LOCAL_REQUEUES = 5
+# A controller that is down may be back soon: how long it is asked after a failure, and how often.
+PATIENCE_SECONDS, ASK_AGAIN_SECONDS = 300.0, 10.0
 Emit = Callable[[Event], None]
 
 
@@ -168,6 +171,25 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
     # The other process holds the lock for longer than this one has already waited for it.
     delay = min(first << (used + (ending.cause == "busy")), longest)
     return Decision("requeue", "failure", f"requeueing after failure {used + 1} of at most {limit}", delay)
+
+
+def ask_about(job_id: str, warn: Callable[[str], None], patience_seconds: float = 0.0) -> dict[str, str] | None:
+    """Ask Slurm for the fields of a job, again and again while there is no contact; None if it does not answer.
+
+    Args:
+        warn: logs the first refusal.
+    """
+    end, warned = time.monotonic() + patience_seconds, False
+    while True:
+        try:
+            return job_fields(job_id)
+        except SchedulerError as error:
+            if not warned:
+                warn(str(error))
+            warned = True
+            if not NO_CONTACT.search(str(error)) or time.monotonic() >= end:
+                return None
+        time.sleep(ASK_AGAIN_SECONDS)
 
 
 def _may_requeue(spec: Spec, job: Mapping[str, str] | None) -> bool:

@@ -41,14 +41,18 @@ def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
     sweeps = {folder: array_points(root, folder) for folder in set(folders.values())}
     jobs: dict[str, QueuedJob] = {}
     for job in queued:
-        folder, name, index = folders[job.directory], job.name, job.job_id.partition("_")[2]
+        folder, index = folders[job.directory], job.job_id.partition("_")[2]
+        # Not the job's name: a user may have renamed the job.
+        name = folder.name if Path(job.directory).parent.name == "code" else ""
         points, ours = sweeps[folder]
         if index.isdigit() and int(index) < len(points):
             name = points[int(index)]
         elif is_run_name(name):
             ours = same_folder(root / "logs" / name, folder)
         # A folder that is not found under its name here (an automounter's) is known by the job that the run recorded.
-        if ours or (ours is None and History.read(RunPaths(root, name).events).job_id == job.job_id):
+        ours = ours or (ours is None and History.read(RunPaths(root, name).events).job_id == job.job_id)
+        # Beside its job a run may have an old one, which somebody has requeued by hand and which waits for this one.
+        if ours and (name not in jobs or not job.waits):
             jobs[name] = dataclasses.replace(job, name=name, behind=_behind(job, folder, queued))
     return jobs
 

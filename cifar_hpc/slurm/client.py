@@ -24,6 +24,10 @@ RELEASE_SECONDS = 2
 SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
+# Words of failures in which Slurm may have done what it was asked, or will once it is reached again.
+NO_CONTACT = re.compile(
+    r"(?i)timed? ?out|did not answer|contact|connect|communicat|zero bytes|transmi|receiv|unexpected"
+)
 # Options of Slurm's commands by environment variable: the cluster, which jobs are shown or cancelled, and how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
 _ALL = {"SQUEUE_ALL": "1", "SINFO_ALL": "1", "SCONTROL_ALL": "1"}  # partitions that a site hides have jobs, too

@@ -23,7 +23,7 @@ from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Hold
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
 from cifar_hpc.runs.requeue import Decision, Ending
-from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue, job_fields
+from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue
 from cifar_hpc.text import printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
@@ -34,7 +34,6 @@ from cifar_hpc.training.trainer import Position
 LOCAL_REQUEUE_STATUS = 144
 # How long a process waits for Slurm to end it, if it could not ask for a requeue itself.
 HOLD_SECONDS = 3600
-ASK_AGAIN_SECONDS = 10
 # Time in which the other ranks leave the report to rank 0, and in which processes may end by themselves.
 RANK_0_SECONDS = 10.0
 # Time in which the other ranks show that they have noticed the failure.
@@ -104,7 +103,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
             break
         # To leave without a requeue would end the job for good; a controller that is down may be back in time.
         held = decision.explanation
-        time.sleep(ASK_AGAIN_SECONDS)
+        time.sleep(requeue.ASK_AGAIN_SECONDS)
     if launch.scheduler != "slurm":
         return 128 + (received or signal.SIGTERM)
     if leaves and decision.reason == "timeout":  # else Slurm or a person has decided
@@ -135,11 +134,9 @@ def decide_now(context: Context, ending: Ending, quiet: bool = False) -> Decisio
     """
     job = None
     if ending.scheduler == "slurm":
-        try:
-            job = job_fields(context.launch.job_id or "")
-        except SchedulerError as error:
-            if not quiet:
-                context.log.warn(str(error))
+        warn = (lambda text: None) if quiet else context.log.warn
+        patience = 0.0 if ending.cause in ("signal", "busy") else requeue.PATIENCE_SECONDS
+        job = requeue.ask_about(context.launch.job_id or "", warn, patience)
     decision = requeue.decide(ending, context.spec, History.read(context.paths.events), job, datetime.now(UTC))
     return requeue.elsewhere(decision, ending, context.spec, context.launch.job_id or "")
 

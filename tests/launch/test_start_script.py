@@ -148,9 +148,19 @@ def test_what_a_rank_has_reported_is_left(script: Script) -> None:
     for python in (None, "/nowhere/python"):
         status, rows = script.end("set -euo pipefail", python=python)
         assert (status, names(rows), script.requests()) == (1, ["attempt", "started", "failed"], [])
-    script.srun(f"printf '%s\\n' {shlex.quote(row)} >> {events}; exit 0")
+    end = json.dumps({"event": "finished", "job_id": "7", "restart": 0, "step": 9})
+    script.srun(f"printf '%s\\n' {shlex.quote(row)} {shlex.quote(end)} >> {events}; exit 0")
     status, rows = script.end(python="false")  # so no Python was needed
-    assert (status, names(rows), script.requests()) == (0, ["attempt", "started"], [])
+    assert (status, names(rows), script.requests()) == (0, ["attempt", "started", "finished"], [])
+
+
+def test_a_site_srun_that_hides_the_status_of_killed_tasks_loses_no_run(script: Script) -> None:
+    row = json.dumps({"event": "started", "job_id": "7", "restart": 0, "step": 0, "world_size": 2})
+    events = shlex.quote(str(script.run_paths.events))
+    script.srun(f"printf '%s\\n' {shlex.quote(row)} >> {events}; sh -c 'kill -KILL $$'; echo accounting; exit 0")
+    _, rows = script.end()
+    assert (names(rows), rows[2]["cause"]) == (["attempt", "started", "failed", "requeued"], "killed")
+    assert script.requests() == ["requeue 7"]
 
 
 def test_without_python_the_shell_counts_asks_and_at_last_holds(script: Script) -> None:

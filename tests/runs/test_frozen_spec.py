@@ -11,8 +11,9 @@ from helpers import tiny_spec
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError
-from cifar_hpc.runs.events import FirstStep, append_event
+from cifar_hpc.runs.events import Attempted, Submitted, append_event
 from cifar_hpc.runs.frozen_spec import freeze, read_frozen, resolve
+from cifar_hpc.runs.logs import append_line
 from cifar_hpc.runs.paths import RunPaths
 
 OPEN = {"shards": None, "cpu_threads": None}
@@ -28,7 +29,7 @@ def paths(tmp_path: Path) -> RunPaths:
 def start(paths: RunPaths, spec: Spec, tasks: int, threads: int = 1) -> Spec:
     resolved = resolve(paths, spec, tasks, threads)
     freeze(paths, resolved)
-    append_event(paths.events, FirstStep(step=1, startup={}), job_id=None, restart=0, world_size=tasks)
+    append_line(paths.events, '{"event": "started", "restart": 0, "step": 0}')
     return resolved
 
 
@@ -71,8 +72,13 @@ def test_a_damaged_frozen_spec_is_named(paths: RunPaths) -> None:
         read_frozen(paths)
 
 
-def test_a_submission_that_was_killed_half_way_fixes_nothing(paths: RunPaths) -> None:
+@pytest.mark.parametrize("recorded", [0, 1, 2])
+def test_a_submission_whose_job_never_trained_fixes_nothing(paths: RunPaths, recorded: int) -> None:
+    """It was killed half-way, its job was cancelled in the queue, or could not be started."""
     freeze(paths, tiny_spec())
+    submitted = Submitted(scheduler="slurm", code="c", command="python submit.py")
+    for event in (submitted, Attempted(restart_count=0, nodes="n"))[:recorded]:
+        append_event(paths.events, event, job_id="7", restart=None, world_size=None)
     assert resolve(paths, tiny_spec(train={"seed": 1}), 1, 1).train.seed == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,21 @@ def _daemons_go_down_and_come_back(lab: Lab, short: str, reference: Callable[[],
         run.check_kept(reference())
 
     together(*(partial(goes_on, run) for run in runs))
+    _killed_while_slurmctld_is_gone(Run(lab, "killed-meanwhile"), short, reference)
+
+
+def _killed_while_slurmctld_is_gone(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    run.submit(short, *ONE, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
+    training = run.stopped("step:14")
+    _state_saved(run.lab, run.job_id)
+    run.lab.tool("stop", "slurmctld", "--kill")
+    os.kill(training, signal.SIGKILL)
+    until("the epilog has asked", lambda: "WARNING scontrol show job" in run.log(), run.report)
+    run.lab.tool("start", "slurmctld")
+    assert run.wait("failed")["again"] is True
+    run.wait_job(JobState="PENDING")
+    run.release()
+    run.check_kept(reference(), failures=1)
 
 
 def _state_saved(lab: Lab, job_id: str) -> None:

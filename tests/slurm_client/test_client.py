@@ -132,6 +132,15 @@ def test_queue(fake: Path) -> None:
     assert (jobs["b"].nodes, jobs["b"].partition, jobs["b"].dependency) == ("n[1-2]", "gpu", "(null)")
 
 
+def test_a_job_is_known_by_its_folder_whatever_its_name(fake: Path) -> None:
+    """After `scontrol update jobid=7 JobName=x`; a job that was submitted from within a run's folder is none of it."""
+    (fake / "logs" / "b" / "slurm").mkdir(parents=True)
+    program(fake, "squeue", f"echo '7|x|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e'")
+    assert run_state.queue(fake)["b"].job_id == "7"
+    program(fake, "squeue", f"echo '7|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/slurm/mine'")
+    assert run_state.queue(fake) == {}
+
+
 def test_a_folder_is_known_under_another_path(fake: Path) -> None:
     """By device and inode, as one behind a link or a bind mount; by the recorded job where that path is not here."""
     (fake / "root" / "logs" / "b").mkdir(parents=True)

@@ -16,9 +16,10 @@ from cifar_hpc.runs import requeue
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.requeue import ASK_AGAIN_SECONDS, PATIENCE_SECONDS, Ending
 from cifar_hpc.training import exit as module
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.exit import ASK_AGAIN_SECONDS, HOLD_SECONDS, LOCAL_REQUEUE_STATUS, finished, stopped
+from cifar_hpc.training.exit import HOLD_SECONDS, LOCAL_REQUEUE_STATUS, decide_now, finished, stopped
 from cifar_hpc.training.process import Launch, StopFlag
 from cifar_hpc.training.trainer import Position
 
@@ -34,7 +35,7 @@ class Slurm:
         self.refusals, self.words = 0, "scontrol requeue was refused"  # of the next requests
         self.requests: list[tuple[Any, ...]] = []
         self.now = 0.0
-        monkeypatch.setattr(module, "job_fields", self._job_fields)
+        monkeypatch.setattr(requeue, "job_fields", self._job_fields)
         monkeypatch.setattr(module, "allow_fewer_nodes", lambda *given: self.requests.append(("fewer nodes", *given)))
         monkeypatch.setattr(module, "forbid_requeue", lambda job_id: self.requests.append(("no requeue", job_id)))
         monkeypatch.setattr(requeue, "requeue_job", self._requeue_job)
@@ -232,3 +233,13 @@ def test_timeouts_used_up_end_the_job_for_good(
 def test_without_a_controller_no_other_process_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "siblings", lambda: pytest.fail("asked for the children of a foreign parent"))
     module._end_other_ranks()
+
+
+@pytest.mark.parametrize(("silent", "action"), [(3, "requeue"), (1000, "fail")])
+def test_a_failure_waits_for_a_controller_that_is_away(slurm: Slurm, tmp_path: Path, silent: int, action: str) -> None:
+    slurm.answers = [None] * silent + [RUNNING]
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(scheduler="slurm", job_id="7"), StopFlag())
+    context.paths.create()
+    assert decide_now(context, Ending("killed", step=1)).action == action
+    assert slurm.now == (3 * ASK_AGAIN_SECONDS if silent == 3 else PATIENCE_SECONDS)
+    assert context.paths.train_log.read_text().count("scontrol did not answer") == 1

@@ -111,7 +111,7 @@ class Reporting:
         self.requests: list[tuple[Any, ...]] = []
         self.job = {"JobState": "RUNNING"}
         self.paths.create()
-        monkeypatch.setattr(exit_module, "job_fields", lambda job_id: self.job)
+        monkeypatch.setattr(requeue, "job_fields", lambda job_id: self.job)
         monkeypatch.setattr(requeue, "requeue_job", lambda *given: self.requests.append(("requeue", *given)))
         monkeypatch.setattr(exit_module, "end_step", lambda *given: self.requests.append(("end step", *given)))
         for name, seconds in (("RANK_0_SECONDS", 0.2), ("LAST_WORDS_SECONDS", 0.2)):

@@ -116,7 +116,8 @@ def newest_good(directory: Path, spec: Spec | None = None) -> Found | None:
         raise RunFailedError(
             "no checkpoint of the run is good; tried, newest first:\n"
             + "\n".join(f"  {path}: {reason}" for path, reason in bad)
-            + "\nHINT: restore one from a backup; to start from step 0, move these and the run's logs away."
+            + "\nHINT: restore one from a backup; to start from step 0, move these and the run's logs away. If the "
+            f"spec that was submitted is wrong: remove logs/{directory.name}/spec.yaml, and submit the right one."
         )
     return found
 
