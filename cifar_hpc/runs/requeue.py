@@ -122,12 +122,13 @@ def _after_signal(
     state = job.get("JobState", "")
     if state != "RUNNING" and int(job.get("Restarts") or 0) > ending.restarts:
         return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
-    if state not in ALIVE:
+    too_late = job.get("Reason") == "TimeLimit"  # the warning came before Python could hear it; a requeue is accepted
+    if state not in ALIVE and not too_late:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
         return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
     end, preempted = parse_instant(job.get("EndTime")), _preempted(job)
     near_end = end is not None and (end - now).total_seconds() <= spec.resources.warning_seconds + EARLY_SECONDS
-    timeout = near_end and not preempted and ending.received is not signal.SIGTERM
+    timeout = too_late or (near_end and not preempted and ending.received is not signal.SIGTERM)
     reason = "timeout" if timeout else "preemption"
     if not _may_requeue(spec, job):
         return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")

@@ -33,6 +33,7 @@ def test_what_people_do_to_a_running_job(
         partial(_our_requeue, Run(odd, "requeued-by-us"), short, reference),
         partial(_time_limit, Run(lab, "timeout"), short, reference),
         partial(_last_time_limit, Run(lab, "last-timeout"), short, reference),
+        partial(_time_limit_without_a_warning, Run(lab, "timeout-unheard"), short, reference),
         partial(_requeue_after_the_end, Run(lab, "requeued-after-its-end"), short, reference),
     )
 
@@ -117,6 +118,19 @@ def _time_limit(run: Run, short: str, reference: Callable[[], Run]) -> None:
     run.check_resumed_at(15)
     run.check_kept(reference())
     assert run.state()["requeues"] == {"timeout": 1}
+
+
+def _time_limit_without_a_warning(run: Run, short: str, reference: Callable[[], Run]) -> None:
+    """The warning comes while the site's setup runs, which does not hear it."""
+    run.submit(short, "--time", "1", *ONE, "--partition", "gpu", moments=[STOP], setup=["sleep 48"])
+    run.stopped("step:14")
+    assert run.wait("requeued")["reason"] == "timeout" and run.events("signal")[0]["signal"] == "SIGTERM"
+    assert run.check_saved_where_it_stopped() == 15
+    run.wait_job(JobState="PENDING", Restarts="1")
+    run.lab.cluster.scontrol("update", f"jobid={run.job_id}", "TimeLimit=30")
+    run.release()
+    run.check_resumed_at(15)
+    run.check_kept(reference())
 
 
 def _last_time_limit(run: Run, short: str, reference: Callable[[], Run]) -> None:

@@ -164,25 +164,28 @@ def test_a_disk_that_is_full_for_a_while(disk: SmallDisk, reference: dict[str, A
     assert run.start({3: disk.full(), 8: disk.free()}) == 0, run.output
     assert run.result() == reference
     failed = run.events("checkpoint_failed")
-    assert {e["file"] for e in failed} >= {"step_00000004.pt", "step_00000006.pt"}
-    assert all("OSError" in e["reason"] for e in failed)
-    assert "step_00000006.pt could not be written: OSError" in run.log
+    assert failed and all("OSError" in e["reason"] for e in failed)
+    assert all(f"{e['file']} could not be written: OSError" in run.log for e in failed)
     assert "training goes on, and the older checkpoints are kept" in run.log
     assert [e["epoch"] for e in run.events("evaluated")] == [1, 2, 3, 4], "no event is lost"
     assert [e["step"] for e in run.events("checkpoint")][-1] == 12
 
 
 def test_a_disk_that_stays_full(disk: SmallDisk, reference: dict[str, Any]) -> None:
-    """The run ends with an error that says what to do, the last good file is kept, and goes on from it later."""
+    """The run ends with an error that says what to do, the last good file is kept, and goes on from it later.
+
+    On a full disk older checkpoints give the newest one room; nothing helps against a limit for the length of files.
+    """
     run = Run(disk.root)
     assert run.start({7: disk.full()}) == 1
     kept = [path.name for path in candidates(run.checkpoints)]
-    assert kept == ["step_00000006.pt", "step_00000004.pt"]
+    assert kept == (["step_00000012.pt"] if disk.mounted else ["step_00000006.pt", "step_00000004.pt"])
     if disk.mounted:
         disk.free()()
     assert run.start() == 0, run.output
     assert run.result() == reference
-    assert run.events("resumed")[-1]["step"] == 6
+    assert run.events("resumed")[-1]["step"] == (12 if disk.mounted else 6)
+    assert ("no space left: 1 older checkpoint removed to make room" in run.log) is disk.mounted
 
 
 def test_a_start_on_a_full_disk(disk: SmallDisk, reference: dict[str, Any]) -> None:

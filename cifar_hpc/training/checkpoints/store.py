@@ -1,5 +1,6 @@
 """The checkpoint folder of a run: its files, its index, and the thread that writes them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -357,13 +358,27 @@ class CheckpointStore:
                 work()
             except FileNotFoundError:  # the folder has just been removed
                 work()
-        except Exception as error:  # a full disk shows up as OSError or as torch's RuntimeError
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                    raise
+                work()
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             self.emit(CheckpointFailed(file=name, reason=reason))
             then = "training goes on, and the older checkpoints are kept"
             self.warn(f"checkpoint {name} could not be written: {reason}; {then}")
             return reason
         return None
+
+    def _make_room(self) -> bool:
+        """Remove all checkpoints but the newest and best.pt from a full disk; return False if there are no others."""
+        old = candidates(self.directory)[1:]
+        for path in old:
+            with suppress(OSError):
+                path.unlink()
+        if old:
+            self.warn(f"no space left: {len(old)} older checkpoint{'s' * (len(old) > 1)} removed to make room")
+        return bool(old)
 
     def _write_file(self, snapshot: _Snapshot) -> None:
         if not self.directory.is_dir():
