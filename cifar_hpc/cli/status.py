@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import shutil
 import signal
 import sys
@@ -14,7 +16,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.cli.terminal import GAP, Column, display_width, fit, lay_out, least_width, paint, shorten, use_colour
 from cifar_hpc.errors import SchedulerError
@@ -43,6 +45,7 @@ READ_SHARE = 0.2  # of the time that --watch spends on reading, at most
 QUEUE_SECONDS = 10.0  # Slurm is asked less often than files are read: many watchers must not load the controller
 _TO_LINE = "\x1b[{};1H\x1b[K"  # to the beginning of a line, and clear it (ECMA-48: CUP, EL)
 
+CHANGED = "CHANGED"  # a column beside RUN, where there is a sweep
 COLUMNS = ("RUN", "STATE", "EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RESTARTS", "RANKS", "LOG AGE", "JOB", "DETAIL")
 NUMBERS = ("EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RANKS", "LOG AGE")
 # Columns that are left out of a narrow table, the first one first. RESTARTS loses its causes before that. DETAIL has
@@ -66,6 +69,8 @@ STYLES = {
     "finished": "dim",
 }
 URGENCY = tuple(STYLES)
+OLD_SECONDS = 86400.0  # after which a failure is no news
+FAILURES_SHOWN = 3
 _CAUSES = {"submitted": "submitted again"}
 
 
@@ -85,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps([s.plain() for s in states], indent=1))
     elif not states:
         print(f"no runs under {reader.root / 'logs'} yet. HINT: python submit.py --help")
-    elif sys.stdout.isatty():
+    elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         _print_on_terminal(states)
     else:
         print(*status_lines(states), sep="\n")
@@ -186,7 +191,8 @@ class Screen:
         room = max(1, height - 2 - bool(self.reader.queue.trouble))  # besides the headings and the notes
         notes = [shorten(note, width) for note in self._notes(max(0, len(states) - room))]
         lines = status_lines(states[:room], width, self._coloured)
-        return [*lines, *(paint(note, "bold") if self._coloured else note for note in notes)][:height]
+        reasons = failures(states[:room], lines, width)
+        return [*lines, *(paint(note, "bold") if self._coloured else note for note in notes), *reasons][:height]
 
     def _notes(self, hidden: int) -> list[str]:
         more = f"{hidden} not shown; " if hidden else ""
@@ -204,13 +210,42 @@ def _print_on_terminal(states: Sequence[RunState]) -> None:
     """Print what fits, with the most urgent runs last, next to the prompt."""
     width = shutil.get_terminal_size().columns
     lines = status_lines(by_urgency(states, last=True), width, use_colour(sys.stdout))
-    print(*lines, textwrap.fill(summary(states), width), sep="\n")
+    print(*lines, textwrap.fill(summary(states), width), *failures(by_urgency(states), lines, width), sep="\n")
 
 
 def by_urgency(states: Sequence[RunState], *, last: bool = False) -> list[RunState]:
     """States with the most urgent first, or last; by name where they are equally urgent."""
     sign = -1 if last else 1
-    return sorted(states, key=lambda state: (sign * URGENCY.index(state.state), state.run))
+    order = {run: key for run, (key, _) in _settings(states).items()}
+
+    def key(state: RunState) -> tuple[Any, ...]:
+        old = state.state == "failed" and (state.log_age_seconds or 0.0) > OLD_SECONDS
+        urgency = len(URGENCY) if old else URGENCY.index(state.state)
+        return sign * urgency, state.sweep or state.run, order.get(state.run, []), state.run
+
+    return sorted(states, key=key)
+
+
+def _settings(states: Sequence[RunState]) -> dict[str, tuple[list[Any], str]]:
+    """By run of a sweep: a key to sort by, and in words what tells it from the sweep's other runs."""
+    sweeps: dict[str, list[RunState]] = {}
+    for state in states:
+        if state.sweep and state.changed is not None:
+            sweeps.setdefault(state.sweep, []).append(state)
+    found: dict[str, tuple[list[Any], str]] = {}
+    for points in sweeps.values():
+        from cifar_hpc.runs.results import sweep_settings
+
+        found |= zip([p.run for p in points], sweep_settings([p.changed or {} for p in points]), strict=True)
+    return found
+
+
+def failures(states: Sequence[RunState], table: Sequence[str], width: int) -> list[str]:
+    """The whole reasons of the first few runs that have failed, if the table has not all of their words."""
+    fresh = [state for state in states if state.state == "failed" and (state.log_age_seconds or 0.0) <= OLD_SECONDS]
+    cut = [state for state in fresh if not any(one_line(state.detail) in line for line in table)]
+    texts = [f"{state.run}: {one_line(state.detail)}" for state in cut[:FAILURES_SHOWN]]
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 
 
 def summary(states: Sequence[RunState]) -> str:
@@ -228,6 +263,9 @@ def status_lines(states: Sequence[RunState], width: int | None = None, coloured:
     """
     rows = [cells(state) for state in states]
     *columns, detail = (Column(name, [row[name] for row in rows], name in NUMBERS) for name in COLUMNS)
+    if settings := _settings(states):
+        words = [settings[state.run][1] if state.run in settings else "-" for state in states]
+        columns.insert(1, Column(CHANGED, [shorten(one_line(text), width // 4) if width else text for text in words]))
     if width is not None:
         columns = _fitted(columns, width)
         headings = {column.heading for column in columns}
@@ -243,7 +281,7 @@ def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
     fitted, room = list(columns), width - LEAST_DETAIL - len(GAP)
     fitted[0] = _shortened(fitted[0], max(len("improved_resnet-01234567"), width // 5))
     if least_width(fitted) > room:
-        restarts = COLUMNS.index("RESTARTS")
+        restarts = next(i for i, column in enumerate(fitted) if column.heading == "RESTARTS")
         fitted[restarts] = Column("RESTARTS", [cell.partition(" ")[0] for cell in fitted[restarts].cells])
     fitted = fit(fitted, room, DROPPED)
     over = least_width(fitted) - room
@@ -270,16 +308,19 @@ def _detail(state: RunState, detail: str, columns: Collection[str], room: int) -
 
 def cells(state: RunState) -> dict[str, str]:
     """A cell for each column, each on one line, in printable characters."""
-    tenths = "" if state.epoch_progress is None else f".{min(9, int(10 * state.epoch_progress))}"
+    position = state.epoch + (state.epoch_progress or 0.0) if state.position is None else state.position
+    done = math.floor(10 * position + 1e-6) / 10  # never the next one
     causes = [(count, _CAUSES.get(cause, cause)) for cause, count in sorted(state.restart_causes.items())]
     by_cause = causes[0][1] if len(causes) == 1 else ", ".join(f"{count} {cause}" for count, cause in causes)
     row = {
         "RUN": state.run,
         "STATE": state.state,
-        "EPOCH": f"{state.epoch}{tenths}/{state.epochs}",
+        "EPOCH": f"{done:g}/{state.epochs}",
         "ACC": _percent(state.test_accuracy),
         "BEST": _percent(state.best_accuracy),
-        "IMG/S": "-" if state.images_per_second is None else f"{state.images_per_second:,.0f}",
+        "IMG/S": "-"
+        if state.images_per_second is None or state.state != "running"
+        else f"{state.images_per_second:,.0f}",
         "ETA": duration(state.eta_seconds),
         "RESTARTS": f"{state.restarts}" + (f" ({by_cause})" if causes else ""),
         "RANKS": str(state.world_size or "-"),

@@ -170,11 +170,16 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
 
 def run_name(job: str, spec: Spec) -> str:
     """`<job>-<8 hex digits>` of what differs from the defaults, so that the same spec finds the same run."""
+    digest = hashlib.sha256(json.dumps(changed_keys(spec), sort_keys=True).encode()).hexdigest()
+    return f"{job}-{digest[:8]}"
+
+
+def changed_keys(spec: Spec) -> dict[str, Any]:
+    """Values by dotted key that differ from the defaults, but for those that do not change the result of a run."""
     changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not covered(k, NOT_IN_NAME)}
     if spec.data.source == "folder":
         changed["data.root"] = spec.data.root  # it chooses the images; for other sources it is only their place
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-    return f"{job}-{digest[:8]}"
+    return changed
 
 
 def in_words(value: Any) -> str:

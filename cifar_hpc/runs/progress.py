@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cifar_hpc.config.io import changed_keys
 from cifar_hpc.config.schedule import epochs_left, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import UserError
@@ -90,6 +91,7 @@ class Progress:
     images_per_second: at the last line of progress, or over the last epoch.
     eta_seconds: to the end of the run, without waiting for its next start.
     peak_memory_bytes: by rank; of the device, or of the process on a CPU.
+    changed: values by dotted key that differ from the defaults and change the result; None where that is not known.
     """
 
     epochs: int = 0
@@ -102,6 +104,7 @@ class Progress:
     images_per_second: float | None = None
     eta_seconds: float | None = None
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, Any] | None = None
     history: History = field(default_factory=History)
     events_bytes: int = 0
     summary: EpochSummary = field(default_factory=EpochSummary)
@@ -162,11 +165,16 @@ class Progress:
         restarts = self.history.lost_seconds / (self.history.up_seconds + PRIOR_UP_SECONDS)
         self.eta_seconds = work * (1 + restarts)
 
+    @property
+    def saved_epoch(self) -> float | None:
+        """Epochs done at the newest checkpoint, from which the next start goes on; None without a checkpoint."""
+        step = self.history.last_of(events.Checkpoint).get("step")
+        epoch, steps = (self.summary.epoch, self.summary.step) if self.summary.step else (self.epoch, self.step)
+        return step * epoch / steps if isinstance(step, int) and steps else None
+
     def plain(self) -> dict[str, Any]:
         """The object in progress.json."""
         history, summary, saved = self.history, self.summary, self.history.last_of(events.Checkpoint)
-        epoch, step = (summary.epoch, summary.step) if summary.step else (self.epoch, self.step)
-        epochs_a_step = epoch / max(1, step)
         shown = {
             "format": FORMAT,
             "state": STATES[history.state["event"]] if history.state else "not started",
@@ -179,13 +187,14 @@ class Progress:
             "host": socket.gethostname(),
             "time": utc_now(),
         }
-        last = {"step": saved.get("step"), "epoch": saved.get("step", 0) * epochs_a_step, "time": saved.get("time")}
+        last = {"step": saved.get("step"), "epoch": self.saved_epoch, "time": saved.get("time")}
         return {
             **{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in shown.items()},
             "checkpoint": last if saved else None,
             "history": {**vars(history), "attempts": [vars(attempt) for attempt in history.attempts]},
             "metrics": vars(summary),
             **{key: getattr(self, key) for key in _SIZES},
+            "changed": self.changed,
         }
 
 
@@ -219,6 +228,7 @@ def _brought_up_to_date(paths: RunPaths, progress: Progress, spec: Spec | None) 
                 progress.epochs, progress.log_seconds, progress.eta_seconds = 0, None, None
             else:
                 progress.estimate(spec)
+                progress.changed = changed_keys(spec)
             progress.spec_mtime_ns = spec_mtime_ns
             _write(paths, progress)
     elif progress.eta_seconds and left > 0:
@@ -277,6 +287,7 @@ def _stored(paths: RunPaths) -> Progress:
             **{key: row[key] for key in (*_POSITION, *_SIZES)},
             history=History(**{**history, "attempts": [Attempt(**attempt) for attempt in history["attempts"]]}),
             summary=EpochSummary(**row["metrics"]),
+            changed=row.get("changed"),  # older versions write none
         )
     except DAMAGE:
         return Progress()

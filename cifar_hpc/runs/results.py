@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cifar_hpc.config.io import NOT_IN_NAME, covered, flatten, in_words, to_plain
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import UserError
 from cifar_hpc.runs.events import STARTS
 from cifar_hpc.runs.frozen_spec import read_frozen
@@ -97,6 +98,19 @@ def labels(groups: Sequence[Group]) -> list[str]:
         text if text and count[text] == 1 else " ".join(filter(None, (group.runs[0].name, text)))
         for group, text in zip(groups, words, strict=True)
     ]
+
+
+def sweep_settings(changed: Sequence[Values]) -> list[tuple[list[Any], str]]:
+    """For runs of a sweep, each with its values that differ from the defaults: a key to sort by, and the values that
+    are not the same in all runs, in words."""
+    defaults = flatten(to_plain(Spec()))
+    keys = list(dict.fromkeys(key for values in changed for key in values))
+    rows = [{key: values.get(key, defaults.get(key)) for key in keys} for values in changed]
+    differing = [key for key in keys if any(row[key] != rows[0][key] for row in rows)]
+    groups = [Group((), {key: row[key] for key in differing}) for row in rows]
+    short = short_keys(differing)
+    words = settings(groups) if len(differing) > MANY_KEYS else [_words(group.changed, short) for group in groups]
+    return [([sort_key(v) for v in g.changed.values()], text) for g, text in zip(groups, words, strict=True)]
 
 
 def shared_label(groups: Sequence[Group]) -> str:

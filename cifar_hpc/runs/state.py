@@ -197,6 +197,9 @@ class RunState:
     restart_causes: dict[str, int] = field(default_factory=dict)
     lost_seconds: float = 0.0
     user: str | None = None
+    position: float | None = None
+    changed: dict[str, Any] | None = None
+    sweep: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -225,11 +228,15 @@ class RunState:
         reason: str or null, Slurm's own code of why the job waits, such as Priority.
         start_time: str or null, ISO 8601 in UTC: when Slurm expects to start a waiting job; of a requeued one, the time
             before which it does not start.
-        epoch_progress: float or null, the part of the epoch under way that is done, 0 to 1.
+        epoch_progress: float or null, the part of the epoch after the finished ones that is done, 0 to 1.
         restart_causes: {cause: int}, all restarts: preemption, timeout, failure, killed (without a warning), submitted
             (again, by a person). Unlike `requeues` it has those that Slurm saw to itself.
         lost_seconds: float, what the restarts have cost, but those after submitting again (`History.lost_seconds`).
         user: str or null, who submitted it last.
+        position: float or null, epochs done: of a run at work now, of any other at its newest checkpoint, from which
+            the next start goes on; null where its files cannot be read.
+        changed: {dotted key: value} or null, the keys that change the result and differ from the defaults.
+        sweep: str or null, name of the sweep that it was submitted with last.
         """
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
 
@@ -247,7 +254,7 @@ def read_state(paths: RunPaths, jobs: Mapping[str, QueuedJob | None] | None, ask
     try:
         progress = read_progress(paths)
         history = progress.history
-        state, detail = _busy(paths, job, history, now) or _without_a_job(paths.name, jobs, history, asked_at)
+        state, detail = _busy(paths, job, history, now, asked_at) or _without_a_job(paths.name, jobs, history, asked_at)
         return _state_of(paths, job, progress, state, detail, now)
     except OSError as error:
         trouble = f"its files cannot be read now ({error.strerror or error})"
@@ -277,9 +284,17 @@ def _state_of(
     if eta is not None and start is not None:
         eta += max(0.0, (start - now).total_seconds())
     part = progress.epoch - summary.epoch
+    saved, position = progress.saved_epoch, float(summary.epoch)
+    if state in AT_WORK:
+        position += part if 0 < part <= 1 else 0.0  # else of rows that were cut off again
+    elif state == "finished":
+        position = float(history.state.get("epoch") or summary.epoch)
+    elif saved is not None:
+        position = saved
     world_size = history.attempts[-1].world_size if history.attempts else None
-    job_id, user = job.job_id if job else history.job_id, history.last_of(Submitted).get("user")
-    if not (isinstance(world_size, int | None) and isinstance(job_id, str | None) and isinstance(user, str | None)):
+    job_id, submitted = job.job_id if job else history.job_id, history.last_of(Submitted)
+    texts = (job_id, user := submitted.get("user"), sweep := submitted.get("sweep"))
+    if not (isinstance(world_size, int | None) and all(isinstance(text, str | None) for text in texts)):
         raise ValueError("text where a number should be, or a number where text should be")
     return RunState(
         run=paths.name,
@@ -298,10 +313,13 @@ def _state_of(
         log_age_seconds=log_age,
         reason=waiting.reason_code if waiting else None,
         start_time=start.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if start else None,
-        epoch_progress=part if state in AT_WORK and 0 < part <= 1 else None,
+        epoch_progress=position - summary.epoch if 0 < position - summary.epoch <= 1 else None,
         restart_causes=history.restart_causes,
         lost_seconds=round(history.lost_seconds, 3),
         user=user,
+        position=position,
+        changed=progress.changed,
+        sweep=Path(sweep).parent.name if sweep else None,
     )
 
 
@@ -315,8 +333,14 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _busy(paths: RunPaths, job: QueuedJob | None, history: History, now: datetime) -> tuple[str, str] | None:
+def _busy(
+    paths: RunPaths, job: QueuedJob | None, history: History, now: datetime, asked_at: float | None = None
+) -> tuple[str, str] | None:
     """(state, detail) of a run that has a job or processes; None for any other."""
+    if job is not None and job.state in ALIVE and asked_at is not None:
+        last = history.state
+        if last.get("event") == Requeued.name and (time_of(last) or 0.0) > asked_at:
+            return "requeued", _REQUEUED.get(str(last.get("reason")), "")
     if job is not None:
         state, detail = _in_the_queue(job, history.state, now)
         return state, f"{job.user}'s job: {detail}" if job.user else detail
@@ -385,7 +409,7 @@ def _without_a_job(
             return UNKNOWN, f"{what} a moment ago, and Slurm does not know its job"
     match name:
         case Finished.name:
-            return "finished", f"{last.get('test_accuracy', float('nan')):.2f}%"
+            return "finished", f"{duration(max(0.0, time.time() - ended))} ago" if (ended := time_of(last)) else ""
         case Failed.name | Hang.name:
             return "failed", _failure(last)
         case Cancelled.name:

@@ -125,6 +125,9 @@ SCHEMA: dict[str, tuple[type, ...]] = {
     "restart_causes": (COUNTS,),
     "lost_seconds": NUMBER,
     "user": (str, NoneType),
+    "position": (*NUMBER, NoneType),
+    "changed": (dict, NoneType),
+    "sweep": (str, NoneType),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cifar_hpc.cli import terminal
-from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, status_lines, summary
+from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, failures, status_lines, summary
 from cifar_hpc.runs.state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 
 RUN = RunState("improved_resnet-1a2b3c4d", "running", "on node1", 12, 400, 81.5, 82.25, 9000.5, 18000.0, 3)
@@ -68,6 +68,35 @@ def test_what_has_lost_its_column_stands_in_detail() -> None:
     assert table[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
     assert "until 12:00:00, pre…" in table[4]
     assert status_lines(RUNS[2:3], 160)[1].endswith("starts in ~7d00h")
+
+
+def test_the_whole_reason_of_a_failure_stands_below_the_table() -> None:
+    failed = run(
+        run="a", state="failed", detail="no GPU. HINT: look at nvidia-smi " + "there " * 20, log_age_seconds=5.0
+    )
+    table = status_lines([failed], 80)
+    below = failures([failed], table, 80)
+    assert " ".join(" ".join(below).split()) == f"a: {failed.detail.strip()}" and max(map(len, below)) <= 80
+    assert failures([failed], status_lines([failed]), 80) == []  # it is in the table
+    assert failures([dataclasses.replace(failed, log_age_seconds=1e6)], table, 80) == []
+    assert len(failures([failed] * 20, table, 300)) == 3
+
+
+def test_old_failures_sink() -> None:
+    states = [run(run=name, state="failed", log_age_seconds=age) for name, age in (("old", 1e6), ("new", 60.0))]
+    assert [s.run for s in by_urgency([*states, run(run="done", state="finished")])] == ["new", "done", "old"]
+
+
+def test_the_points_of_a_sweep_are_told_apart() -> None:
+    points = [
+        run(run=f"s-{number}", sweep="s", changed={"train.epochs": 9, **changed})
+        for number, changed in enumerate([{"model.dropout": 0.5}, {"model.dropout": 0.1}, {}])
+    ]
+    assert [s.run for s in by_urgency([*points, run(run="t")])] == ["s-1", "s-2", "s-0", "t"]
+    table = status_lines(points, 120)
+    assert table[0].split()[:2] == ["RUN", "CHANGED"]
+    assert ["dropout 0.5" in table[1], "dropout 0.1" in table[2], "dropout 0.2" in table[3]] == [True] * 3
+    assert "CHANGED" not in status_lines([RUN])[0]
 
 
 def test_a_long_name_loses_its_middle() -> None:

@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_spec
 from stub_slurm import slurm_time
 
-from cifar_hpc.cli.status import status_lines
+from cifar_hpc.cli.status import cells, status_lines
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.lock import RunLock
@@ -86,7 +86,7 @@ def test_a_job_that_was_told_to_begin_later_was_not_requeued(paths: RunPaths) ->
 @pytest.mark.parametrize(
     ("last", "state", "detail"),
     [
-        ([{"event": "finished", "test_accuracy": 93.25}], "finished", "93.25%"),
+        ([{"event": "finished", "test_accuracy": 93.25}], "finished", ""),
         ([{"event": "failed", "error": "RunFailedError: NaN"}], "failed", "NaN"),
         ([{"event": "failed", "error": "ValueError: x"}], "failed", "ValueError: x"),
         ([{"event": "failed", "error": "MemoryError: ", "cause": "out_of_memory"}], "failed", "out of memory: Memory"),
@@ -95,7 +95,7 @@ def test_a_job_that_was_told_to_begin_later_was_not_requeued(paths: RunPaths) ->
         ([{"event": "left", "reason": "timeout", "explanation": "used up"}], "stopped", "used up"),
         ([{"event": "cancelled", "by": "me"}, {"event": "checkpoint"}, {"event": "left"}], "cancelled", "by me"),
         ([{"event": "cancelled", "by": "me"}, {"event": "resumed"}], "stopped", "it ended without a word"),
-        ([{"event": "cancelled", "by": "me"}, {"event": "finished", "test_accuracy": 9.0}], "finished", "9.00%"),
+        ([{"event": "cancelled", "by": "me"}, {"event": "finished", "test_accuracy": 9.0}], "finished", ""),
         ([{"event": "checkpoint"}], "stopped", "it ended without a word"),
         ([], "stopped", "its job is gone"),
     ],
@@ -233,9 +233,28 @@ def test_the_epoch_under_way_counts(paths: RunPaths) -> None:
     found = read_state(paths, job("RUNNING"))
     assert (found.epoch, found.epoch_progress, found.images_per_second) == (2, 0.25, 9.1)
     assert found.eta_seconds == 1.75 * 15
-    assert read_state(paths, {}).epoch_progress is None
+    assert read_state(paths, {}).position == 2.0
     update_progress(paths, step=1800, epoch=3.75)  # of rows that were cut off again
     assert read_state(paths, job("RUNNING")).epoch_progress is None
+
+
+@pytest.mark.parametrize("last", ["requeued", "left", "failed", "cancelled"])
+def test_a_run_that_is_not_at_work_is_where_its_newest_checkpoint_is(paths: RunPaths, last: str) -> None:
+    """Also in its first epoch."""
+    update_progress(paths, tiny_spec(train={"epochs": 12}), step=52, epoch=52 / 63)
+    events(paths, {"event": "started", "step": 0}, {"event": "checkpoint", "step": 52}, {"event": last})
+    found = read_state(paths, {})
+    assert (found.epoch, found.position, found.epoch_progress) == (0, 52 / 63, 52 / 63)
+    assert cells(found)["EPOCH"] == "0.8/12"
+    write_rows(paths, [row | {"step": 63 * row["epoch"]} for row in ROWS])  # of epochs that will be done again
+    assert read_state(paths, {}).position == 52 / 63
+
+
+def test_a_requeue_that_slurm_had_not_seen_when_it_was_asked(paths: RunPaths) -> None:
+    now = datetime.now(UTC)
+    events(paths, {"event": "requeued", "reason": "preemption", "time": now.isoformat()})
+    assert read_state(paths, job("RUNNING"), now.timestamp() - 1).state == "requeued"
+    assert read_state(paths, job("RUNNING"), now.timestamp() + 1).state == "running"
 
 
 def test_where_images_grow_the_time_left_grows_with_their_pixels(tmp_path: Path) -> None:
