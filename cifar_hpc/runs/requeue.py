@@ -99,14 +99,14 @@ def decide(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] 
         now: with its time zone.
     """
     if ending.cause == "signal" and ending.scheduler != "slurm":
-        return _after_signal_without_slurm(ending, history)
+        return _after_signal_without_slurm(ending, spec, history)
     if ending.cause == "signal" or (ending.cause in ("killed", "start") and job is not None and _preempted(job)):
         return _after_signal(ending, spec, history, job, now)
     return _after_failure(ending, spec, history, job)
 
 
-def _after_signal_without_slurm(ending: Ending, history: History) -> Decision:
-    if ending.scheduler is None or ending.received is signal.SIGTERM:
+def _after_signal_without_slurm(ending: Ending, spec: Spec, history: History) -> Decision:
+    if ending.scheduler is None or ending.received is signal.SIGTERM or not spec.resources.requeue:
         return Decision("leave", "stopped", "not requeued; submit the same again to go on from here")
     if history.requeues_since_submission.get("preemption", 0) >= LOCAL_REQUEUES:
         limit = f"not requeued: the local executor restarts a job at most {LOCAL_REQUEUES} times"

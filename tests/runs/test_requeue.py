@@ -152,6 +152,8 @@ def test_decide_after_a_signal_without_slurm(
     decision = after_signal(received, None, scheduler, preemptions=preemptions)
     assert (decision.action, decision.reason) == (action, "preemption" if action == "requeue" else "stopped")
     assert words in decision.explanation
+    if scheduler == "local":
+        assert after_signal(received, None, scheduler, requeue=False).action == "leave"
 
 
 @pytest.mark.parametrize(
