@@ -1,8 +1,9 @@
 """Errors that a user can fix: one message, no traceback, a fixed exit code."""
 
 import difflib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -71,7 +72,18 @@ def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]
     return message, UserError.exit_code
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` HINT: did you mean 'x'?` for the closest spelling among `known`, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" HINT: did you mean '{matches[0]}'?" if matches else ""
+def nearest(word: str, known: Iterable[str], full: Mapping[str, str] = {}) -> str:
+    """` HINT: did you mean 'x'?` for the closest spelling among `known`, or an empty string.
+
+    Upper and lower case, dashes and underscores are the same.
+
+    Args:
+        full: what to show in place of a name.
+    """
+    plain = {_plain(name): name for name in known}
+    matches = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    return f" HINT: did you mean '{full.get(plain[matches[0]], plain[matches[0]])}'?" if matches else ""
+
+
+def _plain(word: str) -> str:
+    return re.sub("[-_]", "", word.lower())

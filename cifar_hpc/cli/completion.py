@@ -8,10 +8,9 @@ starts no Python.
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_hpc.cli.parser import build_parser
+from cifar_hpc.cli.parser import actions, build_parser
 from cifar_hpc.cli.submit import build_parser as build_submit_parser
 from cifar_hpc.config.io import flatten, to_plain
 from cifar_hpc.config.spec import Spec
@@ -58,18 +57,10 @@ def script(shell: str) -> str:
 
     commands, submit = build_parser(), build_submit_parser()
     commands.prog = "cifar_hpc"  # its name for a shell, to which python is the program
-    for action in (*_actions(commands), *_actions(submit)):
+    for action in (*actions(commands), *actions(submit)):
         if isinstance(action.metavar, str) and action.metavar in COMPLETERS:
             action.complete = dict.fromkeys(("bash", "zsh"), COMPLETERS[action.metavar])  # type: ignore[attr-defined]
     keys = " ".join(f"{key}=" for key in flatten(to_plain(Spec())))
     helpers = Path(__file__).with_suffix(f".{shell}").read_text().replace("@keys@", keys)
     helpers = helpers.replace("@python@", shlex.quote(sys.executable)).replace("@project@", shlex.quote(str(PROJECT)))
     return "\n".join([shtab.complete(commands, shell), shtab.complete(submit, shell), helpers])
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from _actions(below)

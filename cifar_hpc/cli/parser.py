@@ -12,9 +12,17 @@ for its own command: --help stays fast.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cifar_hpc import __version__
+from cifar_hpc.errors import SpecError, UserError, explain, nearest
+from cifar_hpc.text import printable
 
 COMMANDS = {  # module in this package: its line in the list of commands, in the order of --help
     "train": "train here: one process, or each process of torchrun",
@@ -46,11 +54,59 @@ EPILOG = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are ours, with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search("unrecognized arguments: (--[^ =]+)|invalid choice: '([^']+)'", message)
+        known = re.findall("'([^']+)'", message)[1:] or [name for a in actions(self) for name in a.option_strings]
+        hint = nearest(unknown[1] or unknown[2], known) if unknown else ""
+        raise SpecError(f"{message}.{hint or f' HINT: {self.prog} --help'}")
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Arguments of a parser and of those below it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from actions(below)
+
+
+def run_command(build: Callable[..., argparse.ArgumentParser], argv: Sequence[str], interrupted: str = "") -> int:
+    """Run the command that `argv` names; returns the exit status. With --json an error is an object, too."""
+    try:
+        arguments = build(argv).parse_args(argv)
+        from cifar_hpc.runs.paths import keep_others_out
+
+        keep_others_out()
+        status: int = arguments.main(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        message, status = interrupted, 130
+    except BrokenPipeError:
+        return 141  # the reader, such as head, has gone
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        message, status = explain(error)
+    if any(len(word) > len("--j") and "--json".startswith(word) for word in argv):
+        print(json.dumps({"error": message or "interrupted", "exit_code": status}))
+    if message:
+        print(f"error: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def note(words: str) -> None:
+    """Print a remark that is no part of the answer."""
+    print(f"note: {printable(words)}", file=sys.stderr)
+
+
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser for `argv`: complete for the command in it, or for all commands if it is None."""
     form = argparse.RawDescriptionHelpFormatter
     text = "Train, watch, control and use runs. To submit one: python submit.py --help"
-    top = argparse.ArgumentParser("python -m cifar_hpc", description=text, epilog=EPILOG, formatter_class=form)
+    top = Parser("python -m cifar_hpc", description=text, epilog=EPILOG, formatter_class=form)
+    top.add_argument("--version", action="version", version=f"cifar_hpc {__version__}")
     parsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path, line in COMMANDS.items():
         name = path.rpartition(".")[2]
@@ -70,3 +126,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|FILE", help="a run (its newest good checkpoint), or a checkpoint file")
     text = "slow: those that the run evaluates, Lookahead's slow or ema's averaged ones (default); or the fast ones"
     parser.add_argument("--weights", choices=("slow", "fast"), default="slow", help=text)
+
+
+def job_file(name: str) -> Path:
+    """The job file of that name: in the current folder, or else in the project's, which is noted.
+
+    Raises:
+        SpecError: there is neither; names a similar one of the project or in the same folder.
+    """
+    from cifar_hpc.runs.paths import PROJECT
+
+    path, own = Path(name), PROJECT / name
+    if path.exists():
+        return path
+    if own.exists():
+        note(f"{name} is not in this folder: the project's is taken, {own}")
+        return own
+    known = {job.stem: str(job.relative_to(PROJECT)) for job in (PROJECT / "jobs").rglob("*.yaml")}
+    known |= {job.stem: str(job) for job in path.parent.glob("*.yaml")}
+    hint = " HINT: overrides come after --set" if "=" in name else nearest(path.stem, known, known)
+    raise SpecError(f"{name}: there is no such job file.{hint}")

@@ -76,14 +76,15 @@ _CAUSES = {"submitted": "submitted again"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="*", help="only these runs; names or patterns such as 'dropout-*'")
-    parser.add_argument("--watch", action="store_true", help="redraw every few seconds until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--watch", action="store_true", help="redraw every few seconds until Ctrl-C")
+    form.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Print the state of the runs; returns the exit status."""
     reader = Reader(project_root(), arguments.runs)
-    if arguments.watch and not arguments.json:
+    if arguments.watch:
         return watch(reader)
     states = reader.read()
     if arguments.json:

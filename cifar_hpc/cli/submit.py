@@ -15,15 +15,20 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import sys
+import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_hpc.cli.parser import SEVERAL
-from cifar_hpc.errors import RunBusyError, SpecError, UserError, explain
-from cifar_hpc.text import printable
+from cifar_hpc.cli.parser import SEVERAL, Parser, job_file, note, run_command
+from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
 
 if TYPE_CHECKING:
+    from cifar_hpc.config.spec import Spec
+    from cifar_hpc.config.sweep import Point
+    from cifar_hpc.launch.preflight import Start
     from cifar_hpc.launch.submit import Order, Submission
     from cifar_hpc.runs.paths import RunPaths
 
@@ -31,7 +36,7 @@ DEFAULT_JOB = Path(__file__).resolve().parents[2] / "jobs" / "improved_resnet.ya
 SHOWN_REASONS = 10
 Answer = dict[str, Any]  # for --json
 
-# Keys of `resources` with a flag of the same name: (key, metavar, help).
+# Keys of `resources` that have a flag: (key, metavar, help).
 RESOURCE_FLAGS = (
     ("partition", "P", "partition (leave out where a site's router chooses)"),
     ("account", "A", "account to charge"),
@@ -39,6 +44,7 @@ RESOURCE_FLAGS = (
     ("time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED"),
     ("nodes", "N|MIN-MAX", "nodes; a range or a list such as 1,2,4 lets Slurm choose, the weights do not depend on it"),
     ("gpus_per_node", "[TYPE:]G", "GPUs, and so processes, on each node"),
+    ("tasks_per_node", "N", "processes on each node (default: one a GPU, or 1)"),
     ("cpus_per_task", "C", "CPU cores of each process"),
     ("mem", "M", "memory of a node, such as 32G"),
     ("constraint", "F", "node features"),
@@ -68,7 +74,8 @@ exit status: 0 submitted (with --follow: finished), 1 run failed, 2 bad spec or 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of submit.py."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("submit.py", description=__doc__, epilog=EPILOG, formatter_class=form)
+    parser = Parser("submit.py", description=__doc__, epilog=EPILOG, formatter_class=form)
+    parser.set_defaults(main=_submit)
     parser.add_argument("job", metavar="JOB.yaml", nargs="?", help="what to train (default: jobs/improved_resnet.yaml)")
     text = "override keys of the job, such as train.epochs=10"
     parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help=text, **SEVERAL)
@@ -78,57 +85,74 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where it is")
     where.add_argument("--profile", metavar="NAME", help="site profile in slurm/clusters (default: default)")
     for key, metavar, text in RESOURCE_FLAGS:
-        where.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
+        where.add_argument(_flag(key), dest=key, metavar=metavar, help=text)
     text = "any other options of sbatch, by their long names"
     where.add_argument("--sbatch", metavar="KEY=VALUE", help=text, **SEVERAL)
     where.add_argument("--no-requeue", action="store_true", help="never requeue the job; submit again to go on")
     how = parser.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="print the batch script that would be sent; change nothing")
-    how.add_argument("--test-only", action="store_true", help="ask Slurm when the job would start; submit nothing")
+    one = how.add_mutually_exclusive_group()
+    one.add_argument("--dry-run", action="store_true", help="print the batch script that would be sent; change nothing")
+    one.add_argument("--test-only", action="store_true", help="ask Slurm when the job would start; submit nothing")
     text = "follow train.log until the run ends; Ctrl-C leaves it running"
-    how.add_argument("--follow", action="store_true", help=text)
-    how.add_argument("--json", action="store_true", help="print the answer as one JSON object")
+    one.add_argument("--follow", action="store_true", help=text)
+    text = "print the answer as one JSON object; of --follow, the log goes to standard error"
+    how.add_argument("--json", action="store_true", help=text)
     return parser
+
+
+def _flag(key: str) -> str:
+    return "--ntasks-per-node" if key == "tasks_per_node" else f"--{key.replace('_', '-')}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Submit; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        return _submit(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; python -m cifar_hpc status shows whether a job was submitted before", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 141  # the reader, such as head, has gone
-    except (UserError, ModuleNotFoundError, OSError) as error:
-        message, status = explain(error)
-        if arguments.json:
-            print(json.dumps({"error": message, "exit_code": status}))
-        print(f"error: {printable(message)}", file=sys.stderr)
-        return status
+    interrupted = "interrupted; python -m cifar_hpc status shows whether a job was submitted before"
+    return run_command(lambda _: build_parser(), sys.argv[1:] if argv is None else argv, interrupted)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from cifar_hpc.launch.submit import preview, submit
-    from cifar_hpc.runs.paths import keep_others_out
 
-    keep_others_out()
     order = _order(arguments)
-    if arguments.dry_run or arguments.test_only:
-        print(preview(order, ask_slurm=not arguments.dry_run), flush=True)
-        return 0
-    run = order.run(order.points[0])
+    run, spec = order.run(order.points[0]), order.points[0].spec
     seen = run.train_log.stat().st_size if run.train_log.is_file() else 0
-    outcome = submit(order)
+    try:
+        if arguments.dry_run or arguments.test_only:
+            outcome, shown = preview(order, ask_slurm=arguments.test_only)
+        else:
+            outcome, shown = submit(order), ""
+    except SchedulerError as error:
+        about = _about_partition(spec) if "nvalid partition" in str(error) else ""
+        raise type(error)(f"{error}; {about}" if about else str(error)) from None
     answer, text = _sweep_answer(order, outcome) if order.sweep else _run_answer(order, run, outcome)
+    if shown:
+        answer["estimate" if arguments.test_only else "script"] = shown
+        text = f"{shown}\n{text if arguments.test_only else textwrap.indent(text, '# ')}"
     with contextlib.suppress(OSError):  # the job is submitted, whether that can be printed or not
         print(json.dumps(answer) if arguments.json else text, flush=True)
+    if spec.tracking.tensorboard or spec.tracking.wandb:
+        runs = shlex.quote(f"{order.sweep}-*") if order.sweep else run.name
+        note(f"tracking.*: jobs start no tracker. HINT: {_python()} track {runs} --tensorboard DIR, or --wandb online")
+    if arguments.test_only and (problem := _about_partition(spec)):
+        note(f"the job may never start: {problem}")
     if outcome.finished or not arguments.follow:
         return 0
     from cifar_hpc.cli.tail import follow
 
+    if arguments.json:
+        sys.stdout = sys.stderr  # the answer is complete: what follows is no part of it
     return follow(run, f"{_python()} tail {run.name}\n{answer['status']}\n{answer['cancel']}", seen)
+
+
+def _about_partition(spec: Spec) -> str:
+    """A problem with the partition, as doctor sees it: a name that is not there, or a limit that sbatch lets pass."""
+    from cifar_hpc.cli.doctor.login import SlurmChecks
+
+    with contextlib.suppress(SchedulerError):
+        finding = SlurmChecks(spec.resources).check_partition()
+        if finding.status == "problem":
+            return f"{finding.found}. HINT: {finding.advice}"
+    return ""
 
 
 def _order(arguments: argparse.Namespace) -> Order:
@@ -139,8 +163,9 @@ def _order(arguments: argparse.Namespace) -> Order:
     from cifar_hpc.runs.paths import check_run_name, project_root
 
     site, defaults = load_site(arguments.profile)
-    job = Path(arguments.job) if arguments.job else DEFAULT_JOB
-    values = load_values(job, arguments.overrides, {"resources": defaults}, {"resources": _resources(arguments)})
+    job = job_file(arguments.job) if arguments.job else DEFAULT_JOB
+    resources = _resources(arguments)
+    values = load_values(job, arguments.overrides, {"resources": defaults}, {"resources": resources})
     section = values.pop("sweep", None)
     if section is None:
         spec, sweep, parallel = new_spec(values), None, None
@@ -154,30 +179,66 @@ def _order(arguments: argparse.Namespace) -> Order:
         points, parallel = expand(sweep, section, values, keys)
         check_run_name(points[0].run)  # the names of all points have the same length
     site.gpu_option(points[0].spec.resources.gpus_per_node)  # refuses a type of GPU that the site does not have
-    slurm = arguments.dry_run or on_slurm("slurm" if arguments.test_only else arguments.cluster, points[0].spec)
+    if arguments.test_only and arguments.cluster == "local":
+        raise SpecError("--test-only: asks Slurm, which --cluster local does not use. HINT: leave one of them out.")
+    flags = _given(arguments, resources, points[0].spec)
+    cluster = "slurm" if arguments.test_only else arguments.cluster
+    slurm = (arguments.dry_run and cluster != "local") or on_slurm(cluster, points[0].spec, flags)
     return Order(project_root(), points, site, slurm, sweep, parallel)
+
+
+def _given(arguments: argparse.Namespace, resources: Answer, spec: Spec) -> dict[str, str]:
+    """Words that gave each key of `resources`, and the profile, for this submission.
+
+    Raises:
+        SpecError: a flag has no effect on this job.
+    """
+    given = spec.resources
+    if "gpus_per_node" in resources and given.gpus and given.tasks_per_node and spec.train.device == "cpu":
+        why = f"train.device: cpu and resources.tasks_per_node: {given.tasks_per_node}"
+        raise SpecError(f"--gpus-per-node: has no effect with {why}. HINT: --ntasks-per-node, or train.device=auto.")
+    keys = [override.partition("=")[0].strip() for override in arguments.overrides]
+    flags = {key.removeprefix("resources."): f"--set {key}" for key in keys if key.startswith("resources.")}
+    return flags | {key: _flag(key) for key in resources} | ({"profile": "--profile"} if arguments.profile else {})
+
+
+def _start(point: Point, start: Start) -> tuple[Answer, str]:
+    """(keys for programs, words for people) on where a run begins or goes on."""
+    resources, epochs = point.spec.resources, point.spec.train.epochs
+    most, last = resources.max_nodes * resources.ntasks_per_node, start.processes_before
+    now = f"{resources.fewest_tasks}-{most}" if resources.fewest_tasks else str(most)
+    processes = (f"{last} -> " if last and str(last) != now else "") + f"{now} process{'es' * (now != '1')}"
+    place = f"{'continues' if start.step else 'begins again'} from step {start.step}"
+    place += "" if start.epoch is None else f", epoch {min(start.epoch + 1, epochs)} of {epochs}"
+    damaged = f"; {start.damaged} is newer, but damaged" if start.damaged else ""
+    new = not (start.step or last or damaged)
+    words = f"new run: {epochs} epochs, {processes}" if new else f"{place}, {processes}{damaged}"
+    return {"new": new, **asdict(start), "epochs": epochs, "processes": most}, words
 
 
 def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answer, str]:
     """(answer for programs, answer for people) to the submission of a single run."""
     if outcome.busy:
         raise RunBusyError(outcome.busy[run.name])
+    start, words = _start(order.points[0], outcome.starts[run.name])
     if outcome.finished:
         epochs = outcome.finished[run.name]
         hint = f"HINT: more epochs with --set train.epochs=N --name {run.name}, or another --name."
         text = f"run {run.name} has finished all {epochs} epochs; nothing to do. {hint}"
-        return {"run": run.name, "state": "finished", "epochs": epochs, "logs": str(run.logs)}, text
-    answer = {
-        "run": run.name,
+        return {"run": run.name, "state": "finished", **start, "epochs": epochs, "logs": str(run.logs)}, text
+    answer: Answer = {
         "job_id": outcome.job_id,
         "cluster": "slurm" if order.on_slurm else "local",
         "logs": str(run.logs),
         "checkpoints": str(run.checkpoints),
-        "tail": f"tail -F {shlex.quote(str(run.train_log))}",
-        "status": f"{_python()} status {run.name}",
-        "cancel": f"scancel {outcome.job_id}" if order.on_slurm else f"{_python()} cancel {run.name}",
     }
-    return answer, _lines(answer)
+    if outcome.job_id is not None:
+        answer |= {
+            "tail": f"tail -F {shlex.quote(str(run.train_log))}",
+            "status": f"{_python()} status {run.name}",
+            "cancel": f"scancel {outcome.job_id}" if order.on_slurm else f"{_python()} cancel {run.name}",
+        }
+    return {"run": run.name, **start, **answer}, _lines({"run": run.name, "start": words, **answer})
 
 
 def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
@@ -191,22 +252,27 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
             "status": f"{_python()} status {shlex.quote(f'{order.sweep}-*')}",
             "cancel": f"{'scancel' if order.on_slurm else 'kill'} {outcome.job_id}",
         }
-    counts = [f"{len(outcome.submitted)} submitted" if outcome.submitted else "nothing is left to submit"]
+    starts = {point.run: _start(point, outcome.starts[point.run]) for point in order.points}
+    done, index = "submitted" if outcome.job_id else "to submit", {p.run: n for n, p in enumerate(outcome.submitted)}
+    new = sum(starts[run][0]["new"] for run in index)
+    kinds = ", ".join(f"{n} {kind}" for n, kind in ((new, "new"), (len(index) - new, "going on")) if n)
+    counts = [f"{len(index)} {done} ({kinds})" if index else "nothing is left to submit"]
     others = ((outcome.finished, "finished"), (outcome.busy, "queued, running or being submitted"))
     counts += [f"{len(runs)} of {len(order.points)} {words}" for runs, words in others if runs]
-    known = {key: value for key, value in job.items() if value is not None}
-    text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **known})]
+    text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **job})]
     text += [_lines({"left out": reason}) for reason in list(outcome.busy.values())[:SHOWN_REASONS]]
     if len(outcome.busy) > SHOWN_REASONS:
         text.append(_lines({"": f"and {len(outcome.busy) - SHOWN_REASONS} more"}))
-    index = {point.run: number for number, point in enumerate(outcome.submitted)}
     rows = []
     for point in order.points:
-        row: Answer = {"run": point.run, "state": "submitted", "job_id": None, "values": point.values}
+        start, words = starts[point.run]
+        row: Answer = {"run": point.run, "state": done, "job_id": None, "values": point.values, **start}
         if point.run in outcome.finished:
             row["state"] = "finished"
         elif point.run in outcome.busy:
             row |= {"state": "left out", "reason": outcome.busy[point.run]}
+        elif outcome.job_id is None:
+            text.append(f"{index[point.run]} {point.run} {point}" + (f": {words}" if not start["new"] else ""))
         elif order.on_slurm:
             row["job_id"] = f"{outcome.job_id}_{index[point.run]}"
         rows.append(row)
@@ -214,11 +280,16 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
 
 
 def _lines(answer: Answer) -> str:
-    return "\n".join(f"{key:12} {value}" for key, value in answer.items())
+    return "\n".join(f"{key:12} {value}" for key, value in answer.items() if value is not None)
 
 
 def _python() -> str:
-    return f"{shlex.quote(sys.executable)} -m cifar_hpc"
+    """Beginning of a command line that works in the current folder, with `python` if that is this Python."""
+    from cifar_hpc.runs.paths import PROJECT
+
+    same = shutil.which("python") == sys.executable
+    folder = "" if Path.cwd() == PROJECT else f"cd {shlex.quote(str(PROJECT))} && "
+    return f"{folder}{'python' if same else shlex.quote(sys.executable)} -m cifar_hpc"
 
 
 def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +297,7 @@ def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
     resources: dict[str, Any] = {}
     for key, _, _ in RESOURCE_FLAGS:
         if (value := getattr(arguments, key)) is not None:
-            number = key == "cpus_per_task" and re.fullmatch("[0-9]{1,9}", value)
+            number = key in ("tasks_per_node", "cpus_per_task") and re.fullmatch("[0-9]{1,9}", value)
             resources[key] = int(value) if number else value
     options: dict[str, str] = {}
     for item in arguments.sbatch:

@@ -3,9 +3,8 @@
 import argparse
 import os
 import socket
-from pathlib import Path
 
-from cifar_hpc.cli.parser import SEVERAL
+from cifar_hpc.cli.parser import SEVERAL, job_file
 from cifar_hpc.training.process import StopFlag, Stopwatch, launch_of
 
 DESCRIPTION = """\
@@ -38,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
     from cifar_hpc.runs.lock import lock_submission
     from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
 
-    path = Path(arguments.job)
+    path = job_file(arguments.job)
     spec = load_spec(path, arguments.overrides)
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")

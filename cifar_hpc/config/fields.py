@@ -5,7 +5,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 from cifar_hpc.config.yaml_loader import WrittenFloat, WrittenInt
@@ -27,8 +27,25 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def build(cls: type[T], values: Any, path: str = "") -> T:
+def nearest_key(key: str, root: type, section: Iterable[str] = ()) -> str:
+    """A hint at the key, in any section of `root`, whose name is spelt most like the last part of `key`.
+
+    Args:
+        section: keys of the section that `key` is in, which come first.
+    """
+    known: dict[str, str] = {}
+    for outer, hint in typing.get_type_hints(root).items():
+        for name in typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else ():
+            known[name] = f"{known[name]}' or '{outer}.{name}" if name in known else f"{outer}.{name}"
+    known |= {name: name for name in section}
+    return nearest(key.rpartition(".")[2], known, known)
+
+
+def build(cls: type[T], values: Any, path: str = "", root: type | None = None) -> T:
     """Build the frozen dataclass `cls` (sections nest) from a mapping.
+
+    Args:
+        path, root: of a section, its dotted key and the dataclass that it is in.
 
     Raises:
         SpecError: for an unknown key, a wrong type or a value out of range; it names the dotted key.
@@ -44,10 +61,10 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     for key, value in values.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            hint = nearest(str(key), fields)
+            hint = nearest_key(str(key), root or cls, fields)
             raise UnknownKeyError(f"{dotted}: unknown key; allowed in {where}: {', '.join(fields)}.{hint}")
         if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = build(hints[key], value, dotted)
+            arguments[key] = build(hints[key], value, dotted, root or cls)
         else:
             arguments[key] = _convert(value, hints[key], fields[key].metadata, dotted)
     return cls(**arguments)

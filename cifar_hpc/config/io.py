@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cifar_hpc.config.fields import build, option
+from cifar_hpc.config.fields import build, nearest_key, option
 from cifar_hpc.config.spec import ResourcesSpec, Spec, check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
@@ -62,7 +62,11 @@ def load_values(
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
-            raise SpecError(f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.")
+            late = override.endswith((".yaml", ".yml"))
+            hint = " HINT: the job file comes first." if late else nearest_key(key, Spec)
+            raise SpecError(
+                f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.{hint}"
+            )
         values = merge(values, _sweep_by_dotted_keys(nested(key.strip(), parse_yaml(text, f"--set {key}"))))
     return merge(values, flags)
 

@@ -20,7 +20,7 @@ from typing import Any
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.launch.batch_script import record_submitted, warning_seconds
-from cifar_hpc.launch.preflight import finished_epochs, why_busy
+from cifar_hpc.launch.preflight import start_of, why_busy
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.lock import RunLock
@@ -104,7 +104,7 @@ def _start_point(run: RunPaths, command: str) -> list[Any]:
         if (reason := why_busy(run, {})) is not None:
             raise UserError(reason)
         spec = require_frozen(run)
-        if finished_epochs(run) >= spec.train.epochs:
+        if start_of(run).finished_epochs >= spec.train.epochs:
             return []
         job = start_here(run, spec, command)
     except (UserError, OSError) as error:

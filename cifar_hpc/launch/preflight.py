@@ -1,15 +1,19 @@
 """Checks on the submitting machine, before anything is queued."""
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.image_folder import list_folder
 from cifar_hpc.errors import SchedulerError, SpecError
+from cifar_hpc.files import read_regular
 from cifar_hpc.runs.events import Finished
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import controller_of, describe, holder
@@ -19,10 +23,12 @@ from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, QueuedJob
 from cifar_hpc.text import shown
 
-# Keys of `resources` that mean nothing without Slurm.
+# Keys of `resources` that mean nothing without Slurm: a job that has them is not trained on a machine without.
 SLURM_ONLY = (
     "partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude", "dependency", "sbatch",
 )  # fmt: skip
+# These, too, but a job that has them may be tried on any machine: only the flags are refused there.
+WITHOUT_EFFECT_HERE = ("profile", *SLURM_ONLY, "mem", "comment")
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
@@ -60,12 +66,45 @@ def check_this_machine(spec: Spec) -> None:
         )
 
 
-def finished_epochs(paths: RunPaths) -> int:
-    """Epochs of a finished run; 0 for any other."""
+@dataclass(frozen=True)
+class Start:
+    """Place from which a run goes on: the newest checkpoint by index.json and the files' sizes; no file is read.
+
+    epoch: epochs before it; None if index.json does not tell.
+    processes_before: of the last attempt; None before the first.
+    damaged: name of a newer checkpoint that is not what index.json says.
+    finished_epochs: of a finished run; 0 for any other.
+    """
+
+    step: int = 0
+    epoch: int | None = 0
+    processes_before: int | None = None
+    damaged: str = ""
+    finished_epochs: int = 0
+
+
+def start_of(paths: RunPaths) -> Start:
+    """Find out whether a run is new, goes on, or has finished."""
     try:
-        return int(History.read(paths.events).last_of(Finished).get("epoch", 0))
+        history = History.read(paths.events)
+        finished = int(history.last_of(Finished).get("epoch", 0))
     except DAMAGE:
-        return 0
+        history, finished = History(), 0
+    processes = next((attempt.world_size for attempt in reversed(history.attempts) if attempt.world_size), None)
+    folder, damaged = paths.checkpoints, ""
+    files: list[tuple[int, int | None, int | None, str]]
+    try:
+        index = json.loads(read_regular(folder / "index.json"))
+        listed = {**index["checkpoints"], **({"best.pt": index["best"]} if index["best"] else {})}
+        files = [(int(e["step"]), int(e["epoch"]), int(e["bytes"]), name) for name, e in listed.items()]
+    except DAMAGE:  # a new run has none; where it is lost or damaged, the names of files tell the step
+        files = [(int(path.stem[-8:]), None, None, path.name) for path in folder.glob(f"step_{'[0-9]' * 8}.pt")]
+    for step, epoch, size, name in sorted(files, key=lambda file: file[0], reverse=True):
+        with contextlib.suppress(OSError):
+            if os.access(folder / name, os.R_OK) and size in (None, (folder / name).stat().st_size):
+                return Start(step, epoch, processes, damaged, finished)
+        damaged = damaged or name
+    return Start(0, 0, processes, damaged, finished)
 
 
 def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob | None]) -> str | None:
@@ -90,23 +129,29 @@ def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob | None]) -> str | Non
     return None
 
 
-def on_slurm(cluster: str, spec: Spec) -> bool:
+def on_slurm(cluster: str, spec: Spec, flags: dict[str, str]) -> bool:
     """Meaning of --cluster on this machine.
+
+    Args:
+        flags: keys of `resources`, and `profile`, that were given for this submission, with the words that gave them.
 
     Raises:
         SchedulerError: if Slurm is asked for, also by what has a meaning only there, and does not answer.
-        SpecError: if a variable would send the job to another cluster.
+        SpecError: if a variable would send the job to another cluster, or a flag has no effect without Slurm.
     """
+    if cluster == "local" and (unused := [key for key in WITHOUT_EFFECT_HERE if key in flags]):
+        raise SpecError(f"{flags[unused[0]]}: has no effect with --cluster local. HINT: leave one of them out.")
     answers = cluster != "local" and client.answers()
     for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS") if answers else ():
         value = os.environ.get(name)
         if value and value != client.setting("ClusterName"):  # some sites name their only cluster
             hint = "HINT: unset it, or submit on a login node of that cluster"
             raise SpecError(f"{name}: {shown(value)} would hide the job from status and cancel. {hint}.")
-    given = [key for key in SLURM_ONLY if getattr(spec.resources, key)]
+    meant = {key: f"resources.{key}" for key in SLURM_ONLY if getattr(spec.resources, key)} | flags
+    given = [meant[key] for key in WITHOUT_EFFECT_HERE if key in meant]
     if not answers and (cluster == "slurm" or (cluster == "auto" and given)):
         reason = "sbatch is not on PATH" if shutil.which("sbatch") is None else "squeue does not answer"
-        what = "--cluster slurm" if cluster == "slurm" else f"resources.{given[0]}"
+        what = "--cluster slurm" if cluster == "slurm" else f"{given[0]} needs Slurm"
         hint = "HINT: is this a login node, is Slurm's module loaded? --cluster local trains on this machine."
         raise SchedulerError(f"{what}: {reason}. {hint}")
     return answers

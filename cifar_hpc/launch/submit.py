@@ -60,13 +60,15 @@ class Order:
 class Submission:
     """Outcome of an order.
 
-    submitted: by index in the job array.
+    starts: where each run of the order begins or goes on, by name.
+    submitted: by index in the job array; in a preview those that would be submitted.
     finished: epochs of the runs that need no job, by name.
     busy: reasons why the other runs were not submitted, by name.
     job_id: of the job or the job array; on this machine the process id of its controller.
     folder: of the job.
     """
 
+    starts: Mapping[str, preflight.Start]
     submitted: Sequence[Point] = ()
     finished: Mapping[str, int] = field(default_factory=dict)
     busy: Mapping[str, str] = field(default_factory=dict)
@@ -74,28 +76,31 @@ class Submission:
     folder: RunPaths | SweepPaths | None = None
 
 
-def preview(order: Order, ask_slurm: bool) -> str:
-    """Batch script of the job, or Slurm's estimate of its start; writes nothing and ignores the queue.
+def preview(order: Order, ask_slurm: bool) -> tuple[Submission, str]:
+    """(outcome without a job, batch script or Slurm's estimate of its start); writes nothing and ignores the queue.
+
+    On this machine there is no script.
 
     Args:
-        ask_slurm: return what `sbatch --test-only` answers.
+        ask_slurm: ask `sbatch --test-only`.
     """
-    left, _ = _split_finished(order)
+    left, found = _split_finished(order)
+    found = replace(found, submitted=left)
     first = (left or order.points)[0]  # for the resources, which all points share
+    if not order.on_slurm:
+        preflight.check_this_machine(order.resolve(first))
+        return found, ""
     folder = order.run(first) if order.sweep is None else SweepPaths(order.root, order.sweep)
     script = batch_script(folder, order.resolve(first), order.site, max(1, len(left)), order.parallel)
-    if ask_slurm:
-        return sbatch("--test-only", script)
-    rows = [f"# {index} {point.run} {point}" for index, point in enumerate(left)] if order.sweep else []
-    return "\n".join([script, *rows])
+    return found, sbatch("--test-only", script) if ask_slurm else script
 
 
 def submit(order: Order) -> Submission:
     """Submit the runs that have not finished and are not busy. No file changes before the input checks have passed."""
-    left, finished = _split_finished(order)
+    left, found = _split_finished(order)
     first = order.resolve((left or order.points)[0])
     if not left:
-        return Submission(finished=finished)
+        return found
     if not order.on_slurm:
         preflight.check_this_machine(first)
     for data in {(point.spec.data.source, point.spec.data.root): point.spec for point in left}.values():
@@ -108,7 +113,7 @@ def submit(order: Order) -> Submission:
         locked, busy = _lock_free(locks, order, left)
         free = [point for point in left if point.run in locked]
         if not free:
-            return Submission(finished=finished, busy=busy)
+            return replace(found, busy=busy)
         runs = [order.run(point) for point in free]
         specs = _each(order.resolve, free)  # again: another submission may have come first
         _each(lambda run: remove_leftovers(run.logs), runs)
@@ -125,14 +130,18 @@ def submit(order: Order) -> Submission:
                 job_id = local.start(folder, code, [*held, *locked.values()], order.parallel or 1)
         if order.on_slurm:
             _each(lambda index, run: _record(folder, run, index, job_id, code), range(len(runs)), runs)
-    return Submission(free, finished, busy, job_id, folder)
+    return replace(found, submitted=free, busy=busy, job_id=job_id, folder=folder)
 
 
-def _split_finished(order: Order) -> tuple[list[Point], dict[str, int]]:
-    """(points with epochs left, epochs of the others by run)."""
-    epochs = _each(lambda point: preflight.finished_epochs(order.run(point)), order.points)
-    done = {p.run: n for p, n in zip(order.points, epochs, strict=True) if n >= p.spec.train.epochs}
-    return [point for point in order.points if point.run not in done], done
+def _split_finished(order: Order) -> tuple[list[Point], Submission]:
+    """(points with epochs left, outcome if none of them is submitted)."""
+    starts = _each(lambda point: preflight.start_of(order.run(point)), order.points)
+    pairs = list(zip(order.points, starts, strict=True))
+    done = {
+        point.run: start.finished_epochs for point, start in pairs if start.finished_epochs >= point.spec.train.epochs
+    }
+    left = [point for point in order.points if point.run not in done]
+    return left, Submission({point.run: start for point, start in pairs}, finished=done)
 
 
 def _lock_free(

@@ -635,6 +635,28 @@ def test_lines_are_whole_in_a_pipe_and_say_no_word_that_terminals_obey(capsys: p
     assert lines[-1] == "1 ok, 0 warnings, 1 problem"
 
 
+def test_a_warning_that_the_job_has_disproved_is_taken_back(capsys: pytest.CaptureFixture[str]) -> None:
+    doubts = ("partition", "account", "file system", "locks", "torch", "preemption")
+    job = [Finding(check, "ok", "seen") for check in ("job", "job file system", "job torch")]
+    findings = [*(Finding(check, "warning", "doubtful", "look") for check in doubts), *job]
+    findings += [Finding("nodes", "problem", "too few"), Finding("job locks", "warning", "not seen")]
+    assert show(iter(findings), as_json=True) == 1
+    found = {f["check"]: f for f in json.loads(capsys.readouterr().out)}
+    assert len(found) == len(findings)
+    cleared = {"check": "file system", "status": "ok", "found": "the warning is taken back: seen", "advice": ""}
+    assert found["file system"] == cleared
+    assert [check for check in doubts if found[check]["status"] == "warning"] == ["locks", "preemption"]
+    show(iter(findings), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok       torch            the warning is taken back: seen" in lines
+    assert lines[-1] == "7 ok, 3 warnings, 1 problem"
+
+
+def test_waiting_for_a_job_that_was_not_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--wait", "5"]) == 2
+    assert "error: --wait: is how long the job of --job may wait. HINT: add --job." in capsys.readouterr().err
+
+
 def test_lines_are_folded_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from batch_scripts import options
 from helpers import PROJECT
+from stub_slurm import StubSlurm
 
 from cifar_hpc.cli import submit
 from cifar_hpc.launch.batch_script import IGNORE_SIGNALS
@@ -155,7 +156,7 @@ def test_bad_input_is_named(
 def test_missing_job_file_suggests_a_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job_file(tmp_path, "{}")
     assert submit.main([str(tmp_path / "jobs.yaml")]) == 2
-    assert "did you mean 'job.yaml'" in capsys.readouterr().err
+    assert f"did you mean '{tmp_path / 'job.yaml'}'" in capsys.readouterr().err
 
 
 def test_missing_data_is_named_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,16 +202,26 @@ def test_slurm_asked_for_where_there_is_none(root: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "flags", ["--partition gpu", "--account lab", "--sbatch exclusive", "--set resources.qos=high"]
+    "flags",
+    [
+        "--partition gpu",
+        "--account lab",
+        "--sbatch exclusive",
+        "--set resources.qos=high",
+        "--mem 8G",
+        "--profile lumi",
+    ],
 )
 def test_flags_that_mean_slurm_do_not_train_on_a_machine_without(
     root: Path, capsys: pytest.CaptureFixture[str], flags: str
 ) -> None:
     arguments = ["--set", "data.source=synthetic", "train.device=cpu", *flags.split()]
     assert submit.main(arguments) == 3
-    key = flags.replace("--set resources.", "").removeprefix("--").split()[0].partition("=")[0]
-    error = capsys.readouterr().err
-    assert f"resources.{key}: sbatch is not on PATH" in error and "--cluster local" in error
+    error, given = capsys.readouterr().err, flags.partition("=")[0].removesuffix(" " + flags.rpartition(" ")[2])
+    assert f"error: {given} needs Slurm: sbatch is not on PATH" in error and "--cluster local" in error
+    # Who says that it is to be this machine is told that the flag would do nothing.
+    assert submit.main([*arguments, "--cluster", "local"]) == 2
+    assert f"error: {given}: has no effect with --cluster local" in capsys.readouterr().err
     assert not root.exists()
 
 
@@ -311,3 +322,213 @@ def test_a_reader_that_has_gone_is_no_mistake_of_the_user(
     monkeypatch.setattr(submit, "_submit", gone)
     assert submit.main([]) == 141
     assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------ flags that would have no effect
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--cluster local --test-only", "--test-only: asks Slurm"),
+        ("--cluster local --mem 8G", "--mem: has no effect with --cluster local"),
+        ("--cluster local --comment x", "--comment: has no effect"),
+        ("--cluster local --set resources.qos=a", "--set resources.qos: has no effect"),
+        ("--cluster local --nodes 2", "resources.nodes: 2 needs Slurm"),
+        ("--dry-run --follow", "--follow: not allowed with argument --dry-run"),
+        ("--test-only --follow", "--follow: not allowed with argument --test-only"),
+        ("--dry-run --test-only", "--test-only: not allowed with argument --dry-run"),
+        ("--dry-run --gpus-per-node 2 --ntasks-per-node 3", "--gpus-per-node: has no effect with train.device: cpu"),
+    ],
+)
+def test_a_flag_without_an_effect_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
+) -> None:
+    assert submit.main([*"--set data.source=synthetic train.device=cpu".split(), *flags.split()]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.out == "" and not root.exists()
+
+
+def test_a_dry_run_on_this_machine_has_no_script(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--cluster local --dry-run --ntasks-per-node 2 --time 30 --no-requeue --cpus-per-task 1 --name run"
+    assert submit.main([*"--set data.source=synthetic train.device=cpu".split(), *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("run          run\nstart        new run: 400 epochs, 2 processes\ncluster      local\n")
+    assert "SBATCH" not in out and not root.exists()
+
+
+def test_processes_on_nodes_without_gpus(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--set train.device=cpu --gpus-per-node 0 --ntasks-per-node 6 --nodes 1-2 --dry-run"
+    assert submit.main(flags.split()) == 0
+    out = capsys.readouterr().out
+    assert options(out)["ntasks-per-node"] == "6" and "# start        new run: 400 epochs, 6-12 processes" in out
+    assert submit.main("--ntasks-per-node 0".split()) == 2
+    assert "resources.tasks_per_node: 0 is not allowed" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ new, or from where
+
+
+def begun(root: Path, *, world_size: int = 2) -> Path:
+    """The folder of checkpoints of a run whose first attempt has saved steps 54 and 63."""
+    logs, folder = root / "logs" / "run", root / "checkpoints" / "run"
+    logs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    started = {"event": "started", "job_id": "1", "restart": 0, "world_size": world_size, "step": 0}
+    logs.joinpath("events.jsonl").write_text(json.dumps(started) + "\n")
+    entries = {}
+    for step, epoch in ((54, 0), (63, 1)):
+        (folder / f"step_{step:08d}.pt").write_bytes(b"x" * step)
+        entries[f"step_{step:08d}.pt"] = {"step": step, "epoch": epoch, "bytes": step}
+    (folder / "index.json").write_text(json.dumps({"checkpoints": entries, "best": None}))
+    return folder
+
+
+def started(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, object]]:
+    """Words and keys by which a dry run says where the run begins."""
+    arguments = "--set data.source=synthetic train.device=cpu train.epochs=12 --name run --cluster local --dry-run"
+    assert submit.main(arguments.split()) == 0
+    words = capsys.readouterr().out.partition("start        ")[2].partition("\n")[0]
+    assert submit.main([*arguments.split(), "--json"]) == 0
+    return words, json.loads(capsys.readouterr().out)
+
+
+def test_a_submission_says_where_the_run_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, answer = started(root, capsys)
+    assert words == "new run: 12 epochs, 1 process" and answer["new"] is True
+    folder = begun(root)
+    words, answer = started(root, capsys)
+    assert words == "continues from step 63, epoch 2 of 12, 2 -> 1 process"
+    expected = {"new": False, "step": 63, "epoch": 1, "epochs": 12, "processes": 1, "processes_before": 2}
+    assert answer.items() >= expected.items()
+
+    (folder / "step_00000063.pt").write_bytes(b"cut")
+    words, answer = started(root, capsys)
+    assert words == "continues from step 54, epoch 1 of 12, 2 -> 1 process; step_00000063.pt is newer, but damaged"
+    assert (answer["step"], answer["damaged"]) == (54, "step_00000063.pt")
+    (folder / "index.json").write_text("{")
+    assert started(root, capsys)[0] == "continues from step 63, 2 -> 1 process"
+    (folder / "index.json").unlink()
+    for path in folder.iterdir():
+        path.unlink()
+    assert started(root, capsys)[0] == "begins again from step 0, epoch 1 of 12, 2 -> 1 process"
+
+
+def test_a_finished_run_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(root)
+    with (root / "logs" / "run" / "events.jsonl").open("a") as file:
+        file.write('{"event": "finished", "epoch": 12}\n')
+    assert submit.main("--set train.epochs=12 --name run --dry-run --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
+
+
+# ------------------------------------------------------------------ names that are nearly right
+
+
+@pytest.mark.parametrize("name", ["demo", "jobs/demo", "demo.yaml", "Demo.yml", "jobs/dmeo.yaml"])
+def test_a_job_file_that_is_nearly_right_is_found_from_any_folder(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([name]) == 2
+    error = f"error: {name}: there is no such job file. HINT: did you mean 'jobs/demo.yaml'?\n"
+    assert capsys.readouterr().err == error
+    assert submit.main(["jobs/demo.yaml", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert (
+        captured.err
+        == f"note: jobs/demo.yaml is not in this folder: the project's is taken, {PROJECT}/jobs/demo.yaml\n"
+    )
+    assert "#SBATCH --job-name=demo-" in captured.out
+
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "demo.yaml").write_text("{}")
+    assert submit.main(["jobs/demo.yaml", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "new run: 400 epochs" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--set lr=0.1", "lr: unknown key; * HINT: did you mean 'optimizer.lr'?"),
+        ("--set epochs=3", "epochs: unknown key; * HINT: did you mean 'train.epochs'?"),
+        ("--set Batch-Size=3", "Batch-Size: unknown key; * HINT: did you mean 'train.batch_size'?"),
+        ("--set train.batch-size=3", "train.batch-size: unknown key; * HINT: did you mean 'batch_size'?"),
+        ("--set train.lr=3", "train.lr: unknown key; * HINT: did you mean 'optimizer.lr'?"),
+        ("--set cutmix=true", "cutmix: unknown key; * HINT: did you mean 'mixing.cutmix'?"),
+        ("--set max=3", "max: unknown key; * HINT: did you mean 'failures.max' or 'timeouts.max'?"),
+        ("--set cutmix", "--set cutmix: not understood; * HINT: did you mean 'mixing.cutmix'?"),
+        (
+            "--set train.seed=1 jobs/demo.yaml",
+            "--set jobs/demo.yaml: not understood; * HINT: the job file comes first.",
+        ),
+        ("epochs=3", "epochs=3: there is no such job file. HINT: overrides come after --set"),
+        ("--partion gpu", "unrecognized arguments: --partion. HINT: did you mean '--partition'?"),
+        ("--cluster Slrum", "argument --cluster: invalid choice: 'Slrum' * HINT: did you mean 'slurm'?"),
+    ],
+)
+def test_a_name_that_is_nearly_right_gets_the_right_hint(
+    root: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    assert submit.main([*arguments.split(), "--dry-run"]) == 2
+    begin, _, end = words.partition("*")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {begin}") and error.endswith(f"{end}\n")
+
+
+# ------------------------------------------------------------------ remarks, with scripted answers of Slurm
+
+GPU = "PartitionName=gpu Default=YES MaxTime=01:00:00 State=UP TotalNodes=2"
+
+
+@pytest.fixture
+def site(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm that knows one partition; --test-only lets any time limit pass, as Slurm 22.05 does."""
+    monkeypatch.undo()
+    stub = StubSlurm(tmp_path)
+    bodies = {
+        "sbatch": "for script; do :; done\n"
+        'grep -q partition=gpus "$script" && echo "sbatch: error: invalid partition specified: gpus" && exit 1\n'
+        'echo "sbatch: Job 7 to start at 2026-11-28T07:16:33 using 1 processors" >&2',
+        "scontrol": f'echo "{GPU}"',
+    }
+    for name, body in bodies.items():
+        (stub.programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (stub.programs / name).chmod(0o755)
+    for name, text in {**stub.environment, "CIFAR_HPC_ROOT": str(root)}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    return root
+
+
+def test_a_limit_that_sbatch_lets_pass_is_said(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main("--set data.source=synthetic --time 2:00:00 --test-only".split()) == 0
+    captured = capsys.readouterr()
+    assert "to start at 2026-11-28T07:16:33" in captured.out and "start        new run" in captured.out
+    assert "note: the job may never start: gpu (the default): UP, 2 nodes, up to 01:00:00; --time" in captured.err
+    assert submit.main("--set data.source=synthetic --time 1:00:00 --test-only".split()) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_partition_that_is_nearly_right_is_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--test-only"]):
+        assert submit.main(["--set", "data.source=synthetic", "--partition", "gpus", *more]) == 3
+        error = capsys.readouterr().err
+        assert "gpus is not there; there are: gpu. HINT: did you mean 'gpu'?" in error, error
+
+
+def test_keys_of_trackers_are_answered_at_submission(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main("--set tracking.wandb=online --name run --dry-run".split()) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("note: tracking.*: jobs start no tracker. HINT: ")
+    assert "-m cifar_hpc track run --tensorboard DIR, or --wandb online\n" in error
+
+
+def test_the_lines_to_type_work_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    assert submit._python() == "python -m cifar_hpc"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert submit._python() == f"cd {PROJECT} && {sys.executable} -m cifar_hpc"

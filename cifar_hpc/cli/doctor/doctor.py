@@ -11,8 +11,9 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 from cifar_hpc.cli.doctor import login, node
@@ -20,7 +21,7 @@ from cifar_hpc.cli.doctor.node import STATUSES, Finding, Plan, TaskReport, count
 from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.files import write_atomic
 from cifar_hpc.launch import batch_script
 from cifar_hpc.launch.snapshot import take_snapshot
@@ -61,6 +62,9 @@ HOPELESS = (
     "AccountNotAllowed", "BadConstraints", "InvalidAccount", "InvalidQOS", "JobHeldAdmin", "PartitionConfig",
     "PartitionDown", "PartitionInactive", "PartitionNodeLimit", "PartitionTimeLimit", "QOSNotAllowed",
 )  # fmt: skip
+# Checks of the login node, and the finding of the job that takes a warning of theirs back.
+TAKEN_BACK = {"file system": "job file system", "locks": "job locks", "torch": "job torch"}
+TAKEN_BACK |= dict.fromkeys(("partition", "nodes", "account"), "job")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="on so many nodes (default: 1)")
     parser.add_argument("--gpus-per-node", metavar="G", help="GPUs on each (default: the site's, else 1)")
     parser.add_argument("--job", action="store_true", help="look on the compute nodes as well, in a job of a minute")
-    words = "how long the job may wait for its start (default: 10)"
-    parser.add_argument("--wait", type=float, default=10, metavar="MINUTES", help=words)
+    words = "how long that job may wait for its start (default: 10)"
+    parser.add_argument("--wait", type=float, metavar="MINUTES", help=words)
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Check this machine, Slurm and, with --job, the compute nodes; returns 1 where there is a problem."""
+    if arguments.wait is not None and not arguments.job:
+        raise SpecError("--wait: is how long the job of --job may wait. HINT: add --job.")
     return show(_findings(arguments), arguments.json)
 
 
@@ -104,7 +110,9 @@ def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from (torch := run_check("torch", login.check_torch, plan))
     if arguments.job and has_slurm:
         plan = replace(plan, data_here=any(f.check == "data" and f.status == "ok" for f in torch))
-        yield from run_check("job", check_job, root, spec, site, plan, 60 * arguments.wait)
+        yield from run_check(
+            "job", check_job, root, spec, site, plan, 60 * (10 if arguments.wait is None else arguments.wait)
+        )
     elif arguments.job:
         yield Finding("job", "warning", "--job needs a Slurm that answers", "try again on a login node")
 
@@ -256,17 +264,24 @@ def say(words: str) -> None:
 
 def show(findings: Iterable[Finding], as_json: bool) -> int:
     """Print each finding as soon as it is there, or all as JSON; returns 1 where there is a problem."""
-    found = []
-    for finding in findings:
-        found.append(finding)
+    found: dict[str, Finding] = {}
+    for finding in chain(findings, _taken_back(found)):  # of one check the last counts
+        found[finding.check] = finding
         if not as_json:
             print(as_text(finding), flush=True)
-    good, warnings, problems = (sum(finding.status == status for finding in found) for status in STATUSES)
+    good, warnings, problems = (sum(finding.status == status for finding in found.values()) for status in STATUSES)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=1))
+        print(json.dumps([asdict(finding) for finding in found.values()], indent=1))
     else:
         print(f"\n{good} ok, {counted(warnings, 'warning')}, {counted(problems, 'problem')}")
     return 1 if problems else 0
+
+
+def _taken_back(found: Mapping[str, Finding]) -> Iterator[Finding]:
+    """The warnings that the job has disproved, as ok."""
+    for check, by in TAKEN_BACK.items():
+        if all(name in found and found[name].status == status for name, status in ((check, "warning"), (by, "ok"))):
+            yield Finding(check, "ok", f"the warning is taken back: {found[by].found}")
 
 
 def as_text(finding: Finding) -> str:
