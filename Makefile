@@ -35,6 +35,7 @@ bench: .venv/.bench
 
 cluster-up: slurm-packages
 	slurm/minicluster/minicluster up
+	@echo "to use it, paste this line into your shell (make cluster-down ends it):"
 	@slurm/minicluster/minicluster env
 
 cluster-down:

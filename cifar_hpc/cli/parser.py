@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -113,9 +114,10 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         parser = parsers.add_parser(name, help=line, formatter_class=form)
         if argv is None or name in argv:
             command = import_module(f"cifar_hpc.cli.{path}")
-            parser.description = f"{line[0].upper()}{line[1:]}.\n\n{command.DESCRIPTION}"
-            examples = [f"\n  python -m cifar_hpc {name} {example}".rstrip() for example in command.EXAMPLES]
-            parser.epilog = "examples:" + "".join(examples)
+            parser.description = f"{textwrap.fill(f'{line[0].upper()}{line[1:]}.', 79)}\n\n{command.DESCRIPTION}"
+            lines = [f"python -m cifar_hpc {name} {example}" for example in command.EXAMPLES]
+            folded = (textwrap.wrap(line, 75, break_long_words=False, break_on_hyphens=False) for line in lines)
+            parser.epilog = "\n  ".join(["examples:", *(" \\\n      ".join(parts) for parts in folded)])
             command.add_arguments(parser)
             parser.set_defaults(main=command.main)
     return top

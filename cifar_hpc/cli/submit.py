@@ -56,18 +56,20 @@ RESOURCE_FLAGS = (
 )
 
 EPILOG = """examples:
-  python submit.py --partition gpu                          train jobs/improved_resnet.yaml
-  python submit.py --partition gpu --nodes 1-2 --gpus-per-node 4 --time 1-00 --follow
-  python submit.py jobs/demo.yaml --cluster local           train on this machine
+  python submit.py --partition gpu              train jobs/improved_resnet.yaml
+  python submit.py --partition gpu --nodes 1-2 --gpus-per-node 4 --time 1-00
+  python submit.py jobs/demo.yaml --cluster local         train on this machine
   python submit.py --set train.seed=1 optimizer.lr=0.1 --dry-run
-  python submit.py --partition gpu --test-only              when would it start?
-  python submit.py --profile nyu-torch --account mine       as slurm/clusters/nyu-torch.yaml says
-  python submit.py --partition gpu --sbatch mail-type=END mail-user=me@example.org
-  python submit.py jobs/sweeps/dropout.yaml --set sweep.parallel=4      all its runs, as one job array
-Submitting the same again continues the run from its last checkpoint; of a sweep, the runs that have not finished.
+  python submit.py --partition gpu --test-only            when would it start?
+  python submit.py --partition cpu --set train.device=cpu --ntasks-per-node 8
+  python submit.py --profile nyu-torch --account mine     a site's own settings
+  python submit.py --partition gpu --sbatch mail-type=END mail-user=me@uni.edu
+  python submit.py jobs/sweeps/dropout.yaml     all its runs, as one job array
+Submitting the same again continues the run from its last checkpoint; of a
+sweep, the runs that have not finished.
 
-exit status: 0 submitted (with --follow: finished), 1 run failed, 2 bad spec or arguments,
-3 the scheduler refused, 4 the run is already queued or running
+exit status: 0 submitted (with --follow: finished), 1 run failed, 2 bad spec or
+arguments, 3 the scheduler refused, 4 the run is already queued or running
 """
 
 

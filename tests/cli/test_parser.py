@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from cifar_hpc import __version__
+from cifar_hpc.__main__ import main
 from cifar_hpc.cli import submit
 from cifar_hpc.cli.parser import COMMANDS, build_parser
 
@@ -28,7 +30,7 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 
 def examples(text: str | None, prefix: str) -> Iterator[str]:
     """The arguments of each example in a help text; a remark stands after several blanks."""
-    for line in (text or "").splitlines():
+    for line in (text or "").replace(" \\\n      ", " ").splitlines():
         if line.strip().startswith(prefix.strip()):
             yield (line.strip() + " ").split("    ")[0].removeprefix(prefix).removeprefix(prefix.strip()).strip()
 
@@ -38,7 +40,7 @@ def test_every_command_has_a_manual_and_examples_that_parse(command: str) -> Non
     found = subparsers()[command]
     description = found.description or ""
     line = next(text for path, text in COMMANDS.items() if path.endswith(command))
-    assert line.casefold() in description.casefold() and MODULES[command].DESCRIPTION in description
+    assert line.casefold() in " ".join(description.split()).casefold() and MODULES[command].DESCRIPTION in description
     lines = list(examples(found.epilog, PREFIX))
     assert lines
     for line in lines:
@@ -77,11 +79,21 @@ def test_the_examples_of_the_two_programs_parse() -> None:
         submit.build_parser().parse_args(shlex.split(line))
 
 
-@pytest.mark.parametrize(
-    "text", [*(module.DESCRIPTION for module in MODULES.values()), submit.__doc__ or ""], ids=[*MODULES, "submit.py"]
-)
-def test_lines_fit_a_terminal_of_80_columns(text: str) -> None:
-    assert max(map(len, text.splitlines())) <= 79
+@pytest.mark.parametrize("name", [*MODULES, "", "submit.py"])
+def test_help_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parsers = {"": build_parser(), "submit.py": submit.build_parser(), **subparsers()}
+    assert [line for line in parsers[name].format_help().splitlines() if len(line) > 79] == []
+
+
+def test_the_list_of_commands_is_shown_where_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().out == build_parser().format_help()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"cifar_hpc {__version__}\n"
+    assert main(["statu"]) == 2
+    assert capsys.readouterr().err.endswith(" HINT: did you mean 'status'?\n")
 
 
 @pytest.mark.parametrize("command", sorted(subparsers()))

@@ -60,6 +60,14 @@ def test_output_is_not_held_open(cluster: Any) -> None:
         assert all(link == "/dev/null" or link.startswith(str(cluster.dir)) for link in links), (pid, links)
 
 
+@pytest.mark.parametrize("folder", ["my tmp", "long" * 30])
+def test_a_folder_that_slurm_cannot_have_is_replaced(tmp_path: Path, folder: str) -> None:
+    where = {**os.environ, "TMPDIR": str(tmp_path / folder)}
+    assert (
+        run_tool("env", env=where).stdout == f"export SLURM_CONF=/tmp/cifar_hpc-minicluster-{os.getuid()}/slurm.conf\n"
+    )
+
+
 def test_env_is_one_export_line(cluster: Any) -> None:
     assert cluster.tool("env").stdout == f"export SLURM_CONF={cluster.dir}/slurm.conf\n"
 
