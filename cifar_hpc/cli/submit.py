@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cifar_hpc.runs.paths import RunPaths
 
 DEFAULT_JOB = Path(__file__).resolve().parents[2] / "jobs" / "improved_resnet.yaml"
-SHOWN_REASONS = 10
+SHOWN_REASONS = 3
 Answer = dict[str, Any]  # for --json
 
 # Keys of `resources` that have a flag: (key, metavar, help).
@@ -135,8 +135,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     if spec.tracking.tensorboard or spec.tracking.wandb:
         runs = shlex.quote(f"{order.sweep}-*") if order.sweep else run.name
         note(f"tracking.*: jobs start no tracker. HINT: {_python()} track {runs} --tensorboard DIR, or --wandb online")
-    if arguments.test_only and (problem := _about_partition(spec)):
-        note(f"the job may never start: {problem}")
+    if order.on_slurm and not arguments.dry_run and (problem := _about_partition(spec)):
+        note(f"the job may never start: {problem}")  # sbatch accepts it, and lets it wait
     if outcome.finished or not arguments.follow:
         return 0
     from cifar_hpc.cli.tail import follow
@@ -147,7 +147,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _about_partition(spec: Spec) -> str:
-    """A problem with the partition, as doctor sees it: a name that is not there, or a limit that sbatch lets pass."""
+    """A problem with the partition, as doctor sees it; empty where there is none or Slurm does not answer."""
     from cifar_hpc.cli.doctor.login import SlurmChecks
 
     with contextlib.suppress(SchedulerError):
@@ -262,9 +262,9 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
     others = ((outcome.finished, "finished"), (outcome.busy, "queued, running or being submitted"))
     counts += [f"{len(runs)} of {len(order.points)} {words}" for runs, words in others if runs]
     text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **job})]
-    text += [_lines({"left out": reason}) for reason in list(outcome.busy.values())[:SHOWN_REASONS]]
-    if len(outcome.busy) > SHOWN_REASONS:
-        text.append(_lines({"": f"and {len(outcome.busy) - SHOWN_REASONS} more"}))
+    reasons = [reason.partition(" HINT: ")[0] for reason in outcome.busy.values()]
+    text += [_lines({"left out": reason}) for reason in reasons[:SHOWN_REASONS]]
+    text += [_lines({"": f"and {len(reasons) - SHOWN_REASONS} more"})] * (len(reasons) > SHOWN_REASONS)
     rows = []
     for point in order.points:
         start, words = starts[point.run]

@@ -72,14 +72,14 @@ class Start:
 
     epoch: epochs before it; None if index.json does not tell.
     processes_before: of the last attempt; None before the first.
-    damaged: name of a newer checkpoint that is not what index.json says.
+    damaged: name of a newer checkpoint that is not what index.json says; None if there is none.
     finished_epochs: of a finished run; 0 for any other.
     """
 
     step: int = 0
     epoch: int | None = 0
     processes_before: int | None = None
-    damaged: str = ""
+    damaged: str | None = None
     finished_epochs: int = 0
 
 
@@ -91,7 +91,7 @@ def start_of(paths: RunPaths) -> Start:
     except DAMAGE:
         history, finished = History(), 0
     processes = next((attempt.world_size for attempt in reversed(history.attempts) if attempt.world_size), None)
-    folder, damaged = paths.checkpoints, ""
+    folder, damaged = paths.checkpoints, None
     files: list[tuple[int, int | None, int | None, str]]
     try:
         index = json.loads(read_regular(folder / "index.json"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY
+from helpers import PROJECT, TINY
 from stub_slurm import StubSlurm
 
 from cifar_hpc import __main__
@@ -91,6 +91,8 @@ def test_submissions_and_previews_are_one_object(
         monkeypatch.setenv(name, text)
     assert submit.main([str(job), "--json", *mode]) == 0
     answer = value(capfd)
+    described = (PROJECT / "docs" / "formats.md").read_text().partition("## submit.py --json")[2]
+    assert [key for key in {**answer, **answer.get("points", [{}])[0]} if f"`{key}`" not in described] == []
     assert answer["job_id"] == (None if mode else "1")
     assert ("script" in answer) == ("--dry-run" in mode) and ("estimate" in answer) == ("--test-only" in mode)
     for point in answer.get("points", [answer]):

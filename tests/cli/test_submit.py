@@ -274,7 +274,7 @@ def test_another_spec_under_a_used_name_is_refused(root: Path, capsys: pytest.Ca
     spec = root / "logs" / "run" / "spec.yaml"
     spec.parent.mkdir(parents=True)
     spec.write_text("optimizer:\n  lr: 0.1\ntrain:\n  epochs: 9\n  shards: 1\n")
-    (spec.parent / "events.jsonl").write_text('{"event": "submitted"}\n')
+    (spec.parent / "events.jsonl").write_text('{"event": "started"}\n')
     assert submit.main("--name run --set train.epochs=12 --dry-run".split()) == 2
     error = capsys.readouterr().err
     assert "optimizer.lr: 0.1 -> 0.05" in error and "train.epochs: 9" not in error
