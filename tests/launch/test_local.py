@@ -19,7 +19,7 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch import local as launch_local
 from cifar_hpc.launch.local import run_points
-from cifar_hpc.launch.preflight import finished_epochs
+from cifar_hpc.launch.preflight import start_of
 from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.lock import RunLock, holder
@@ -218,4 +218,4 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     (code,) = SweepPaths(local.root, "endless", 1).code.iterdir()
     assert (submitted["event"], submitted["scheduler"], submitted["code"]) == ("submitted", "local", code.name)
     assert submitted["command"] == f"submit.py {local.job} --cluster local --json"
-    assert finished_epochs(RunPaths(local.root, first)) == 0
+    assert start_of(RunPaths(local.root, first)).finished_epochs == 0
