@@ -264,7 +264,7 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
     text = [_lines({"sweep": order.sweep, "points": ", ".join(counts), **job})]
     reasons = [reason.partition(" HINT: ")[0] for reason in outcome.busy.values()]
     text += [_lines({"left out": reason}) for reason in reasons[:SHOWN_REASONS]]
-    text += [_lines({"": f"and {len(reasons) - SHOWN_REASONS} more"})] * (len(reasons) > SHOWN_REASONS)
+    text += [_lines({"": f"and {len(reasons) - SHOWN_REASONS} more"})] if len(reasons) > SHOWN_REASONS else []
     rows = []
     for point in order.points:
         start, words = starts[point.run]

@@ -62,11 +62,9 @@ def load_values(
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
-            late = override.endswith((".yaml", ".yml"))
-            hint = " HINT: the job file comes first." if late else nearest_key(key, Spec)
-            raise SpecError(
-                f"--set {override}: not understood; allowed: key.path=value, such as train.epochs=10.{hint}"
-            )
+            hint = " HINT: the job file comes first." if override.endswith(".yaml") else nearest_key(key, Spec)
+            allowed = "allowed: key.path=value, such as train.epochs=10."
+            raise SpecError(f"--set {override}: not understood; {allowed}{hint}")
         values = merge(values, _sweep_by_dotted_keys(nested(key.strip(), parse_yaml(text, f"--set {key}"))))
     return merge(values, flags)
 
