@@ -60,8 +60,10 @@ hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
   local words="the start ended with status $1, and Python could not be started to say why"
   [[ $last =~ $hpc_ends ]] && return # a rank has said it
   [ "$(squeue --noheader --jobs="$hpc_job" --format=%T)" = RUNNING ] || return
-  if [ "$hpc_restarts" -lt "$hpc_limit" ] && scontrol requeue "$hpc_job"; then
-    scontrol update "jobid=$hpc_job" "StartTime=now+$((hpc_restarts < 5 ? 120 << hpc_restarts : 3600))"
+  local tries=$(grep -c "\"job_id\": \"$hpc_job\".*Python could not be started" "$events")
+  tries=${tries:-$hpc_restarts} # where the log cannot be read
+  if [ "$tries" -lt "$hpc_limit" ] && scontrol requeue "$hpc_job"; then
+    scontrol update "jobid=$hpc_job" "StartTime=now+$((tries < 5 ? 120 << tries : 3600))"
     again=true action=requeueing
   elif scontrol requeuehold "$hpc_job"; then
     action="held: the command requeue releases it"

@@ -166,8 +166,8 @@ def _allow_open_files(number: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < number:
         raise SpecError(
-            f"sweep: needs {number} open files, one for each point, and {hard} are allowed here (ulimit -Hn). "
-            "HINT: submit it in parts."
+            f"{number} open files are needed, {SPARE_FILES} and one for each run, and {hard} are allowed here (ulimit "
+            "-Hn). HINT: submit a large sweep in parts."
         )
     if soft != resource.RLIM_INFINITY and soft < number:
         resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))

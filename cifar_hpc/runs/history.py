@@ -122,8 +122,10 @@ class History:
         over = self.state.get("event") == events.Finished.name
         if name in (*STARTS, events.Attempted.name):
             kept = {"event": name, "time": row.get("time")}  # without the environment
-            # A job that starts again after it has finished its run has nothing to do, and no end to report.
-            if name in STARTS or not over or job_id not in [attempt.job_id for attempt in self.attempts]:
+            # A job that starts after its run has finished has nothing to do, and no end to report. An unknown one is of
+            # a submission for more epochs, which may be recorded later.
+            known = [*(attempt.job_id for attempt in self.attempts), self.last_of(events.Submitted).get("job_id")]
+            if name in STARTS or not over or job_id not in known:
                 self._start(name, row)
         elif (speaking := self._speaking(job_id, row.get("restart"))) is not None:
             speaking.add(name, row)

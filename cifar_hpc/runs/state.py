@@ -19,7 +19,7 @@ from cifar_hpc.runs import events
 from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import controller_of, holder
-from cifar_hpc.runs.paths import RunPaths, array_points, is_run_name, same_folder
+from cifar_hpc.runs.paths import SWEEPS, RunPaths, array_points, is_run_name, same_folder
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
@@ -51,8 +51,8 @@ def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
             ours = same_folder(root / "logs" / name, folder)
         # A folder that is not found under its name here (an automounter's) is known by the job that the run recorded.
         ours = ours or (ours is None and History.read(RunPaths(root, name).events).job_id == job.job_id)
-        # Beside its job a run may have an old one, which somebody has requeued by hand and which waits for this one.
-        if ours and (name not in jobs or not job.waits):
+        # Beside its job a run may have an old one, which somebody has requeued by hand: the one that runs counts.
+        if ours and (name not in jobs or jobs[name].waits):
             jobs[name] = dataclasses.replace(job, name=name, behind=_behind(job, folder, queued))
     return jobs
 
@@ -89,12 +89,19 @@ def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECON
     """
     doubtful = {state.job_id: state for state in states if state.state == UNKNOWN and state.job_id}
     found = client.squeue_jobs(list(doubtful), timeout_seconds) if doubtful else {}
+    found = {job_id: job for job_id, job in found.items() if _works_for(job, doubtful[job_id].run)}
     others = {job_id: s for job_id, s in doubtful.items() if job_id not in found and _is_another(s.user)}
     if others and client.hides_jobs():
         for job_id, state in others.items():
             found[job_id] = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
     jobs = {state.run: found.get(job_id) for job_id, state in doubtful.items()}
     return {run: job and dataclasses.replace(job, name=run) for run, job in jobs.items()}
+
+
+def _works_for(job: QueuedJob, run: str) -> bool:
+    """True if a job works in the folder of a run or of a sweep, by its name: Slurm may give a number a second time."""
+    folder = Path(job.directory).parent.parent
+    return folder.name == run or folder.parent.parent.name == SWEEPS
 
 
 def _is_another(user: str | None) -> bool:
@@ -357,6 +364,8 @@ def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tup
     if job.state == HIDDEN:
         return UNKNOWN, f"maybe queued as job {job.job_id}: Slurm does not show others' jobs here"
     name, start = str(last.get("event")), job.start_time
+    if job.held and name in FAILURES:
+        return "queued", f"held after a failure, until the command requeue releases it: {_failure(last)}"
     if job.waits and job.reason != "BeginTime":
         return "queued", ", ".join(filter(None, (job.why, expected(start, now))))
     begin = clock(start, now) if start is not None else None

@@ -245,3 +245,13 @@ def test_of_runs_that_have_ended_slurm_is_asked_nothing_more(site: Site) -> None
         file.write(json.dumps({"event": "failed", "error": "x", "job_id": "1", "again": False}) + "\n")
     shutil.rmtree(site.root / "logs" / "run" / "code")
     assert site.states() == {"run": "failed"} and two.asked() == 0
+
+
+def test_a_number_that_slurm_has_given_to_another_job_is_not_the_runs(site: Site) -> None:
+    """slurmctld forgot the first job, and began again with its number."""
+    assert site.submit()[0] == 0
+    line = site.stub.queue.read_text()
+    site.stub.queue.write_text(line.replace("/logs/run/code/", "/logs/other/code/").replace("|run|", "|other|"))
+    site.program("squeue", 'case "$*" in *--jobs*) sed "s/$/|$(id -un)/" "$QUEUE";; esac')
+    status, words = site.command("cancel", "run")
+    assert status == 2 and "has no job in the queue" in words

@@ -20,7 +20,7 @@ from cifar_hpc.launch.batch_script import batch_script
 from cifar_hpc.runs.events import Attempted, append_event
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths, SweepPaths, write_points
 
 SCONTROL = """#!/bin/sh
@@ -177,6 +177,11 @@ def test_without_python_the_shell_counts_asks_and_at_last_holds(script: Script) 
     assert History.read(script.run_paths.events).requeues_since_submission == {"failure": 2}
 
 
+def test_preemptions_before_do_not_count_as_starts_without_python(script: Script) -> None:
+    _, rows = script.end(python="/nowhere/python", SLURM_RESTART_COUNT="9")
+    assert rows[1]["again"] is True and script.requests() == ["requeue 7", "update jobid=7 StartTime=now+120"]
+
+
 def test_a_requeue_that_slurm_answers_with_sigterm_is_not_taken_for_a_refusal(script: Script) -> None:
     script.stub("scontrol", SCONTROL.replace("*) echo", "*) kill -TERM $$; echo"))
     assert names(script.end(python="/nowhere/python")[1]) == ["attempt", "failed", "requeued"]
@@ -235,3 +240,14 @@ def test_logs_that_cannot_be_written_end_nothing(script: Script) -> None:
     script.run_paths.events.rmdir()
     script.run_paths.events.symlink_to("fifo")  # a writer would wait for a reader
     assert script.begin().wait(timeout=120) == 0
+
+
+def test_a_job_that_starts_after_somebody_else_has_finished_its_run_says_nothing(script: Script) -> None:
+    for row in ({"event": "submitted", "job_id": "7"}, {"event": "started", "job_id": None, "restart": 0, "step": 0}):
+        append_line(script.run_paths.events, json.dumps(row))
+    append_line(script.run_paths.events, '{"event": "finished", "restart": 0, "step": 9, "test_accuracy": 50.0}')
+    script.srun("exit 0")
+    status, rows = script.end()
+    assert (status, names(rows), script.requests()) == (0, ["attempt"], [])
+    history = History.read(script.run_paths.events)
+    assert history.state["event"] == "finished" and len(history.attempts) == 1

@@ -262,7 +262,7 @@ def test_too_few_open_files_are_named(project: Project, monkeypatch: pytest.Monk
     assert limits == [(204, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 100))
     project.stub.end()
-    assert "needs 204 open files" in project.submit(expect=2)
+    assert "204 open files are needed" in project.submit(expect=2)
 
 
 @pytest.mark.process  # sbatch is one, and it takes seconds
