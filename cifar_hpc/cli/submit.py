@@ -214,7 +214,7 @@ def _start(point: Point, start: Start) -> tuple[Answer, str]:
     place += "" if start.epoch is None else f", epoch {min(start.epoch + 1, epochs)} of {epochs}"
     damaged = f"; {start.damaged} is newer, but damaged" if start.damaged else ""
     new = not (start.step or last or damaged)
-    words = f"new run: {epochs} epochs, {processes}" if new else f"{place}, {processes}{damaged}"
+    words = f"new run: {epochs} epoch{'s' * (epochs != 1)}, {processes}" if new else f"{place}, {processes}{damaged}"
     return {"new": new, **asdict(start), "epochs": epochs, "processes": most}, words
 
 

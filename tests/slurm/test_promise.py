@@ -67,7 +67,8 @@ def test_submission(lab: Lab, short: str, project: Path, tmp_path: Path) -> None
     assert lab.queued() == [] and run.events() == []
     run.submit(*held)
     sent = (run.logs / "slurm" / f"{run.job_id}_submission.sh").read_text()
-    assert said == sent + "\n"
+    script, _, words = said.partition("\n# run ")
+    assert script == sent and "# start        new run: 1 epoch, " in words
     assert run.wait_job(JobState="PENDING")["Reason"] == "JobHeldUser"
 
     busy = run.submit(*held, expect=4)
