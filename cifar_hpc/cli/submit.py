@@ -195,10 +195,16 @@ def _given(arguments: argparse.Namespace, resources: Answer, spec: Spec) -> dict
     Raises:
         SpecError: a flag has no effect on this job.
     """
-    given = spec.resources
-    if "gpus_per_node" in resources and given.gpus and given.tasks_per_node and spec.train.device == "cpu":
-        why = f"train.device: cpu and resources.tasks_per_node: {given.tasks_per_node}"
-        raise SpecError(f"--gpus-per-node: has no effect with {why}. HINT: --ntasks-per-node, or train.device=auto.")
+    given, threads, tasks = spec.resources, spec.train.cpu_threads, spec.resources.tasks_per_node
+    on_cpus = f"train.device: cpu and resources.tasks_per_node: {tasks}"
+    rules: list[tuple[str, Any, str]] = [
+        ("cpus_per_task", threads and arguments.cluster == "local", f"train.cpu_threads: {threads} here"),
+        ("gpus_per_node", spec.train.device == "cpu" and given.gpus and tasks, on_cpus),
+        *((key, _flag(key)[2:] in given.sbatch, f"--sbatch {_flag(key)[2:]}") for key in resources),
+    ]
+    for key, useless, why in rules:
+        if useless and key in resources:
+            raise SpecError(f"{_flag(key)}: has no effect with {why}. HINT: leave one of them out.")
     keys = [override.partition("=")[0].strip() for override in arguments.overrides]
     flags = {key.removeprefix("resources."): f"--set {key}" for key in keys if key.startswith("resources.")}
     return flags | {key: _flag(key) for key in resources} | ({"profile": "--profile"} if arguments.profile else {})

@@ -338,6 +338,11 @@ def test_a_reader_that_has_gone_is_no_mistake_of_the_user(
         ("--dry-run --follow", "--follow: not allowed with argument --dry-run"),
         ("--test-only --follow", "--follow: not allowed with argument --test-only"),
         ("--dry-run --test-only", "--test-only: not allowed with argument --dry-run"),
+        (
+            "--cluster local --cpus-per-task 2 --set train.cpu_threads=1",
+            "--cpus-per-task: has no effect with train.cpu_",
+        ),
+        ("--dry-run --partition a --sbatch partition=b", "--partition: has no effect with --sbatch partition"),
         ("--dry-run --gpus-per-node 2 --ntasks-per-node 3", "--gpus-per-node: has no effect with train.device: cpu"),
     ],
 )
