@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search("unrecognized arguments: (--[^ =]+)|invalid choice: '([^']+)'", message)
-        known = re.findall("'([^']+)'", message)[1:] or [name for a in actions(self) for name in a.option_strings]
+        known = [name for a in actions(self) for name in (*a.option_strings, *(a.choices or ()))]
         hint = nearest(unknown[1] or unknown[2], known) if unknown else ""
         raise SpecError(f"{message}.{hint or f' HINT: {self.prog} --help'}")
 

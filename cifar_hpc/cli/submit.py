@@ -313,5 +313,5 @@ def _resources(arguments: argparse.Namespace) -> dict[str, Any]:
         if not key:
             raise SpecError(f"--sbatch {item}: not understood; allowed: KEY=VALUE, such as mail-type=END.")
         options[key] = value if separator else "true"
-    requeue = {"requeue": False} if arguments.no_requeue else {}
-    return resources | requeue | ({"sbatch": options} if options else {})
+    resources |= {"requeue": False} if arguments.no_requeue else {}
+    return resources | ({"sbatch": options} if options else {})
