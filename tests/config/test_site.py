@@ -112,7 +112,7 @@ def test_a_site_with_modules_and_a_container(
     script = dry_run("--profile", "lumi", "--account", "project_1", "--gpus-per-node", "8")
     found = options(script)
     assert (found["partition"], found["gpus-per-node"], found["mem-per-gpu"]) == ("standard-g", "8", "60G")
-    assert script.index("module load lumi-aif-singularity-bindings") < script.index("srun ")
+    assert script.index("module load lumi-aif-singularity-bindings") < script.index("\nsrun ")
     words = run_with_stub_srun(f"module() {{ :; }}\nUSER=me\n{script}", tmp_path)
     container = words[words.index("singularity") :]
     assert container[1] == "run" and container[2].endswith(".sif")
