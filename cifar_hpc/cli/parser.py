@@ -47,10 +47,8 @@ EPILOG = """examples:
   python -m cifar_hpc train jobs/demo.yaml --set train.epochs=2
   torchrun --nproc-per-node 4 -m cifar_hpc train jobs/improved_resnet.yaml
   python -m cifar_hpc status --watch
-  python -m cifar_hpc tail improved_resnet-1a2b3c4d
   python -m cifar_hpc plot 'improved_resnet-*' --out figures
   python -m cifar_hpc compare 'dropout-*' --markdown
-  python -m cifar_hpc evaluate improved_resnet-1a2b3c4d
   python -m cifar_hpc doctor --partition gpu --job
 """
 
