@@ -200,6 +200,14 @@ class History:
         return sum(_seconds(attempt.start, attempt.end) for attempt in self.attempts)
 
     @property
+    def device_seconds(self) -> float:
+        """Time of all processes, each with its GPU or its share of the CPU, from each start to its last sign of life.
+
+        Work that was lost counts, queueing does not.
+        """
+        return sum((a.world_size or 0) * _seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) for a in self.attempts)
+
+    @property
     def lost_seconds(self) -> float:
         """Time from the end of each attempt to the next start: queueing, starting, computing again.
 

@@ -1,10 +1,10 @@
 """Results of runs: groups of runs that differ in their seed alone, with what differs, and a row of results for each."""
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from cifar_hpc.config.io import NOT_IN_NAME, covered, flatten, in_words, to_plain
 from cifar_hpc.config.spec import Spec
@@ -24,8 +24,9 @@ NO_DIFFERENCE = (*NOT_IN_NAME, "train.device", "train.cpu_threads")
 # Beyond so many keys that differ, as in a sweep of a list, each of which would fill a column or a legend's line alone,
 # a group is told by those in which it is not as most are.
 MANY_KEYS = 5
-AS_MOST = "as most"
+BASE = "base"
 Values = dict[str, Any]  # plain values by dotted key
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,31 @@ def varied_keys(groups: Sequence[Group]) -> list[str]:
 def settings(groups: Sequence[Group]) -> list[str]:
     """For groups that differ in many keys, each in few: the values that most do not have, as --set takes them."""
     texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
-    usual = {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
+    base = base_of(groups)
     return [
-        " ".join(f"{key}={value}" for key, value in text.items() if value != usual[key]) or (AS_MOST if text else "")
+        " ".join(f"{key}={value}" for key, value in text.items() if value != base[key]) or (BASE if text else "")
         for text in texts
     ]
+
+
+def base_of(groups: Sequence[Group]) -> dict[str, str]:
+    """The value that most of the groups have of each key in which they differ, in words."""
+    texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
+    return {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
+
+
+def one_a_seed(pairs: Iterable[tuple[Item, int]], epochs: Callable[[Item], int]) -> list[Item]:
+    """Of each seed the run that is furthest, the first of equal ones: runs of one seed are one observation.
+
+    Args:
+        pairs: runs with their seeds.
+        epochs: how many a run has done.
+    """
+    best: dict[int, Item] = {}
+    for item, seed in pairs:
+        if seed not in best or epochs(item) > epochs(best[seed]):
+            best[seed] = item
+    return list(best.values())
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
@@ -161,6 +182,8 @@ class RunResult:
     training_seconds: sum of epoch_seconds, over all epochs.
     wall_seconds: of a finished run, from its first start to its end: starts, queueing for a requeue and lost work
         included, but not what passed before a person submitted it again.
+    device_seconds, lost_seconds: as in `History`; None where it has not begun to train.
+    device: of its last start, cpu or gpu; None where that is not known.
     restarts: starts after the first, by cause.
     world_sizes: numbers of processes with which epochs were finished, ascending.
     date: when the last epoch was finished, ISO 8601 in UTC.
@@ -183,6 +206,9 @@ class RunResult:
     hardware: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     command: str | None = None
+    device_seconds: float | None = None
+    lost_seconds: float | None = None
+    device: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -192,7 +218,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Figure:
-    """Mean and sample standard deviation (ddof=1) over `count` runs; None for a single one."""
+    """Mean and sample standard deviation (ddof=1) over `count` seeds; None for a single one."""
 
     mean: float
     std: float | None
@@ -217,8 +243,20 @@ class Row:
 
     @property
     def counted(self) -> tuple[RunResult, ...]:
-        """Members that figures are taken from: the finished ones, or all if none has finished."""
-        return tuple(member for member in self.members if member.finished) or self.members
+        """Members that figures are taken from: of each seed a finished one, or any if none at all has finished."""
+        pairs = list(zip(self.members, self.group.seeds or (0,), strict=True))
+        done = [pair for pair in pairs if pair[0].finished]
+        return tuple(one_a_seed(done or pairs, lambda member: member.epoch))
+
+    @property
+    def ambiguous_seeds(self) -> list[int]:
+        """Seeds whose finished runs have different results, as on different hardware."""
+        results = {
+            (seed, member.test_accuracy, member.train_accuracy)
+            for member, seed in zip(self.members, self.group.seeds, strict=False)
+            if member.finished
+        }
+        return sorted(seed for seed, count in Counter(seed for seed, *_ in results).items() if count > 1)
 
     def figure(self, name: str) -> Figure | None:
         """A field of the results as one figure; None if no member has it."""
@@ -276,6 +314,9 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> R
         hardware=tuple(dict.fromkeys(filter(None, map(_hardware, starts)))),
         versions=tuple(dict.fromkeys(filter(None, map(_versions, starts)))),
         command=next((text for event in reversed(events) if (text := _text(event.get("command")))), None),
+        device_seconds=past.device_seconds if starts else None,
+        lost_seconds=past.lost_seconds if starts else None,
+        device=next((device for start in reversed(starts) if (device := _device(start))), None),
     )
 
 
@@ -301,6 +342,13 @@ def _hardware(start: Mapping[str, Any]) -> str:
     on_cpu = f", {threads} CPU thread{'s' * (threads != 1)} each" if threads else ""
     times = f"{ranks} × " if (ranks := _count(start, "world_size")) else ""
     return times + (f"{processor} ({device})" if on_cpu and processor else device) + on_cpu
+
+
+def _device(start: Mapping[str, Any]) -> str | None:
+    environment = _part(start, "environment")
+    if _text(environment.get("device")) is None:
+        return None
+    return "cpu" if _count(environment, "threads") else "gpu"
 
 
 def _versions(start: Mapping[str, Any]) -> str:

@@ -155,7 +155,7 @@ def test_groups_that_differ_in_many_keys_are_told_by_what_is_not_as_in_most(make
     groups = group_runs([make(f"run-{n}", **sections) for n, sections in enumerate(ELEMENTS)])
     found = dict(zip([group.runs[0].name for group in groups], labels(groups), strict=True))
     assert list(dict(sorted(found.items())).values()) == [
-        "as most",
+        "base",
         "optimizer.nesterov=true",
         "lookahead.enabled=false ema.decay=0.99",
         "train.label_smoothing=0",

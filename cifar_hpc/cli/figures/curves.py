@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN, Axes, Figure, add_legend, new_figure
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.results import Group, labels, shared_label
+from cifar_hpc.runs.results import Group, labels, one_a_seed, shared_label
 
 Curve = dict[int, float]  # epoch -> value, in the order of the epochs
 # Greater values are damage, and would flatten everything else.
@@ -121,8 +121,10 @@ def read_series(groups: Sequence[Group]) -> list[Series]:
     """The groups that have anything to show, each labelled by its differences from the others."""
     series = []
     for group, label in zip(groups, labels(groups), strict=True):
-        if members := tuple(read for run in group.runs if any((read := read_curves(run)).curves.values())):
-            series.append(Series(label, group, members))
+        pairs = zip(map(read_curves, group.runs), group.seeds or (0,), strict=True)
+        pairs_shown = [(read, seed) for read, seed in pairs if any(read.curves.values())]
+        if members := one_a_seed(pairs_shown, lambda read: max(map(len, read.curves.values()))):
+            series.append(Series(label, group, tuple(members)))
     return series
 
 
