@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
 from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
 from cifar_hpc.data.image_input import decode, read_image
 from cifar_hpc.errors import Interrupted, SpecError
-from cifar_hpc.files import DIRECTORY_MODE, remove_leftovers, replacing
+from cifar_hpc.files import DIRECTORY_MODE, read_regular, remove_leftovers, replacing, write_atomic
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
 
@@ -31,6 +32,7 @@ SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
 # takes longer than to read it from a local disk.
 _READERS, _READ_BY_EACH = 16, 32
 _READ_AT_ONCE = _READERS * _READ_BY_EACH
+SAY_SECONDS = 5.0  # between two lines that say how far it is
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 Progress = Callable[[str], bool]
@@ -64,7 +66,7 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
     if spec.source == "cifar10":
         whole = Dataset(*read_cifar10(root / spec.root))
     elif spec.source == "folder":
-        whole = _read_folder(root / spec.root, root, progress)
+        whole = _read_folder(spec, root, progress)
     else:
         sizes = spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE
         whole = Dataset(*synthetic.make_synthetic(*sizes))
@@ -95,41 +97,88 @@ def _hold_out(data: Dataset, count: int) -> Dataset:
     return Dataset(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
 
 
-def _read_folder(folder: Path, root: Path, progress: Progress) -> Dataset:
-    files, labels = list_folder(folder)
-    both = files["train"] + files["test"]
-    cache = _cache_path(folder, root, _read_images(both, progress, "reading")[0])
+def _read_folder(spec: DataSpec, root: Path, progress: Progress) -> Dataset:
+    """Read the images of a folder that `spec` asks for, and no others: from a cache once they have been decoded."""
+    folder, files, labels = root / spec.root, list[Path](), list[Tensor]()
+    all_files, all_labels = list_folder(folder)
+    for split, size in (("train", spec.train_size), ("test", spec.test_size)):
+        every = torch.arange(len(all_files[split])), torch.tensor(all_labels[split])
+        rows, chosen = _choose(*every, size, f"data.{split}_size")
+        files += [all_files[split][row] for row in rows.tolist()]
+        labels.append(chosen)
+    stamp = _stamp(files)
+    known = _cache_path(folder, root, f"known-{stamp[:32]}") if stamp else None
+    digest = _recalled(known) or _read_images(files, progress, "comparing")[0]
+    cache = _cache_path(folder, root, f"decoded-{digest[:16]}.pt")
     remove_leftovers(cache.parent)  # of processes that were killed while they wrote one
+    images = None
     if os.path.lexists(cache):
         try:
-            return _read_cache(cache)
+            images = _read_cache(cache)
         except (BadFileError, OSError) as error:  # no reason to stop: it is only a cache
             progress(f"WARNING data cache {cache}: {error}; decoding again")
-    digest, images = _read_images(both, progress, "decoding")
-    cache = _cache_path(folder, root, digest)  # which is another one where an image has changed since
-    count = len(files["train"])
-    # In a file, each tensor has memory of its own (`tensorfile`).
-    train, test = images[:count].clone(), images[count:].clone()
-    data = Dataset(train, torch.tensor(labels["train"]), test, torch.tensor(labels["test"]))
+    if images is None:
+        progress(f"decoding {len(files):,} images in {folder}, once: later starts read a cache")
+        digest, decoded = _read_images(files, progress, "decoding")
+        cache = _cache_path(folder, root, f"decoded-{digest[:16]}.pt")  # another one, if an image has changed since
+        # In a file, each tensor has memory of its own (`tensorfile`).
+        images = decoded[: len(labels[0])].clone(), decoded[len(labels[0]) :].clone()
+        _keep_cache(cache, Dataset(images[0], labels[0], images[1], labels[1]), progress)
+    if known is not None and not known.exists():
+        with contextlib.suppress(OSError):  # the next start compares the content again
+            known.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            write_atomic(known, digest.encode(), durable=False)
+    return Dataset(images[0], labels[0], images[1], labels[1])
+
+
+def _stamp(files: list[Path]) -> str | None:
+    """sha256 of names, sizes, times and inodes, by which files are known as unchanged without reading them.
+
+    tar, rsync and zip give other images the size and the time of the old ones, but nobody can set the time of the
+    inode's change (ctime). A second change within that clock's resolution does not move it: so there is no stamp, None,
+    while the last one was less than a minute ago, by a server's clock that may be off a little.
+    """
+    latest = time.time_ns() - 60 * 10**9
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            stats = [*chain.from_iterable(pool.map(lambda paths: [*map(os.stat, paths)], _shares(files)))]
+    except OSError:
+        return None  # reading will say why
+    if any(status.st_ctime_ns > latest for status in stats):
+        return None
+    digest = hashlib.sha256()
+    for path, status in zip(files, stats, strict=True):
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        digest.update(f"{_name(path)}\0{status.st_size} {times} {status.st_ino}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _recalled(known: Path | None) -> str | None:
+    """The digest of the contents that had a stamp before."""
+    with contextlib.suppress(OSError):
+        text = read_regular(known).decode(errors="replace") if known is not None else ""
+        return text if re.fullmatch("[0-9a-f]{64}", text) else None
+    return None
+
+
+def _keep_cache(cache: Path, data: Dataset, progress: Progress) -> None:
     try:
         cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         with replacing(cache) as file:
             tensorfile.save(tensorfile.seal({**vars(data), "name": cache.name}), file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         progress(f"WARNING data cache {cache} cannot be written ({error}); the next start decodes again")
-    return data
 
 
-def _cache_path(folder: Path, root: Path, digest: str) -> Path:
-    name = f"decoded-{digest[:16]}.pt"
+def _cache_path(folder: Path, root: Path, name: str) -> Path:
     beside = folder / ".cifar_hpc"
     if os.path.exists(beside / name) or os.access(folder, os.W_OK, effective_ids=True):  # noqa: PTH110
         return beside / name
     return root / "checkpoints" / ".data" / name
 
 
-def _read_cache(path: Path) -> Dataset:
-    """The images in a cache.
+def _read_cache(path: Path) -> tuple[Tensor, Tensor]:
+    """The training and test images in a cache.
 
     Raises:
         BadFileError: it is damaged, or not the cache of this folder.
@@ -139,13 +188,13 @@ def _read_cache(path: Path) -> Dataset:
     if not isinstance(content, dict) or content.get("name") != path.name or not content.keys() >= {*names, "digest"}:
         raise BadFileError("not the decoded images of this folder")
     tensorfile.check_seal(content)
-    return Dataset(*(content[name] for name in names))
+    return content["train_images"], content["test_images"]
 
 
 def _read_images(files: list[Path], progress: Progress, doing: str) -> tuple[str, Tensor]:
     """(sha256 of names and contents, images; none unless `doing` is decoding).
 
-    The content decides: tar, rsync and zip give other images the time of the old ones. Reading 50,000 takes a second.
+    The content decides where there is no stamp, such as in a copy of the folder.
     """
     digest = hashlib.sha256(b"3")  # the version of the cache's format
     images = torch.empty(len(files) if doing == "decoding" else 0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
@@ -153,23 +202,31 @@ def _read_images(files: list[Path], progress: Progress, doing: str) -> tuple[str
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(files), _READ_AT_ONCE):
             part = files[first : first + _READ_AT_ONCE]
-            shares = [part[n : n + _READ_BY_EACH] for n in range(0, len(part), _READ_BY_EACH)]
             try:
-                contents = list(chain.from_iterable(pool.map(lambda paths: [*map(read_image, paths)], shares)))
+                contents = [*chain.from_iterable(pool.map(lambda paths: [*map(read_image, paths)], _shares(part)))]
                 if doing == "decoding":
                     images[first : first + len(part)] = decode(part, contents)
             except SpecError as error:
                 raise SpecError(f"data.root: {error}") from None
             for path, content in zip(part, contents, strict=True):
-                name = "/".join(path.parts[-3:])  # split, class, file; `relative_to` would take as long as all the rest
-                digest.update(f"{name}\0{len(content)}\n".encode(errors="surrogateescape") + content)
+                digest.update(f"{_name(path)}\0{len(content)}\n".encode(errors="surrogateescape") + content)
             text = ""
-            if time.monotonic() - last_said > 10:
-                text = f"{doing} images: {first + len(part)} of {len(files)} in {part[0].parent.parent}"
+            if time.monotonic() - last_said > SAY_SECONDS:
+                text = f"{doing} images: {first + len(part):,} of {len(files):,}"
                 last_said = time.monotonic()
             if progress(text):
                 raise Interrupted
     return digest.hexdigest(), images
+
+
+def _shares(files: list[Path]) -> list[list[Path]]:
+    """Parts of `files` for the threads."""
+    return [files[first : first + _READ_BY_EACH] for first in range(0, len(files), _READ_BY_EACH)]
+
+
+def _name(path: Path) -> str:
+    """Split, class and file; `relative_to` would take as long as all the rest."""
+    return "/".join(path.parts[-3:])
 
 
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
