@@ -39,6 +39,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`, `12,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def duration(seconds: float | None) -> str:
     """`45s`, `1m05s`, `12m`, `3h05m` or `2d04h`; `-` for None, `?` for no meaningful number."""
     if seconds is None:

@@ -52,9 +52,8 @@ LINES = {  # kind of a line of train.log: (style of `paint`, beginning of the li
 NOTE_STYLE = "yellow"
 LEAST_BAR, MOST_BAR = 8, 40  # characters
 PROGRESS = re.compile(
-    r"[-0-9]{10} [:0-9]{8} epoch (?P<epoch>\d{1,9}/\d{1,9}) step (?P<step>\d{1,9})/(?P<steps>\d{1,9}) \(total \d+\)  "
-    r"(?P<loss>loss \S+)  (?P<accuracy>acc \S+%)  lr \S+  (?P<speed>\S{1,30}?)(?:\.\d*)? img/s  "
-    r"run ETA (?:(?P<days>\d{1,9}) days?, )?(?P<hours>\d{1,2}):(?P<minutes>\d\d):(?P<seconds>\d\d)$"
+    r"[-0-9]{10} [:0-9]{8} epoch (?P<epoch>\d{1,9}/\d{1,9}) step (?P<step>\d{1,9})/(?P<steps>\d{1,9})  "
+    r"(?P<loss>loss \S+)  (?P<speed>\S{1,30}?)(?:\.\d*)? img/s  run ETA (?P<eta>(?:\d{1,9}[dhms]){1,2})$"
 )
 
 
@@ -113,8 +112,8 @@ class PlainView:
 
 def eta_seconds(progress: re.Match[str]) -> int:
     """The time left in a line that matches PROGRESS."""
-    days, hours, minutes, seconds = (int(progress[unit] or 0) for unit in ("days", "hours", "minutes", "seconds"))
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    seconds = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * seconds[unit] for number, unit in re.findall(r"(\d+)([dhms])", progress["eta"]))
 
 
 class LiveView(PlainView):
@@ -184,7 +183,7 @@ class LiveView(PlainView):
         before = f"epoch {progress['epoch']} "
         step, steps = int(progress["step"]), int(progress["steps"])
         speed, eta = f"{progress['speed']} img/s", f"ETA {duration(self._eta)}"
-        parts = [f" {step}/{steps}", progress["loss"], progress["accuracy"], speed, eta]
+        parts = [f" {step}/{steps}", progress["loss"], speed, eta]
         while (room := self._console.width - len(before) - len("  ".join(parts)) - 1) < LEAST_BAR and len(parts) > 2:
             parts.pop(-2)
         grid = Table.grid()

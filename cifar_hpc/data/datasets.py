@@ -26,6 +26,7 @@ from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, read_regular, remove_leftovers, replacing, write_atomic
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
+from cifar_hpc.text import counted
 
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
 # Files of a network file system take their time, but not one after the other. A thread takes several: to hand over each
@@ -81,7 +82,7 @@ def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple
     if size is None or size == len(images):
         return images, labels
     if size > len(images):
-        raise SpecError(f"{key}: {size} is more than the {len(images)} images there are.")
+        raise SpecError(f"{key}: {size} is more than there are: {counted(len(images), 'image')}.")
     rows = permutation(0, 0, len(images))[:size].sort().values
     return images[rows], labels[rows]
 

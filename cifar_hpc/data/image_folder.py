@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cifar_hpc.config.spec import CLASSES
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.text import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 # What such a file may hold, by Pillow's names: Pillow goes by the content, and knows formats that start programs (EPS).
@@ -39,7 +40,7 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
         )
     classes = class_folders(folder)
     if len(classes) != CLASSES:
-        raise SpecError(f"data.root: {folder} has {len(classes)} class folders; allowed: {CLASSES}.")
+        raise SpecError(f"data.root: {folder} has {counted(len(classes), 'class folder')}; allowed: {CLASSES}.")
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

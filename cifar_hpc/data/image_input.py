@@ -20,7 +20,7 @@ from cifar_hpc.config.spec import IMAGE_SIZE
 from cifar_hpc.data.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import NotRegularError, open_regular
-from cifar_hpc.text import shown
+from cifar_hpc.text import counted, shown
 
 LARGEST_BYTES = 2**33  # of a file that is read as a whole
 LARGEST_IMAGE = 2**22  # bytes of a file of 32x32 pixels, nearly all of them comments
@@ -209,8 +209,8 @@ def _ids(path: Path, ids: Any, count: int) -> list[str]:
         return [str(index) for index in range(count)]
     values = ids.tolist() if isinstance(ids, np.ndarray) else ids
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        number = f"{len(values)} ids" if isinstance(values, (list, tuple)) else "ids that are no list"
-        raise SpecError(f"{path}: has {count} images, but {number}.")
+        number = counted(len(values), "id") if isinstance(values, (list, tuple)) else "ids that are no list"
+        raise SpecError(f"{path}: has {counted(count, 'image')}, but {number}.")
     texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
     if not all(isinstance(text, str) or (isinstance(text, int) and abs(text) < 2**64) for text in texts):
         raise SpecError(f"{path}: its ids are neither whole numbers nor text.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.runs.logs import TrainLog, soon
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.requeue import is_stopping
 from cifar_hpc.slurm import client
@@ -45,13 +46,15 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
         threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
     import submitit
 
+    environment = submitit.JobEnvironment()
+    loading = soon(TrainLog(paths.train_log, environment.global_rank == 0).line, "loading PyTorch")
     from cifar_hpc.runs.frozen_spec import require_frozen
     from cifar_hpc.training.attempt import Attempt
     from cifar_hpc.training.context import Context
     from cifar_hpc.training.process import Launch
 
+    loading.cancel()
     spec = require_frozen(paths)
-    environment = submitit.JobEnvironment()
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
     launch = Launch(
         rank=environment.global_rank,

@@ -9,6 +9,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.text import counted
 
 
 def read_frozen(paths: RunPaths) -> Spec | None:
@@ -63,7 +64,7 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
         raise SpecError(
             f"{tasks} processes are more than train.shards: {train.shards}, which "
             + ("is" if spec.train.shards else "the run's first start has")
-            + f" fixed. HINT: start at most {train.shards} processes, or begin a new run with "
+            + f" fixed. HINT: start at most {counted(train.shards, 'process')}, or begin a new run with "
             f"--set train.shards={tasks} and another --name."
         )
     return check(dataclasses.replace(spec, train=train))

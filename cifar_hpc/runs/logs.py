@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,12 @@ from cifar_hpc.text import printable
 
 # Lines of one log that are kept for later; beyond it the oldest are only on standard error.
 KEPT_LINES = 1000
+SAID_AFTER_SECONDS = 2.0
 # The batch script writes such a line to the job's output as it begins: what follows is of that start.
 START_MARK = "== start of job "
 OUTPUT_BYTES = 20_000  # at the end of an output file
+# Called with the lines of a log as they are written.
+listeners: dict[Path, Callable[[str], object]] = {}
 _kept: defaultdict[Path, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
 _lock = threading.Lock()  # checkpoints are reported from a thread of their own
 
@@ -47,6 +50,8 @@ def append_line(path: Path, line: str) -> None:
                 waiting.popleft()
         except OSError as error:
             complain(f"{path}: {error.strerror}; the line was: {line}")
+        if path in listeners:
+            listeners[path](line)
 
 
 def complain(text: str) -> None:
@@ -95,8 +100,15 @@ class TrainLog:
         """Write a block that is easy to find by eye: one for each attempt."""
         if self.enabled:
             self._begun = True
-            rule = "=" * 100
-            append_line(self.path, "\n".join([rule, *(f"== {line}" for line in lines), rule]))
+            append_line(self.path, "\n".join(["=" * 80, *(f"== {line}" for line in lines)]))
+
+
+def soon(say: Callable[[str], object], text: str) -> threading.Timer:
+    """Say in a moment what begins now, unless that is cancelled: work that is over by then is not mentioned."""
+    timer = threading.Timer(SAID_AFTER_SECONDS, say, [text])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def output_of_start(path: Path) -> list[str]:

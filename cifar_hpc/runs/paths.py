@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.files import DIRECTORY_MODE, expand_path, read_regular, write_atomic
-from cifar_hpc.text import control_character, shown
+from cifar_hpc.text import control_character, counted, shown
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parent  # or, in a job, the folder of the run's code snapshot
@@ -248,5 +248,5 @@ def run_of_task(root: Path, target: str) -> RunPaths:
         return RunPaths(root, target)
     names, index = read_points(Path(target)), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not (index.isascii() and index.isdigit() and int(index) < len(names)):
-        raise SpecError(f"{target}: has {len(names)} points and none of index {index!r}.")
+        raise SpecError(f"{target}: has {counted(len(names), 'point')} and none of index {index!r}.")
     return RunPaths(root, names[int(index)])

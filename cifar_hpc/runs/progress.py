@@ -92,6 +92,7 @@ class Progress:
     eta_seconds: to the end of the run, without waiting for its next start.
     peak_memory_bytes: by rank; of the device, or of the process on a CPU.
     changed: values by dotted key that differ from the defaults and change the result; None where that is not known.
+    doing: a part of a start that takes its time; None during training, and after any event.
     """
 
     epochs: int = 0
@@ -105,6 +106,7 @@ class Progress:
     eta_seconds: float | None = None
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     changed: dict[str, Any] | None = None
+    doing: str | None = None
     history: History = field(default_factory=History)
     events_bytes: int = 0
     summary: EpochSummary = field(default_factory=EpochSummary)
@@ -121,6 +123,7 @@ class Progress:
         content = content[begin > 0 : content.rfind(b"\n") + 1]
         for row in parse_jsonl(content):
             self.history.add(row)
+            self.doing = None
         self.events_bytes = begin + len(content)
 
     def add_metrics(self, path: Path) -> None:
@@ -178,7 +181,7 @@ class Progress:
         shown = {
             "format": FORMAT,
             "state": STATES[history.state["event"]] if history.state else "not started",
-            **{key: getattr(self, key) for key in _POSITION},
+            **{key: getattr(self, key) for key in (*_POSITION, "doing")},
             "test_accuracy": summary.test_accuracy,
             "best": summary.best_accuracy,
             "world_size": history.attempts[-1].world_size if history.attempts else None,
@@ -287,7 +290,7 @@ def _stored(paths: RunPaths) -> Progress:
             **{key: row[key] for key in (*_POSITION, *_SIZES)},
             history=History(**{**history, "attempts": [Attempt(**attempt) for attempt in history["attempts"]]}),
             summary=EpochSummary(**row["metrics"]),
-            changed=row.get("changed"),  # older versions write none
+            **{key: row.get(key) for key in ("changed", "doing")},  # older versions write none
         )
     except DAMAGE:
         return Progress()

@@ -285,6 +285,8 @@ def _state_of(
         silent = min((age for age in (log_age, begun) if age is not None), default=0.0)
         if silent > max(HUNG_SECONDS, HUNG_INTERVALS * progress.log_seconds):
             state, detail = "hung", f"no log line for {duration(silent)}, {detail}"
+    if state == "running" and progress.doing:
+        detail = f"{detail}: {progress.doing}"
     waiting = job if state in WAITING else None
     start = waiting.start_time if waiting else None
     eta = None if state in (*ENDED, "hung", UNKNOWN) else progress.eta_seconds

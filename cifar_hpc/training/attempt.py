@@ -17,7 +17,7 @@ from cifar_hpc.runs.events import Finished, Resumed, Started
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.tensorfile import digest
-from cifar_hpc.text import one_line
+from cifar_hpc.text import counted, one_line
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.recovery import Choice, choose
@@ -37,7 +37,7 @@ from cifar_hpc.training.environment import (
     resolve_amp,
 )
 from cifar_hpc.training.exit import FailureReporter, finished, stopped
-from cifar_hpc.training.process import Patience, process_age
+from cifar_hpc.training.process import Patience
 from cifar_hpc.training.trainer import Position, Trainer
 
 # After a requeue, processes of the job's last attempt may still be exiting on their node.
@@ -69,6 +69,7 @@ class Attempt:
                 self.trainer.store.wait()
             return self.failures.report(error)
         finally:
+            context.quiet()
             if self.watchdog is not None:
                 self.watchdog.stop()
         position = self._position()
@@ -93,7 +94,7 @@ class Attempt:
         context.startup.lap("import")
         device = self._join_ranks()
         context.startup.lap("group")
-        context.heart.beat("looking for a checkpoint")
+        context.begin("looking for a checkpoint")
         agreement = Agreement(launch.world_size, lag=1 if device.type == "cuda" else 0)
         context.restart = agreement.from_rank_0(self._open_run)
         context.startup.lap("lock")
@@ -102,7 +103,7 @@ class Attempt:
         context.startup.lap("checkpoint")
         if agreement.from_rank_0(lambda: self._has_finished(chosen)):
             return
-        context.heart.beat("loading the images")
+        context.begin(f"loading the images ({spec.data.source})")
         data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
             lambda: load_dataset(spec.data, context.paths.root, self._progress)
         )
@@ -120,7 +121,7 @@ class Attempt:
         context.startup.lap("checkpoint")
         # A rank that has failed so far is noticed here, where gloo reports it; NCCL would wait for it.
         agreement.now(Request.GO_ON)
-        context.heart.beat("setting up the model")
+        context.begin("setting up the model")
         engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
         self._compare(agreement, gradient=engine.first_gradient())
         environment = combined(self.ranks, (*describe_environment(spec, device), "data", "test_data", "gradient"))
@@ -139,7 +140,8 @@ class Attempt:
         context.startup.lap("model")
         context.heart.beat("the first step", trainer.position.step)
         if context.first:
-            self._announce(trainer.position, chosen, environment)
+            self._announce(trainer, chosen, environment)
+        context.begin("compiling the model, which takes minutes" if spec.train.compile else "taking the first step")
         agreement.now(Request.GO_ON)
 
     def _join_ranks(self) -> torch.device:
@@ -151,7 +153,7 @@ class Attempt:
         self.watchdog = Watchdog(board, context.heart, limit, self.failures.from_watchdog).start()
         device = resolve_device(context.spec, launch.local_rank)
         configure_torch(context.spec, device)
-        context.heart.beat("meeting the other ranks")
+        context.begin("meeting the other ranks")
         facts = describe_rank(context.spec, device)
         self.ranks = connect(launch, device, tcp_store, board, context.stop, self._progress, facts)
         return device
@@ -193,7 +195,8 @@ class Attempt:
         """Report progress of the start. True to stop it, on rank 0 only: the other ranks must not leave alone."""
         self.context.heart.beat(text or self.context.heart.doing)
         if text:
-            self.context.log.line(text)
+            self.context.quiet()
+            self.context.say(text)
         return self.context.first and self.context.stop.requested
 
     def _check_images(self, state: TrainingState) -> None:
@@ -217,36 +220,39 @@ class Attempt:
         if not (context.first and context.spec.checkpoint.automatic):
             return None
         past = History.read(context.paths.events).losses
-        return CheckpointPacer(past, process_age(), context.log.line, time.monotonic())
+        news = context.restart == 0 or past.count > 0  # else it is as the first attempt has said
+        return CheckpointPacer(past, context.log.line if news else lambda _: None, time.monotonic())
 
     # ------------------------------------------------------------ reports
 
-    def _announce(self, position: Position, chosen: Choice | None, environment: dict[str, Any]) -> None:
+    def _announce(self, trainer: Trainer, chosen: Choice | None, environment: dict[str, Any]) -> None:
         """Write the beginning of the attempt to train.log and events.jsonl. Rank 0 only."""
-        context, launch, log = self.context, self.context.launch, self.context.log
+        context, launch, log, position = self.context, self.context.launch, self.context.log, trainer.position
         cut = restore_metrics(context.paths.metrics, position.history)
-        where = "started from step 0"
-        changed = {}
+        where, changed, processes = "started from step 0", {}, counted(launch.world_size, "process")
         if chosen is not None:
+            steps = trainer.engine.steps_per_epoch
             where = (
-                f"resumed from {chosen.path.name}: step {position.step}, epoch {position.epoch + 1}, "
-                f"step {position.step_in_epoch} of the epoch"
+                f"resumed from {chosen.path.name}: epoch {position.epoch + 1}, step {position.step_in_epoch}/{steps}"
             )
             before = chosen.read().environment
             # A key that an older version did not record says nothing.
             changed = {k: [before[k], v] for k, v in environment.items() if k in before and before[k] != v}
-        log.banner(
-            [
-                f"run {context.paths.name}  |  {where}",
-                f"host {socket.gethostname()}  |  job {launch.job_id or '-'} ({launch.scheduler or 'no scheduler'})"
-                f"  |  restart {context.restart}  |  world size {launch.world_size}  |  "
-                f"shards {context.spec.train.shards}",
-                f"{environment['device']}  |  {environment['amp']}  |  cifar_hpc {__version__}, "
-                f"torch {torch.__version__}, python {platform.python_version()}",
-            ]
-        )
+            begun = [attempt.world_size for attempt in History.read(context.paths.events).attempts if attempt.begun]
+            if begun and begun[-1] != launch.world_size:
+                processes += f" (before: {begun[-1]})"
+        start = f"restart {context.restart}  |  " if context.restart else ""
+        job = f"job {launch.job_id}  |  " if launch.job_id else ""
+        lines = [f"run {context.paths.name}  |  {where}", f"{start}{job}host {socket.gethostname()}  |  {processes}"]
+        if chosen is None:  # later changes are warnings
+            lines[-1] += f", {counted(trainer.engine.layout.shards, 'shard')}"
+            lines.append(
+                f"{environment['device']}, {environment['amp']}  |  cifar_hpc {__version__}, "
+                f"torch {torch.__version__}, python {platform.python_version()}"
+            )
+        log.banner(lines)
         if cut:
-            log.line(f"metrics.jsonl: {cut} row(s) beyond the checkpoint cut off; they are computed again")
+            log.line(f"metrics.jsonl: {counted(cut, 'row')} after the checkpoint removed, to be computed again")
         if changed:
             log.warn(
                 f"this is not the environment of the checkpoint, so the bits {'' if 'gradient' in changed else 'may '}"

@@ -88,7 +88,7 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
                     engine.model(images)
                 table[batch] = torch.cat(running)
             if between(
-                f"epoch {epoch + 1}: measuring BatchNorm statistics of the weights to evaluate, "
+                f"epoch {epoch + 1}: measuring BatchNorm statistics, "
                 f"batch {min(first + layout.world_size, batches)}/{batches}"
             ):
                 return False

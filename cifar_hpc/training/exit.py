@@ -24,7 +24,7 @@ from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
 from cifar_hpc.runs.requeue import Decision, Ending
 from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue
-from cifar_hpc.text import printable
+from cifar_hpc.text import counted, printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
 from cifar_hpc.training.process import is_running, siblings
@@ -60,8 +60,8 @@ def finished(context: Context, position: Position | None) -> None:
     else:
         last, best = position.history[-1], position.best
         context.log.line(
-            f"FINISHED {position.epoch} epochs, {position.step} steps: test accuracy {last['test_accuracy']:.2f}% "
-            f"(best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
+            f"FINISHED {counted(position.epoch, 'epoch')}, {counted(position.step, 'step')}: "
+            f"test accuracy {last['test_accuracy']:.2f}% (best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
         )
         context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
     if context.launch.scheduler == "slurm" and context.log.enabled:

@@ -141,7 +141,7 @@ class Stopwatch:
         return {phase: round(seconds, 3) for phase, seconds in (*self.seconds.items(), ("total", self.total))}
 
     def __str__(self) -> str:
-        return f"{self.total:.1f} s: " + ", ".join(f"{phase} {s:.1f}" for phase, s in self.seconds.items())
+        return f"{self.total:.1f} s: " + ", ".join(f"{phase} {s:.1f}" for phase, s in self.seconds.items() if s >= 0.5)
 
 
 class Patience:

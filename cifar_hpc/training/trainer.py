@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from cifar_hpc.errors import RunFailedError
 from cifar_hpc.randomness import permutation
 from cifar_hpc.runs.events import Evaluated
 from cifar_hpc.runs.logs import metrics_text, restore_metrics, utc_now, write_metrics
+from cifar_hpc.text import duration
 from cifar_hpc.training.checkpoints.format import TrainingState, to_host
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import BEST, CheckpointStore
@@ -62,6 +62,7 @@ class Trainer:
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest checkpoint
         self._save_seconds = self.spec.checkpoint.interval_seconds  # between two checkpoints; None: not by time
         self._bad_loss = self._warned_slow = False
+        self.figures = ""  # of the last line of progress
         self._start_clocks()
 
     def resume(self, state: TrainingState) -> None:
@@ -128,6 +129,7 @@ class Trainer:
         if not self.context.startup.over:
             self.engine.bad_step.item()  # waits for the device, after the first step only
             self.context.say_first_step(position.step)
+            self._restart_line_clock()  # it takes many times as long as another, and would spoil the first rate
 
     def _measure(self, seconds: float, now: float) -> None:
         """Update the checkpoint interval after a step, and warn of slow storage. Rank 0 only."""
@@ -157,7 +159,7 @@ class Trainer:
             self.save()
         elif agreed is Request.CHECK:
             self.engine.check_finite()
-        if self._line_due():
+        if self._line_due() and self._images_done() > self._last_line_images:
             self._bad_loss = self.engine.bad_loss() is not None
             self._progress_line()
 
@@ -300,12 +302,10 @@ class Trainer:
         restore_metrics(self.context.paths.metrics, self.position.history)
         figures = {key: row[key] for key in ("epoch", "step", "test_accuracy", "test_loss")}
         self.context.emit(Evaluated(**figures))
-        best = self.position.best
+        best = " (best)" if self.position.best["epoch"] == row["epoch"] else ""
         self.context.log.line(
-            f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.4f} acc "
-            f"{row['train_accuracy']:.2f}%  |  test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2f}% "
-            f"(best {best['test_accuracy']:.2f}% at {best['epoch']})  |  lr {row['lr']:.6f}  "
-            f"{row['epoch_seconds']:.1f} s  {row['images_per_second']:,.1f} img/s"
+            f"epoch {row['epoch']}/{self.spec.train.epochs} DONE  train loss {row['train_loss']:.3f}  "
+            f"test {row['test_accuracy']:.2f}%{best}  {duration(row['epoch_seconds'])}"
         )
         self._restart_line_clock()
 
@@ -313,14 +313,12 @@ class Trainer:
         position, engine, done, images = self.position, self.engine, self._images_done(), self.engine.images_per_epoch
         loss, accuracy = engine.loss_so_far(done - position.epoch * images)
         rate = (done - self._last_line_images) / (time.monotonic() - self._last_line)
-        left = timedelta(seconds=round(epochs_left(self.spec, done / images) * images / rate))
+        left = epochs_left(self.spec, done / images) * images / rate
         lr = learning_rate(self.spec, position.epoch, engine.updates, engine.steps_per_epoch)
-        self.context.log.line(
-            f"epoch {position.epoch + 1}/{self.spec.train.epochs} "
-            f"step {position.step_in_epoch}/{engine.steps_per_epoch} (total {position.step})  "
-            f"loss {loss:.4f}  acc {accuracy:.2f}%  lr {lr:.6f}  {rate:,.1f} img/s  run ETA {left}"
-        )
-        self._report_position(left.total_seconds(), loss=loss, accuracy=accuracy, lr=lr, images_per_second=rate)
+        self.figures = f"loss {loss:.3f}  {rate:,.{1 if rate < 100 else 0}f} img/s  run ETA {duration(left)}"
+        where = f"epoch {position.epoch + 1}/{self.spec.train.epochs}"
+        self.context.log.line(f"{where} step {position.step_in_epoch}/{engine.steps_per_epoch}  {self.figures}")
+        self._report_position(left, loss=loss, accuracy=accuracy, lr=lr, images_per_second=rate)
         self._restart_line_clock()
 
     def _report_position(self, eta_by_rate: float | None = None, **figures: float) -> None:

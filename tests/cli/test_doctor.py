@@ -137,7 +137,7 @@ def test_gpus_of_a_node(gres: str, gpus: int) -> None:
     ("resources", "status", "words"),
     [
         ({"nodes": "2", "gpus_per_node": 4}, "ok", "in service: 3 with 4 GPUs, 5 with 0 GPUs; 3 out of service"),
-        ({"nodes": "4", "gpus_per_node": 4}, "problem", "4 nodes with 4 GPUs each are asked for"),
+        ({"nodes": "4", "gpus_per_node": 4}, "problem", "asked for: 4 with 4 GPUs each"),
         ({"nodes": "3-9", "gpus_per_node": 4}, "ok", "in service"),
         ({"nodes": "1", "gpus_per_node": 8}, "problem", "8 GPUs each"),
         ({"nodes": "8", "gpus_per_node": 0}, "ok", "in service"),

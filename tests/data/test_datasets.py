@@ -289,7 +289,7 @@ def test_the_chosen_images_are_fixed(root: Path) -> None:
 
 @pytest.mark.parametrize("key", ["train_size", "test_size"])
 def test_more_images_than_there_are(root: Path, key: str) -> None:
-    with pytest.raises(SpecError, match=rf"^data\.{key}: 31 is more than the (30|10) images"):
+    with pytest.raises(SpecError, match=rf"^data\.{key}: 31 is more than there are: (30|10) images"):
         load_dataset(DataSpec(source="folder", root="images", **{key: 31}), root)
 
 

@@ -157,7 +157,7 @@ def test_only_an_enabled_log_writes(tmp_path: Path) -> None:
     log.line("text")
     lines = path.read_text().splitlines()
     assert lines[1] == "== run a"
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d text", lines[3])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d text", lines[2])
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ def test_a_rank_that_fails_on_its_way_does_not_keep_the_others_waiting(ranks: Ra
     assert ranks.run(3, fails_before_it_meets, str(file), group=False) == [heard, "failed", heard]
 
 
-WAITING = "waiting for rank(s) 2 of 3, which have not come up yet"
+WAITING = "still waiting for rank 2 of 3 to come up"
 
 
 def arrives_late(rank: int, world: int, file: str) -> list[str]:
@@ -188,7 +188,7 @@ def alone(rank: int, world: int, root: str, file: bool, present: int) -> str:
 
 @pytest.mark.parametrize("way", ["file", "MASTER_ADDR"])
 def test_ranks_that_never_come_are_named_and_nobody_guesses_why(ranks: Ranks, tmp_path: Path, way: str) -> None:
-    for present, words in enumerate(("of the 3 processes, rank(s) 1, 2 did not come up within 1 s", "rank ")):
+    for present, words in enumerate(("of the 3 processes, ranks 1, 2 did not come up within 1 s", "rank ")):
         root = tmp_path / str(present)
         (root / "slurm").mkdir(parents=True)
         said = ranks.run(3, alone, str(root), way == "file", present, group=False)[present]

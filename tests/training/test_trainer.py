@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, Ranks, tiny_engine, tiny_spec
 
+from cifar_hpc.cli.tail import PROGRESS
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.runs.events import Checkpoint, Event
 from cifar_hpc.runs.logs import read_jsonl
@@ -326,5 +327,6 @@ def test_progress_lines_come_every_log_seconds(tmp_path: Path) -> None:
     run = Run(tmp_path, train={"epochs": 1, "log_seconds": 1e-6})
     run.train()
     lines = [line for line in run.log().splitlines() if " run ETA " in line]
-    assert [line.partition("(total ")[2].partition(")")[0] for line in lines] == ["1", "2", "3"]
+    assert [line.partition(" step ")[2].partition(" ")[0] for line in lines] == ["2/3", "3/3"], "the first one warms up"
     assert " evaluating: 20/20 test images" in run.log()
+    assert max(map(len, lines)) <= 80 and all(PROGRESS.match(line) for line in lines)

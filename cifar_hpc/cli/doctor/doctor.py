@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from cifar_hpc.cli.doctor import login, node
-from cifar_hpc.cli.doctor.node import STATUSES, Finding, Plan, TaskReport, counted, ok, problem, run_check, warning
+from cifar_hpc.cli.doctor.node import STATUSES, Finding, Plan, TaskReport, ok, problem, run_check, warning
 from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.config.io import Site
 from cifar_hpc.config.spec import Spec
@@ -28,7 +28,7 @@ from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.paths import RunPaths, project_root
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
-from cifar_hpc.text import one_line, printable
+from cifar_hpc.text import counted, one_line, printable
 
 DESCRIPTION = """\
 Each line is ok, a warning or a problem, with what was found and what to do.

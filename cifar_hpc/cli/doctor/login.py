@@ -24,6 +24,7 @@ from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.paths import PROJECT
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import NO_LIMIT, node_counts, parse_time
+from cifar_hpc.text import counted
 
 PROBE_SECONDS = 300
 # On one machine's own disk or memory; a login node may of course export them to the others.
@@ -209,7 +210,8 @@ class SlurmChecks:
             words = f"no partition is named: this site's router has to choose one; there are: {names}"
             return warning(words, "or name one: --partition")
         name = fields["PartitionName"] + (" (the default)" if self.resources.partition is None else "")
-        words = f"{name}: {fields.get('State')}, {fields.get('TotalNodes')} nodes, up to {fields.get('MaxTime')}"
+        nodes = counted(int(fields.get("TotalNodes", 0)), "node")
+        words = f"{name}: {fields.get('State')}, {nodes}, up to {fields.get('MaxTime')}"
         if fields.get("State") != "UP":
             return problem(words, "it starts no jobs now; see sinfo, or another --partition")
         if 0 < _seconds(fields.get("MaxTime", "")) < parse_time(self.resources.time):
@@ -224,12 +226,15 @@ class SlurmChecks:
         for count, state, gres in _table("sinfo", "--noheader", f"--partition={name}", "--format=%D|%t|%G"):
             nodes[-1 if state.startswith(OUT) else gpus_of(gres)] += int(count)
         out = nodes.pop(-1, 0)
-        words = ", ".join(f"{count} with {gpus} GPUs" for gpus, count in sorted(nodes.items(), reverse=True)) or "none"
+        words = (
+            ", ".join(f"{count} with {counted(gpus, 'GPU')}" for gpus, count in sorted(nodes.items(), reverse=True))
+            or "none"
+        )
         words = f"in service: {words}" + (f"; {out} out of service" if out else "")
         if not nodes:
             return problem(words, "see sinfo -R for the reasons; another --partition")
         if sum(nodes[gpus] for gpus in nodes if gpus >= wanted) < node_counts(self.resources.nodes)[0]:
-            words = f"{words}; {self.resources.nodes} nodes with {wanted} GPUs each are asked for"
+            words = f"{words}; asked for: {self.resources.nodes} with {counted(wanted, 'GPU')} each"
             return problem(words, "fewer --nodes or --gpus-per-node, another --partition")
         return ok(words)
 

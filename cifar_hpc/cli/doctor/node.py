@@ -26,6 +26,7 @@ from cifar_hpc.data.image_folder import list_folder
 from cifar_hpc.errors import SchedulerError, UserError, explain
 from cifar_hpc.files import try_flock, write_atomic
 from cifar_hpc.slurm import client
+from cifar_hpc.text import counted
 from cifar_hpc.training.process import Launch
 
 PLAN, LOCK = "plan.json", "lock"  # files in the folder of doctor's job; the login node holds the lock meanwhile
@@ -75,11 +76,6 @@ def run_check(name: str, check: Callable[..., Finding | Iterable[Finding]], *arg
             words = f"{type(error).__name__}: {error}"
         findings = [problem(f"it could not be checked: {words}", "fix that, and try again")]
     return [replace(finding, check=finding.check or name) for finding in findings]
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 task` or `2 tasks`."""
-    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cifar_hpc.runs.history import Losses
-from cifar_hpc.text import duration
+from cifar_hpc.text import counted, duration
 
 # Before the first measurement a checkpoint is assumed to cost a second. This prior fades measurement by measurement,
 # since the first one may be far off on a shared machine.
@@ -77,31 +77,17 @@ def best_interval(costs: Costs, mean: float) -> float:
     return max(interval, LEAST_SECONDS, WRITES_APART * costs.write)
 
 
-def expected_goodput(interval: float, costs: Costs, restart: float, mean: float) -> float:
-    """Return the share of a run's time that is not lost, 0 to 1 (Daly 2006, the complete model).
-
-    Args:
-        interval: seconds from one checkpoint to the next.
-        restart: seconds from a loss to the next step of training.
-    """
-    lost = restart + costs.write  # the work done during the last write is lost as well
-    if (interval + lost) / mean > 700:  # beyond what exp() can hold
-        return 0.0
-    return max(0.0, interval - costs.stall) / (mean * math.exp(lost / mean) * math.expm1(interval / mean))
-
-
 class CheckpointPacer:
     """Chooses the checkpoint interval on rank 0, from the cost of checkpoints measured during training.
 
     Args:
         past: losses in the run's earlier attempts.
-        restart: seconds that this attempt took before its first step.
         say: called with a line for the log when the interval is chosen, and when it changes noticeably.
         now: monotonic seconds, as in all its methods.
     """
 
-    def __init__(self, past: Losses, restart: float, say: Callable[[str], None], now: float) -> None:
-        self.past, self.restart, self.say = past, restart, say
+    def __init__(self, past: Losses, say: Callable[[str], None], now: float) -> None:
+        self.past, self.say = past, say
         self._began = now
         self._steps: deque[float] = deque(maxlen=STEPS_KEPT)  # seconds of steps during which nothing was written
         self._to_skip = WARM_UP_STEPS
@@ -146,19 +132,10 @@ class CheckpointPacer:
         interval = best_interval(self.costs, mean)
         if self._said is None or not 1 / NOTICEABLE < interval / self._said < NOTICEABLE:
             self._said = interval
-            self.say(self._line(interval, seen, mean))
+            self.say(self._line(interval, seen))
         return interval
 
-    def _line(self, interval: float, seen: Losses, mean: float) -> str:
-        costs = self.costs
-        cost = (
-            f"one costs {costs.stall:.2g} s of training and is on disk after {costs.write:.2g} s"
-            if self._writes
-            else f"taken to cost {costs.stall:g} s each until one is measured"
-        )
-        goodput = expected_goodput(interval, costs, self.restart, mean)
-        return (
-            f"checkpoints every {duration(interval)} (auto): {cost}; a restart takes {self.restart:.0f} s; unannounced "
-            f"losses so far: {seen.count} in {duration(seen.seconds)}, expected every {duration(mean)}; "
-            f"expected goodput {100 * goodput:.2f}%"
-        )
+    def _line(self, interval: float, seen: Losses) -> str:
+        cost = f"one costs {'' if self._writes else '~'}{self.costs.stall:.2g} s"
+        lost = f"work was lost {counted(seen.count, 'time')}" if seen.count else "no work was lost"
+        return f"checkpoints every {duration(interval)}: {cost}, {lost}"

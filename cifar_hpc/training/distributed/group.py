@@ -170,10 +170,10 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: Sto
         tries += 1
         if tries % LOOK_TRIES == 0:
             _require_alive(launch, {int(key[5:]) for key in missing})
-        names = ", ".join(key[5:] for key in missing)
+        names = f"rank{'s' * (len(missing) > 1)} {', '.join(key[5:] for key in missing)}"
         due = time.monotonic() > next_line
         next_line += WAITING_LINE_SECONDS * due
-        progress(f"waiting for rank(s) {names} of {launch.world_size}, which have not come up yet" if due else "")
+        progress(f"still waiting for {names} of {launch.world_size} to come up" if due else "")
         # The first rank to set the key decides for all: one that left alone would be missed during the set-up.
         if (stop.requested and board.set_once(_BEGIN, _STOP) == _STOP) or board.get(_BEGIN) == _STOP:
             _leave_together(store, launch)
@@ -181,7 +181,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: Sto
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
         if patience.over():
             raise RanksLostError(
-                f"of the {launch.world_size} processes, rank(s) {names} did not come up within {RENDEZVOUS_SECONDS} s. "
+                f"of the {launch.world_size} processes, {names} did not come up within {RENDEZVOUS_SECONDS} s. "
                 "HINT: their own logs are beside this one's, in logs/<run>/slurm; that of rank 0 has srun's words."
             )
         time.sleep(0.05)

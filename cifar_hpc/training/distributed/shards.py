@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.text import counted
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.world_size > self.shards:
             raise RunFailedError(
-                f"{self.world_size} processes are more than the run's {self.shards} shard(s), fixed at its first "
-                f"start. HINT: start at most {self.shards} processes, or begin a run with --set train.shards="
-                f"{self.world_size} (or more) under another --name."
+                f"{self.world_size} processes are more than the run's {counted(self.shards, 'shard')}, fixed at its "
+                f"first start. HINT: start at most {counted(self.shards, 'process')}, or begin a run with --set "
+                f"train.shards={self.world_size} (or more) under another --name."
             )
 
     def of_rank(self, rank: int) -> range:
