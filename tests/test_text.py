@@ -17,7 +17,16 @@ from cifar_hpc import __main__
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli import status, tail
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.text import SHOWN_CHARACTERS, control_character, duration, in_markdown, one_line, printable, shown
+from cifar_hpc.text import (
+    SHOWN_CHARACTERS,
+    control_character,
+    counted,
+    duration,
+    in_markdown,
+    one_line,
+    printable,
+    shown,
+)
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r[/red][link=file:///x]"
 ROW = {
@@ -200,3 +209,8 @@ def test_errors_carry_no_control_characters(paths: RunPaths, capsys: pytest.Capt
     assert __main__.main(["train", f"{ESCAPE}.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and control_character(error.rstrip("\n")) is None
+
+
+def test_numbers_have_their_plurals() -> None:
+    assert [counted(number, "epoch") for number in (0, 1, 12000)] == ["0 epochs", "1 epoch", "12,000 epochs"]
+    assert [counted(number, "process") for number in (1, 2)] == ["1 process", "2 processes"]
