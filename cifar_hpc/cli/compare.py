@@ -17,7 +17,17 @@ from cifar_hpc.cli.terminal import PLAIN, Column, Style, fit, lay_out, paint, us
 from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs.paths import find_runs, project_root
-from cifar_hpc.runs.results import MANY_KEYS, Row, group_runs, read_rows, settings, short_keys, sort_key, varied_keys
+from cifar_hpc.runs.results import (
+    MANY_KEYS,
+    Group,
+    Row,
+    group_runs,
+    read_rows,
+    settings,
+    short_keys,
+    sort_key,
+    varied_keys,
+)
 from cifar_hpc.runs.state import ANSWER_SECONDS, jobs_of
 from cifar_hpc.text import in_markdown, one_line, printable, shown
 
@@ -71,12 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     root = project_root()
     groups = group_runs(find_runs(root, arguments.runs), each=arguments.each)
-    try:
-        jobs = jobs_of([run for group in groups for run in group.runs], ANSWER_SECONDS)
-    except SchedulerError as error:
-        jobs = None
-        print(f"warning: the state of unfinished runs is not known: {printable(str(error))}", file=sys.stderr)
-    rows = read_rows(groups, jobs)
+    rows = read_groups(groups)
     if arguments.sort is not None:
         rows = sort_rows(rows, arguments.sort, all_columns(rows, each=arguments.each))
     columns = [column for column in all_columns(rows, each=arguments.each) if column.shown]
@@ -94,6 +99,16 @@ def main(arguments: argparse.Namespace) -> int:
         if group.problem:
             print(f"warning: {group.runs[0].name}: {printable(group.problem)}", file=sys.stderr)
     return 0
+
+
+def read_groups(groups: Sequence[Group]) -> list[Row]:
+    """The rows of the table, with the states of the runs, if Slurm answers; else a warning."""
+    try:
+        jobs = jobs_of([run for group in groups for run in group.runs], ANSWER_SECONDS)
+    except SchedulerError as error:
+        jobs = None
+        print(f"warning: the state of unfinished runs is not known: {printable(str(error))}", file=sys.stderr)
+    return read_rows(groups, jobs)
 
 
 def as_json(rows: Sequence[Row]) -> str:

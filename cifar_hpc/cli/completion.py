@@ -37,7 +37,7 @@ COMPLETERS = {
     "NAME": "_cifar_hpc_profiles",
     "P": "_cifar_hpc_partitions",
     "DIR": "_cifar_hpc_directories",
-    **dict.fromkeys(("INPUT", "FILE.csv", "FILE.safetensors"), "_cifar_hpc_files"),
+    **dict.fromkeys(("INPUT", "FILE.csv", "FILE.html", "FILE.safetensors"), "_cifar_hpc_files"),
 }
 
 

@@ -19,7 +19,7 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.cli.figures import plot
 from cifar_hpc.runs.paths import RunPaths
 
-FIGURES = ["architecture", "accuracy", "loss", "learning_rate", "timeline"]
+FIGURES = ["accuracy", "loss", "learning_rate", "timeline"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def words_of(svg: Path) -> str:
     return "\n".join(ElementTree.parse(svg).getroot().itertext())
 
 
-def test_a_run_has_five_figures_in_two_forms(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_four_figures_in_two_forms(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(root, "a", [10, 30, 20])
     assert main(["plot", "a"]) == 0
     out, err = capsys.readouterr()
@@ -50,7 +50,6 @@ def test_a_run_has_five_figures_in_two_forms(root: Path, capsys: pytest.CaptureF
     assert leftovers(root) == []
     assert "test: 20.00% at epoch 3" in words_of(root / "figures/accuracy.svg")
     assert "best: 30.00% at epoch 2" in words_of(root / "figures/accuracy.svg")
-    assert "bottleneck, shortcut by 1×1 convolution" in words_of(root / "figures/architecture.svg")
     assert "training: 24 s" in words_of(root / "figures/timeline.svg")
 
 
@@ -66,13 +65,125 @@ def test_figures_go_where_out_says_and_replace_older_ones(root: Path, capsys: py
 
 def test_different_models_have_a_figure_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
-        make(root, f"relu-{seed}", [10], model={"activation": "relu"}, train={"seed": seed})
-        make(root, f"leaky-{seed}", [10], train={"seed": seed})
+        make(root, f"small-{seed}", [10], model={"blocks": [1, 1], "widths": [64, 128]}, train={"seed": seed})
+        make(root, f"large-{seed}", [10], model={"blocks": [1, 2], "widths": [64, 128]}, train={"seed": seed})
     assert main(["plot", "*"]) == 0
     names = {Path(path).stem for path in capsys.readouterr().out.splitlines()}
-    assert names == {"architecture-relu-0", "architecture-leaky-0", *FIGURES[1:]}
-    assert "activation leaky_relu" in words_of(root / "figures/accuracy.svg")
-    assert "activation relu, seed 1" in words_of(root / "figures/timeline.svg")
+    assert names == {"architecture-small-0", "architecture-large-0", *FIGURES}
+    assert "blocks [1, 1], 2 seeds" in words_of(root / "figures/accuracy.svg")
+    assert "blocks [1, 2], seed 1" in words_of(root / "figures/timeline.svg")
+
+
+def test_a_shape_that_all_runs_share_is_drawn_once_and_only_if_asked_for(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(root, "relu", [10], model={"activation": "relu"})
+    make(root, "leaky", [10], model={"dropout": 0.3})
+    assert main(["plot", "*"]) == 0
+    assert "architecture" not in capsys.readouterr().out
+    assert main(["plot", "*", "--only", "architecture", "--format", "svg"]) == 0
+    (path,) = capsys.readouterr().out.splitlines()
+    assert path in ("figures/architecture-leaky.svg", "figures/architecture-relu.svg")  # says whose dropout it has
+    assert main(["plot", "relu", "--only", "loss,architecture", "--format", "svg"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["figures/architecture.svg", "figures/loss.svg"]
+    assert "bottleneck, shortcut by 1×1 convolution" in words_of(root / "figures/architecture.svg")
+
+
+def test_pdf_has_fonts_that_journals_take_and_is_the_same_file_each_time(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(root, "a", [10, 30, 20])
+    assert main(["plot", "a", "--only", "loss,timeline", "--format", "pdf,svg"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"figures/{n}.{f}" for n in ("loss", "timeline") for f in ("pdf", "svg")
+    ]
+    content = (root / "figures/loss.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert b"/Type3" not in content
+    assert main(["plot", "a", "--only", "loss", "--format", "pdf"]) == 0
+    assert (root / "figures/loss.pdf").read_bytes() == content
+
+
+def test_labels_and_marks_are_chosen(root: Path) -> None:
+    for seed in (0, 1):
+        write_metrics(make(root, f"a{seed}", [], model={"dropout": 0.5}, train={"seed": seed}), [10, 20], restarts=[2])
+    make(root, "b", [10, 30])
+    assert main(["plot", "*", "--label", "a1=half <b>", "--label", "b=$x$ = 1", "--only", "accuracy,timeline"]) == 0
+    words = words_of(root / "figures/accuracy.svg")
+    assert "half <b>, 2 seeds: 20.00 ± 0.00%" in words
+    assert "$x$ = 1: 30.00%" in words
+    assert "dropout" not in words
+    assert "restart" in words
+    assert {"half <b>, seed 0", "half <b>, seed 1", "$x$ = 1"} <= set(
+        words_of(root / "figures/timeline.svg").split("\n")
+    )
+    assert main(["plot", "*", "--no-restarts", "--only", "accuracy"]) == 0
+    assert "restart" not in words_of(root / "figures/accuracy.svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "acuracy"], "--only: 'acuracy' is not allowed; allowed: accuracy, loss, learning_rate, timeline, "
+         "architecture. HINT: did you mean 'accuracy'?"),
+        (["--only", "timeline", "--terminal"], "'timeline' is not allowed; allowed: accuracy, loss, learning_rate."),
+        (["--format", "png,gif"], "--format: 'gif' is not allowed; allowed: png, svg, pdf."),
+        (["--label", "run-c=x"], "--label: 'run-c=x' is not allowed; allowed: RUN=TEXT, runs: run-a, run-b. "
+         "HINT: did you mean 'run-b'?"),
+        (["--label", "run-a"], "--label: 'run-a' is not allowed; allowed: RUN=TEXT"),
+        (["--label", "run-a=x", "--label", "run-b=y"], "--label: 'run-b=y': its line is labelled 'x'; "
+         "allowed: one label for all seeds."),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    make(root, "run-a", [10], train={"seed": 0})
+    make(root, "run-b", [10], train={"seed": 1})
+    assert main(["plot", "run-*", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (root / "figures").exists()
+
+
+def test_without_matplotlib_the_error_names_what_still_works(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    make(root, "a", [10])
+    assert main(["plot", "a"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "figures take matplotlib, which does not load here" in err
+    assert "plot --terminal and compare work without it" in err
+    assert not (root / "figures").exists()
+    assert main(["plot", "a", "--terminal"]) == 0
+
+
+@pytest.mark.process
+def test_a_home_that_cannot_be_written_to_changes_nothing(root: Path) -> None:
+    make(root, "a", [10])
+    (root / "file").touch()  # a HOME below it can be made by nobody, root included
+    command = [
+        sys.executable,
+        "-m",
+        "cifar_hpc",
+        "plot",
+        "a",
+        "--only",
+        "loss",
+        "--format",
+        "svg",
+        "--out",
+        str(root / "f"),
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "MPL"))} | {
+        "HOME": str(root / "file/x")
+    }
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stderr == ""
+    assert done.stdout == f"{root}/f/loss.svg\n"
 
 
 def test_not_all_of_too_many_models_are_drawn(
@@ -80,8 +191,8 @@ def test_not_all_of_too_many_models_are_drawn(
 ) -> None:
     monkeypatch.setattr(plot, "MOST_ARCHITECTURES", 1)
     monkeypatch.setattr(plot, "MOST_ROWS", 1)
-    for rate in (0.1, 0.2):
-        make(root, f"r{rate}", [10], model={"dropout": rate})
+    for rate in (0.0625, 0.125):
+        make(root, f"r{rate}", [10], model={"width_multiplier": rate})
     assert main(["plot", "r*"]) == 0
     out, err = capsys.readouterr()
     assert out.count("architecture") == 2
@@ -98,9 +209,9 @@ def test_without_pytorch_all_but_the_architecture_is_drawn(
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "cifar_hpc.models.summary", raising=False)
     make(root, "a", [10])
-    assert main(["plot", "a"]) == 0
+    assert main(["plot", "a", "--only", "loss,architecture"]) == 0
     out, err = capsys.readouterr()
-    assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES[1:]
+    assert [Path(path).stem for path in out.splitlines()][::2] == ["loss"]
     assert err.startswith("NOTE the architecture is left out, since drawing it takes PyTorch, which does not load here")
 
 
@@ -142,7 +253,7 @@ def test_a_damaged_spec_costs_the_architecture_only(root: Path, capsys: pytest.C
     make(root, "a", [10]).spec.write_text("\x1b[31m: [")
     assert main(["plot", "a"]) == 0
     out, err = capsys.readouterr()
-    assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES[1:]
+    assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES
     assert "NOTE a: its spec cannot be read" in err
     assert "\x1b" not in err
 

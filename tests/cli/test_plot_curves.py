@@ -73,14 +73,13 @@ def test_seeds_are_a_line_in_a_band(make: Maker) -> None:
     figure = accuracy_figure(series_of(make("a", [10, 20], train={"seed": 0}), make("b", [14, 30], train={"seed": 1})))
     (axis,) = figure.axes
     assert curves(axis)[1] == [(1, 12), (2, 25)]
-    bands = [{tuple(map(float, vertex)) for vertex in band.get_paths()[0].vertices} for band in axis.collections]
-    assert bands[1] >= {(1, 10), (2, 20), (1, 14), (2, 30)}
+    bands = [{(x, round(y, 2)) for x, y in band.get_paths()[0].vertices.tolist()} for band in axis.collections]
+    assert bands[1] >= {(1, 9.17), (2, 17.93), (1, 14.83), (2, 32.07)}  # the means ± 2.83 and 7.07
     assert legend(figure) == [
-        "test, 2 seeds: 25.00 ± 7.07% at epoch 2 (best 25.00)",
+        "test, 2 seeds: 25.00 ± 7.07% at epoch 2",
         "training",
-        "mean of the seeds, and the band from least to greatest",
+        "mean ± sample standard deviation over the seeds",
     ]
-    assert figure.legends[0].get_title().get_text().startswith("last test accuracy, mean ± standard deviation")
 
 
 def test_a_seed_that_is_further_goes_on_thinner(make: Maker) -> None:
@@ -88,7 +87,48 @@ def test_a_seed_that_is_further_goes_on_thinner(make: Maker) -> None:
         series_of(make("a", [10, 20, 40], train={"seed": 0}), make("b", [14, 30], train={"seed": 1}))
     )
     assert [(2, 20), (3, 40)] in curves(figure.axes[0])
-    assert "a seed that is further than others" in legend(figure)
+    assert "a seed that is unfinished or further than others" in legend(figure)
+
+
+def test_a_seed_that_has_not_finished_is_marked_and_in_no_mean(make: Maker) -> None:
+    runs = [make(f"r{n}", [10, 20 + n, 30][:done], train={"seed": n, "epochs": 3}) for n, done in enumerate((3, 3, 1))]
+    figure = accuracy_figure(series_of(*runs))
+    assert curves(figure.axes[0])[2:] == [[(1, 10), (2, 20.5), (3, 30)], [(1, 10)]]
+    words = "test, 2 seeds and 1 unfinished (1 of 3 epochs): 30.00 ± 0.00% at epoch 3"
+    assert " ".join(legend(figure)[0].split()) == words
+    assert "a seed that is unfinished or further than others" in legend(figure)
+    alone = score_figure(series_of(runs[2]), "loss")
+    assert legend(alone) == ["test (1 of 3 epochs)", "training"]
+
+
+def test_seeds_of_which_none_has_finished_are_all_in_the_mean(make: Maker) -> None:
+    runs = [make(f"r{n}", [10, 20, 30][:done], train={"seed": n, "epochs": 9}) for n, done in enumerate((3, 1))]
+    figure = score_figure(series_of(*runs), "loss")
+    assert legend(figure)[0] == "test, 2 seeds (1 to 3 of 9 epochs)"
+
+
+def test_the_axes_have_one_size_whatever_the_legend_has(make: Maker) -> None:
+    one, other = make("a", [10, 30, 20], restarts=(2,)), make("b" * 90, [99.123, 99.5, 99.7], optimizer={"lr": 1e-5})
+    figures = [score_figure(series_of(*runs), what) for runs in ([one], [one, other]) for what in ("accuracy", "loss")]
+    figures += [learning_rate_figure(series_of(one)), learning_rate_figure(series_of(one, other))]
+    boxes = []
+    for figure in figures:
+        figure.draw_without_rendering()
+        box = figure.axes[0].get_window_extent()
+        boxes.append([round(value) for value in (box.x0, figure.bbox.y1 - box.y1, box.width, box.height)])
+        assert figure.axes[0].get_tightbbox().x0 >= 0
+        assert all(one.get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0 for one in figure.legends)
+    assert boxes == [boxes[0]] * len(boxes)
+
+
+def test_few_lines_are_distinguishable_without_colours(make: Maker) -> None:
+    series = series_of(*(make(f"r{n}", [10 + n] * 50, model={"dropout": n / 10}) for n in range(5)))
+    for figure in (score_figure(series, "loss"), accuracy_figure(series)):
+        assert len({(line.get_marker(), line.get_linestyle()) for line in figure.axes[1].get_lines()}) == 5
+
+
+def test_a_number_is_in_a_figure_once(make: Maker) -> None:
+    assert legend(accuracy_figure(series_of(make("a", [10, 20])))) == ["test: 20.00% at epoch 2", "training"]
 
 
 def test_few_groups_share_a_panel(make: Maker) -> None:
@@ -97,8 +137,8 @@ def test_few_groups_share_a_panel(make: Maker) -> None:
     by_colour = [(to_hex(line.get_color()), line.is_dashed()) for line in axis.get_lines()]
     assert by_colour == [(colour.lower(), dashed) for colour in COLOURS[:2] for dashed in (True, False)]
     assert legend(figure) == [
-        "dropout 0.1: 20.00% (best 20.00)",
-        "dropout 0.5: 20.00% (best 20.00)",
+        "dropout 0.1: 20.00%",
+        "dropout 0.5: 20.00%",
         "test",
         "training",
     ]
@@ -126,7 +166,7 @@ def test_of_many_groups_the_best_have_a_style_each_and_the_others_are_grey(make:
     figure = accuracy_figure(series)
     texts = legend(figure)
     assert len(texts) == MOST_STYLES + 2
-    assert texts[0] == "dropout 0.16: 36.00% (best 36.00)"
+    assert texts[0] == "dropout 0.16: 36.00%"
     assert "16 with lower test accuracy: 20.00 to 35.00%" in texts
     greys = [line for line in figure.axes[1].get_lines() if line.get_color() == GREY]
     assert len(greys) == 30 - MOST_STYLES

@@ -22,7 +22,7 @@ def test_a_run_is_its_rows(make: Maker) -> None:
     (one,) = series_of(make("a", [10, 20, 15]))
     line = one.line("test_accuracy")
     assert line.mean == {1: 10, 2: 20, 3: 15}
-    assert (line.low, line.high, line.beyond, line.restarts) == ({}, {}, (), {})
+    assert (line.low, line.high, line.beyond, line.restarts) == ({}, {}, (), ())
     assert one.score() == Score(epoch=3, last=15, last_deviation=None, best=20, best_epoch=2)
 
 
@@ -30,7 +30,8 @@ def test_seeds_are_a_mean_within_the_least_and_the_greatest(make: Maker) -> None
     (one,) = series_of(make("a", [10, 20], train={"seed": 0}), make("b", [14, 30], train={"seed": 1}))
     line = one.line("test_accuracy")
     assert line.mean == {1: 12, 2: 25}
-    assert (line.low, line.high) == ({1: 10, 2: 20}, {1: 14, 2: 30})
+    assert line.low == pytest.approx({1: 12 - math.sqrt(8), 2: 25 - math.sqrt(50)})
+    assert line.high == pytest.approx({1: 12 + math.sqrt(8), 2: 25 + math.sqrt(50)})
     score = one.score()
     assert score is not None
     assert (score.last, score.best, score.best_epoch) == (25, 25, None)
@@ -45,7 +46,7 @@ def test_the_mean_ends_where_the_first_seed_does_and_the_others_go_on_alone(make
     line = one.line("test_accuracy")
     assert line.mean == {1: 12, 2: 25}
     assert line.beyond == ({2: 20, 3: 40, 4: 50},)
-    assert line.restarts == {4: 50, 2: 25}
+    assert line.restarts == ((4, 50), (2, 25))
     score = one.score()
     assert score is not None
     assert score.epoch == 2

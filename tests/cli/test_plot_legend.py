@@ -6,7 +6,7 @@ import pytest
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cifar_hpc.cli.figures.style import LETTERS_AN_INCH, MOST_COLUMNS, add_legend, new_figure, shorten
+from cifar_hpc.cli.figures.style import ABOVE, BELOW, LETTERS_AN_INCH, MOST_COLUMNS, add_legend, new_figure, shorten
 
 LINE = Line2D([], [], color="red")
 
@@ -32,16 +32,26 @@ def test_figures_are_never_cut() -> None:
 def test_there_are_as_many_columns_as_fit_and_the_axes_keep_their_height(words: str, columns: int) -> None:
     figure = new_figure(7, 2)
     axis = figure.subplots()
-    figure.draw_without_rendering()
-    before = axis.get_window_extent().height
     add_legend(figure, [(LINE, words, "")] * 20)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert columns <= MOST_COLUMNS
     assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
-    assert axis.get_window_extent().height == pytest.approx(before, rel=0.03)
+    assert axis.get_window_extent().height == pytest.approx((2 - ABOVE - BELOW) * figure.dpi)
     assert legend.get_window_extent().width <= figure.bbox.width
     assert legend.get_window_extent().y1 <= axis.get_tightbbox().y0
+
+
+def test_a_long_name_is_wrapped_before_it_is_cut() -> None:
+    figure = new_figure(3.5, 2)
+    figure.subplots()
+    add_legend(figure, [(LINE, ", ".join(f"key_{n} 0.000{n}" for n in range(9)), ": 95.00 ± 0.20%")])
+    (text,) = figure.legends[0].get_texts()
+    lines = text.get_text().split("\n")
+    assert len(lines) == 3
+    assert lines[-1].endswith(": 95.00 ± 0.20%")
+    assert "…" not in text.get_text()
+    assert text.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_samples_may_be_lines_bands_and_patches() -> None:

@@ -6,6 +6,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, SINGLE_COLUMN, Axes, Figure, add_legend, new_figure
+from cifar_hpc.errors import UserError
+from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.results import Group, labels, one_a_seed, shared_label
@@ -21,15 +23,16 @@ Style = dict[str, Any]  # as Line2D takes it
 YLABELS = {"accuracy": "accuracy (%)", "loss": "loss (cross-entropy)"}
 ONE_PANEL = 3  # of so many series training and test are distinguishable in one panel
 MOST_STYLES = 2 * len(COLOURS)  # more are not distinguishable: of more series those with lower test accuracy are grey
-PANEL_HEIGHT = 2.1  # inches
+PANEL_HEIGHT = 2.2  # inches
 MARKED_EPOCHS = 20  # a line of so few epochs shows each of them
 DENSE = 100  # with more epochs the line is thinner
 GREY, DARK, BLACK = "#aaaaaa", "#555555", "#000000"
 DASHES = (0, (4, 1.5))
 TRAINING: Style = {"linestyle": DASHES, "linewidth": 0.9}
 OTHERS: Style = {"color": GREY, "linewidth": 0.6, "zorder": 1.5}
-BEYOND: Style = {"linewidth": 0.5}
+BEYOND: Style = {"linewidth": 0.5, "marker": ""}
 BAND: Style = {"alpha": 0.2, "linewidth": 0}
+MARKERS = "os^Dv<P"  # of a few lines, which are told apart without colours, too
 RESTART: Style = {"linestyle": "", "marker": "o", "markersize": 3, "markerfacecolor": "white", "markeredgewidth": 0.8}
 BEST: Style = {"linestyle": "", "marker": "*", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
@@ -39,31 +42,38 @@ class RunCurves(NamedTuple):
 
     curves: by field of the rows, those of GREATEST.
     restarts: the first epoch that was finished after each restart.
+    epochs: how many its spec has; 0 if that cannot be read.
     """
 
     run: RunPaths
     curves: Mapping[str, Curve]
     restarts: tuple[int, ...]
+    epochs: int
+
+    @property
+    def done(self) -> int:
+        """The last epoch."""
+        return max((epoch for curve in self.curves.values() for epoch in curve), default=0)
 
 
 class Line(NamedTuple):
     """A field of a group: one run's curve, or the mean of several seeds.
 
-    mean: up to the epoch that each of the seeds has finished.
-    low, high: the least and the greatest of the seeds; empty for a single run.
-    beyond: the curves of those seeds that are further, from the last common epoch on.
-    restarts: for each restart of any of the seeds, the drawn value at its epoch.
+    mean: over those seeds that have finished, or over all where none has; up to the epoch that each of them has done.
+    low, high: the mean less and plus the sample standard deviation of these seeds; empty for a single one.
+    beyond: the curves of seeds that are further, from the last common epoch on, and of those that are not in the mean.
+    restarts: for each restart of any of the seeds, its epoch and the drawn value.
     """
 
     mean: Curve
     low: Curve
     high: Curve
     beyond: tuple[Curve, ...]
-    restarts: Curve
+    restarts: tuple[tuple[int, float], ...]
 
 
 class Score(NamedTuple):
-    """Test accuracy in percent: mean over the seeds, and standard deviation (None for a single run).
+    """Test accuracy in percent: mean over the seeds as in `Line`, and standard deviation (None for a single one).
 
     epoch: the last one that all seeds have finished, to which `last` belongs.
     best_epoch: that of `best`; None for several seeds, of which each has its own.
@@ -88,16 +98,39 @@ class Series(NamedTuple):
     group: Group
     members: tuple[RunCurves, ...]
 
+    @property
+    def counted(self) -> tuple[RunCurves, ...]:
+        """The members that have finished, or all where none has, as `compare` counts them."""
+        return tuple(member for member in self.members if member.done >= member.epochs) or self.members
+
+    @property
+    def name(self) -> str:
+        """The label, with the number of seeds, and how far those got that have not finished."""
+        late = sorted({member.done for member in self.members if member.done < member.epochs})
+        far = " to ".join(map(str, dict.fromkeys((late[0], late[-1])))) if late else ""
+        progress = far and f" ({far} of {max(member.epochs for member in self.members)} epochs)"
+        if len(self.members) == 1:
+            return self.label + progress
+        more = len(self.members) - len(self.counted)
+        seeds = f"{self.label}, {len(self.counted)} seed{'s' * (len(self.counted) > 1)}"
+        return seeds + (f" and {more} unfinished" if more else "") + progress
+
     def line(self, field: str) -> Line:
         """The line of a field of metrics.jsonl; its parts are empty where no row has it."""
         curves, by_epoch = self._common(field)
         end = max(by_epoch, default=0)
         mean = {epoch: fmean(values) for epoch, values in by_epoch.items()}
-        several = by_epoch if len(curves) > 1 else {}
-        low, high = ({epoch: of(values) for epoch, values in several.items()} for of in (min, max))
-        beyond = tuple({e: value for e, value in curve.items() if e >= end} for curve in curves if max(curve) > end)
-        restarts = [(epoch, member.curves[field]) for member in self.members for epoch in member.restarts]
-        return Line(mean, low, high, beyond, {e: mean.get(e, curve[e]) for e, curve in restarts if e in curve})
+        several = {epoch: stdev(values) for epoch, values in by_epoch.items() if len(values) > 1}
+        low, high = ({epoch: mean[epoch] + sign * std for epoch, std in several.items()} for sign in (-1, 1))
+        beyond = [{e: value for e, value in curve.items() if e >= end} for curve in curves if max(curve) > end]
+        beyond += [curve for member in self.members if member not in self.counted if (curve := member.curves[field])]
+        restarts = [
+            (epoch, mean.get(epoch, curve[epoch]) if member in self.counted else curve[epoch])
+            for member in self.members
+            for epoch in member.restarts
+            if epoch in (curve := member.curves[field])
+        ]
+        return Line(mean, low, high, tuple(beyond), tuple(restarts))
 
     def score(self) -> Score | None:
         """Last and best test accuracy; None where the seeds have no epoch in common."""
@@ -111,8 +144,8 @@ class Series(NamedTuple):
         return Score(end, last, deviation, mean, best[0] if alone else None)
 
     def _common(self, field: str) -> tuple[list[Curve], dict[int, list[float]]]:
-        """The curves of the runs that have the field, and all their values at each epoch that they share."""
-        curves = [curve for member in self.members if (curve := member.curves[field])]
+        """The counted curves that have the field, and all their values at each epoch that they share."""
+        curves = [curve for member in self.counted if (curve := member.curves[field])]
         epochs = sorted(set.intersection(*map(set, curves))) if curves else []
         return curves, {epoch: [curve[epoch] for curve in curves] for epoch in epochs}
 
@@ -146,7 +179,11 @@ def read_curves(run: RunPaths) -> RunCurves:
         restart: Any = row.get("restart")
         if type(restart) is int and restart > max(restarts, default=0):
             restarts[restart] = epoch
-    return RunCurves(run, curves, tuple(restarts.values()))
+    try:
+        spec = read_frozen(run)
+    except UserError:  # which plot reports
+        spec = None
+    return RunCurves(run, curves, tuple(restarts.values()), spec.train.epochs if spec else 0)
 
 
 def steep_part_left_out(curves: Sequence[Curve]) -> tuple[float, float] | None:
@@ -175,22 +212,24 @@ def score_figure(series: Sequence[Series], what: str) -> Figure:
         if style is not OTHERS:
             if tested.restarts:
                 restarts = RESTART | {"color": style["color"], "zorder": 3, "gid": "restart"}
-                test.plot(list(tested.restarts), list(tested.restarts.values()), **restarts)
+                test.plot(*zip(*tested.restarts, strict=True), **restarts)
             entries.append((Line2D([], [], **style), *_texts(one, what, alone)))
     score = series[0].score() if alone and accuracy else None
-    if score and score.best_epoch and score.epoch > 1:
+    if score and score.best_epoch not in (None, score.epoch):
         (star,) = test.plot(score.best_epoch, score.best, **BEST, color=BLACK, zorder=4, gid="best")
         entries.append((star, f"best: {score.best:.2f}% at epoch {score.best_epoch}", ""))
-    title = "last test accuracy" if accuracy and not alone else ""
-    if accuracy and any(len(one.members) > 1 for one in series):
-        title = "last test accuracy, mean ± standard deviation over the seeds"
-    add_legend(figure, entries + _explanations(series, lines), title)
-    _finish(training, YLABELS[what], "training" if wide else "")
+    entries += _explanations(series, lines, accuracy)
+    title = "last test accuracy" if accuracy else ""
+    if alone:  # its name is in no entry, and none that is not given is needed
+        title = "" if series[0].label == series[0].group.runs[0].name else series[0].label
+    add_legend(figure, entries, title)
+    last = max(member.done for one in series for member in one.members)
+    _finish(training, last, YLABELS[what], "training" if wide else "")
     if limits := steep_part_left_out([curve for line in lines for curve in (line.mean, *line.beyond)]):
         room = 0.05 * (limits[1] - limits[0]) or 0.5
         training.set_ylim(limits[0] - room, min(limits[1] + room, 100.5 if accuracy else math.inf))
     if wide:
-        _finish(test, "", "test")
+        _finish(test, last, "", "test")
     return figure
 
 
@@ -201,14 +240,15 @@ def learning_rate_figure(series: Sequence[Series]) -> Figure:
     merged = merge_equal(series)
     figure = new_figure(SINGLE_COLUMN, PANEL_HEIGHT)
     axis: Axes = figure.subplots()
-    for number, (_, curve) in enumerate(merged):
-        _plot(axis, curve, _style(number))
-    _finish(axis, "learning rate")
+    styles = [_style(number, len(merged)) for number in range(len(merged))]
+    for style, (_, curve) in zip(styles, merged, strict=True):
+        _plot(axis, curve, style)
+    _finish(axis, max(member.done for one in series for member in one.members), "learning rate")
     axis.set_ylim(bottom=0)
     texts = [label for label, _ in merged[:MOST_STYLES]]
     texts += [f"{len(merged) - MOST_STYLES} others"] if len(merged) > MOST_STYLES else []
-    if len(merged) > 1:
-        add_legend(figure, [(Line2D([], [], **_style(number)), text, "") for number, text in enumerate(texts)])
+    samples = [(Line2D([], [], **style), text, "") for style, text in zip(styles, texts, strict=False)]
+    add_legend(figure, samples if len(merged) > 1 else [])
     return figure
 
 
@@ -228,7 +268,7 @@ def merge_equal(series: Sequence[Series]) -> list[tuple[str, Curve]]:
     for text, (curve, owners) in zip(shared, merged, strict=True):
         first, *others = dict.fromkeys(one.label for one in owners)
         several = f"{first} and {len(others)} more" if others else first
-        named.append((text if text and shared.count(text) == 1 else several, dict(sorted(curve.items()))))
+        named.append((text if others and text and shared.count(text) == 1 else several, dict(sorted(curve.items()))))
     return named
 
 
@@ -236,14 +276,20 @@ def looks(series: Sequence[Series]) -> list[tuple[Series, Style]]:
     """Each series with its style, in the given order; OTHERS for those that are too many."""
     scores = [score.last if (score := one.score()) else -1.0 for one in series]
     best = sorted(range(len(series)), key=lambda index: -scores[index])[:MOST_STYLES]
-    styles = {index: _style(number) for number, index in enumerate(sorted(best))}
+    styles = {index: _style(number, len(series)) for number, index in enumerate(sorted(best))}
     return [(one, styles.get(index, OTHERS)) for index, one in enumerate(series)]
 
 
-def _style(number: int) -> Style:
+def _style(number: int, of: int) -> Style:
     if number >= MOST_STYLES:
         return OTHERS
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if number < len(COLOURS) else DASHES}
+    # Markers stand apart along the axes, at another place on each line.
+    few = 1 < of <= len(MARKERS)
+    marker = {"marker": MARKERS[number], "markersize": 2.5, "markevery": (0.02 * number, 0.16)} if few else {}
+    return marker | {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": "-" if number < len(COLOURS) else DASHES,
+    }
 
 
 def _draw(axis: Axes, line: Line, style: Style) -> None:
@@ -253,32 +299,39 @@ def _draw(axis: Axes, line: Line, style: Style) -> None:
     if line.low:
         low, high = (list(bound.values()) for bound in (line.low, line.high))
         axis.fill_between(list(line.low), low, high, color=style["color"], **BAND)
+        if len(low) == 1:  # the band has no width
+            axis.vlines(list(line.low), low, high, color=style["color"], alpha=BAND["alpha"], linewidth=5)
 
 
 def _plot(axis: Axes, curve: Curve, style: Style) -> None:
-    marker: Style = {"marker": ".", "markersize": 4} if len(curve) <= MARKED_EPOCHS else {}
+    marker: Style = {}
+    if len(curve) <= MARKED_EPOCHS:
+        marker = {"markevery": None} if style.get("marker") else {"marker": ".", "markersize": 4, "markevery": None}
     width = style.get("linewidth", 1.2) * (0.75 if len(curve) > DENSE else 1)
     axis.plot(list(curve), list(curve.values()), **style | marker | {"linewidth": width})
 
 
-def _finish(axis: Axes, ylabel: str, title: str = "") -> None:
+def _finish(axis: Axes, last: int, ylabel: str, title: str = "") -> None:
+    room = min(0.03 * (last - 1), 0.9) or 0.5
+    axis.set_xlim(1 - room, last + room)
     axis.locator_params("x", integer=True, nbins=6, min_n_ticks=1, steps=[1, 2, 5, 10])
     axis.set(xlabel="epoch", ylabel=ylabel, title=title)
 
 
 def _texts(one: Series, what: str, alone: bool) -> tuple[str, str]:
     """Name and values of a series in the legend; the values are in that of the accuracy only."""
-    seeds = f", {len(one.members)} seeds" if len(one.members) > 1 else ""
-    name = f"test{seeds}" if alone else one.label
+    name = one._replace(label="test").name if alone else one.name
     score = one.score() if what == "accuracy" else None
     if score is None:
         return name, ""
     at = f" at epoch {score.epoch}" if alone else ""
-    best = "" if alone and score.best_epoch else f" (best {score.best:.2f})"
+    best = f" (best {score.best:.2f})"
+    if (alone and score.best_epoch) or f"{score.best:.2f}" == f"{score.last:.2f}":
+        best = ""
     return name, f": {score.last_text}%{at}{best}"
 
 
-def _explanations(series: Sequence[Series], lines: Sequence[Line]) -> list[tuple[Any, str, str]]:
+def _explanations(series: Sequence[Series], lines: Sequence[Line], accuracy: bool) -> list[tuple[Any, str, str]]:
     """Entries of the legend for the styles that several series share."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -286,14 +339,18 @@ def _explanations(series: Sequence[Series], lines: Sequence[Line]) -> list[tuple
     alone, wide = len(series) == 1, len(series) > ONE_PANEL
     scores = [one.score() for one, style in looks(series) if style is OTHERS]
     accuracies = [score.last for score in scores if score]
-    between = f": {min(accuracies):.2f} to {max(accuracies):.2f}%" if accuracies else ""
+    between = f": {min(accuracies):.2f} to {max(accuracies):.2f}%" if accuracies and accuracy else ""
     band = (Patch(color=DARK, **BAND), Line2D([], [], color=DARK))
     explained = (
         (not alone and not wide, Line2D([], [], color=BLACK), "test"),
         (not wide, Line2D([], [], color=COLOURS[1] if alone else BLACK, **TRAINING), "training"),
         (scores, Line2D([], [], **OTHERS), f"{len(scores)} with lower test accuracy{between}"),
-        (any(x.beyond for x in lines), Line2D([], [], color=DARK, **BEYOND), "a seed that is further than others"),
-        (any(x.low for x in lines), band, "mean of the seeds, and the band from least to greatest"),
+        (
+            any(x.beyond for x in lines),
+            Line2D([], [], color=DARK, **BEYOND),
+            "a seed that is unfinished or further than others",
+        ),
+        (any(x.low for x in lines), band, "mean ± sample standard deviation over the seeds"),
         (any(x.restarts for x in lines), Line2D([], [], color=BLACK, **RESTART), "restart"),
     )
     return [(sample, text, "") for present, sample, text in explained if present]

@@ -4,33 +4,45 @@ import argparse
 import shutil
 import string
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 from cifar_hpc.cli import terminal
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.architecture import architecture_figure
 from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
 from cifar_hpc.config.spec import ModelSpec
-from cifar_hpc.errors import UserError
+from cifar_hpc.errors import SpecError, UserError, nearest
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
 from cifar_hpc.runs.results import group_runs, labels
 from cifar_hpc.runs.timeline import read_timeline
 from cifar_hpc.text import printable
+from cifar_hpc.text import shown as quoted
 
 DESCRIPTION = """\
-Draws architecture, accuracy, loss, learning rate and timeline (waiting,
-training, preemptions), each as PNG and SVG. Several runs share the axes; runs
-that differ in nothing but the seed become one curve, their mean, with a band;
-restarts are marked."""
-EXAMPLES = ("improved_resnet-1a2b3c4d", "'dropout-*' --out figures", "improved_resnet-1a2b3c4d --terminal")
+Draws accuracy, loss, learning rate and timeline (waiting, training,
+preemptions), each as PNG and SVG; the architecture where the runs differ in
+its shape or --only asks for it. Several runs share the axes; runs that differ
+in nothing but the seed become one curve, the mean of those that have finished,
+in a band of one sample standard deviation; restarts are marked."""
+EXAMPLES = (
+    "improved_resnet-1a2b3c4d",
+    "'dropout-*' --only accuracy,loss --format pdf --no-restarts",
+    "'dropout-*' --label dropout-1a2b3c4d='no dropout' --label dropout-5e6f7a8b='dropout 0.2'",
+    "improved_resnet-1a2b3c4d --terminal",
+)
+FIGURES = ("accuracy", "loss", "learning_rate", "timeline", "architecture")
+TITLES = {"accuracy": "accuracy (%)", "loss": "loss", "learning_rate": "learning rate"}  # in the terminal
+NO_SHAPE: dict[str, Any] = {"dropout": 0.0, "activation": "relu"}  # keys of a model that leave all sizes as they are
 
 MOST_ARCHITECTURES = 8
 # In the terminal: of xterm's 256 colours those next to Okabe and Ito's; without colours, letters.
 COLOURS, LETTERS = (74, 208, 36, 175, 214, 25), string.ascii_letters.swapcase()
 LEAST_WIDTH, LEAST_HEIGHT, MOST_HEIGHT = 40, 10, 22
-LEARNING_RATE = "learning rate"
 Labelled = tuple[str, str, curves.Curve]  # label, its values, curve
 _ASCII = str.maketrans("┌┐└┘─│┤├┬┴┼", "++++-||++++")  # the frame on a terminal without UTF-8
 
@@ -38,6 +50,11 @@ _ASCII = str.maketrans("┌┐└┘─│┤├┬┴┼", "++++-||++++")  # th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="names or patterns such as 'dropout-*'")
     parser.add_argument("--out", metavar="DIR", default="figures", help="where the files go (default: figures)")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(FIGURES)}")
+    parser.add_argument("--format", metavar="FORMS", default="png,svg", help="some of png,svg,pdf (default: png,svg)")
+    text = "name a run's line; may be repeated, and one of several seeds stands for all"
+    parser.add_argument("--label", metavar="RUN=TEXT", action="append", default=[], help=text)
+    parser.add_argument("--no-restarts", action="store_true", help="leave out the marks of restarts on the curves")
     parser.add_argument("--terminal", action="store_true", help="draw curves in the terminal instead")
 
 
@@ -45,18 +62,22 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the figures of runs into the folder --out and print their paths, or draw them in the terminal.
 
     Raises:
-        SpecError: there is no such run, or the folder cannot be made or written to.
-        UserError: none of them has finished an epoch.
+        SpecError: an option is used wrongly, there is no such run, or the folder cannot be made or written to.
+        UserError: none of them has finished an epoch, or matplotlib is missing.
     """
+    only = _listed("--only", arguments.only, TITLES if arguments.terminal else FIGURES)
+    forms = _listed("--format", arguments.format, style.FORMS)
     found = find_runs(project_root(), arguments.runs)
     groups = group_runs(found)
-    series = curves.read_series(groups)
+    series = _labelled(curves.read_series(groups), arguments.label)
+    if arguments.no_restarts:
+        series = [one._replace(members=tuple(m._replace(restarts=()) for m in one.members)) for one in series]
     for group in groups:
         if group.problem:
             _note(f"{group.runs[0].name}: its spec cannot be read: {group.problem}")
     shown = {member.run for one in series for member in one.members}
     if empty := [run.name for run in found if run not in shown]:
-        words = f"no epoch is finished yet in {_some(empty)}"
+        words = f"no epoch is finished yet in {some(empty)}"
         if not shown:
             hint = f"HINT: python -m cifar_hpc status {' '.join(empty[:3])}"
             raise UserError(f"{words}, so there is nothing to draw. {hint}")
@@ -64,47 +85,103 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.terminal:
         size = shutil.get_terminal_size()
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-        print(draw(series, *size, colours=terminal.use_colour(sys.stdout), ascii_only=ascii_only))
+        print(draw(series, *size, colours=terminal.use_colour(sys.stdout), ascii_only=ascii_only, only=only or TITLES))
         return 0
+    style.load_matplotlib()  # before the folder is made
     folder = terminal.output_folder(arguments.out)
-    for name, figure in _figures(found, series):
-        for path in style.save_figure(figure, folder, name, _some([run.name for run in found])):
+    for name, figure in figures(found, series, only):
+        for path in style.save_figure(figure, folder, name, some([run.name for run in found]), forms):
             print(printable(str(path)), flush=True)
     return 0
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed(option: str, text: str, allowed: Iterable[str]) -> list[str]:
+    """The words of an option, which are separated by commas."""
+    words = text.split(",") if text else []
+    for word in words:
+        if word not in allowed:
+            known = ", ".join(allowed)
+            raise SpecError(f"{option}: {quoted(word)} is not allowed; allowed: {known}.{nearest(word, allowed)}")
+    return words
+
+
+def _labelled(series: Sequence[curves.Series], texts: Sequence[str]) -> list[curves.Series]:
+    """The series with the labels of --label; a run stands for all seeds of its line."""
+    given: dict[str, str] = {}
+    lines = {run.name: one.label for one in series for run in one.group.runs}
+    for label in texts:
+        name, _, text = label.partition("=")
+        if name not in lines or not text.strip():
+            hint = nearest(name, lines) or " HINT: --label dropout-1a2b3c4d='no dropout'"
+            known = some(list(lines)) or "none here"
+            raise SpecError(f"--label: {quoted(label)} is not allowed; allowed: RUN=TEXT, runs: {known}.{hint}")
+        if given.setdefault(lines[name], text) != text:
+            other = quoted(given[lines[name]])
+            raise SpecError(
+                f"--label: {quoted(label)}: its line is labelled {other}; allowed: one label for all seeds."
+            )
+    return [one._replace(label=given.get(one.label, one.label)) for one in series]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _note(text: str) -> None:
-    print(f"NOTE {printable(text)}", file=sys.stderr, flush=True)
+    text = f"NOTE {printable(text)}"
+    if sys.stderr.isatty():
+        text = textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    print(text, file=sys.stderr, flush=True)
 
 
-def _figures(runs: Sequence[RunPaths], series: Sequence[curves.Series]) -> Iterator[tuple[str, style.Figure]]:
-    """Each figure with the name of its file, one after the other: they take memory."""
-    yield from _architectures(series)
+def figures(
+    runs: Sequence[RunPaths], series: Sequence[curves.Series], only: Sequence[str]
+) -> Iterator[tuple[str, style.Figure]]:
+    """Each figure with the name of its file, one after the other: they take memory.
+
+    Args:
+        runs: the rows of the timeline.
+        only: the figures that are wanted; if empty, all but an architecture that the runs share.
+    """
+    if not only or "architecture" in only:
+        yield from _architectures(series, asked=bool(only))
+    only = only or FIGURES
     for score in ("accuracy", "loss"):
-        yield score, curves.score_figure(series, score)
-    yield "learning_rate", curves.learning_rate_figure(series)
+        if score in only:
+            yield score, curves.score_figure(series, score)
+    if "learning_rate" in only:
+        yield "learning_rate", curves.learning_rate_figure(series)
+    if "timeline" not in only:
+        return
     groups = group_runs(runs, each=True)
     if left_out := max(0, len(groups) - MOST_ROWS):
         _note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
+    own: dict[RunPaths, str] = {}
+    for one in series if len(series) > 1 else ():
+        seeds = [f", seed {seed}" for seed in one.group.seeds] if len(one.group.runs) > 1 else [""]
+        own |= {run: one.label + seed for run, seed in zip(one.group.runs, seeds, strict=True)}
     rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
-    shown = [(life, label) for group, label in rows if (life := read_timeline(group.runs[0])).end]
-    if shown:
-        yield "timeline", timeline_figure([life for life, _ in shown], [label for _, label in shown], left_out)
+    lives = [
+        (life, own.get(run, label)) for group, label in rows for run in group.runs if (life := read_timeline(run)).end
+    ]
+    if lives:
+        yield "timeline", timeline_figure([life for life, _ in lives], [label for _, label in lives], left_out)
 
 
-def _architectures(series: Sequence[curves.Series]) -> Iterator[tuple[str, style.Figure]]:
-    """One for each different model, named after the first run that has it."""
-    models: dict[ModelSpec, str] = {}
+def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tuple[str, style.Figure]]:
+    """One for each different shape, named after the first run that has it; of a single one only if asked for."""
+    shapes: dict[ModelSpec, tuple[ModelSpec, str]] = {}
+    models = set()
     for run in (one.group.runs[0] for one in series if not one.group.problem):
         if spec := read_frozen(run):
-            models.setdefault(spec.model, run.name)
-    if len(models) > MOST_ARCHITECTURES:
-        _note(f"the runs have {len(models)} different models, of which {MOST_ARCHITECTURES} are drawn")
-    for model, name in list(models.items())[:MOST_ARCHITECTURES]:
+            models.add(spec.model)
+            shapes.setdefault(replace(spec.model, **NO_SHAPE), (spec.model, run.name))
+    if len(shapes) == 1 and not asked:
+        return
+    if len(shapes) > MOST_ARCHITECTURES:
+        _note(f"the runs have {len(shapes)} different models, of which {MOST_ARCHITECTURES} are drawn")
+    for model, name in list(shapes.values())[:MOST_ARCHITECTURES]:
         try:
             yield ("architecture" if len(models) == 1 else f"architecture-{name}"), architecture_figure(model)
         except ImportError as error:
@@ -112,8 +189,16 @@ def _architectures(series: Sequence[curves.Series]) -> Iterator[tuple[str, style
             return
 
 
-def draw(series: Sequence[curves.Series], width: int, height: int, *, colours: bool, ascii_only: bool = False) -> str:
-    """Three charts below each other as text: accuracy, loss and learning rate.
+def draw(
+    series: Sequence[curves.Series],
+    width: int,
+    height: int,
+    *,
+    colours: bool,
+    ascii_only: bool = False,
+    only: Collection[str] = TITLES,
+) -> str:
+    """Charts below each other as text: accuracy, loss and learning rate, or those of them in `only`.
 
     Args:
         series: of a single one training and test are drawn; of several the test, of the best where they are many.
@@ -125,13 +210,14 @@ def draw(series: Sequence[curves.Series], width: int, height: int, *, colours: b
     shown = [one for one, look in curves.looks(series) if look is not curves.OTHERS]
     width, alone = max(width, LEAST_WIDTH), len(shown) == 1
     charts = []
-    for title, what in (("accuracy (%)", "accuracy"), ("loss", "loss")):
+    for what in [word for word in ("accuracy", "loss") if word in only]:
         lines = [(one.label, _values(one, what, alone), one.line(f"test_{what}").mean) for one in shown]
         if alone:
             lines = [("training", "", shown[0].line(f"train_{what}").mean), ("test", *lines[0][1:])]
-        charts.append(_chart(title if alone else f"test {title}", lines, width, height, colours, alone))
-    rates = [(label, "", curve) for label, curve in curves.merge_equal(shown)]
-    charts.append(_chart(LEARNING_RATE, rates, width, height, colours, False))
+        charts.append(_chart("" if alone else "test ", what, lines, width, height, colours, alone))
+    if "learning_rate" in only:
+        rates = [(label, "", curve) for label, curve in curves.merge_equal(shown)]
+        charts.append(_chart("", "learning_rate", rates, width, height, colours, False))
     if len(shown) < len(series):
         charts.append(f"{len(series) - len(shown)} with lower test accuracy are not shown.")
     text = "\n\n".join(charts)
@@ -144,7 +230,7 @@ def _values(one: curves.Series, what: str, alone: bool) -> str:
     return f": {score.last_text}{at}, best {score.best:.2f}" if score else ""
 
 
-def _chart(title: str, lines: Sequence[Labelled], width: int, height: int, colours: bool, pair: bool) -> str:
+def _chart(of: str, what: str, lines: Sequence[Labelled], width: int, height: int, colours: bool, pair: bool) -> str:
     """A chart, and below it a legend where there are several lines; labels are cut to the width.
 
     Args:
@@ -158,9 +244,9 @@ def _chart(title: str, lines: Sequence[Labelled], width: int, height: int, colou
     figure.theme("colorless")
     figure.canvas("default")
     figure.plot_size(width, max(LEAST_HEIGHT, min(MOST_HEIGHT, height - 2 - len(lines))))
-    figure.title(title)
+    figure.title(of + TITLES[what])
     figure.label("epoch", "x")
-    if title != LEARNING_RATE and (limits := curves.steep_part_left_out([curve for *_, curve in lines])):
+    if what != "learning_rate" and (limits := curves.steep_part_left_out([curve for *_, curve in lines])):
         figure.ruler("y").lim(*limits)
     ticks = _ticks([epoch for *_, curve in lines for epoch in curve], width)
     figure.ruler("x").ticks(ticks, list(map(str, ticks)))

@@ -4,32 +4,33 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from cifar_hpc.cli.figures import style
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, Axes, Figure, add_legend, new_figure, shorten
 from cifar_hpc.runs.timeline import LOST, STARTING, TRAINING, WAITING, Timeline
 
 MOST_ROWS = 40
-ROW_HEIGHT, PROGRESS_HEIGHT, AROUND = 0.24, 1.5, 0.5  # inches
+ROW_HEIGHT, PROGRESS_HEIGHT, AROUND = 0.24, 1.5, style.ABOVE + style.BELOW  # inches
 LABEL_LETTERS = 40
 BAR = 0.5  # of a row's height
 SPANS: dict[str, tuple[str, dict[str, Any]]] = {
     WAITING: ("waiting", {"facecolor": "#f4f4f4", "edgecolor": "#aaaaaa", "hatch": "//////"}),
-    STARTING: ("starting", {"facecolor": COLOURS[4], "edgecolor": COLOURS[4]}),
+    STARTING: ("starting", {"facecolor": "#555555", "edgecolor": "#555555"}),
     TRAINING: ("training", {"facecolor": COLOURS[5], "edgecolor": COLOURS[5]}),
     LOST: ("training that was lost and done again", {"facecolor": "white", "edgecolor": COLOURS[1], "hatch": "xxxxxx"}),
 }
 CHECKPOINT = "checkpoint"
-BELOW, ABOVE = 0.36, -0.36  # the middle of a row
+UNDER, OVER = 0.36, -0.36  # the middle of a row
 MARKS: dict[str, tuple[str, str, float, float]] = {  # marker, colour, size, height
     CHECKPOINT: ("|", COLOURS[0], 4.0, 0.15),
-    "restart": ("^", COLOURS[2], 4.5, BELOW),
-    "preempted": ("v", COLOURS[1], 4.5, ABOVE),
-    "timeout": ("v", COLOURS[3], 4.5, ABOVE),
-    "stopped": ("s", COLOURS[6], 4.5, ABOVE),
-    "cancelled": ("D", COLOURS[6], 4.5, ABOVE),
-    "failed": ("X", COLOURS[6], 5.5, ABOVE),
-    "hung": ("P", COLOURS[6], 5.5, ABOVE),
-    "finished": ("*", COLOURS[6], 8.0, ABOVE),
-    "under way": (">", "#666666", 4.5, ABOVE),
+    "restart": ("^", COLOURS[2], 4.5, UNDER),
+    "preempted": ("v", COLOURS[1], 4.5, OVER),
+    "timeout": ("H", COLOURS[3], 4.5, OVER),
+    "stopped": ("s", COLOURS[6], 4.5, OVER),
+    "cancelled": ("D", COLOURS[6], 4.5, OVER),
+    "failed": ("X", COLOURS[6], 5.5, OVER),
+    "hung": ("P", COLOURS[6], 5.5, OVER),
+    "finished": ("*", COLOURS[6], 8.0, OVER),
+    "under way": (">", "#666666", 4.5, OVER),
 }
 UNITS = (("days", "d", 86400), ("hours", "h", 3600), ("minutes", "min", 60), ("seconds", "s", 1))
 
@@ -60,7 +61,8 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     rows.grid(visible=False, axis="y")
     rows.spines["left"].set_visible(False)
     rows.margins(x=0.01)
-    add_legend(figure, entries)
+    names = max((label.get_window_extent().width for label in rows.get_yticklabels()), default=0) / figure.dpi
+    add_legend(figure, entries, left=style.LEFT if alone else names + 0.12, gap=0.2)
     return figure
 
 
@@ -68,21 +70,21 @@ def _draw_rows(axis: Axes, shown: Sequence[Timeline], begin: float, length: floa
     """Draw the bars and marks; return the legend's entries, with how long each kind of bar took and the number of
     marks. Checkpoints are drawn of a single run only."""
     entries: list[tuple[Any, str, str]] = []
-    for kind, (words, style) in SPANS.items():
+    for kind, (words, look) in SPANS.items():
         sample: Any = None
         for row, timeline in enumerate(shown):
             bars = [((s.begin - begin) / length, (s.end - s.begin) / length) for s in timeline.spans if s.kind == kind]
             if bars:
-                sample = axis.broken_barh(bars, (row - BAR / 2, BAR), **style, linewidth=0.4, gid=kind)
+                sample = axis.broken_barh(bars, (row - BAR / 2, BAR), **look, linewidth=0.4, gid=kind)
         if sample:
             entries.append((sample, words, f": {in_words(sum(timeline.seconds(kind) for timeline in shown))}"))
     for kind, (marker, colour, size, height) in MARKS.items():
         moments = [((at - begin) / length, row + height) for row, one in enumerate(shown) for at in one.moments(kind)]
         if moments and (kind != CHECKPOINT or len(shown) == 1):
             edge = colour if kind == CHECKPOINT else "white"
-            look: Any = {"marker": marker, "color": colour, "markersize": size, "markeredgecolor": edge, "gid": kind}
-            look |= {"linestyle": "", "markeredgewidth": 0.4, "zorder": 4, "clip_on": False}
-            (sample,) = axis.plot(*zip(*moments, strict=True), **look)
+            marks: Any = {"marker": marker, "color": colour, "markersize": size, "markeredgecolor": edge, "gid": kind}
+            marks |= {"linestyle": "", "markeredgewidth": 0.4, "zorder": 4, "clip_on": False}
+            (sample,) = axis.plot(*zip(*moments, strict=True), **marks)
             entries.append((sample, kind, f": {len(moments):,}"))
     return entries
 
