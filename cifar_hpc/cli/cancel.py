@@ -12,7 +12,7 @@ from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.runs.state import jobs_of
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.client import HIDDEN, QueuedJob
+from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, QueuedJob
 
 DESCRIPTION = """\
 The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
@@ -56,6 +56,8 @@ def _cancel(paths: RunPaths, job: QueuedJob) -> None:
         SchedulerError: Slurm refused; DoubtError if that is not known.
     """
     try:
+        if ON_CLUSTER in job.user:  # here its number may be another job's
+            raise SchedulerError(f"job {job.job_id} is not this cluster's.")
         return client.cancel_job(job.job_id)
     except SchedulerError as refusal:
         if job.user:

@@ -346,7 +346,10 @@ def record_submitted(
         command: command line of the submission; None is that of this process.
     """
     command = command or shlex.join(sys.argv)
-    event = Submitted(scheduler=scheduler, code=code.name, command=command, sweep=sweep, user=client.user_name())
+    cluster = (client.cluster_name() or None) if scheduler == "slurm" else None
+    event = Submitted(
+        scheduler=scheduler, code=code.name, command=command, sweep=sweep, user=client.user_name(), cluster=cluster
+    )
     record_event(run, event, job_id=job_id, restart=None, world_size=None)
     where = "waits in Slurm's queue; status says why" if scheduler == "slurm" else "starts on this machine"
     TrainLog(run.train_log, enabled=True).line(f"SUBMITTED as job {job_id}: it {where}")

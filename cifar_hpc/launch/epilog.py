@@ -73,7 +73,12 @@ class Epilog:
         """Report the end and request the requeue, unless a task has done so."""
         last = self.attempt.said
         failed = last.get("event") in FAILURES and last.get("again")
-        if (last and not failed and last["event"] != Requeued.name) or not self._has_nodes():
+        if last and not failed and last["event"] != Requeued.name:
+            return
+        if not self._has_nodes():
+            if not last and not self.attempt.begun and int((self.job or {}).get("Restarts") or 0) <= restart_count():
+                words = f"JobState={(self.job or {}).get('JobState')}: cancelled, or its node is going; not requeueing"
+                self._act(Decision("leave", "ended", words))
             return
         try:
             self.spec = require_frozen(self.paths)

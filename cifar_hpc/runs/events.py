@@ -25,13 +25,17 @@ class Event:
 
 
 class Submitted(Event, name="submitted", state="queued"):
-    """A job was queued, or started on this machine, by `user`; `sweep` is the folder of a sweep's submission."""
+    """A job was queued, or started on this machine, by `user`; `sweep` is the folder of a sweep's submission.
+
+    cluster: Slurm's name of it.
+    """
 
     scheduler: str
     code: str
     command: str
     sweep: str | None = None
     user: str | None = None
+    cluster: str | None = None
 
 
 class Attempted(Event, name="attempt", state="running"):

@@ -23,7 +23,7 @@ from cifar_hpc.runs.paths import SWEEPS, RunPaths, array_points, is_run_name, sa
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
-from cifar_hpc.slurm.client import HIDDEN, SILENT_SECONDS, QueuedJob
+from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, SILENT_SECONDS, QueuedJob
 from cifar_hpc.text import duration
 
 ANSWER_SECONDS = 10.0  # for which a person waits for Slurm's answer
@@ -88,12 +88,13 @@ def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECON
         SchedulerError: Slurm does not answer.
     """
     doubtful = {state.job_id: state for state in states if state.state == UNKNOWN and state.job_id}
-    found = client.squeue_jobs(list(doubtful), timeout_seconds) if doubtful else {}
+    elsewhere = {job_id for job_id, state in doubtful.items() if ON_CLUSTER in (state.owner or "")}
+    found = client.squeue_jobs(asked, timeout_seconds) if (asked := [j for j in doubtful if j not in elsewhere]) else {}
     found = {job_id: job for job_id, job in found.items() if _works_for(job, doubtful[job_id].run)}
-    others = {job_id: s for job_id, s in doubtful.items() if job_id not in found and _is_another(s.user)}
-    if others and client.hides_jobs():
-        for job_id, state in others.items():
-            found[job_id] = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.user))
+    others = {job_id: s for job_id, s in doubtful.items() if job_id not in found and s.owner}
+    for job_id, state in others.items():
+        if job_id in elsewhere or client.hides_jobs():
+            found[job_id] = QueuedJob(job_id, state.run, HIDDEN, "", "", "", "", "", "", user=str(state.owner))
     jobs = {state.run: found.get(job_id) for job_id, state in doubtful.items()}
     return {run: job and dataclasses.replace(job, name=run) for run, job in jobs.items()}
 
@@ -104,8 +105,12 @@ def _works_for(job: QueuedJob, run: str) -> bool:
     return folder.name == run or folder.parent.parent.name == SWEEPS
 
 
-def _is_another(user: str | None) -> bool:
-    return user is not None and user != client.user_name()
+def _owner_elsewhere(submitted: Mapping[str, Any]) -> str:
+    """The owner, by the event of the submission, of a job of another user or on another cluster; else empty."""
+    user, cluster = submitted.get("user"), submitted.get("cluster")
+    if cluster and cluster != client.cluster_name():
+        return f"{user}{ON_CLUSTER}{cluster}"
+    return user if user and user != client.user_name() else ""
 
 
 class QueuePoller:
@@ -142,7 +147,7 @@ class QueuePoller:
         """
         jobs = self.jobs if stale or not self.trouble else None
         states = [read_state(paths, jobs, self.asked_at) for paths in runs]
-        others = [state for state in states if _is_another(state.user)]
+        others = [state for state in states if state.owner]
         if jobs is None or self.trouble or not others:
             return states
         try:
@@ -207,6 +212,7 @@ class RunState:
     position: float | None = None
     changed: dict[str, Any] | None = None
     sweep: str | None = None
+    owner: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -244,6 +250,7 @@ class RunState:
             the next start goes on; null where its files cannot be read.
         changed: {dotted key: value} or null, the keys that change the result and differ from the defaults.
         sweep: str or null, name of the sweep that it was submitted with last.
+        owner: str or null, of an unknown run: whose job it may have, of another user or on another cluster.
         """
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
 
@@ -329,6 +336,7 @@ def _state_of(
         position=position,
         changed=progress.changed,
         sweep=Path(sweep).parent.name if sweep else None,
+        owner=_owner_elsewhere(submitted) or None if state == UNKNOWN else None,
     )
 
 
@@ -364,7 +372,7 @@ def _busy(
 def _in_the_queue(job: QueuedJob, last: Mapping[str, Any], now: datetime) -> tuple[str, str]:
     """(state, detail) of a run that has a job; `last` is `History.state`."""
     if job.state == HIDDEN:
-        return UNKNOWN, f"maybe queued as job {job.job_id}: Slurm does not show others' jobs here"
+        return UNKNOWN, f"maybe queued as job {job.job_id}, which Slurm does not show here"
     name, start = str(last.get("event")), job.start_time
     if job.held and name in FAILURES:
         return "queued", f"held after a failure, until the command requeue releases it: {_failure(last)}"
@@ -411,8 +419,8 @@ def _without_a_job(
         gone = run in jobs  # Slurm was asked for the recorded job by its id
         # By a failure or by leaving the run itself says that it ended, but for a job that Slurm has requeued.
         ended = name in FAILURES or (name == Left.name and reason != "preemption")
-        if not (gone or ended) and _is_another(submitted.get("user")):
-            return UNKNOWN, f"maybe queued as job {history.job_id} of {submitted['user']}"
+        if not (gone or ended) and (owner := _owner_elsewhere(submitted)):
+            return UNKNOWN, f"maybe queued as job {history.job_id} of {owner}"
         heard_at = time_of(last)
         news = asked_at is not None and heard_at is not None and heard_at > asked_at - RECENT_SECONDS
         if news and not (gone or ended or name == Left.name):

@@ -305,6 +305,7 @@ class QueuedJob:
 _QUEUE_FORMAT = "%i|%j|%T|%r|%S|%N|%P|%E|%Z"
 # Names and folders of jobs that are not of this project may hold bars as well; no other field does.
 _QUEUE_LINE = re.compile(r"([^|]*)\|(.*?)\|([A-Z_]+)" + r"\|([^|]*)" * 5 + r"\|(.*)")
+ON_CLUSTER = " on cluster "  # in the user of a job that is not of the cluster here
 HIDDEN = "HIDDEN"  # state of a job that its user has recorded and that Slurm does not show to others
 IDS_A_CALL = 1000  # arguments have a limit
 # Jobs with such a reason do not compete for nodes.
@@ -354,6 +355,15 @@ def hides_jobs() -> bool:
         return "jobs" in setting("PrivateData").split(",")
     except SchedulerError:
         return True
+
+
+@cache
+def cluster_name() -> str:
+    """Name of the cluster whose Slurm answers here; empty if it does not answer."""
+    try:
+        return setting("ClusterName")
+    except SchedulerError:
+        return ""
 
 
 def setting(name: str) -> str:

@@ -128,6 +128,7 @@ SCHEMA: dict[str, tuple[type, ...]] = {
     "position": (*NUMBER, NoneType),
     "changed": (dict, NoneType),
     "sweep": (str, NoneType),
+    "owner": (str, NoneType),
 }
 
 

@@ -17,6 +17,7 @@ from cifar_hpc.cli import submit
 from cifar_hpc.launch import batch_script
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs
+from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import user_name
 
 JOB = "data: {source: synthetic}\n"
@@ -255,3 +256,21 @@ def test_a_number_that_slurm_has_given_to_another_job_is_not_the_runs(site: Site
     site.program("squeue", 'case "$*" in *--jobs*) sed "s/$/|$(id -un)/" "$QUEUE";; esac')
     status, words = site.command("cancel", "run")
     assert status == 2 and "has no job in the queue" in words
+
+
+def test_a_job_on_another_cluster_of_the_same_file_system_is_maybe_there(site: Site) -> None:
+    client.cluster_name.cache_clear()
+    site.program("scontrol", 'echo "ClusterName             = alpha"')
+    assert site.submit()[0] == 0
+    site.stub.end()
+    site.program("scontrol", 'echo "ClusterName             = beta"')
+    site.program("squeue", f'case "$*" in *--jobs*) echo "1|x|RUNNING|None|N/A|n1|gpu|(null)|/x|{user_name()}";; esac')
+    client.cluster_name.cache_clear()
+    assert site.states() == {"run": "unknown"}
+    status, words = site.submit()
+    assert status == 4 and "maybe in the queue as job 1" in words and "on cluster alpha" in words
+    status, words = site.command("cancel", "run")
+    assert status == 3 and "is not this cluster's" in words
+    assert site.command("cancel", "run", "--gone")[0] == 0
+    assert site.submit()[0] == 0
+    client.cluster_name.cache_clear()
