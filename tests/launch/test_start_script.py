@@ -198,7 +198,8 @@ def test_a_job_that_is_being_cancelled_is_not_brought_back(script: Script) -> No
     script.stub("squeue", "#!/bin/sh\necho COMPLETING\n")
     assert names(script.end(python="/nowhere/python")[1]) == ["attempt"]
     script.stub("scontrol", SCONTROL.replace("RUNNING", "COMPLETING"))
-    assert names(script.end()[1]) == ["attempt"]
+    _, rows = script.end()
+    assert names(rows) == ["attempt", "left"] and rows[1]["reason"] == "ended"
     assert script.requests() == []
 
 
