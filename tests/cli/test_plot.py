@@ -121,6 +121,17 @@ def test_labels_and_marks_are_chosen(root: Path) -> None:
     assert "restart" not in words_of(root / "figures/accuracy.svg")
 
 
+def test_runs_of_one_seed_are_one_line_and_a_note(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(root, "a", [10, 20])
+    make(root, "b", [10, 30])
+    assert main(["plot", "*", "--only", "accuracy,timeline"]) == 0
+    assert capsys.readouterr().err == "NOTE not drawn, since another run of the same settings and seed is: b\n"
+    words = words_of(root / "figures/accuracy.svg")
+    assert "test: 20.00% at epoch 2" in words
+    assert "standard deviation" not in words
+    assert {"a", "b"} <= {word.strip() for word in words_of(root / "figures/timeline.svg").split()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

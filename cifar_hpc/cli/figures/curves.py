@@ -155,8 +155,7 @@ def read_series(groups: Sequence[Group]) -> list[Series]:
     series = []
     for group, label in zip(groups, labels(groups), strict=True):
         pairs = zip(map(read_curves, group.runs), group.seeds or (0,), strict=True)
-        pairs_shown = [(read, seed) for read, seed in pairs if any(read.curves.values())]
-        if members := one_a_seed(pairs_shown, lambda read: max(map(len, read.curves.values()))):
+        if members := one_a_seed([pair for pair in pairs if pair[0].done], lambda read: read.done):
             series.append(Series(label, group, tuple(members)))
     return series
 

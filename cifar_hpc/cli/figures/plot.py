@@ -76,7 +76,10 @@ def main(arguments: argparse.Namespace) -> int:
         if group.problem:
             _note(f"{group.runs[0].name}: its spec cannot be read: {group.problem}")
     shown = {member.run for one in series for member in one.members}
-    if empty := [run.name for run in found if run not in shown]:
+    others = {run.name: curves.read_curves(run).done for run in found if run not in shown}
+    if again := [name for name, done in others.items() if done]:
+        _note(f"not drawn, since another run of the same settings and seed is: {some(again)}")
+    if empty := [name for name, done in others.items() if not done]:
         words = f"no epoch is finished yet in {some(empty)}"
         if not shown:
             hint = f"HINT: python -m cifar_hpc status {' '.join(empty[:3])}"
@@ -159,8 +162,10 @@ def figures(
         _note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
     own: dict[RunPaths, str] = {}
     for one in series if len(series) > 1 else ():
-        seeds = [f", seed {seed}" for seed in one.group.seeds] if len(one.group.runs) > 1 else [""]
-        own |= {run: one.label + seed for run, seed in zip(one.group.runs, seeds, strict=True)}
+        several = len(one.group.runs) > 1
+        if len(set(one.group.seeds)) == len(one.group.runs):
+            for run, seed in zip(one.group.runs, one.group.seeds, strict=True):
+                own[run] = one.label + (f", seed {seed}" if several else "")
     rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
     lives = [
         (life, own.get(run, label)) for group, label in rows for run in group.runs if (life := read_timeline(run)).end
