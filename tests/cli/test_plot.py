@@ -143,7 +143,7 @@ def test_runs_of_one_seed_are_one_line_and_a_note(root: Path, capsys: pytest.Cap
          "HINT: did you mean 'run-b'?"),
         (["--label", "run-a"], "--label: 'run-a' is not allowed; allowed: RUN=TEXT"),
         (["--label", "run-a=x", "--label", "run-b=y"], "--label: 'run-b=y': its line is labelled 'x'; "
-         "allowed: one label for all seeds."),
+         "allowed: one for all seeds."),
     ],
 )  # fmt: skip
 def test_wrong_use_is_refused(

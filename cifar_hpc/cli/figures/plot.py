@@ -118,11 +118,8 @@ def _labelled(series: Sequence[curves.Series], texts: Sequence[str]) -> list[cur
             hint = nearest(name, lines) or " HINT: --label dropout-1a2b3c4d='no dropout'"
             known = some(list(lines)) or "none here"
             raise SpecError(f"--label: {quoted(label)} is not allowed; allowed: RUN=TEXT, runs: {known}.{hint}")
-        if given.setdefault(lines[name], text) != text:
-            other = quoted(given[lines[name]])
-            raise SpecError(
-                f"--label: {quoted(label)}: its line is labelled {other}; allowed: one label for all seeds."
-            )
+        if (other := given.setdefault(lines[name], text)) != text:
+            raise SpecError(f"--label: {quoted(label)}: its line is labelled {other!r}; allowed: one for all seeds.")
     return [one._replace(label=given.get(one.label, one.label)) for one in series]
 
 
@@ -160,18 +157,16 @@ def figures(
     groups = group_runs(runs, each=True)
     if left_out := max(0, len(groups) - MOST_ROWS):
         _note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
-    own: dict[RunPaths, str] = {}
-    for one in series if len(series) > 1 else ():
-        several = len(one.group.runs) > 1
-        if len(set(one.group.seeds)) == len(one.group.runs):
-            for run, seed in zip(one.group.runs, one.group.seeds, strict=True):
-                own[run] = one.label + (f", seed {seed}" if several else "")
+    own = {
+        run: one.label + (f", seed {seed}" if len(one.group.runs) > 1 else "")
+        for one in series
+        if len(series) > 1 and len(set(one.group.seeds)) == len(one.group.runs)
+        for run, seed in zip(one.group.runs, one.group.seeds, strict=True)
+    }
     rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
-    lives = [
-        (life, own.get(run, label)) for group, label in rows for run in group.runs if (life := read_timeline(run)).end
-    ]
-    if lives:
-        yield "timeline", timeline_figure([life for life, _ in lives], [label for _, label in lives], left_out)
+    shown = [(life, own.get(g.runs[0], label)) for g, label in rows if (life := read_timeline(g.runs[0])).end]
+    if shown:
+        yield "timeline", timeline_figure([life for life, _ in shown], [label for _, label in shown], left_out)
 
 
 def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tuple[str, style.Figure]]:
