@@ -39,13 +39,13 @@ HEAD = """\
 <style>
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 1rem;
   overflow-wrap: anywhere; color: #111; background: #fff; color-scheme: light }
-div { overflow-x: auto }
+h1 { font-size: 1.5rem } figure { margin: 1rem 0 } div, figure { overflow-x: auto }
 table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
 th, td { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }
 .number { text-align: right; white-space: nowrap }
-svg { max-width: 100%; height: auto } svg * { stroke-linejoin: round; stroke-linecap: butt }
+svg * { stroke-linejoin: round; stroke-linecap: butt }
 pre { font-size: .75rem; white-space: pre-wrap; background: #f4f4f4; padding: .5rem }
-@media print { body { max-width: none } svg, tr { break-inside: avoid } div { overflow: visible } }
+@media print { body { max-width: none } svg, tr { break-inside: avoid } svg { max-width: 100%; height: auto } }
 </style>
 </head>
 <body>
