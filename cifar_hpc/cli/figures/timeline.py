@@ -101,6 +101,7 @@ def _draw_progress(axis: Axes, timeline: Timeline, begin: float, length: float) 
             axis.plot(*zip(before[-1], points[0], strict=True), color="#888888", linewidth=0.7, linestyle=":")
         axis.plot(*zip(*points, strict=True), color=COLOURS[0], gid="progress")
         before = points
+    axis.locator_params("y", integer=True, nbins=6, min_n_ticks=1)
     axis.set(ylabel="epochs done", ylim=(0, None))
 
 
