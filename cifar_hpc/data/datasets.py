@@ -139,10 +139,12 @@ def _stamp(files: list[Path]) -> str | None:
     inode's change (ctime). A second change within that clock's resolution does not move it: so there is no stamp, None,
     while the last one was less than a minute ago, by a server's clock that may be off a little.
     """
-    latest = time.time_ns() - 60 * 10**9
+    latest, began, few = time.time_ns() - 60 * 10**9, time.monotonic(), 1000
     try:
-        with ThreadPoolExecutor(_READERS) as pool:
-            stats = [*chain.from_iterable(pool.map(lambda paths: [*map(os.stat, paths)], _shares(files)))]
+        stats = [*map(os.stat, files[:few])]
+        with ThreadPoolExecutor(_READERS) as pool:  # only where a file takes its time: else threads take the longer
+            each = pool.map if time.monotonic() - began > 0.1 else map
+            stats += chain.from_iterable(each(lambda paths: [*map(os.stat, paths)], _shares(files[few:])))
     except OSError:
         return None  # reading will say why
     if any(status.st_ctime_ns > latest for status in stats):
