@@ -9,6 +9,11 @@ from typing import Any
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _ANY = re.compile(f"[\t\n{_CONTROL}]")
 _BUT_TAB_AND_NEWLINE = re.compile(f"[{_CONTROL}]")
+_IN_LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "×": r"$\times$"}
+    | {character: f"\\{character}" for character in "&%$#_{}"}
+)
 SHOWN_CHARACTERS = 200
 
 
@@ -31,6 +36,11 @@ def one_line(text: str) -> str:
 def in_markdown(text: str) -> str:
     """`text` as one line, with the characters escaped that Markdown would interpret."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(text))
+
+
+def in_latex(text: str) -> str:
+    """`text` as one line, as LaTeX shows it; two hyphens would become a dash."""
+    return one_line(text).translate(_IN_LATEX).replace("--", "-{}-")
 
 
 def shown(value: Any) -> str:

@@ -8,34 +8,28 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from cifar_hpc.cli.terminal import PLAIN, Column, Style, fit, lay_out, paint, use_colour
 from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
+from cifar_hpc.runs import results
 from cifar_hpc.runs.paths import find_runs, project_root
-from cifar_hpc.runs.results import (
-    MANY_KEYS,
-    Group,
-    Row,
-    group_runs,
-    read_rows,
-    settings,
-    short_keys,
-    sort_key,
-    varied_keys,
-)
+from cifar_hpc.runs.results import BASE, MANY_KEYS, Group, Row, sort_key, varied_keys
 from cifar_hpc.runs.state import ANSWER_SECONDS, jobs_of
-from cifar_hpc.text import in_markdown, one_line, printable, shown
+from cifar_hpc.text import in_latex, in_markdown, one_line, printable, shown
 
 DESCRIPTION = """\
 A row for each setting, with only the keys in which the runs differ; runs that
 differ in nothing but the seed are one row, mean and standard deviation. --each
 gives every run a row of its own."""
-EXAMPLES = ("'dropout-*'", "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown")
+EXAMPLES = (
+    "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown",
+    "'dropout-*' --columns run,wall_seconds --latex",
+)
 
 MISSING = "-"
 # Columns by their names, as --sort takes them: those that have the name as their heading, and the figures.
@@ -46,31 +40,38 @@ FIGURES = {  # name: (heading on a terminal, heading in a document)
     "train_accuracy": ("train %", "train accuracy (%)"),
     "training_seconds": ("training", "training time"),
     "wall_seconds": ("wall", "wall time"),
+    "device_seconds": ("device-h", "device-hours"),
+    "lost_seconds": ("lost", "lost to restarts"),
 }
 TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
-LONG_HEADINGS = {"ranks": "processes", **dict(FIGURES.values())}
-# Further columns of a document, so that readers know how a row was made.
+LONG_HEADINGS = {"ranks": "processes", "GPU-h": "GPU-hours", **dict(FIGURES.values())}
+# How a row was made: below the table of a document, and columns if they are asked for.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
 # Columns that are left out of a narrow table, the first one first.
-DROPPED = ("ranks", "wall", "train %", "best %", "epochs", "restarts", "training")
+DROPPED = ("ranks", "lost", "wall", "train %", "device-h", "GPU-h", "best %", "epochs", "restarts", "training")
+# Columns that a document has below its table where all cells are the same.
+USUAL = ("seeds", "epochs", "restarts", "ranks", "state")
 # Columns whose cells may be broken on a narrow terminal, and after what.
-SEPARATORS = {"restarts": ", ", "settings": " "}
-TEXTS = ("run", "settings", "restarts", "state")  # columns that are aligned at the left
+SEPARATORS = {"restarts": ", ", "settings": " ", **dict.fromkeys(("runs", *ORIGINS), "; ")}
+TEXTS = ("run", "settings", "restarts", "state", "runs", *ORIGINS)  # columns that are aligned at the left
 NOTE = (
     "Accuracies are those of the last epoch, as mean ± sample standard deviation over the seeds that have finished "
     "(all, where none has); best is the mean of each run's best epoch. Training time is the sum of a run's epochs, "
-    "wall time includes its restarts; both are means. Restarts are summed over the seeds."
+    "wall time includes its restarts, device-hours are those of all its processes, lost work included; all are means. "
+    "Of each seed one run counts. Restarts are summed over all runs."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="PATTERN", nargs="+", help="names or patterns such as 'dropout-*'")
     parser.add_argument("--sort", metavar="COLUMN", help="a column, ascending; descending: --sort=-COLUMN")
+    parser.add_argument("--columns", metavar="A,B,...", help="these columns, in this order; a wrong name lists all")
     parser.add_argument("--each", action="store_true", help="a row for each run, seeds apart")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_const", const="json", dest="form", help="machine-readable")
     form.add_argument("--csv", action="store_const", const="csv", dest="form", help="for a spreadsheet")
     form.add_argument("--markdown", action="store_const", const="markdown", dest="form", help="for a README")
+    form.add_argument("--latex", action="store_const", const="latex", dest="form", help="for a paper, with booktabs")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -79,22 +80,32 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         SpecError: no run matches a pattern, or there is no such column.
     """
-    root = project_root()
-    groups = group_runs(find_runs(root, arguments.runs), each=arguments.each)
+    if arguments.columns is not None and arguments.form in ("json", "csv"):
+        raise SpecError(f"--columns: --{arguments.form} always has all. HINT: leave one of them out.")
+    groups = results.group_runs(find_runs(project_root(), arguments.runs), each=arguments.each)
     rows = read_groups(groups)
     if arguments.sort is not None:
         rows = sort_rows(rows, arguments.sort, all_columns(rows, each=arguments.each))
-    columns = [column for column in all_columns(rows, each=arguments.each) if column.shown]
+    columns = all_columns(rows, each=arguments.each)
+    table = [column for column in columns if column.shown]
+    if arguments.columns is not None:
+        table = [find_column(columns, word, "--columns") for word in arguments.columns.split(",")]
+    elif arguments.form and len(rows) > 1:
+        table = [column for column in table if column.name not in USUAL or len({*column.cells}) > 1]
     if arguments.form == "json":
         print(as_json(rows))
     elif arguments.form == "csv":
         print(as_csv(rows), end="")
-    elif arguments.form == "markdown":
-        print(as_markdown(rows, columns), end="")
+    elif arguments.form is not None:
+        form = as_markdown if arguments.form == "markdown" else as_latex
+        print(form(table, list(remarks(rows, columns, table))), end="")
     elif sys.stdout.isatty():
-        print_on_terminal(columns)
+        print_on_terminal(table, base_in_words(rows))
     else:
-        print(*lay_out(columns), sep="\n")
+        print(*lay_out(table), *filter(None, [base_in_words(rows)]), sep="\n")
+    for name, seed in ((row.members[0].name, seed) for row in rows for seed in row.ambiguous_seeds):
+        text = f"runs of seed {seed} have different results (other hardware?); the first counts, --each shows all"
+        print(f"warning: {name}: {text}", file=sys.stderr)
     for group in groups:
         if group.problem:
             print(f"warning: {group.runs[0].name}: {printable(group.problem)}", file=sys.stderr)
@@ -108,29 +119,18 @@ def read_groups(groups: Sequence[Group]) -> list[Row]:
     except SchedulerError as error:
         jobs = None
         print(f"warning: the state of unfinished runs is not known: {printable(str(error))}", file=sys.stderr)
-    return read_rows(groups, jobs)
+    return results.read_rows(groups, jobs)
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """An object with the list `rows`, in the table's order; keys are only ever added, and all are always there.
-
-    runs: names. changed: {dotted key: value}, of the keys in which the runs given differ. seeds: of the runs.
-    finished: how many runs have finished. counted: names of those that figures are taken from: the finished ones, or
-        all of them where none has finished.
-    test_accuracy, best_accuracy, train_accuracy (%), training_seconds, wall_seconds: null, or an object of mean, std
-        (sample standard deviation, ddof=1; null for a single run) and count (of runs). Accuracies are of the last
-        epoch, best_accuracy of each run's best one. wall_seconds are of finished runs only.
-    restarts: {cause: number}, summed over the runs. data: the images, in words. problem: why a run cannot be read;
-        else null.
-    members: a list with an object for each run: name, state, epoch, epochs, the five figures as numbers or null,
-        restarts, world_sizes, shards, date (of the last epoch, ISO 8601 in UTC), hardware and versions (lists of
-        text, one for each that its starts had), command.
-    """
+    """An object with the list `rows` (docs/formats.md). Keys are only ever added; all are always there."""
     plain = [
         {
             "runs": [member.name for member in row.members],
             "changed": row.group.changed,
             "seeds": row.group.seeds,
+            "distinct_seeds": len(set(row.group.seeds)),
+            "ambiguous_seeds": row.ambiguous_seeds,
             "finished": row.finished,
             "counted": [member.name for member in row.counted],
             **{name: asdict(figure) if (figure := row.figure(name)) else None for name in FIGURES},
@@ -165,6 +165,7 @@ def _csv_record(row: Row, keys: Sequence[str]) -> dict[str, Any]:
         "runs": _joined(member.name for member in row.members),
         **{key: _csv_value(row.group.changed.get(key)) for key in keys},
         "seeds": _joined(row.group.seeds),
+        "distinct_seeds": len(set(row.group.seeds)),
         "finished": row.finished,
         "state": one_line(_state(row)),
         "epochs_done": _joined(dict.fromkeys(member.epoch for member in row.members)),
@@ -172,7 +173,9 @@ def _csv_record(row: Row, keys: Sequence[str]) -> dict[str, Any]:
         **{f"{name}_{part}": f and getattr(f, part) for name, f in figures.items() for part in ("mean", "std")},
         "restarts": sum(causes.values()),
         "restart_causes": _joined(f"{count} {one_line(cause)}" for cause, count in causes.items()),
-        **{name: _joined(map(_csv_value, _values(row, name))) for name in ("world_sizes", "shards", *ORIGINS)},
+        **{
+            name: _joined(map(_csv_value, _values(row, name))) for name in ("device", "world_sizes", "shards", *ORIGINS)
+        },
     }
 
 
@@ -200,41 +203,88 @@ class CompareColumn(Column):
     shown: bool
 
 
-def as_markdown(rows: Sequence[Row], columns: Sequence[CompareColumn]) -> str:
-    """A table as GitHub shows it, with hardware, versions, data and commands, which readers need to trust it."""
-    long = [f"`{c.name}`" if "." in c.name else LONG_HEADINGS.get(c.heading, c.heading) for c in columns]
-    table = [(name, "---:" if c.right else "---", c.cells) for name, c in zip(long, columns, strict=True)]
-    table += [(name, "---", [_origin(row, name) for row in rows]) for name in ORIGINS]
-    if not any(column.name == "run" for column in columns):
-        table.append(("runs", "---", [", ".join(member.name for member in row.members) for row in rows]))
-    lines = [[heading for heading, _, _ in table], [rule for _, rule, _ in table]]
-    lines += [[in_markdown(cells[i]) for _, _, cells in table] for i in range(len(rows))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n"
+Remark = tuple[str, list[tuple[str, str]]]  # (subject, [(labels of rows, text)]), with no label if it is of all rows
+
+
+def remarks(rows: Sequence[Row], columns: Sequence[CompareColumn], table: Sequence[CompareColumn]) -> Iterator[Remark]:
+    """What stands below a document's `table`, which has some of the columns."""
+    by_name = {column.name: column for column in columns}
+    usual = [c for name in USUAL if (c := by_name[name]).shown and c not in table and len({*c.cells}) == 1]
+    if usual and len(rows) > 1:
+        yield "in each row", [("", ", ".join(f"{c.heading} {c.cells[0]}" for c in usual))]
+    if text := base_in_words(rows):
+        yield BASE, [("", text.partition(": ")[2])]
+    names = results.labels([row.group for row in rows])
+    for name in (*ORIGINS, "runs"):
+        labelled: dict[str, list[str]] = {}
+        for label, text in zip(names, by_name[name].cells, strict=True):
+            labelled.setdefault(text, []).append(label)
+        if by_name[name] not in table and (name != "runs" or len(rows) > 1):
+            yield name, [("", t) if len(labelled) == 1 else ("; ".join(of), t) for t, of in labelled.items()]
+
+
+def base_in_words(rows: Sequence[Row]) -> str:
+    """What the row `base` is, or would be, where the others are told by what they change in it; else empty."""
+    base = results.base_of([row.group for row in rows])
+    return "base: " + one_line(" ".join(f"{k}={v}" for k, v in base.items())) if len(base) > MANY_KEYS else ""
+
+
+def as_markdown(columns: Sequence[CompareColumn], below: Sequence[Remark]) -> str:
+    """A table as GitHub shows it, and below it what readers need to trust it."""
+    lines = [[_code(c.name) if "." in c.name else LONG_HEADINGS.get(c.heading, c.heading) for c in columns]]
+    lines += [["---:" if c.right else "---" for c in columns]]
+    lines += [[in_markdown(cell) for cell in cells] for cells in zip(*(c.cells for c in columns), strict=True)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    for subject, parts in below:
+        form = _code if subject in (BASE, "command", "runs") else in_markdown
+        text += f"- {subject}:" + (f" {form(parts[0][1])}\n" if len(parts) == 1 else "\n")
+        text += "".join(f"  - {in_markdown(label)}: {form(part)}\n" for label, part in parts if len(parts) > 1)
+    return f"{text}\n{NOTE}\n"
+
+
+def _code(text: str) -> str:
+    return in_markdown(text) if "`" in text else f"`{one_line(text)}`"
+
+
+def as_latex(columns: Sequence[CompareColumn], below: Sequence[Remark]) -> str:
+    r"""A tabular of booktabs, and as comments what its caption may say."""
+    lines = [[LONG_HEADINGS.get(column.heading, column.heading) for column in columns]]
+    lines += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
+    head, *body = [" & ".join(in_latex(cell) for cell in line) + r" \\" for line in lines]
+    sides = "".join("r" if column.right else "l" for column in columns)
+    table = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    comments = [f"{subject}: {': '.join(filter(None, part))}" for subject, parts in below for part in parts]
+    return "\n".join([*table, *(f"% {one_line(comment)}" for comment in [*comments, NOTE])]) + "\n"
 
 
 def _values(row: Row, name: str) -> list[Any]:
     return [row.data] * bool(row.data) if name == "data" else row.all_of(name)
 
 
-def _origin(row: Row, name: str) -> str:
+def _origin_of(row: Row, name: str) -> str:
     """The values that the runs of a row have; of dates only the days."""
     values = _values(row, name)
     return _joined(dict.fromkeys(value[:10] for value in values) if name == "date" else values) or MISSING
 
 
-def print_on_terminal(columns: Sequence[CompareColumn]) -> None:
-    """Print the columns that fit the terminal, the best row in colour, and the names of the other columns."""
+def print_on_terminal(columns: Sequence[CompareColumn], base: str = "") -> None:
+    """Print the columns that fit the terminal, the best row in colour, the names of the other columns, and the base."""
     width, coloured = shutil.get_terminal_size().columns, use_colour(sys.stdout)
     fitted = fit(columns, width, DROPPED)
     headings = [column.heading for column in fitted]
-    accuracies = next(column.values for column in columns if column.name == "test_accuracy")
-    best = max((value for value in accuracies if value is not None), default=None) if len(accuracies) > 1 else None
-    best_style: Style = (headings.index("test %"), "bold green")
-    styles = [best_style if value == best is not None else PLAIN for value in accuracies]
+    accuracies = next((column.values for column in columns if column.name == "test_accuracy"), columns[0].values)
+    styles = [PLAIN] * len(accuracies)
+    if "test %" in headings and len(accuracies) > 1:
+        best = max((value for value in accuracies if value is not None), default=None)
+        best_style: Style = (headings.index("test %"), "bold green")
+        styles = [best_style if value == best is not None else PLAIN for value in accuracies]
     print(*lay_out(fitted, width, [(None, "bold"), *styles] if coloured else ()), sep="\n")
+    notes = [base]
     if left_out := [column.heading for column in columns if column.heading not in headings]:
-        note = f"no room for: {', '.join(left_out)}; a wider terminal, a pipe, --markdown, --csv and --json have them"
-        print("\n".join(paint(line, "dim") if coloured else line for line in textwrap.wrap(note, width)))
+        others = "--columns chooses; a wider terminal, a pipe, --markdown, --csv and --json have them"
+        notes.append(f"no room for: {', '.join(left_out)}; {others}")
+    for line in (line for note in notes for line in textwrap.wrap(note, width, break_on_hyphens=False)):
+        print(paint(line, "dim") if coloured else line)
 
 
 def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
@@ -250,21 +300,25 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
     ranks = [sorted(row.all_of("world_sizes")) for row in rows]
     ranks_differ = len({size for sizes in ranks for size in sizes}) > 1
     fewest_epochs = [min(member.epoch for member in row.members) for row in rows]
-    setting_texts = [one_line(text) or MISSING for text in settings(groups)]
+    setting_texts = [one_line(text) or MISSING for text in results.settings(groups)]
     return [
         _column("run", names, names, shown=each or not keys),
-        *(_key_column(key, heading, rows, shown=not many) for key, heading in short_keys(keys, TAKEN).items()),
+        *(_key_column(key, heading, rows, shown=not many) for key, heading in results.short_keys(keys, TAKEN).items()),
         _column("settings", setting_texts, [group.changed or None for group in groups], shown=many),
-        _column("seeds", [_seeds(row) for row in rows], [len(row.members) for row in rows], shown=not each),
-        _figures("test_accuracy", rows, "{:.2f}".format, deviation=True),
+        _column("seeds", [_seeds(row) for row in rows], [len(set(row.group.seeds)) for row in rows], shown=not each),
+        _figures("test_accuracy", rows, "{:.2f}".format),
         _figures("best_accuracy", rows, "{:.2f}".format),
         _figures("train_accuracy", rows, "{:.2f}".format),
         _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
         _figures("training_seconds", rows, _hours),
         _figures("wall_seconds", rows, _hours),
+        _device_hours(rows),
+        _figures("lost_seconds", rows, _hours, shown=any(row.causes() for row in rows)),
         _column("restarts", [_causes(row) for row in rows], [sum(row.causes().values()) for row in rows]),
         _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
         _column("state", states, states, any(row.finished < len(row.members) for row in rows)),
+        _origin("runs", [_joined(member.name for member in row.members) for row in rows]),
+        *(_origin(name, [_origin_of(row, name) for row in rows]) for name in ORIGINS),
     ]
 
 
@@ -282,15 +336,25 @@ def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> Com
     return CompareColumn(heading, cells, numbers, name=key, values=values, shown=shown)
 
 
-def _figures(name: str, rows: Sequence[Row], form: Callable[[float], str], deviation: bool = False) -> CompareColumn:
-    """Means, and with `deviation` their standard deviations where any group has more than one run."""
+def _figures(name: str, rows: Sequence[Row], form: Callable[[float], str], shown: bool = True) -> CompareColumn:
+    """Means, and of the test accuracy its standard deviation where there are several seeds."""
     figures = [row.figure(name) for row in rows]
-    deviations = [MISSING if f is None or f.std is None else f"{f.std:.2f}" for f in figures]
+    stds = [f.std if f and name == "test_accuracy" else None for f in figures]
+    deviations = ["" if std is None else f"{std:.2f}" for std in stds]
     width = max(map(len, deviations), default=0)
-    deviation = deviation and any(text != MISSING for text in deviations)
-    ends = [f" ± {text.rjust(width)}" if deviation else "" for text in deviations]
+    ends = [f" ± {text:>{width}}" if text else " " * (width and width + len(" ± ")) for text in deviations]
     cells = [MISSING if f is None else form(f.mean) + end for f, end in zip(figures, ends, strict=True)]
-    return _column(name, cells, [f and f.mean for f in figures])
+    return _column(name, cells, [f and f.mean for f in figures], shown)
+
+
+def _device_hours(rows: Sequence[Row]) -> CompareColumn:
+    column = _figures("device_seconds", rows, lambda seconds: f"{seconds / 3600:.3f}")
+    devices = {device for row in rows for device in row.all_of("device")}
+    return replace(column, heading="GPU-h") if devices == {"gpu"} else column
+
+
+def _origin(name: str, cells: Sequence[str]) -> CompareColumn:
+    return _column(name, cells, cells, shown=False)
 
 
 def _hours(seconds: float) -> str:
@@ -299,8 +363,10 @@ def _hours(seconds: float) -> str:
 
 
 def _seeds(row: Row) -> str:
-    count = len(row.members)
-    return str(count) if row.finished == count else f"{row.finished}/{count}"
+    """Distinct seeds, those that have finished before a slash, and the runs where a seed has several."""
+    count, runs = len(set(row.group.seeds)), len(row.members)
+    done = len(row.counted) if row.finished else 0
+    return (str(count) if done == count else f"{done}/{count}") + (f" ({runs} runs)" if runs > count > 0 else "")
 
 
 def _epochs(row: Row) -> str:
@@ -309,19 +375,28 @@ def _epochs(row: Row) -> str:
     return f"{done[0]}/{of}" if len(done) == 1 else f"{done[0]}-{done[-1]}/{of}"
 
 
-def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) -> list[Row]:
-    """The rows in the order of a column's values; descending after a leading -. Missing values always come last.
+def find_column(columns: Sequence[CompareColumn], word: str, option: str, more: str = "") -> CompareColumn:
+    """The column of that name or heading.
 
     Raises:
         SpecError: there is no such column; the message lists all.
     """
     known = {column.name: column for column in sorted(columns, key=lambda column: not column.shown)}
     names = {column.heading.removesuffix(" %"): column for column in columns} | known
-    word = by.removeprefix("-")
     if word not in names:
-        allowed = f"allowed: {', '.join(map(printable, known))}, each with or without a leading -."
-        raise SpecError(f"--sort: {shown(by)} is no column; {allowed}{nearest(word, names)}")
-    pairs = list(zip(rows, names[word].values, strict=True))
+        allowed = f"allowed: {', '.join(map(printable, known))}{more}."
+        raise SpecError(f"{option}: {shown(word)} is no column; {allowed}{nearest(word.removeprefix('-'), names)}")
+    return names[word]
+
+
+def sort_rows(rows: Sequence[Row], by: str, columns: Sequence[CompareColumn]) -> list[Row]:
+    """The rows in the order of a column's values; descending after a leading -. Missing values always come last.
+
+    Raises:
+        SpecError: as `find_column`.
+    """
+    column = find_column(columns, by.removeprefix("-"), "--sort", ", each with or without a leading -")
+    pairs = list(zip(rows, column.values, strict=True))
     pairs.sort(key=lambda pair: sort_key(pair[1]), reverse=by.startswith("-"))
     return [row for row, _ in sorted(pairs, key=lambda pair: pair[1] is None)]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,9 @@ class History:
 
         Work that was lost counts, queueing does not.
         """
-        return sum((a.world_size or 0) * _seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) for a in self.attempts)
+        sizes = (max(0, min(a.world_size or 0, 10**6)) for a in self.attempts)  # a file may say anything
+        times = (_seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) for a in self.attempts)
+        return sum(map(mul, sizes, times))
 
     @property
     def lost_seconds(self) -> float:

@@ -17,13 +17,14 @@ import pytest
 from helpers import TINY
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.compare import FIGURES, TAKEN, all_columns, as_json, print_on_terminal
+from cifar_hpc.cli.compare import FIGURES, TAKEN, all_columns, print_on_terminal
 from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.results import Row, group_runs, read_rows, short_keys
+from cifar_hpc.text import in_latex
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 ENVIRONMENT = {"device": "A100", "torch": "2.12.1", "cuda": "13.0", "cudnn": 9, "threads": None, "amp": "bf16"}
@@ -97,20 +98,21 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.usefixtures("sweep")
 def test_one_row_for_all_seeds_of_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, "run-*").splitlines() == [
-        "dropout  seeds        test %  best %  train %  epochs  training     wall  restarts      state",
-        "    0.1      3  91.33 ± 1.53   94.00    81.33     3/3   0:01:30  0:01:40  3 preemption  finished",
-        "    0.3    2/3  96.00 ± 1.41   96.00    86.00   2-3/3   0:01:30  0:01:40  0             1 stopped",
-        "    0.5      1  92.00 ±    -   92.00    82.00     3/3   0:01:30  0:01:40  0             finished",
+        "dropout  seeds        test %  best %  train %  epochs  training     wall  GPU-h     lost  restarts      state",
+        "    0.1      3  91.33 ± 1.53   94.00    81.33     3/3   0:01:30  0:01:40  0.053  0:00:05  3 preemption  finished",  # noqa: E501
+        "    0.3    2/3  96.00 ± 1.41   96.00    86.00   2-3/3   0:01:30  0:01:40  0.056  0:00:00  0             1 stopped",  # noqa: E501
+        "    0.5      1  92.00          92.00    82.00     3/3   0:01:30  0:01:40  0.056  0:00:00  0             finished",  # noqa: E501
     ]
 
 
 @pytest.mark.usefixtures("sweep")
 def test_each_run_has_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "run-*", "--each", "--sort=-test_accuracy").splitlines()
-    assert lines[0].split() == "run dropout seed test % best % train % epochs training wall restarts state".split()
     assert (
-        lines[1] == "run-b1      0.3     1   97.00   97.00    87.00     3/3   0:01:30  0:01:40  0             finished"
+        lines[0].split()
+        == "run dropout seed test % best % train % epochs training wall GPU-h lost restarts state".split()
     )
+    assert lines[1].split() == "run-b1 0.3 1 97.00 97.00 87.00 3/3 0:01:30 0:01:40 0.056 0:00:00 0 finished".split()
     order = "run-b1 run-b0 run-a2 run-c0 run-a1 run-a0 run-b2".split()
     assert [line.split()[0] for line in lines[1:]] == order
 
@@ -135,15 +137,9 @@ def test_json_is_in_full_and_not_rounded(capsys: pytest.CaptureFixture[str]) -> 
             "training_seconds": 90.0, "wall_seconds": 100.0, "restarts": {}, "world_sizes": [2],
             "shards": 4, "date": "2026-01-01T00:03:00.000Z", "hardware": ["2 × A100"],
             "versions": ["cifar_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16"], "command": "submit.py run-c0",
+            "device_seconds": 200.0, "lost_seconds": 0, "device": "gpu",
         }
     ]  # fmt: skip
-
-
-@pytest.mark.usefixtures("sweep")
-def test_each_key_of_the_json_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    row = json.loads(shown(capsys, "run-c0", "--json"))["rows"][0]
-    words = set(re.findall(r"[a-z_]+", as_json.__doc__ or ""))
-    assert {*row, *row["members"][0], *row["test_accuracy"]} <= words
 
 
 @pytest.mark.usefixtures("sweep")
@@ -167,16 +163,108 @@ def test_images_held_out_are_no_training_images(make: Make) -> None:
 
 @pytest.mark.usefixtures("sweep")
 def test_markdown_says_how_each_row_was_made(capsys: pytest.CaptureFixture[str]) -> None:
-    head, rule, first, *_ = shown(capsys, "run-*", "--markdown", "--sort=-restarts").splitlines()
+    head, rule, first, *rest = shown(capsys, "run-*", "--markdown", "--sort=-restarts").splitlines()
     cells = dict(zip(head.split(" | "), first.split(" | "), strict=True))
     assert rule.startswith("| ---: | ---: | ---: |")
     assert cells["| `model.dropout`"] == "| 0.1"
     assert cells["test accuracy (%)"] == "91.33 ± 1.53"
-    assert cells["hardware"] == "2 × A100"
-    assert cells["versions"] == "cifar\\_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16"
-    assert cells["date"] == "2026-01-01"
-    assert cells["command"] == "submit.py run-a0; submit.py run-a1; submit.py run-a2"
-    assert cells["runs |"] == "run-a0, run-a1, run-a2 |"
+    assert cells["GPU-hours"] == "0.053"
+    below = "\n".join(rest).partition("\n\n")[2]
+    assert "- hardware: 2 × A100\n- versions: cifar\\_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16\n" in below
+    assert (
+        "- date: 2026-01-01\n- command:\n  - dropout 0.1: `submit.py run-a0; submit.py run-a1; submit.py run-a2`\n"
+        in below
+    )
+    assert "- runs:\n  - dropout 0.1: `run-a0; run-a1; run-a2`\n  - dropout 0.3: `run-b0; run-b1; run-b2`\n" in below
+
+
+@pytest.mark.usefixtures("sweep")
+def test_what_all_rows_of_a_document_share_is_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "run-a0", "run-c0", "--markdown")
+    assert text.splitlines()[0].startswith("| `model.dropout` | test accuracy (%) | best (%) | ")
+    assert "\n- in each row: seeds 1, epochs 3/3, restarts 0\n" in text
+    asked = shown(capsys, "run-a0", "run-c0", "--markdown", "--columns", "epochs,dropout,hardware")
+    assert asked.splitlines()[2:4] == ["| 3/3 | 0.1 | 2 × A100 |", "| 3/3 | 0.5 | 2 × A100 |"]
+    assert "- hardware" not in asked
+
+
+@pytest.mark.usefixtures("sweep")
+def test_columns_are_chosen_and_in_the_order_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "run-*", "--columns", "test_accuracy,dropout,runs").splitlines()
+    assert [line[:12].strip() for line in lines] == ["test %", "91.33 ± 1.53", "96.00 ± 1.41", "92.00"]
+    assert lines[3].split() == ["92.00", "0.5", "run-c0"]
+    assert main(["compare", "run-*", "--columns", "test_accuracy,hardwear"]) == 2
+    error = capsys.readouterr().err
+    assert "--columns: 'hardwear' is no column; allowed: model.dropout, seeds," in error
+    assert "did you mean 'hardware'?" in error
+    for form in ("--json", "--csv"):
+        assert main(["compare", "run-*", "--columns", "run", form]) == 2
+        assert f"--columns: {form} always has all" in capsys.readouterr().err
+
+
+def test_a_tabular_for_a_paper(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, last in enumerate((90.0, 91.0)):
+        make(f"a_{seed}", [last], model__activation="leaky_relu", train__seed=seed)
+    make("b", [92.0], model__activation="relu")
+    text = shown(capsys, "*", "--latex", "--columns", "activation,test_accuracy,runs,command")
+    assert text.splitlines()[:8] == [
+        r"\begin{tabular}{lrll}",
+        r"\toprule",
+        r"activation & test accuracy (\%) & runs & command \\",
+        r"\midrule",
+        r"leaky\_relu & 90.50 $\pm$ 0.71 & a\_0; a\_1 & submit.py a\_0; submit.py a\_1 \\",
+        r"relu & 92.00 & b & submit.py b \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert all(line.startswith("% ") for line in text.splitlines()[8:])
+
+
+def test_no_character_means_anything_to_latex() -> None:
+    assert in_latex("a\\b{c}_%&#$^~<|>") == (
+        r"a\textbackslash{}b\{c\}\_\%\&\#\$\textasciicircum{}\textasciitilde{}\textless{}\textbar{}\textgreater{}"
+    )
+    assert in_latex("2 × 3 ± 1\n--set") == r"2 $\times$ 3 $\pm$ 1 -{}-set"
+
+
+def test_two_runs_of_one_seed_are_one_observation(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("one", [43.4, 43.4])
+    make("two", [43.4, 43.4])
+    make("three", [44.4, 45.4], train__seed=1)
+    make("late", [10.0], finished=False)
+    assert main(["compare", "one", "two", "--json"]) == 0
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rows"]
+    assert row["test_accuracy"] == {"mean": 43.4, "std": None, "count": 1}
+    assert (row["distinct_seeds"], row["counted"], row["ambiguous_seeds"]) == (1, ["one"], [])
+    assert captured.err == ""
+    line = shown(capsys, "one", "two").splitlines()[1]
+    assert "  1 (2 runs)   43.40   43.40" in line and "±" not in line
+    # A run of the same seed that has not finished counts only where none has.
+    assert " 1 (2 runs) " in (line := shown(capsys, "one", "late").splitlines()[1]) and " 43.40 " in line
+    (row,) = json.loads(shown(capsys, "two", "three", "one", "--json"))["rows"]
+    assert row["test_accuracy"]["count"] == 2
+    assert row["test_accuracy"]["mean"] == pytest.approx((43.4 + 45.4) / 2)
+    assert row["test_accuracy"]["std"] == pytest.approx(stdev([43.4, 45.4]))
+
+
+def test_runs_of_one_seed_with_other_results_are_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("one", [43.4], train__seed=7)
+    make("two", [43.6], train__seed=7)
+    assert main(["compare", "*"]) == 0
+    assert "warning: one: runs of seed 7 have different results (other hardware?)" in capsys.readouterr().err
+
+
+def test_hours_are_of_the_device(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make("gpu", [80.0], preempted=1)
+    (row,) = json.loads(shown(capsys, "gpu", "--json"))["rows"]
+    # Two processes, for 5 s and for 90 s; from the requeue to the next start 5 s.
+    assert (row["device_seconds"]["mean"], row["lost_seconds"]["mean"]) == (190.0, 5.0)
+    assert shown(capsys, "gpu", "--columns", "device_seconds").split() == ["GPU-h", "0.053"]
+    cpu = make("cpu", [80.0])
+    cpu.events.write_text(cpu.events.read_text().replace('"threads": null', '"threads": 1'))
+    assert shown(capsys, "cpu", "--columns", "device_seconds").split() == ["device-h", "0.056"]
+    assert "GPU" not in shown(capsys, "cpu", "--markdown")
 
 
 @pytest.mark.usefixtures("sweep")
@@ -200,14 +288,14 @@ def test_what_is_missing_comes_last_in_both_directions(make: Make, capsys: pytes
     for by, order in (("test", ["0.1", "0.2", "0.3"]), ("-test", ["0.2", "0.1", "0.3"])):
         lines = shown(capsys, "*", f"--sort={by}").splitlines()
         assert [line.split()[0] for line in lines[1:]] == order
-    assert lines[-1].split() == "0.3 2 0/1 - - - 0/2 - - - stopped".split()
+    assert lines[-1].split() == "0.3 2 0/1 - - - 0/2 - - 0.000 - stopped".split()
 
 
 @pytest.mark.usefixtures("sweep")
 def test_an_unknown_column_is_answered_with_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "run-*", "--sort=-test_acuracy"]) == 2
     error = capsys.readouterr().err
-    assert "--sort: '-test_acuracy' is no column; allowed: model.dropout, seeds, test_accuracy, " in error
+    assert "--sort: 'test_acuracy' is no column; allowed: model.dropout, seeds, test_accuracy, " in error
     assert "did you mean 'test_accuracy'?" in error
 
 
@@ -256,16 +344,20 @@ def elements(make: Make) -> None:
 def test_many_keys_are_one_column_of_what_is_not_as_in_most(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "*", "--sort=-test_accuracy").splitlines()
     assert lines[0].split()[:3] == ["settings", "seeds", "test"]
-    assert [line.split("  ")[0] for line in lines[1:]] == [
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [
         "optimizer.nesterov=true",
         "lookahead.enabled=false ema.decay=0.99",
-        "as most",
+        "base",
         "augment.trivial=true",
         "mixing.mixup=0.2 mixing.cutmix=1",
     ]
+    assert lines[-1] == (
+        "base: optimizer.nesterov=false lookahead.enabled=true ema.decay=null augment.trivial=false mixing.mixup=0 "
+        "mixing.cutmix=0"
+    )
     by_key = shown(capsys, "*", "--sort=-mixing.mixup").splitlines()
     assert by_key[1].startswith("mixing.mixup=0.2")
-    assert "| settings | seeds |" in shown(capsys, "*", "--markdown").splitlines()[0]
+    assert "| settings | test accuracy (%) |" in shown(capsys, "*", "--markdown").splitlines()[0]
     assert "optimizer.nesterov,lookahead.enabled,ema.decay," in shown(capsys, "*", "--csv").splitlines()[0]
 
 
@@ -331,7 +423,7 @@ def test_text_for_a_document_cannot_break_its_table(make: Make, capsys: pytest.C
     run = make("odd", [80.0])
     run.events.write_text(run.events.read_text().replace("submit.py odd", "a | b\\n<img> =1+1"))
     lines = shown(capsys, "odd", "--markdown").splitlines()
-    assert "a \\| b \\<img\\> =1+1" in lines[2]
+    assert "- command: `a | b <img> =1+1`" in lines
     assert len(re.findall(r"(?<!\\)\|", lines[0])) == len(re.findall(r"(?<!\\)\|", lines[2]))
 
 
@@ -357,4 +449,6 @@ def test_figures_name_fields_of_a_result(make: Make, root: Path) -> None:
         60.0,
         60.0,
         100.0,
+        200.0,
+        0.0,
     ]
