@@ -27,9 +27,13 @@ def test_a_table_is_made_from_the_logs(
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(PROJECT / "results"))
     monkeypatch.setattr(run_state, "queue", lambda *_: {})
     assert main(["compare", *shlex.split(command)]) == 0
-    table, _, _ = capsys.readouterr().out.partition("\n\n")
+    table, remarks, note = capsys.readouterr().out.split("\n\n")
     assert len(table.splitlines()) > 2
-    assert table in (PROJECT / "RESULTS.md").read_text()
+    text = (PROJECT / "RESULTS.md").read_text()
+    assert table in text and note in text
+    # What several tables have in common stands below one of them.
+    assert len(remarks.splitlines()) >= 5
+    assert set(remarks.splitlines()) <= set(text.splitlines())
 
 
 def test_each_run_is_in_a_table_and_says_nothing_of_its_machines_folders() -> None:
