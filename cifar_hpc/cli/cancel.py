@@ -1,44 +1,119 @@
-"""python -m cifar_hpc cancel: cancel a run's job."""
+"""python -m cifar_hpc cancel: cancel the jobs of runs."""
 
 import argparse
+import contextlib
 import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
-from cifar_hpc.errors import DoubtError, SchedulerError, SpecError
+from cifar_hpc.errors import DoubtError, SchedulerError, SpecError, UserError, explain
 from cifar_hpc.runs.events import Cancelled
-from cifar_hpc.runs.lock import signal_local
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local
 from cifar_hpc.runs.logs import TrainLog
-from cifar_hpc.runs.paths import RunPaths, find_run, project_root
+from cifar_hpc.runs.paths import RunPaths, find_run, find_runs, is_pattern, project_root
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.runs.state import jobs_of
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, QueuedJob
+from cifar_hpc.text import printable
 
 DESCRIPTION = """\
 The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
 the queue, also out of a sweep's job array. The same submission again goes on
-from the checkpoint."""
-EXAMPLES = ("improved_resnet-1a2b3c4d",)
+from the checkpoint. One run that cannot be cancelled does not keep the others
+from it; the exit status is the worst one."""
+EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a", "'dropout-*' --yes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run's name")
+    add_runs(parser)
     text = "only record that its job has ended: of another user, whose jobs Slurm does not show"
     parser.add_argument("--gone", action="store_true", help=text)
 
 
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `choose` reads."""
+    text = "names, their unique beginnings, or patterns such as 'dropout-*'"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    parser.add_argument("--yes", action="store_true", help="do not ask where a pattern means several runs")
+
+
+def choose(arguments: argparse.Namespace, verb: str) -> tuple[list[RunPaths], Mapping[str, QueuedJob | None]]:
+    """Runs that `arguments` name, and their jobs; of those that match a pattern only the ones that are under way.
+
+    Raises:
+        SpecError: no run is meant, or several by a pattern and the user does not agree.
+    """
+    root, texts = project_root(), arguments.runs
+    found = find_runs(root, texts)
+    jobs = jobs_of(found)
+    named = {find_run(root, text).name for text in texts if not is_pattern(text)}
+    matching = [run for run in found if run.name not in named and (jobs.get(run.name) or _is_here(run))]
+    patterns = ", ".join(filter(is_pattern, texts))
+    if not named and not matching:
+        raise SpecError(f"{patterns}: no run of that name has a job in the queue or a process here.")
+    if len(matching) > 1 and not arguments.yes:
+        runs = "\n".join(f"  {run.name}" for run in matching)
+        if not sys.stdin.isatty():
+            hint = f"HINT: --yes, to {verb} all of them."
+            raise SpecError(f"{patterns}: {len(matching)} runs are meant:\n{runs}\n{hint}")
+        print(f"{patterns}: {len(matching)} runs are meant:\n{runs}")
+        answer = ""
+        with contextlib.suppress(EOFError):
+            answer = input(f"{verb} all of them? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            raise SpecError("nothing was changed.")
+    return [run for run in found if run.name in named or run in matching], jobs
+
+
+def _is_here(run: RunPaths) -> bool:
+    return holder_pid(run.lock) is not None or controller_of(run, History.read(run.events)) is not None
+
+
+def each(runs: Sequence[RunPaths], act: Callable[[RunPaths], None]) -> int:
+    """Act on every run, whatever becomes of the others; returns the worst exit status."""
+    worst = 0
+    for run in runs:
+        try:
+            act(run)
+        except (UserError, OSError) as error:
+            message, status = explain(error)
+            print(f"error: {printable(message)}", file=sys.stderr)
+            worst = max(worst, status)
+    return worst
+
+
 def main(arguments: argparse.Namespace) -> int:
-    """Cancel a run's job. A running one saves a checkpoint first, from which the run continues if submitted again."""
-    run, user = arguments.run, client.user_name()
-    paths = find_run(project_root(), run)
-    job = jobs_of([paths]).get(run)
-    if arguments.gone:
+    """Cancel the jobs of runs. A running one saves a checkpoint first, from which its run goes on when resubmitted."""
+    runs, jobs = choose(arguments, "cancel")
+    found = (jobs.get(run.name) for run in runs)
+    own = [job.job_id for job in found if job and not job.user]
+    sent = False
+    if len(own) > 1 and not arguments.gone:
+        with contextlib.suppress(SchedulerError):  # one by one then, which tells whose job it was
+            client.cancel_job(*own)
+            sent = True
+    return each(runs, lambda run: _cancel(run, jobs.get(run.name), arguments.gone, sent))
+
+
+def _cancel(paths: RunPaths, job: QueuedJob | None, gone: bool, sent: bool) -> None:
+    """Cancel one run.
+
+    Args:
+        gone: only record it.
+        sent: Slurm has taken the request for all of this user's jobs already.
+    """
+    run, user = paths.name, client.user_name()
+    if gone:
         if job is None or job.state != HIDDEN:
             what = f"job {job.job_id} is in the queue" if job else "nothing is unknown about its job"
             raise SpecError(f"--gone: {run}: {what}. HINT: leave --gone out.")
         print(f"job {job.job_id} is recorded as ended; submit again to go on from its checkpoint")
     elif job is not None:
-        _cancel(paths, job)
+        if job.user or not sent:
+            _cancel_job(paths, job)
         print(f"job {job.job_id} is cancelled; submit again to go on from its checkpoint")
     elif signal_local(paths, signal.SIGTERM):
         print(f"run {run} saves a checkpoint and stops; submit again to go on")
@@ -46,10 +121,9 @@ def main(arguments: argparse.Namespace) -> int:
         raise SpecError(f"{run}: has no job in the queue and no process here; there is nothing to cancel.")
     TrainLog(paths.train_log, enabled=True).line(f"CANCELLED by {user}; submit again to go on")
     record_event(paths, Cancelled(by=user), job_id=job.job_id if job else None, restart=None, world_size=None)
-    return 0
 
 
-def _cancel(paths: RunPaths, job: QueuedJob) -> None:
+def _cancel_job(paths: RunPaths, job: QueuedJob) -> None:
     """Cancel a job; scancel's word that it failed is checked with the queue.
 
     Raises:

@@ -1,51 +1,125 @@
-"""python -m cifar_hpc requeue: requeue a run, or start a requeued one sooner."""
+"""python -m cifar_hpc requeue: have runs start again, from a checkpoint and without Slurm's delay."""
 
 import argparse
 import signal
+import sys
+import time
+from functools import partial
 
-from cifar_hpc.errors import SchedulerError, SpecError
+from cifar_hpc.cli.cancel import add_runs, choose, each
+from cifar_hpc.errors import RunFailedError, SchedulerError, SpecError
+from cifar_hpc.runs.events import RequeueRequested
 from cifar_hpc.runs.frozen_spec import read_frozen
-from cifar_hpc.runs.lock import signal_local
-from cifar_hpc.runs.paths import find_run, project_root
-from cifar_hpc.runs.state import jobs_of
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.progress import record_event
+from cifar_hpc.runs.requeue import ALIVE, LOCAL_REQUEUES, used_up_here
+from cifar_hpc.runs.state import jobs_of, read_state
 from cifar_hpc.slurm import client
+from cifar_hpc.slurm.client import QueuedJob
 from cifar_hpc.text import printable
 
 DESCRIPTION = """\
-A running job saves a checkpoint and goes back into the queue; a local run
-saves and starts again. A job that Slurm has requeued waits about two minutes
-(BeginTime), and a held one until it is released: after this both may start at
-once."""
-EXAMPLES = ("improved_resnet-1a2b3c4d",)
+A running job saves a checkpoint, goes back into the queue and may start again
+at once; the command waits for that, and Ctrl-C ends only the waiting. A local
+run saves and starts again. A job that Slurm has requeued waits about two
+minutes (BeginTime), and a held one until it is released: after this both may
+start at once."""
+EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a", "'dropout-*' --yes")
+POLL_SECONDS = 1.0
+BY_ITSELF = "goes back into the queue all the same, and starts by itself after about two minutes"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run's name")
+add_arguments = add_runs
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Checkpoint and requeue a running job; let a requeued one start now instead of in two minutes."""
-    run = arguments.run
-    paths = find_run(project_root(), run)
-    job = jobs_of([paths]).get(run)
+    """Checkpoint and requeue running jobs, and let requeued ones start now instead of in two minutes."""
+    runs, jobs = choose(arguments, "requeue")
+    asked: dict[str, tuple[RunPaths, int]] = {}
+    status = each(runs, lambda run: _request(run, jobs.get(run.name), asked))
+    return max(status, _wait(asked)) if asked else status
+
+
+def _request(run: RunPaths, job: QueuedJob | None, asked: dict[str, tuple[RunPaths, int]]) -> None:
+    """Release a waiting job, or send a running one the signal to save and requeue itself.
+
+    Args:
+        asked: gets the run and its number of attempts, by its job's id, if its job has to be waited for.
+    """
+    name, history, spec = run.name, History.read(run.events), read_frozen(run)
     if job is not None and job.user:
-        raise SpecError(f"{run}: job {job.job_id} is {job.user}'s. HINT: ask {job.user} to requeue it.")
+        raise SpecError(f"{name}: job {job.job_id} is {job.user}'s. HINT: ask {job.user} to requeue it.")
     if job is not None and job.waits:
+        return _release(run, job)
+    if job is None and holder_pid(run.lock) is None:
+        raise SpecError(f"{name}: has no job in the queue and no process here. HINT: submit it again to go on.")
+    hint = f"HINT: cancel {name} saves and stops it; the same command or submission goes on from there."
+    if job is None and controller_of(run, history) is None:
+        raise SpecError(f"{name}: is a process of `train`, which nothing would start again. {hint}")
+    if job is None and used_up_here(history):
+        raise SpecError(f"{name}: the local executor restarts a job at most {LOCAL_REQUEUES} times. {hint}")
+    if spec is not None and not spec.resources.requeue:
+        raise SpecError(f"{name}: was submitted with --no-requeue, so that it would not start again. {hint}")
+    if job is not None and job.state not in (*ALIVE, "COMPLETING"):
+        raise SpecError(f"{name}: job {job.job_id} is {job.state} now. HINT: try again when status says running.")
+    if job is not None:
+        asked[job.job_id] = run, len(history.attempts)
+    if job is None or job.state in ALIVE:  # before the signal, so that the run knows why it comes
+        request, job_id = RequeueRequested(by=client.user_name()), job.job_id if job else history.job_id
+        record_event(run, request, job_id=job_id, restart=None, world_size=None)
+    if job is None:
+        signal_local(run, signal.SIGUSR2)
+        print(f"run {name} saves a checkpoint and starts again")
+    elif job.state in ALIVE:
         try:
-            if (spec := read_frozen(paths)) is not None:
-                client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
-            client.release_job(job.job_id, job.held)
+            client.command(["scancel", "--signal=USR2", job.job_id])
         except SchedulerError:
-            now = jobs_of([paths]).get(run)
-            if now is None or now.waits:
-                raise  # else Slurm has started it meanwhile, and refuses to change it
-        print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})")
-    elif job is not None:
-        # The signal of a preemption: the run saves first and then requeues itself.
-        client.command(["scancel", "--signal=USR2", job.job_id])
-        print(f"job {job.job_id} saves a checkpoint and requeues itself, unless it was submitted with --no-requeue")
-    elif signal_local(paths, signal.SIGUSR2):
-        print(f"run {run} saves a checkpoint and starts again")
-    else:
-        raise SpecError(f"{run}: has no job in the queue and no process here. HINT: submit it again to go on.")
-    return 0
+            del asked[job.job_id]
+            raise
+
+
+def _release(run: RunPaths, job: QueuedJob) -> None:
+    """Let a waiting job start."""
+    try:
+        if (spec := read_frozen(run)) is not None:
+            client.allow_fewer_nodes(job.job_id, spec.resources.fewest_tasks)
+        client.release_job(job.job_id, job.held)
+    except SchedulerError:
+        now = jobs_of([run]).get(run.name)
+        if now is None or now.waits:
+            raise  # else Slurm has started it meanwhile, and refuses to change it
+    print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})", flush=True)
+
+
+def _wait(asked: dict[str, tuple[RunPaths, int]]) -> int:
+    """Release the jobs as they come back into the queue; returns the exit status."""
+    what = f"job {next(iter(asked))}" if len(asked) == 1 else f"{len(asked)} jobs"
+    print(f"{what}: waiting for the checkpoint, to start again at once (Ctrl-C ends only the waiting)", flush=True)
+    left, status = dict(asked), 0
+    try:
+        while left:
+            time.sleep(POLL_SECONDS)
+            queued = client.squeue_jobs(list(left))
+            for job_id, (run, attempts) in list(left.items()):
+                job = queued.get(job_id)
+                if job is None or job.waits or len(History.read(run.events).attempts) > attempts:
+                    del left[job_id]
+                    status = max(status, each([run], partial(_settle, job=job)))
+    except (KeyboardInterrupt, SchedulerError) as trouble:
+        words = "interrupted" if isinstance(trouble, KeyboardInterrupt) else str(trouble)
+        print(f"{printable(words)}\n{', '.join(f'job {job_id}' for job_id in left)} {BY_ITSELF}", file=sys.stderr)
+        return 130 if isinstance(trouble, KeyboardInterrupt) else trouble.exit_code
+    return status
+
+
+def _settle(run: RunPaths, job: QueuedJob | None) -> None:
+    """Release a job that is back in the queue, or say what became of it instead."""
+    if job is not None and job.waits:
+        return _release(run, job)
+    if job is not None:
+        return print(f"job {job.job_id} has started again already")
+    now = read_state(run, {})
+    if now.state != "finished":
+        raise RunFailedError(f"{run.name}: not requeued, since it is {now.state}: {now.detail}")
+    print(f"{run.name} has finished meanwhile, so that nothing is left to requeue")

@@ -167,7 +167,7 @@ def _order(arguments: argparse.Namespace) -> Order:
     site, defaults = load_site(arguments.profile)
     job = job_file(arguments.job) if arguments.job else DEFAULT_JOB
     resources = _resources(arguments)
-    values = load_values(job, arguments.overrides, {"resources": defaults}, {"resources": resources})
+    values = load_values(job, arguments.overrides, defaults, {"resources": resources})
     section = values.pop("sweep", None)
     if section is None:
         spec, sweep, parallel = new_spec(values), None, None

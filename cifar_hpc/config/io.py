@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cifar_hpc.config.fields import build, nearest_key, option
-from cifar_hpc.config.spec import ResourcesSpec, Spec, check
+from cifar_hpc.config.spec import NotifySpec, ResourcesSpec, Spec, check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.files import expand_path
@@ -21,7 +21,7 @@ from cifar_hpc.text import shown
 
 # Keys that do not change the result of a run. They are left out of its name.
 NOT_IN_NAME = (
-    "resources", "checkpoint", "failures", "timeouts", "tracking",
+    "resources", "checkpoint", "failures", "timeouts", "notify", "tracking",
     "data.root", "train.log_seconds", "train.watchdog_minutes",
 )  # fmt: skip
 # Keys that may change between a run's first start and a later one.
@@ -198,6 +198,7 @@ class Site:
     """A site profile, slurm/clusters/*.yaml: settings of a cluster, not of a job."""
 
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    notify: NotifySpec = field(default_factory=NotifySpec)
     setup: tuple[str, ...] = option((), "shell lines before training, such as module load")
     python: str | None = option(None, "command that runs Python on a compute node; null is this very Python")
     srun: tuple[str, ...] = option((), "further options of srun")
@@ -225,7 +226,7 @@ class Site:
 
 
 def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
-    """Load a site profile; returns it and the resource keys that it sets, a layer below the job's own.
+    """Load a site profile; returns it and the keys of the spec that it sets, a layer below the job's own.
 
     Args:
         profile: a name in slurm/clusters, or a path; None is `default`.
@@ -250,8 +251,8 @@ def load_site(profile: str | None) -> tuple[Site, dict[str, Any]]:
             f"{path}: gpus: {shown(site.gpus)} is not allowed; allowed: gpus-per-node=... or gres=..., with {{gpus}} "
             "once for the number, such as gres=gpu:a100:{gpus}, or null. HINT: without '--'; put it in quotes."
         )
-    chosen = values.get("resources") or {}
-    return site, {key: value for key, value in asdict(site.resources).items() if key in chosen}
+    layer = {name: (asdict(getattr(site, name)), values.get(name) or {}) for name in ("resources", "notify")}
+    return site, {name: {k: v for k, v in of_site.items() if k in given} for name, (of_site, given) in layer.items()}
 
 
 def _find(profile: str) -> Path:

@@ -210,6 +210,13 @@ class RetrySpec:
 
 
 @dataclass(frozen=True)
+class NotifySpec:
+    command: str | None = option(
+        None, "shell line to run, for 30 s at most, when the run has finished or failed for good; null is none"
+    )
+
+
+@dataclass(frozen=True)
 class TrackingSpec:
     tensorboard: bool = option(False, "no longer has an effect: python -m cifar_hpc track RUN --tensorboard DIR")
     wandb: Literal["offline", "online"] | None = option(
@@ -281,6 +288,7 @@ class Spec:
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     failures: RetrySpec = field(default_factory=RetrySpec)
     timeouts: RetrySpec = field(default_factory=lambda: RetrySpec(max=100))
+    notify: NotifySpec = field(default_factory=NotifySpec)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
 

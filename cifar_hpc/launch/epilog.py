@@ -91,7 +91,7 @@ class Epilog:
         elif failed:
             before = takewhile(lambda row: row.get("time") != last.get("time"), read_jsonl(self.paths.events))
             ending = Ending("error", step=step_of(last), bad_node=str(last.get("bad_node") or ""))
-            self._act(self._decide(ending, History.of(before)))
+            self._act(self._decide(ending, History.of(before)), str(last.get("error")))
         else:  # a task has died between this event and its request
             delay = int(last.get("delay_seconds") or 0)
             self._requeue(Decision("requeue", str(last.get("reason")), "", delay), recorded=True)
@@ -122,7 +122,7 @@ class Epilog:
             self._emit(Failed(step=step, error=error, cause=ending.cause, again=again, bad_node=bad_node))
             self.log.line(f"FAILED: {text}")
         if text or decision.action == "requeue":
-            self._act(decision)
+            self._act(decision, error)
 
     def _last_lines(self) -> list[str]:
         """Last lines of the output of this start: of some tasks, and then of srun and task 0."""
@@ -137,7 +137,7 @@ class Epilog:
         decision = requeue.decide(ending, self.spec, history, self.job, datetime.now(UTC))
         return requeue.elsewhere(decision, ending, self.spec, self.job_id)
 
-    def _act(self, decision: Decision) -> None:
+    def _act(self, decision: Decision, error: str) -> None:
         self.log.line(decision.explanation)
         if decision.action == "requeue":
             self._requeue(decision)
@@ -145,6 +145,7 @@ class Epilog:
             self._emit(Left(reason=decision.reason, explanation=decision.explanation))
         else:
             requeue.end_for_good(self.job_id, self.history)
+            requeue.notify(self.paths, self.spec, "failed", error, self.log)
 
     def _requeue(self, decision: Decision, recorded: bool = False) -> None:
         try:

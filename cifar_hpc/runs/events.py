@@ -129,6 +129,12 @@ class Requeued(Event, name="requeued", state="requeued"):
     explanation: str | None = None
 
 
+class RequeueRequested(Event, name="requeue_requested"):
+    """A user asks for a requeue: written before the signal for it is sent."""
+
+    by: str
+
+
 class RequeueFailed(Event, name="requeue_failed", state="stopped"):
     """Slurm refused to requeue the job."""
 
@@ -182,6 +188,7 @@ class Finished(Event, name="finished", state="finished"):
 
 STARTS = (Started.name, Resumed.name)
 FAILURES = (Failed.name, Hang.name)
+BY_SLURM = ("preemption", "requeued")  # reasons of Left with which Slurm has requeued the job
 
 
 def append_event(path: Path, event: Event, *, job_id: str | None, restart: int | None, world_size: int | None) -> None:

@@ -88,7 +88,8 @@ class History:
     requeues: by cause, but for those that were refused; `requeues_since_submission` are those that limits count.
     failed_step: step of the last failure since the last submission, but for those that were a node's fault.
     state: the event that says what the state of the run is where it has no job; empty before the first.
-    last: the last event of each kind, but for starts; a cancellation until the next submission or attempt.
+    last: the last event of each kind, but for starts; a cancellation until the next submission or attempt, a request to
+        requeue until the next attempt.
     """
 
     attempts: list[Attempt] = field(default_factory=list)
@@ -155,12 +156,16 @@ class History:
         """Add an attempt, or let the one begin that its batch script has announced."""
         job_id, time, size, count = row.get("job_id"), time_of(row), row.get("world_size"), row.get("restart_count")
         restart = row.get("restart")
-        if begun := name in STARTS:
-            count = self.attempts.pop().restart_count if self._announced(job_id) else None
+        begun = name in STARTS
+        announced = begun and self._announced(job_id)
+        if begun:
+            count = self.attempts.pop().restart_count if announced else None
         else:
             restart = len(self.attempts)
         ranks, count = (n if isinstance(n, int) else None for n in (size, count))
         new = Attempt(step_of(row), restart, job_id, ranks, time, time, time, begun=begun, restart_count=count)
+        if not announced:
+            self.last.pop(events.RequeueRequested.name, None)
         self.attempts.append(new)
 
     def _speaking(self, job_id: Any, restart: Any) -> Attempt | None:
@@ -237,7 +242,7 @@ def _cause(name: str, row: Row, before: str) -> str:
     """Cause of the next attempt after one more event: the latest counts, and a submission above all."""
     if SUBMITTED in (before, name):
         return SUBMITTED
-    if name == events.Requeued.name or (name == events.Left.name and row.get("reason") == "preemption"):
+    if name == events.Requeued.name or (name == events.Left.name and row.get("reason") in events.BY_SLURM):
         return str(row.get("reason"))
     if name in FAILURES:
         return "failure"

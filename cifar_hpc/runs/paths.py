@@ -158,15 +158,21 @@ def all_runs(root: Path) -> list[RunPaths]:
 
 
 def find_run(root: Path, name: str) -> RunPaths:
-    """Find the run `name`.
+    """Find the run `name`, or the only one that begins so.
 
     Raises:
-        SpecError: if there is none; lists the runs and the nearest name.
+        SpecError: if there is none or several begin so; lists them, or all runs and the nearest name.
     """
     paths = RunPaths(root, name)
     if is_run_name(name) and (paths.logs.is_dir() or paths.checkpoints.is_dir()):
         return paths
     names = [r.name for r in all_runs(root)]
+    begun = [other for other in names if is_run_name(name) and other.startswith(name)]
+    if len(begun) == 1:
+        return RunPaths(root, begun[0])
+    if begun:
+        some = ", ".join(begun[:10]) + (", ..." if len(begun) > 10 else "")
+        raise SpecError(f"{name}: {len(begun)} runs begin so: {some}. HINT: more of the name, or '{name}*' for all.")
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none yet"
     raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))
 

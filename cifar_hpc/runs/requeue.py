@@ -1,25 +1,33 @@
 """Requeueing: the decision, as a pure function of how an attempt ended, and the request to Slurm."""
 
+import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
-from cifar_hpc.runs.history import History
+from cifar_hpc.runs.events import Event, Requeued, RequeueFailed, RequeueRequested
+from cifar_hpc.runs.history import History, time_of
+from cifar_hpc.runs.logs import TrainLog
+from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import NO_CONTACT, forbid_requeue, job_fields, parse_instant, requeue_job, restart_count
 from cifar_hpc.slurm.options import node_counts
+from cifar_hpc.text import one_line
 
 # Job states in which a job has its nodes. A job is SIGNALING while the SIGCONT that Slurm sends along with its warnings
 # is on its way (seen with a checkpoint written in 20 ms), and STOPPED until a SIGSTOP is taken back.
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "RESIZING")
 # Slurm delivers --signal=USR2@S up to a minute early (sbatch(1)).
 EARLY_SECONDS = 60
+# A request to requeue whose signal has not arrived after so long, with the step in hand, has been lost.
+REQUEST_SECONDS = 600
 # Delay of a retry: the first one, doubled with each failure up to the last. Under Slurm the first is Slurm's own delay
 # after a requeue; on one's own machine only the processes that are ending need time.
 DELAY_SECONDS = {"slurm": (120, 3600), "local": (2, 60)}
@@ -39,6 +47,7 @@ _TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 LOCAL_REQUEUES = 5
 # A controller that is down may be back soon: how long it is asked after a failure, and how often.
 PATIENCE_SECONDS, ASK_AGAIN_SECONDS = 300.0, 10.0
+NOTIFY_SECONDS, NOTIFY_BYTES = 30.0, 500
 Emit = Callable[[Event], None]
 
 
@@ -74,7 +83,8 @@ class Decision:
 
     action: "requeue", "leave" (exit: Slurm or a person has decided), "hold" (stay until Slurm ends the process, since
         leaving would end the job for good) or "fail" (exit with an error).
-    reason: preemption, timeout, failure, ended, ...: for logs and counts.
+    reason: preemption, timeout, failure, requested (by the command requeue), requeued (by Slurm or a person, unknown
+        which), signal (nobody says why), ended, ...: for logs and counts.
     explanation: a line for train.log.
     exclude: nodes that the next attempt may not start on.
     """
@@ -99,19 +109,45 @@ def decide(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] 
         now: with its time zone.
     """
     if ending.cause == "signal" and ending.scheduler != "slurm":
-        return _after_signal_without_slurm(ending, spec, history)
+        return _after_signal_without_slurm(ending, spec, history, now)
     if ending.cause == "signal" or (ending.cause in ("killed", "start") and job is not None and _preempted(job)):
         return _after_signal(ending, spec, history, job, now)
     return _after_failure(ending, spec, history, job)
 
 
-def _after_signal_without_slurm(ending: Ending, spec: Spec, history: History) -> Decision:
+def _requested_by(ending: Ending, history: History, now: datetime) -> str:
+    """The user whose command `requeue` this attempt answers; empty where there is none.
+
+    The command sends SIGUSR2, which perhaps only another rank has received. A signal that came for another reason is
+    not taken for it: the request is of this attempt, and not older than REQUEST_SECONDS.
+    """
+    request = history.last_of(RequeueRequested)
+    asked = time_of(request)
+    recent = asked is not None and now.timestamp() - asked <= REQUEST_SECONDS
+    return str(request.get("by")) if recent and ending.received in (signal.SIGUSR2, None) else ""
+
+
+def _who_requeued(job: Mapping[str, str]) -> str:
+    """A preemption without grace time and `scontrol requeue` look alike (Slurm 22.05); only people requeue and hold."""
+    if "requeued_in_held" in job.get("Reason", ""):
+        return "requeued and held by a person"
+    return "requeued by Slurm or a person (scontrol requeue, or preempted without grace time)"
+
+
+def used_up_here(history: History) -> bool:
+    """True if submitit's local controller will not start the run again."""
+    return sum(history.requeues_since_submission.values()) >= LOCAL_REQUEUES
+
+
+def _after_signal_without_slurm(ending: Ending, spec: Spec, history: History, now: datetime) -> Decision:
     if ending.scheduler is None or ending.received is signal.SIGTERM or not spec.resources.requeue:
         return Decision("leave", "stopped", "not requeued; submit the same again to go on from here")
-    if history.requeues_since_submission.get("preemption", 0) >= LOCAL_REQUEUES:
+    if used_up_here(history):
         limit = f"not requeued: the local executor restarts a job at most {LOCAL_REQUEUES} times"
         return Decision("leave", "stopped", f"{limit}; submit the same again to go on from here")
-    return Decision("requeue", "preemption", "requeued: the local executor starts the run again")
+    if by := _requested_by(ending, history, now):
+        return Decision("requeue", "requested", f"requeued for {by}: the local executor starts the run again")
+    return Decision("requeue", "signal", "requeued after a signal: the local executor starts the run again")
 
 
 def _after_signal(
@@ -121,26 +157,30 @@ def _after_signal(
         return Decision("hold", "unknown", "scontrol does not answer, so requeueing is left to Slurm; waiting for it")
     state = job.get("JobState", "")
     if state != "RUNNING" and int(job.get("Restarts") or 0) > ending.restarts:
-        return Decision("leave", "preemption", f"JobState={state}: Slurm has requeued the job itself")
+        return Decision("leave", "requeued", f"JobState={state}: {_who_requeued(job)}")
     too_late = job.get("Reason") == "TimeLimit"  # the warning came before Python could hear it; a requeue is accepted
     if state not in ALIVE and not too_late:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
         return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
     end, preempted = parse_instant(job.get("EndTime")), _preempted(job)
     near_end = end is not None and (end - now).total_seconds() <= spec.resources.warning_seconds + EARLY_SECONDS
-    timeout = too_late or (near_end and not preempted and ending.received is not signal.SIGTERM)
-    reason = "timeout" if timeout else "preemption"
+    by = "" if preempted or too_late else _requested_by(ending, history, now)
+    timeout = too_late or (near_end and not (preempted or by) and ending.received is not signal.SIGTERM)
+    reason = "preemption" if preempted else "requested" if by else "timeout" if timeout else "signal"
+    words = {"requested": f"{by} asked for a requeue", "signal": "a signal for which Slurm has no reason"}.get(
+        reason, reason
+    )
     if not _may_requeue(spec, job):
-        return Decision("leave", reason, f"{reason}; the job may not be requeued (--no-requeue): submit again to go on")
+        return Decision("leave", reason, f"{words}; the job may not be requeued (--no-requeue): submit again to go on")
     asked = ending.refused is not None  # and so counted in the history
     if timeout and history.requeues_since_submission.get("timeout", 0) >= spec.timeouts.max + asked:
         return Decision("leave", reason, "timeout; timeouts.max is used up: submit again to go on")
     if ending.refused and preempted and (end is None or (now - end).total_seconds() < EARLY_SECONDS):
         return Decision("hold", reason, f"{ending.refused}; waiting until Slurm ends the job, and perhaps requeues it")
     if ending.refused:
-        return Decision("leave", reason, f"{reason}; not requeued: {ending.refused} Submit again to go on")
+        return Decision("leave", reason, f"{words}; not requeued: {ending.refused} Submit again to go on")
     killed = "all processes were killed, " if ending.cause == "killed" else ""
-    return Decision("requeue", reason, f"JobState={state}: {killed}{reason}; requeueing")
+    return Decision("requeue", reason, f"JobState={state}: {killed}{words}; requeueing")
 
 
 def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[str, str] | None) -> Decision:
@@ -162,6 +202,8 @@ def _after_failure(ending: Ending, spec: Spec, history: History, job: Mapping[st
             f": the run failed at step {earlier} before and got no further this time (step {ending.step}). "
             "HINT: fix the cause and submit again"
         )
+    elif ending.scheduler == "local" and used_up_here(history):
+        refusal = f": the local executor restarts a job at most {LOCAL_REQUEUES} times; submit again to go on"
     elif used >= limit:
         refusal = f": failures.max ({limit}) is used up; submit again to go on"
     elif ended:
@@ -254,6 +296,37 @@ def elsewhere(decision: Decision, ending: Ending, spec: Spec, job_id: str) -> De
             why = f": {error}"
     words = f"{'without' if exclude else 'not without'} node {ending.bad_node}, which looks broken{why}"
     return replace(decision, exclude=exclude, explanation=f"{decision.explanation}, {words}")
+
+
+def notify(paths: RunPaths, spec: Spec, state: str, reason: str, log: TrainLog) -> None:
+    """Run the user's notify.command for a run that is over; its trouble is a line in train.log.
+
+    Args:
+        state: finished, failed, or stopped (timeouts.max is used up).
+    """
+    if not spec.notify.command:
+        return
+    import tempfile
+
+    known = {"RUN": paths.name, "STATE": state, "REASON": one_line(reason), "LOGS": str(paths.logs)}
+    environment = {**os.environ, **{f"CIFAR_HPC_{key}": value for key, value in known.items()}}
+    shell = ("/bin/sh", "-c", spec.notify.command)
+    try:
+        with tempfile.TemporaryFile() as output:  # a pipe would be held open by what the command leaves behind
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            process = subprocess.Popen(shell, env=environment, start_new_session=True, **streams)
+            try:
+                status = process.wait(NOTIFY_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return log.warn(f"notify.command did not end within {NOTIFY_SECONDS:g} s, and was killed")
+            output.seek(0)
+            words = one_line(output.read(NOTIFY_BYTES).decode(errors="replace"))
+        if status:
+            log.warn(f"notify.command ended with exit status {status}: {words or 'it printed nothing'}")
+    except OSError as error:
+        log.warn(f"notify.command could not run: {error}")
 
 
 def end_for_good(job_id: str, history: History) -> None:

@@ -167,7 +167,10 @@ UNKNOWN = "unknown"
 # Time in which a run that was heard of is not gone because one answer of Slurm lacks it: the clock of the machine that
 # wrote the event may differ, and a slurmctld that has just been restarted may not know all jobs yet.
 RECENT_SECONDS = 30.0
-_REQUEUED = {"preemption": "preempted", "timeout": "at its time limit", "failure": "after a failure"}
+_REQUEUED = {
+    **{"preemption": "preempted", "requested": "requeued on request", "requeued": "requeued by Slurm or a person"},
+    **{"signal": "after a signal", "timeout": "at its time limit", "failure": "after a failure"},
+}
 # By the last event: why Slurm ends a job, ...
 _STOPPING = {
     Finished.name: "the run has finished",
@@ -418,7 +421,7 @@ def _without_a_job(
             return UNKNOWN, "Slurm does not answer"
         gone = run in jobs  # Slurm was asked for the recorded job by its id
         # By a failure or by leaving the run itself says that it ended, but for a job that Slurm has requeued.
-        ended = name in FAILURES or (name == Left.name and reason != "preemption")
+        ended = name in FAILURES or (name == Left.name and reason not in events.BY_SLURM)
         if not (gone or ended) and (owner := _owner_elsewhere(submitted)):
             return UNKNOWN, f"maybe queued as job {history.job_id} of {owner}"
         heard_at = time_of(last)

@@ -15,7 +15,7 @@ NOTHING = ""  # before the first event, and after an end until somebody submits 
 MOST_SECONDS = 1e6  # of a start, and of an epoch
 # The years 2000 to 2099 in seconds since 1970: other times are damage, and would leave nothing to be seen of the rest.
 EARLIEST, LATEST = 946_684_800, 4_102_444_800
-_REASONS = {"preemption": "preempted", "timeout": "timeout"}
+_REASONS = {"preemption": "preempted", "requested": "requeued", "requeued": "requeued", "timeout": "timeout"}
 
 
 class Span(NamedTuple):
@@ -33,8 +33,8 @@ class Span(NamedTuple):
 class Mark(NamedTuple):
     """Moment in a run.
 
-    kind: checkpoint, restart, preempted, timeout, stopped, failed, hung, cancelled, finished; or `under way`, the last
-        event of a run that has not ended.
+    kind: checkpoint, restart, preempted, requeued (by a person, perhaps by Slurm), timeout, stopped, failed, hung,
+        cancelled, finished; or `under way`, the last event of a run that has not ended.
     """
 
     kind: str

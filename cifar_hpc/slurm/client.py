@@ -187,9 +187,9 @@ def end_step(job_id: str) -> None:
     command(["scancel", "--signal=KILL", f"{job_id}.{os.environ.get('SLURM_STEP_ID', '0')}"])
 
 
-def cancel_job(job_id: str) -> None:
-    """Cancel a job."""
-    command(["scancel", job_id])
+def cancel_job(*job_ids: str) -> None:
+    """Cancel a job, or several."""
+    command(["scancel", *job_ids])
 
 
 def parse_instant(text: str | None) -> datetime | None:

@@ -59,13 +59,16 @@ def finished(context: Context, position: Position | None) -> None:
         context.log.line("the run has finished before: nothing to do. HINT: a larger train.epochs goes on from here")
     else:
         last, best = position.history[-1], position.best
-        context.log.line(
-            f"FINISHED {counted(position.epoch, 'epoch')}, {counted(position.step, 'step')}: "
+        words = (
+            f"{counted(position.epoch, 'epoch')}, {counted(position.step, 'step')}: "
             f"test accuracy {last['test_accuracy']:.2f}% (best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
         )
+        context.log.line(f"FINISHED {words}")
         context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
     if context.launch.scheduler == "slurm" and context.log.enabled:
         forbid_requeue(context.launch.job_id or "")
+    if position is not None and context.log.enabled:
+        requeue.notify(context.paths, context.spec, "finished", words, context.log)
 
 
 def stopped(context: Context, position: Position | None, stored: bool) -> int:
@@ -108,6 +111,7 @@ def stopped(context: Context, position: Position | None, stored: bool) -> int:
         return 128 + (received or signal.SIGTERM)
     if leaves and decision.reason == "timeout":  # else Slurm or a person has decided
         forbid_requeue(launch.job_id or "")
+        requeue.notify(context.paths, context.spec, "stopped", decision.explanation, context.log)
     allow_fewer_nodes(launch.job_id or "", context.spec.resources.fewest_tasks)
     return 1
 
@@ -270,7 +274,7 @@ class FailureReporter:
             context.log.line(decision.explanation)
             return first.status
         self._log(first, missing if first.cause == "lost" else "", decision)
-        return self._act(first, decision)
+        return self._act(first, decision, missing or first.summary)
 
     def _status_if_over(self, mine: Report) -> int | None:
         """The exit status if other ranks have already ended this attempt, by events.jsonl."""
@@ -332,19 +336,23 @@ class FailureReporter:
         head, reason = _HEADS.get(report.cause, "FAILED"), f"{report.text}\n{missing}".rstrip()
         context.log.line(f"{head} on rank {report.rank} ({report.host}): {reason}")
 
-    def _act(self, report: Report, decision: Decision) -> int:
+    def _act(self, report: Report, decision: Decision, error: str) -> int:
         context = self.context
         try:
             if context.launch.scheduler == "local":
                 _end_other_ranks()
             if decision.action == "requeue":
                 return restart(context, decision)
-            if context.launch.scheduler == "slurm":
-                requeue.end_for_good(context.launch.job_id or "", History.read(context.paths.events))
-            if report.cause == "hang" and context.launch.scheduler == "slurm":
-                end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
         except SchedulerError as refusal:
             context.log.warn(str(refusal))
+        if decision.action != "requeue" and context.launch.scheduler == "slurm":
+            requeue.end_for_good(context.launch.job_id or "", History.read(context.paths.events))
+        requeue.notify(context.paths, context.spec, "failed", error, context.log)
+        if decision.action != "requeue" and report.cause == "hang" and context.launch.scheduler == "slurm":
+            try:
+                end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
+            except SchedulerError as refusal:
+                context.log.warn(str(refusal))
         return report.status
 
 

@@ -106,7 +106,7 @@ def test_requeue_cancel_and_resubmission_end_in_the_same_sums(project: Project) 
         "finished",
         3,
         2,
-        {"preemption": 1},
+        {"requested": 1},
     )
 
     rows = [json.loads(line) for line in (project.logs / "metrics.jsonl").read_text().splitlines()]

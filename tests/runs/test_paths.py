@@ -30,16 +30,30 @@ def root(tmp_path: Path) -> Path:
         (["[dw]*-[!2]"], ["dropout-1", "wide-1"]),
         (["*"], ["dropout-1", "dropout-2", "wide-1"]),
         ([], []),
+        (["wide"], ["wide-1"]),  # the only one that begins so
+        (["dropout-2", "w"], ["dropout-2", "wide-1"]),
     ],
 )
 def test_runs_are_found_once_and_by_name(root: Path, patterns: list[str], found: list[str]) -> None:
     assert [run.name for run in find_runs(root, patterns)] == found
 
 
-@pytest.mark.parametrize("pattern", ["drpout-1", "x*", "[", "../*", "sweeps", ""])
+@pytest.mark.parametrize("pattern", ["drpout-1", "x*", "[", "../*", "sweeps", "", "."])
 def test_a_pattern_without_a_run_is_an_error_that_names_it(root: Path, pattern: str) -> None:
     with pytest.raises(SpecError, match=r"no such run under .*; runs: dropout-1, dropout-2, wide-1"):
         find_runs(root, ["wide-1", pattern])
+
+
+def test_a_beginning_of_several_runs_is_an_error_that_lists_them(root: Path) -> None:
+    with pytest.raises(SpecError, match=r"^dropout: 2 runs begin so: dropout-1, dropout-2\. HINT: .*'dropout\*'"):
+        find_runs(root, ["dropout"])
+
+
+def test_the_exact_name_wins(root: Path) -> None:
+    for name in ("dropout", "dropout-10"):
+        (root / "logs" / name).mkdir()
+        (root / "logs" / name / "spec.yaml").touch()
+    assert [run.name for run in find_runs(root, ["dropout", "dropout-1"])] == ["dropout", "dropout-1"]
 
 
 def test_the_nearest_name_is_offered(root: Path) -> None:

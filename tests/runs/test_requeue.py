@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.requeue import LOCAL_REQUEUES, Decision, Ending, decide, is_stopping, request_requeue
+from cifar_hpc.runs.logs import TrainLog
+from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.requeue import LOCAL_REQUEUES, Decision, Ending, decide, is_stopping, notify, request_requeue
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 
@@ -27,6 +31,9 @@ LATER, SOON = at("16:00:00"), at("12:02:30")
 RUNNING = {"JobState": "RUNNING", "Restarts": "0", "Requeue": "1", "PreemptTime": "None", "EndTime": LATER}
 PREEMPTED = RUNNING | {"PreemptTime": at("11:59:58"), "EndTime": SOON}
 COMPLETING = RUNNING | {"JobState": "COMPLETING"}
+ASKED = "2026-01-02T11:59:58Z"
+ATTEMPT = {"event": "attempt", "job_id": "7", "restart": None, "restart_count": 0}
+STARTED = {"event": "resumed", "job_id": "7", "restart": 0, "step": 5}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -45,10 +52,17 @@ def after_signal(
     restarts: int = 0,
     timeouts: int = 0,
     preemptions: int = 0,
+    requests: int = 0,
     requeue: bool = True,
+    before: tuple[dict[str, Any], ...] = (),
+    then: tuple[dict[str, Any], ...] = (),
+    **asked: str | None,
 ) -> Decision:
     spec = tiny_spec(resources={"requeue": requeue, "warning_seconds": 120}, timeouts={"max": 3})
-    events = [*requeued("timeout", timeouts), *requeued("preemption", preemptions)]
+    counts = {"timeout": timeouts, "preemption": preemptions, "requested": requests}
+    events = [row for reason, count in counts.items() for row in requeued(reason, count)]
+    request = [{"event": "requeue_requested", "job_id": "7", "by": "alice", "time": time} for time in asked.values()]
+    events = [*events, *before, *request, *then]
     return decide(Ending("signal", scheduler, received, restarts), spec, History.of(events), job, NOW)
 
 
@@ -72,20 +86,20 @@ SIGNALS = [
     ("preempted with grace", signal.SIGTERM, PREEMPTED, {}, "requeue", "preemption"),
     ("preempted, USR2 first", signal.SIGUSR2, PREEMPTED, {}, "requeue", "preemption"),
     ("preempted, another rank got the signal", None, PREEMPTED, {}, "requeue", "preemption"),
-    ("preempted without PreemptTime", signal.SIGTERM, RUNNING, {}, "requeue", "preemption"),
-    ("preempted, PreemptTime=N/A", signal.SIGTERM, RUNNING | {"PreemptTime": "N/A"}, {}, "requeue", "preemption"),
+    ("SIGTERM by a person or the node", signal.SIGTERM, RUNNING, {}, "requeue", "signal"),
+    ("the same, PreemptTime=N/A", signal.SIGTERM, RUNNING | {"PreemptTime": "N/A"}, {}, "requeue", "signal"),
     ("a preemption near the end is none of the timeouts", signal.SIGTERM, PREEMPTED, {"timeouts": 3}, "requeue",
      "preemption"),
     ("preempted after earlier restarts", signal.SIGTERM, PREEMPTED | {"Restarts": "4"}, {"restarts": 4}, "requeue",
      "preemption"),
     ("near the time limit after an earlier start was preempted", signal.SIGUSR2,
      PREEMPTED | {"StartTime": at("12:00:00")}, {}, "requeue", "timeout"),
-    ("preempted, no grace: Slurm has requeued", signal.SIGTERM, COMPLETING | {"Restarts": "1"}, {}, "leave",
-     "preemption"),
+    ("no grace, or scontrol requeue: Slurm has requeued", signal.SIGTERM, COMPLETING | {"Restarts": "1"}, {}, "leave",
+     "requeued"),
     ("the same at the fifth time", signal.SIGTERM, COMPLETING | {"Restarts": "5"}, {"restarts": 4}, "leave",
-     "preemption"),
+     "requeued"),
     ("pending again already", signal.SIGTERM, RUNNING | {"JobState": "PENDING", "Restarts": "1"}, {}, "leave",
-     "preemption"),
+     "requeued"),
     ("scancel", signal.SIGTERM, COMPLETING, {}, "leave", "ended"),
     ("scancel after restarts", signal.SIGTERM, COMPLETING | {"Restarts": "2"}, {"restarts": 2}, "leave", "ended"),
     ("cancelled", signal.SIGTERM, RUNNING | {"JobState": "CANCELLED"}, {}, "leave", "ended"),
@@ -101,10 +115,28 @@ SIGNALS = [
     ("the limit, without a warning", signal.SIGTERM, COMPLETING | {"Reason": "TimeLimit"}, {}, "requeue", "timeout"),
     ("the same, timeouts used up", signal.SIGTERM, COMPLETING | {"Reason": "TimeLimit"}, {"timeouts": 3}, "leave",
      "timeout"),
-    ("USR2 far from the end", signal.SIGUSR2, RUNNING | {"EndTime": at("12:03:01")}, {}, "requeue",
-     "preemption"),
-    ("USR1 by a person", signal.SIGUSR1, RUNNING, {}, "requeue", "preemption"),
-    ("no time limit", signal.SIGUSR2, RUNNING | {"EndTime": "Unknown"}, {}, "requeue", "preemption"),
+    ("USR2 far from the end", signal.SIGUSR2, RUNNING | {"EndTime": at("12:03:01")}, {}, "requeue", "signal"),
+    ("USR1 by a person", signal.SIGUSR1, RUNNING, {}, "requeue", "signal"),
+    ("no time limit", signal.SIGUSR2, RUNNING | {"EndTime": "Unknown"}, {}, "requeue", "signal"),
+    ("requested", signal.SIGUSR2, RUNNING, {"asked": ASKED}, "requeue", "requested"),
+    ("requested, another rank got the signal", None, RUNNING, {"asked": ASKED}, "requeue", "requested"),
+    ("requested near the time limit, with no timeout left", signal.SIGUSR2, RUNNING | {"EndTime": SOON},
+     {"asked": ASKED, "timeouts": 3}, "requeue", "requested"),
+    ("requested many times: no limit counts it", signal.SIGUSR2, RUNNING, {"asked": ASKED, "requests": 999}, "requeue",
+     "requested"),
+    ("requested, and preempted a second later", signal.SIGUSR2, PREEMPTED, {"asked": ASKED}, "requeue", "preemption"),
+    ("requested, and the signal is another one", signal.SIGTERM, RUNNING, {"asked": ASKED}, "requeue", "signal"),
+    ("requested, and requeued by scontrol meanwhile", signal.SIGUSR2, COMPLETING | {"Restarts": "1"}, {"asked": ASKED},
+     "leave", "requeued"),
+    ("requested, and cancelled meanwhile", signal.SIGUSR2, COMPLETING, {"asked": ASKED}, "leave", "ended"),
+    ("requested, --no-requeue", signal.SIGUSR2, RUNNING, {"asked": ASKED, "requeue": False}, "leave", "requested"),
+    ("requested long ago: its signal was lost, and this is the time limit", signal.SIGUSR2, RUNNING | {"EndTime": SOON},
+     {"asked": "2026-01-02T11:49:00Z"}, "requeue", "timeout"),
+    ("requested, by a row without a time", signal.SIGUSR2, RUNNING, {"asked": None}, "requeue", "signal"),
+    ("requested in the attempt before", signal.SIGUSR2, RUNNING, {"asked": ASKED, "then": [STARTED]}, "requeue",
+     "signal"),
+    ("requested while the job started", signal.SIGUSR2, RUNNING, {"before": [ATTEMPT], "asked": ASKED,
+     "then": [STARTED]}, "requeue", "requested"),
     ("--no-requeue", signal.SIGTERM, PREEMPTED, {"requeue": False}, "leave", "preemption"),
     ("--no-requeue, time limit", signal.SIGUSR2, RUNNING | {"EndTime": SOON}, {"requeue": False}, "leave",
      "timeout"),
@@ -139,7 +171,7 @@ def test_only_a_job_that_has_its_nodes_is_ever_requeued(state: str) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "received", "preemptions", "action", "words"),
     [
-        ("local", signal.SIGUSR2, 0, "requeue", "the local executor starts the run again"),
+        ("local", signal.SIGUSR2, 0, "requeue", "after a signal: the local executor starts the run again"),
         ("local", None, LOCAL_REQUEUES - 1, "requeue", "the local executor starts the run again"),
         ("local", signal.SIGUSR1, LOCAL_REQUEUES, "leave", "restarts a job at most 5 times"),
         ("local", signal.SIGTERM, 0, "leave", "submit the same again"),
@@ -150,10 +182,31 @@ def test_decide_after_a_signal_without_slurm(
     scheduler: str | None, received: signal.Signals | None, preemptions: int, action: str, words: str
 ) -> None:
     decision = after_signal(received, None, scheduler, preemptions=preemptions)
-    assert (decision.action, decision.reason) == (action, "preemption" if action == "requeue" else "stopped")
+    assert (decision.action, decision.reason) == (action, "signal" if action == "requeue" else "stopped")
     assert words in decision.explanation
+    if scheduler == "local" and received is not signal.SIGTERM:
+        asked = after_signal(signal.SIGUSR2, None, scheduler, preemptions=preemptions, asked=ASKED)
+        assert (asked.action, asked.reason) == (action, "requested" if action == "requeue" else "stopped")
     if scheduler == "local":
         assert after_signal(received, None, scheduler, requeue=False).action == "leave"
+
+
+def test_the_words_of_a_decision_say_who_asked_for_it() -> None:
+    assert after_signal(signal.SIGUSR2, RUNNING, asked=ASKED).explanation == (
+        "JobState=RUNNING: alice asked for a requeue; requeueing"
+    )
+    local = after_signal(signal.SIGUSR2, None, "local", asked=ASKED)
+    assert local.explanation == "requeued for alice: the local executor starts the run again"
+    held = after_signal(signal.SIGTERM, COMPLETING | {"Restarts": "1", "Reason": "job_requeued_in_held_state"})
+    assert held.explanation == "JobState=COMPLETING: requeued and held by a person"
+    unknown = after_signal(signal.SIGTERM, COMPLETING | {"Restarts": "1", "Reason": "None"})
+    assert "by Slurm or a person" in unknown.explanation
+
+
+def test_the_local_executor_starts_a_run_six_times_for_whatever_causes() -> None:
+    rows = [*requeued("requested", 2), *requeued("signal", 1), *failed(10), *failed(20)]
+    assert "at most 5 times" in after_failure(events=rows, step=30, scheduler="local", job=None).explanation
+    assert after_failure(events=rows, step=30).action == "requeue"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +252,7 @@ def test_decide_does_not_retry_where_that_is_useless_or_not_allowed(change: dict
 def test_the_delay_has_a_limit_and_is_short_without_a_queue() -> None:
     events = [row for step in range(1, 9) for row in failed(step)]
     assert after_failure(events=events, step=9, limit=99).delay_seconds == 3600
-    assert after_failure(events=events, step=9, limit=99, scheduler="local", job=None).delay_seconds == 60
+    assert after_failure(events=events[:8], step=9, limit=99, scheduler="local", job=None).delay_seconds == 32
     assert after_failure(scheduler="local", job=None).delay_seconds == 2
 
 
@@ -232,6 +285,50 @@ def test_decide_when_all_processes_were_killed() -> None:
 )
 def test_is_stopping(job: dict[str, str], stopping: bool) -> None:
     assert is_stopping(job) is stopping
+
+
+def told(run: RunPaths, command: str | None, reason: str = "it is over") -> str:
+    """What train.log says after notify.command."""
+    run.create()
+    notify(run, tiny_spec(notify={"command": command}), "failed", reason, TrainLog(run.train_log, enabled=True))
+    return run.train_log.read_text() if run.train_log.exists() else ""
+
+
+def test_notify_hands_the_command_what_happened_on_one_printable_line(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path, "run")
+    script = tmp_path / "tell.sh"
+    script.write_text(f"""#!/bin/sh
+printf '%s|' "$1" "$CIFAR_HPC_RUN" "$CIFAR_HPC_STATE" "$CIFAR_HPC_REASON" "$CIFAR_HPC_LOGS" >> {tmp_path}/told
+""")
+    script.chmod(0o755)
+    assert told(run, f"{script} 'a b'", "Error: \x1b[31mred\n $(touch x) 'é'") == ""
+    reason = "Error: \\x1b[31mred $(touch x) 'é'"
+    assert (tmp_path / "told").read_text() == f"a b|run|failed|{reason}|{run.logs}|"
+    assert told(run, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("echo no; echo 'such host' >&2; exit 3", "notify.command ended with exit status 3: no such host"),
+        ("exit 1", "notify.command ended with exit status 1: it printed nothing"),
+        ("/no/such/program", "ended with exit status 127: "),
+        ("kill -9 $$", "ended with exit status -9: "),
+        ("sleep 77 & sleep 77", "notify.command did not end within 0.5 s, and was killed"),
+    ],
+)
+def test_a_notify_command_that_fails_or_hangs_is_one_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str
+) -> None:
+    monkeypatch.setattr(requeue, "NOTIFY_SECONDS", 0.5 if "sleep" in command else 30.0)
+    log = told(RunPaths(tmp_path, "run"), command)
+    assert "WARNING" in log and words in log and log.count("\n") == 1
+
+
+def test_what_a_notify_command_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
+    """It has the output of the command open, as a program has that goes on in the background."""
+    assert told(RunPaths(tmp_path, "run"), f"sleep 60 & echo $! > {tmp_path}/pid") == ""
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -58,7 +58,10 @@ def test_what_passes_before_a_person_submits_again_is_no_loss() -> None:
     ("between", "cause"),
     [
         ([at(5, "requeued", reason="timeout")], "timeout"),
-        ([at(5, "left", reason="preemption")], "preemption"),  # Slurm requeues by itself
+        ([at(5, "left", reason="preemption")], "preemption"),  # Slurm requeues by itself (rows of older versions)
+        ([at(5, "left", reason="requeued")], "requeued"),
+        ([at(5, "requeue_requested", by="alice")], "killed"),  # the signal never came
+        ([at(5, "requeue_requested", by="alice"), at(6, "requeued", reason="requested")], "requested"),
         ([at(5, "left", reason="ended")], "killed"),  # a node that goes
         ([at(5, "failed"), at(6, "requeued", reason="failure")], "failure"),
         ([at(5, "hang")], "failure"),

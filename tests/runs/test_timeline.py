@@ -43,6 +43,8 @@ def start(seconds: float, step: int = 0, **details: Any) -> list[dict[str, Any]]
 
 
 FIRST = [event(0, "submitted", scheduler="slurm"), *start(10)]
+REQUESTED = [event(29, "requeue_requested", by="alice"), event(30, "signal", signal="SIGUSR2", step=25, epoch=2),
+             event(30, "requeued", reason="requested")]  # fmt: skip
 PREEMPTED = [event(30, "signal", signal="SIGTERM", step=25, epoch=2), event(30, "requeued", reason="preemption")]
 
 
@@ -78,6 +80,21 @@ def test_a_preemption(run: RunPaths) -> None:
     assert second == [(150, 2.5), (151, 2.6), (160, 3), (161, 3)]
     assert (life.begin, life.end) == (BEGIN.timestamp(), BEGIN.timestamp() + 161)
     assert life.seconds("waiting") == pytest.approx(122)
+
+
+@pytest.mark.parametrize(
+    ("stop", "mark"),
+    [
+        (REQUESTED, "requeued"),
+        ([*REQUESTED[:1], *PREEMPTED], "preempted"),  # another cause, a moment later
+        ([event(30, "signal", step=25), event(30, "left", reason="requeued", explanation="by Slurm")], "requeued"),
+        ([event(30, "signal", step=25), event(30, "requeued", reason="signal")], "stopped"),
+    ],
+)
+def test_a_requeue_has_a_mark_of_its_own(run: RunPaths, stop: list[dict[str, Any]], mark: str) -> None:
+    life = timeline(run, *FIRST, event(29, "checkpoint", step=25), *stop, *start(90, step=25))
+    assert (mark, 30) in marks(life) and ("waiting", 30, 86) in spans(life)
+    assert life.seconds("lost") == 0
 
 
 def test_a_kill_loses_what_came_after_the_checkpoint(run: RunPaths) -> None:

@@ -65,7 +65,7 @@ def _scontrol_requeue(run: Run, short: str, reference: Callable[[], Run]) -> Non
     """Slurm has requeued the job when its tasks get to know: they save, and leave it at that."""
     _begin(run, short, *ONE)
     assert run.lab.cluster.scontrol("requeue", run.job_id).returncode == 0
-    assert run.wait("left")["reason"] == "preemption"
+    assert run.wait("left")["reason"] == "requeued"
     assert run.check_saved_where_it_stopped() == 15
     run.release()
     run.check_resumed_at(15)

@@ -43,7 +43,7 @@ def test_partitions_with_grace_without_grace_and_those_that_cancel(
     assert grace.reasons() == cancelable.reasons() == ["preemption"]
     # Where Slurm requeues by itself, the run must not do it again.
     assert nograce.reasons() == []
-    assert [e["reason"] for e in nograce.events("left")] == ["preemption"]
+    assert [e["reason"] for e in nograce.events("left")] == ["requeued"]
 
     def goes_on(run: Run) -> None:
         assert run.check_saved_where_it_stopped() == 15

@@ -88,7 +88,7 @@ def events(context: Context) -> list[tuple[str, Any]]:
 def test_requeue_asks_slurm_with_the_fewest_tasks_and_exits_with_0(slurm: Slurm, stop: Callable[..., Any]) -> None:
     context, status = stop("slurm")
     assert (status, slurm.requests) == (0, [("requeue", "7", 0, 2, "")])
-    assert events(context) == [("signal", None), ("requeued", "preemption")]
+    assert events(context) == [("signal", None), ("requeued", "signal")]
     assert "STOPPED by SIGUSR2: step 7 is on disk" in context.paths.train_log.read_text()
 
 
@@ -96,14 +96,14 @@ def test_leave_exits_with_1_and_allows_fewer_nodes(slurm: Slurm, stop: Callable[
     slurm.answers = [{"JobState": "COMPLETING", "Restarts": "1"}]
     context, status = stop("slurm", signal.SIGTERM)
     assert (status, slurm.requests) == (1, [("fewer nodes", "7", 2)])
-    assert events(context) == [("signal", None), ("left", "preemption")]
+    assert events(context) == [("signal", None), ("left", "requeued")]
 
 
 def test_hold_asks_again_until_slurm_answers_and_says_so_once(slurm: Slurm, stop: Callable[..., Any]) -> None:
     slurm.answers = [None, None, None, RUNNING]
     context, status = stop("slurm")
     assert (status, slurm.now) == (0, 3 * ASK_AGAIN_SECONDS)
-    assert events(context) == [("signal", None), ("holding", "unknown"), ("requeued", "preemption")]
+    assert events(context) == [("signal", None), ("holding", "unknown"), ("requeued", "signal")]
     assert context.paths.train_log.read_text().count("WARNING scontrol did not answer") == 1
 
 
@@ -111,8 +111,8 @@ def test_hold_after_a_refused_requeue(slurm: Slurm, stop: Callable[..., Any]) ->
     slurm.refusals = 5
     context, status = stop("slurm")
     assert (status, slurm.now) == (0, 5 * ASK_AGAIN_SECONDS)
-    assert events(context) == [("signal", None), ("requeued", "preemption"), ("holding", "preemption")]
-    assert History.read(context.paths.events).requeues == {"preemption": 1}
+    assert events(context) == [("signal", None), ("requeued", "signal"), ("holding", "signal")]
+    assert History.read(context.paths.events).requeues == {"signal": 1}
 
 
 def test_the_last_timeout_is_not_used_up_by_its_own_request(slurm: Slurm, stop: Callable[..., Any]) -> None:
@@ -150,7 +150,7 @@ def test_a_preempted_job_that_may_not_requeue_itself_waits_for_slurm(
     context, status = stop("slurm", signal.SIGTERM)
     assert (status, slurm.now) == (1, 2 * ASK_AGAIN_SECONDS)
     assert [name for name, _ in events(context)] == ["signal", "requeued", "requeue_failed", "holding", "left"]
-    assert events(context)[-1] == ("left", "preemption" if again else "ended")
+    assert events(context)[-1] == ("left", "requeued" if again else "ended")
 
 
 def test_hold_ends_after_a_while(slurm: Slurm, stop: Callable[..., Any]) -> None:
@@ -172,7 +172,7 @@ def test_ranks_other_than_the_first_exit_with_0_and_request_nothing(
 @pytest.mark.parametrize(
     ("scheduler", "number", "status", "last"),
     [
-        ("local", signal.SIGUSR2, LOCAL_REQUEUE_STATUS, ("requeued", "preemption")),
+        ("local", signal.SIGUSR2, LOCAL_REQUEUE_STATUS, ("requeued", "signal")),
         ("local", signal.SIGTERM, 128 + signal.SIGTERM, ("left", "stopped")),
         (None, signal.SIGUSR1, 128 + signal.SIGUSR1, ("left", "stopped")),
     ],

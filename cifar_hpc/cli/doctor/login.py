@@ -47,7 +47,7 @@ def read_site(profile: str, flags: Mapping[str, Any]) -> tuple[Finding, Site, Sp
     """
     try:
         site, defaults = load_site(profile)
-        spec = from_plain(load_values(DEFAULT_JOB, [], {"resources": defaults}, {"resources": flags}))
+        spec = from_plain(load_values(DEFAULT_JOB, [], defaults, {"resources": flags}))
     except (UserError, OSError) as error:
         advice = "correct the profile or the flag; the rest is checked without them"
         return problem(explain(error)[0], advice), Site(), from_plain(load_values(DEFAULT_JOB))

@@ -24,6 +24,7 @@ MARKS: dict[str, tuple[str, str, float, float]] = {  # marker, colour, size, hei
     CHECKPOINT: ("|", COLOURS[0], 4.0, 0.15),
     "restart": ("^", COLOURS[2], 4.5, UNDER),
     "preempted": ("v", COLOURS[1], 4.5, OVER),
+    "requeued": ("<", COLOURS[2], 4.5, OVER),
     "timeout": ("H", COLOURS[3], 4.5, OVER),
     "stopped": ("s", COLOURS[6], 4.5, OVER),
     "cancelled": ("D", COLOURS[6], 4.5, OVER),
