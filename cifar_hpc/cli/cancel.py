@@ -80,7 +80,8 @@ def each(runs: Sequence[RunPaths], act: Callable[[RunPaths], None]) -> int:
             act(run)
         except (UserError, OSError) as error:
             message, status = explain(error)
-            print(f"error: {printable(message)}", file=sys.stderr)
+            whose = f"{run.name}: " * (run.name not in message and len(runs) > 1)
+            print(printable(f"error: {whose}{message}"), file=sys.stderr)
             worst = max(worst, status)
     return worst
 

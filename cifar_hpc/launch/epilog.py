@@ -78,7 +78,7 @@ class Epilog:
         if not self._has_nodes():
             if not last and not self.attempt.begun and int((self.job or {}).get("Restarts") or 0) <= restart_count():
                 words = f"JobState={(self.job or {}).get('JobState')}: cancelled, or its node is going; not requeueing"
-                self._act(Decision("leave", "ended", words))
+                self._act(Decision("leave", "ended", words), "")
             return
         try:
             self.spec = require_frozen(self.paths)

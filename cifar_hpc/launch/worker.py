@@ -7,12 +7,15 @@ signal that was ignored is found by asking Slurm.
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
+from cifar_hpc.runs.events import RequeueRequested
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import TrainLog, soon
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
 from cifar_hpc.runs.requeue import is_stopping
@@ -43,7 +46,7 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     keep_others_out()
     job_id = client.own_job_id()
     if job_id and os.environ.get("SLURM_PROCID") == "0":
-        threading.Thread(target=_ask_slurm, args=(job_id, stop), name="ask Slurm", daemon=True).start()
+        threading.Thread(target=_ask_slurm, args=(job_id, paths, stop), name="ask Slurm", daemon=True).start()
     import submitit
 
     environment = submitit.JobEnvironment()
@@ -72,8 +75,10 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     return f"run {paths.name} finished"
 
 
-def _ask_slurm(job_id: str, stop: StopFlag) -> None:
-    """Raise the flag if Slurm was already ending the job before the signal handlers existed."""
+def _ask_slurm(job_id: str, paths: RunPaths, stop: StopFlag) -> None:
+    """Raise the flag if a user or Slurm wanted the job to stop before the signal handlers existed."""
+    if History.read(paths.events).last_of(RequeueRequested):
+        stop.raise_flag(signal.SIGUSR2)
     with contextlib.suppress(SchedulerError):
         if is_stopping(client.job_fields(job_id)):
             stop.raise_flag()

@@ -211,9 +211,9 @@ class History:
 
         Work that was lost counts, queueing does not.
         """
-        sizes = (max(0, min(a.world_size or 0, 10**6)) for a in self.attempts)  # a file may say anything
+        sizes: Iterable[int] = (max(0, min(a.world_size or 0, 10**6)) for a in self.attempts)  # a file may say anything
         times = (_seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) for a in self.attempts)
-        return sum(map(mul, sizes, times))
+        return float(sum(map(mul, sizes, times)))
 
     @property
     def lost_seconds(self) -> float:

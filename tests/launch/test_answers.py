@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,9 +14,10 @@ import pytest
 from stub_slurm import StubSlurm
 
 from cifar_hpc.__main__ import main
+from cifar_hpc.cli import requeue as command_requeue
 from cifar_hpc.cli import submit
 from cifar_hpc.launch import batch_script
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import user_name
@@ -274,3 +276,117 @@ def test_a_job_on_another_cluster_of_the_same_file_system_is_maybe_there(site: S
     assert site.command("cancel", "run", "--gone")[0] == 0
     assert site.submit()[0] == 0
     client.cluster_name.cache_clear()
+
+
+class Running:
+    """A run whose job runs, and a scancel that notes what it is asked for and lets `then` happen."""
+
+    def __init__(self, site: Site, then: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+        self.site, self.run = site, RunPaths(site.root, "run")
+        site.submit(JOB, *arguments)
+        monkeypatch.setattr(command_requeue, "POLL_SECONDS", 0.01)
+        queue = site.stub.queue
+        queue.write_text(queue.read_text().replace("PENDING", "RUNNING"))
+        append_line(self.run.events, '{"event": "attempt", "job_id": "1", "restart": null, "restart_count": 0}')
+        site.program("scancel", f'echo "scancel $*" >> {site.root}/asked\n{then}')
+        site.program("scontrol", f'echo "$*" >> {site.root}/asked')
+        site.program("squeue", 'case "$*" in *--jobs*) sed "s/$/|$(id -un)/" "$QUEUE";; *) "$REAL" "$@";; esac')
+
+    def asked(self) -> list[str]:
+        file = self.site.root / "asked"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+def said_so(event: str) -> str:
+    return f"echo '{{{event}}}' >> \"$CIFAR_HPC_ROOT/logs/run/events.jsonl\""
+
+
+ENDS = '; echo > "$QUEUE"'
+REQUEUES = {
+    "requeued": ('sed -i "s/RUNNING/PENDING/" "$QUEUE"', 0, "job 1 may start as soon as there is room"),
+    "started again": (said_so('"event": "attempt", "job_id": "1", "restart_count": 1'), 0, "has started again already"),
+    "finished": (said_so('"event": "finished", "test_accuracy": 9.0') + ENDS, 0, "run has finished meanwhile"),
+    "cancelled": (said_so('"event": "cancelled", "by": "alice"') + ENDS, 1, "since it is cancelled: by alice"),
+    "left": (said_so('"event": "left", "reason": "x", "explanation": "why"') + ENDS, 1, "since it is stopped: why"),
+    "refused": ('echo "scancel: error: Access denied" >&2; exit 1', 3, "Access denied"),
+    "silent": ('echo "nonsense" > "$QUEUE"; echo "1|broken" >> "$QUEUE"', 3, "job 1 goes back into the queue all the"),
+}
+
+
+@pytest.mark.parametrize(("then", "status", "words"), REQUEUES.values(), ids=REQUEUES)
+def test_requeue_waits_for_the_job_and_says_what_became_of_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch, then: str, status: int, words: str
+) -> None:
+    running = Running(site, then, monkeypatch)
+    found, said = site.command("requeue", "ru")
+    assert (found, words in said) == (status, True), said
+    assert ("job 1: waiting for the checkpoint" in said) is ("denied" not in said)
+    assert running.asked()[0] == "scancel --signal=USR2 1"
+    assert any(line.startswith("update jobid=1 StartTime=now+2") for line in running.asked()) is ("may start" in said)
+    (asked,) = (row for row in read_jsonl(running.run.events) if row["event"] == "requeue_requested")
+    assert (asked["by"], asked["job_id"]) == (user_name(), "1")
+
+
+def test_ctrl_c_ends_only_the_waiting(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    Running(site, "true", monkeypatch)
+    monkeypatch.setattr(command_requeue.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    status, said = site.command("requeue", "run")
+    assert status == 130 and "job 1 goes back into the queue all the same, and starts by itself after about two" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state", "words"),
+    [
+        (["--no-requeue"], "RUNNING", "run: was submitted with --no-requeue"),
+        ([], "SUSPENDED", "run: job 1 is SUSPENDED now. HINT: try again when"),
+    ],
+)
+def test_a_job_that_would_not_come_back_is_sent_no_signal(
+    site: Site, monkeypatch: pytest.MonkeyPatch, arguments: list[str], state: str, words: str
+) -> None:
+    running = Running(site, "true", monkeypatch, *arguments)
+    queue = site.stub.queue
+    queue.write_text(queue.read_text().replace("RUNNING", state))
+    status, said = site.command("requeue", "run")
+    assert status == 2 and words in said and running.asked() == []
+    assert [row["event"] for row in read_jsonl(running.run.events)] == ["submitted", "attempt"]
+
+
+def sweep_of_two(site: Site, scancel: str) -> list[str]:
+    """Names of the points, in the queue as tasks 1_0 and 1_1."""
+    site.submit(SWEEP)
+    site.program("scancel", f'echo "$*" >> {site.root}/asked\n{scancel}')
+    return [run.name for run in all_runs(site.root)]
+
+
+def test_a_pattern_asks_before_it_cancels_several_runs_with_one_call(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sweep_of_two(site, 'echo > "$QUEUE"')
+    status, said = site.command("cancel", "run*")
+    assert status == 2 and all(name in said for name in names) and "HINT: --yes, to cancel all of them." in said
+    terminal = io.StringIO("no\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    status, said = site.command("cancel", "run*")
+    assert status == 2 and "2 runs are meant" in said and "nothing was changed" in said
+    assert set(site.states().values()) == {"queued"} and not (site.root / "asked").exists()
+    status, said = site.command("cancel", "run*", "--yes")
+    assert status == 0 and said.count("is cancelled") == 2
+    (call,) = (site.root / "asked").read_text().splitlines()
+    assert sorted(call.split()) == ["1_0", "1_1"]
+    assert set(site.states().values()) == {"cancelled"}
+    status, said = site.command("cancel", "run*", "--yes")
+    assert status == 2 and "run*: no run of that name has a job in the queue or a process here." in said
+
+
+def test_one_run_that_cannot_be_cancelled_does_not_keep_the_others(site: Site) -> None:
+    only_the_second = 'case "$*" in 1_1) sed -i /^1_1/d "$QUEUE";; *) echo "scancel: error: no" >&2; exit 1;; esac'
+    first, second = sweep_of_two(site, only_the_second)
+    status, said = site.command("cancel", first, second)
+    assert status == 3 and "job 1_1 is cancelled" in said
+    (left,) = (name for name, state in site.states().items() if state == "queued")
+    assert f"error: {left}: scancel 1_0 was refused: scancel: error: no" in said
+    assert sorted(site.states().values()) == ["cancelled", "queued"]
+    status, said = site.command("cancel", "run")
+    assert status == 2 and f"run: 2 runs begin so: {first}, {second}." in said

@@ -327,3 +327,23 @@ def test_nodes_but_leaves_enough_of_the_same_kind(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert requeue._nodes_but(node, "5_2", fewest) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "told"),
+    [
+        (0, [START, SAVED], "run failed all processes were killed (exit status 137)"),  # given up
+        (0, [ATTEMPT], "run failed before training began (exit status 137)"),
+        (1, [START, SAVED], ""),  # requeued
+        (1, [START, SAVED, FAILED | {"again": False}], ""),  # the rank that has said it has told of it, too
+    ],
+)
+def test_epilog_tells_of_a_run_that_failed_for_good(
+    site: Site, limit: int, rows: list[dict[str, Any]], told: str
+) -> None:
+    out = site.paths.root / "told"
+    command = f'echo "$CIFAR_HPC_RUN $CIFAR_HPC_STATE $CIFAR_HPC_REASON" >> {out}'
+    site.freeze(notify={"command": command}, failures={"max": limit})
+    site.happened(*rows)
+    site.end()
+    assert (out.read_text().strip() if out.exists() else "") == told

@@ -15,6 +15,7 @@ import pytest
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch import worker
 from cifar_hpc.launch.batch_script import IGNORE_SIGNALS
+from cifar_hpc.runs.logs import append_line
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 from cifar_hpc.slurm import client as slurm
 from cifar_hpc.training.process import StopFlag
@@ -83,7 +84,7 @@ def test_ignore_signals_lets_a_task_live_until_its_handlers_take_over(name: str)
     ],
 )
 def test_ask_slurm_raises_the_flag_of_a_job_that_already_ends(
-    monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None, requested: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None, requested: bool
 ) -> None:
     def job_fields(job_id: str) -> dict[str, str]:
         if fields is None:
@@ -91,9 +92,16 @@ def test_ask_slurm_raises_the_flag_of_a_job_that_already_ends(
         return fields
 
     monkeypatch.setattr(slurm, "job_fields", job_fields)
-    stop = StopFlag()
-    worker._ask_slurm("7", stop)
+    stop, run = StopFlag(), RunPaths(tmp_path, "run")
+    worker._ask_slurm("7", run, stop)
     assert stop.requested is requested
+    append_line(run.events, '{"event": "attempt", "job_id": "7"}')
+    append_line(run.events, '{"event": "requeue_requested", "job_id": "7", "by": "alice"}')
+    worker._ask_slurm("7", run, stop := StopFlag())
+    assert stop.signal is signal.SIGUSR2  # whose own was ignored by the batch script
+    append_line(run.events, '{"event": "attempt", "job_id": "7"}')
+    worker._ask_slurm("7", run, stop := StopFlag())
+    assert stop.requested is requested  # that was for the start before
 
 
 def test_array_task_trains_the_run_of_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

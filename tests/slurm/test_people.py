@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from lab import Lab, together, until
 from runs import Run, thaw
 
-from cifar_hpc.slurm.client import release_job, requeue_job
+from cifar_hpc.slurm.client import release_job, requeue_job, user_name
 
 pytestmark = pytest.mark.slurm
 
@@ -71,13 +74,15 @@ def _scontrol_requeue(run: Run, short: str, reference: Callable[[], Run]) -> Non
     run.check_resumed_at(15)
     run.check_kept(reference())
     assert run.reasons() == [] and run.job()["Restarts"] == "1"
+    assert "requeued by Slurm or a person" in run.log()
+    assert run.state()["restart_causes"] == {"requeued": 1}
 
 
 def _scontrol_requeuehold(run: Run, short: str, reference: Callable[[], Run]) -> None:
     """The same, and it waits until somebody releases it."""
     _begin(run, short, *ONE)
     assert run.lab.cluster.scontrol("requeuehold", run.job_id).returncode == 0
-    run.wait("left")
+    assert run.wait("left")["explanation"].endswith(": requeued and held by a person")
     assert run.check_saved_where_it_stopped() == 15
     assert run.wait_job(JobState="PENDING", Priority="0")["Restarts"] == "1"
     assert run.state()["state"] == "queued" and "held" in run.state()["detail"].lower(), run.state()
@@ -88,18 +93,29 @@ def _scontrol_requeuehold(run: Run, short: str, reference: Callable[[], Run]) ->
 
 
 def _our_requeue(run: Run, short: str, reference: Callable[[], Run]) -> None:
-    """python -m cifar_hpc requeue: by the way of a checkpoint. Every file of this run is in a folder of an odd name."""
+    """One command has it save, go back into the queue and start again. Its folder has an odd name."""
     pid = _begin(run, short, *ONE)
-    assert "saves a checkpoint and requeues itself" in run.lab.command("requeue", run.name)
-    thaw(pid)  # here Slurm sends no SIGCONT along
-    run.wait("requeued")
-    assert run.events("signal")[0]["signal"] == "SIGUSR2"
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(run.lab.command, "requeue", run.name)
+        assert run.wait("requeue_requested")["by"] == user_name()
+        until("it has its signal", lambda: _is_pending(signal.SIGUSR2, pid), run.report)
+        thaw(pid)  # here Slurm sends no SIGCONT along
+        said = command.result()
+    assert f"job {run.job_id}: waiting for the checkpoint" in said
+    assert f"job {run.job_id} may start as soon as there is room" in said
+    assert run.events("signal")[0]["signal"] == "SIGUSR2" and run.reasons() == ["requested"]
+    assert f"{user_name()} asked for a requeue; requeueing" in run.log()
     assert run.check_saved_where_it_stopped() == 15
-    run.release()
     run.check_resumed_at(15)
     run.check_kept(reference())
-    assert run.job()["Restarts"] == "1"
+    assert run.job()["Restarts"] == "1" and run.state()["restart_causes"] == {"requested": 1}
     assert {path.name for path in run.lab.root.iterdir()} == {"checkpoints", "logs", "moments", "profiles"}
+
+
+def _is_pending(number: signal.Signals, pid: int) -> bool:
+    """True if a process that is stopped has been sent a signal."""
+    fields = re.findall("^(?:SigPnd|ShdPnd):(.*)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(field, 16) >> (number - 1) & 1 for field in fields)
 
 
 # Slurm looks at time limits every 30 s, so its warning comes with 30 to 60 s left.

@@ -95,19 +95,19 @@ def test_running_suspended_hung_requeued_and_a_slurm_that_is_silent(
     finally:
         lab.tool("start", "slurmctld")
 
-    lab.command("requeue", run.name)
+    lab.cluster.run(["scancel", "--signal=USR2", run.job_id])
     thaw(pid)
     run.wait("requeued")
     run.wait_job(JobState="PENDING", Reason="BeginTime")
     state = run.state()
-    assert state["state"] == "requeued" and state["detail"].startswith("until ") and "preempted" in state["detail"]
+    assert state["state"] == "requeued" and state["detail"].startswith("until ") and "after a signal" in state["detail"]
     begin = datetime.fromisoformat(state["start_time"]) - datetime.now(UTC)
     assert timedelta(0) < begin <= timedelta(seconds=slurm.SLURM_DELAY_SECONDS)
     run.release()
     run.wait("finished")
     run.wait_gone()
     state = run.state()
-    assert (state["state"], state["restart_causes"], state["reason"]) == ("finished", {"preemption": 1}, None)
+    assert (state["state"], state["restart_causes"], state["reason"]) == ("finished", {"signal": 1}, None)
     assert state["lost_seconds"] > 0 and state["eta_seconds"] is None
 
 
