@@ -193,14 +193,16 @@ def test_stopped_says_where_the_state_is(tmp_path: Path, slurm: Slurm) -> None:
 
 
 def test_finished(tmp_path: Path) -> None:
-    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
+    notify = {"command": f'echo "$CIFAR_HPC_STATE: $CIFAR_HPC_REASON" >> {tmp_path}/told'}
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(notify=notify), Launch(), StopFlag())
     best = {"epoch": 1, "test_accuracy": 60.0}
     finished(context, Position(epoch=2, step=18, history=[best, {"epoch": 2, "test_accuracy": 50.0}], best=best))
     (event,) = read_jsonl(context.paths.events)
     assert (event["event"], event["step"], event["test_accuracy"], event["best"]) == ("finished", 18, 50.0, best)
-    assert "FINISHED 2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)" in (
-        context.paths.train_log.read_text()
-    )
+    words = "2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)"
+    assert f"FINISHED {words}\n" in context.paths.train_log.read_text()
+    finished(context, None)  # a later start finds nothing to do, and tells of nothing
+    assert (tmp_path / "told").read_text() == f"finished: {words}\n"
 
 
 def test_a_finished_run_lets_its_job_end_for_good(tmp_path: Path, slurm: Slurm) -> None:

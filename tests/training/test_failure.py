@@ -117,12 +117,18 @@ class Reporting:
         for name, seconds in (("RANK_0_SECONDS", 0.2), ("LAST_WORDS_SECONDS", 0.2)):
             monkeypatch.setattr(exit_module, name, seconds)
 
+    def told(self) -> str:
+        """What the run's notify.command was told."""
+        file = self.paths.root / "told"
+        return file.read_text() if file.exists() else ""
+
     def reporter(self, rank: int = 0, store: dist.Store | None = None, **launch: Any) -> FailureReporter:
         """A rank's, after it has met the others through `store`."""
         world_size = 1 if store is None else 2
         flag = StopFlag()
         launch = {"scheduler": "slurm", "job_id": "7"} | launch
-        context = Context(self.paths, tiny_spec(), Launch(rank, world_size, **launch), flag)
+        notify = {"command": f'echo "$CIFAR_HPC_STATE: $CIFAR_HPC_REASON" >> {self.paths.root}/told'}
+        context = Context(self.paths, tiny_spec(notify=notify), Launch(rank, world_size, **launch), flag)
         reporter = FailureReporter(context)
         reporter.meet(store)
         return reporter
@@ -150,14 +156,25 @@ def test_report_requeues_a_failure_that_may_pass(run: Reporting) -> None:
     assert (failed["event"], failed["cause"], failed["step"], failed["again"]) == ("failed", "error", 5, True)
     assert (requeued["event"], requeued["reason"], requeued["delay_seconds"]) == ("requeued", "failure", 120)
     assert run.requests == [("requeue", "7", 120, None, "")]
-    assert "requeueing after failure 1 of at most 3" in run.log()
+    assert "requeueing after failure 1 of at most 3" in run.log() and run.told() == ""
     assert run.log().rstrip().endswith("ValueError: a fault")
+
+
+def test_a_run_whose_requeue_is_refused_has_failed_for_good(run: Reporting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> None:
+        raise SchedulerError("Access denied")
+
+    monkeypatch.setattr(requeue, "requeue_job", refuse)
+    assert run.reporter().report(ValueError("a fault")) == 1
+    assert run.names() == ["failed", "requeued", "requeue_failed"] and "WARNING Access denied" in run.log()
+    assert run.told() == "failed: ValueError: a fault\n"
 
 
 def test_report_does_not_retry_a_failure_that_would_come_again(run: Reporting) -> None:
     assert run.reporter().report(SpecError("data.root: no such folder")) == 2
     (failed,) = run.events()
     assert (failed["event"], failed["again"], run.requests) == ("failed", False, [])
+    assert run.told() == f"failed: {failed['error']}\n"
     assert "not requeued: the same would happen again" in run.log()
 
 
@@ -260,7 +277,7 @@ def test_an_error_of_every_rank_is_reported_by_the_first(run: Reporting) -> None
     error.everywhere = True
     first, second = run.reporter(0, store), run.reporter(1, store)
     assert second.report(error) == 2 and run.names() == []
-    assert first.report(error) == 2 and run.names() == ["failed"]
+    assert first.report(error) == 2 and run.names() == ["failed"] and run.told().count("failed") == 1
 
 
 def test_a_hang_leaves_stacks_and_ends_the_step_if_it_is_not_retried(run: Reporting) -> None:
@@ -268,7 +285,7 @@ def test_a_hang_leaves_stacks_and_ends_the_step_if_it_is_not_retried(run: Report
     assert run.reporter()._report(hang) == 0
     assert run.reporter()._report(hang) == 1
     assert [request[0] for request in run.requests] == ["requeue", "end step"]
-    assert run.names() == ["hang", "requeued", "hang"]
+    assert run.names() == ["hang", "requeued", "hang"] and run.told() == "failed: no progress\n"
     assert "---- stacks of rank 0" in run.log()
     assert "HUNG on rank 0 (node1): no progress: step 5" in run.log().splitlines()[-1]
 
