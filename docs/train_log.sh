@@ -12,6 +12,7 @@ trap 'rm -rf "$CIFAR_HPC_ROOT"' EXIT
     data.train_size=20000 checkpoint.every_steps=null
 log=$CIFAR_HPC_ROOT/logs/demo/train.log
 until grep -q "epoch 2/4 step" "$log"; do sleep 0.2; done
-"$python" -m cifar_hpc requeue demo # as Slurm does it: a signal, and a new start
+pid=$(grep -o '"pid": [0-9]*' "$CIFAR_HPC_ROOT/logs/demo/run.lock" | grep -o '[0-9]*$')
+kill -USR2 "$pid" # as a scheduler does it that needs the machine
 "$python" -m cifar_hpc tail demo > /dev/null
 sed -E "s/host [^ ]+/host node01/; s/job [0-9]+/job 4711/" "$log" > docs/train.log

@@ -96,7 +96,19 @@ def main(arguments: argparse.Namespace) -> int:
         with contextlib.suppress(SchedulerError):  # one by one then, which tells whose job it was
             client.cancel_job(*own)
             sent = True
-    return each(runs, lambda run: _cancel(run, jobs.get(run.name), arguments.gone, sent))
+    status = each(runs, lambda run: _cancel(run, jobs.get(run.name), arguments.gone, sent))
+    with contextlib.suppress(SchedulerError):
+        _cancel_second_jobs(runs, jobs)
+    return status
+
+
+def _cancel_second_jobs(runs: Sequence[RunPaths], jobs: Mapping[str, QueuedJob | None]) -> None:
+    """Cancel the jobs that runs had beside `jobs`: older ones, which somebody has requeued by hand."""
+    known = {run.name: job.job_id for run in runs if (job := jobs.get(run.name)) and not job.user}
+    for name, job in jobs_of([run for run in runs if run.name in known]).items():
+        if name in known and job and job.job_id != known[name] and (job.waits or job.state in ALIVE):
+            client.cancel_job(job.job_id)
+            print(f"job {job.job_id} of the same run is cancelled, too")
 
 
 def _cancel(paths: RunPaths, job: QueuedJob | None, gone: bool, sent: bool) -> None:
@@ -111,11 +123,11 @@ def _cancel(paths: RunPaths, job: QueuedJob | None, gone: bool, sent: bool) -> N
         if job is None or job.state != HIDDEN:
             what = f"job {job.job_id} is in the queue" if job else "nothing is unknown about its job"
             raise SpecError(f"--gone: {run}: {what}. HINT: leave --gone out.")
-        print(f"job {job.job_id} is recorded as ended; submit again to go on from its checkpoint")
+        print(f"job {job.job_id} is recorded as ended; submit again to go on")
     elif job is not None:
         if job.user or not sent:
             _cancel_job(paths, job)
-        print(f"job {job.job_id} is cancelled; submit again to go on from its checkpoint")
+        print(f"job {job.job_id} is cancelled; submit again to go on")
     elif signal_local(paths, signal.SIGTERM):
         print(f"run {run} saves a checkpoint and stops; submit again to go on")
     else:

@@ -1,6 +1,7 @@
 """make demo: a run from end to end on this machine, with a preemption, by the public commands alone."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from cifar_hpc.cli.tail import EpochFollower
 from cifar_hpc.errors import RunBusyError
 from cifar_hpc.launch.preflight import why_busy
 from cifar_hpc.runs.events import Resumed
+from cifar_hpc.runs.lock import signal_local
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
 
@@ -30,8 +32,8 @@ def main() -> int:
     with subprocess.Popen(submit, cwd=PROJECT) as follower:
         if _wait_for_epoch(paths, follower):
             time.sleep(3)  # into the middle of the next epoch
-            _say(f"preempting it now: python -m cifar_hpc requeue {RUN}")
-            subprocess.run([sys.executable, "-m", "cifar_hpc", "requeue", RUN], cwd=PROJECT, check=False)
+            _say("preempting it now: SIGUSR2, as from a scheduler that needs the machine")
+            signal_local(paths, signal.SIGUSR2)
         status = follower.wait()
     if status != 0:
         print(f"error: the demo's run did not finish; see {paths.train_log} and {paths.slurm}", file=sys.stderr)

@@ -390,3 +390,13 @@ def test_one_run_that_cannot_be_cancelled_does_not_keep_the_others(site: Site) -
     assert sorted(site.states().values()) == ["cancelled", "queued"]
     status, said = site.command("cancel", "run")
     assert status == 2 and f"run: 2 runs begin so: {first}, {second}." in said
+
+
+def test_cancel_cancels_an_older_job_of_the_run_that_somebody_has_requeued(site: Site) -> None:
+    site.submit()
+    line = site.stub.queue.read_text()
+    site.stub.queue.write_text(line.replace("PENDING", "RUNNING") + line.replace("1|", "2|", 1))
+    site.program("scancel", 'for id; do sed -i "/^$id|/d" "$QUEUE"; done')
+    status, words = site.command("cancel", "run")
+    assert status == 0 and "job 1 is cancelled" in words and "job 2 of the same run is cancelled, too" in words
+    assert site.stub.queued() == []
