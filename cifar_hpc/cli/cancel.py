@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cifar_hpc.errors import DoubtError, SchedulerError, SpecError, UserError, explain
 from cifar_hpc.runs.events import Cancelled
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local
+from cifar_hpc.runs.lock import controller_of, holder, signal_local
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, find_run, find_runs, is_pattern, project_root
 from cifar_hpc.runs.progress import record_event
@@ -50,26 +50,20 @@ def choose(arguments: argparse.Namespace, verb: str) -> tuple[list[RunPaths], Ma
     found = find_runs(root, texts)
     jobs = jobs_of(found)
     named = {find_run(root, text).name for text in texts if not is_pattern(text)}
-    matching = [run for run in found if run.name not in named and (jobs.get(run.name) or _is_here(run))]
+    others = [run for run in found if run.name not in named]
+    matching = [r for r in others if jobs.get(r.name) or holder(r.lock) or controller_of(r, History.read(r.events))]
     patterns = ", ".join(filter(is_pattern, texts))
     if not named and not matching:
         raise SpecError(f"{patterns}: no run of that name has a job in the queue or a process here.")
     if len(matching) > 1 and not arguments.yes:
-        runs = "\n".join(f"  {run.name}" for run in matching)
-        if not sys.stdin.isatty():
-            hint = f"HINT: --yes, to {verb} all of them."
-            raise SpecError(f"{patterns}: {len(matching)} runs are meant:\n{runs}\n{hint}")
-        print(f"{patterns}: {len(matching)} runs are meant:\n{runs}")
-        answer = ""
-        with contextlib.suppress(EOFError):
-            answer = input(f"{verb} all of them? [y/N] ")
-        if answer.strip().lower() not in ("y", "yes"):
-            raise SpecError("nothing was changed.")
+        question = f"{patterns} means {len(matching)} runs:" + "".join(f"\n  {run.name}" for run in matching)
+        if asks := sys.stdin.isatty():
+            print(f"{question}\n{verb} all of them? [y/N] ", end="", flush=True)
+        if not asks or sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise SpecError(
+                f"{'' if asks else question}\nnothing was changed. HINT: --yes, to {verb} all of them.".strip()
+            )
     return [run for run in found if run.name in named or run in matching], jobs
-
-
-def _is_here(run: RunPaths) -> bool:
-    return holder_pid(run.lock) is not None or controller_of(run, History.read(run.events)) is not None
 
 
 def each(runs: Sequence[RunPaths], act: Callable[[RunPaths], None]) -> int:
@@ -89,8 +83,7 @@ def each(runs: Sequence[RunPaths], act: Callable[[RunPaths], None]) -> int:
 def main(arguments: argparse.Namespace) -> int:
     """Cancel the jobs of runs. A running one saves a checkpoint first, from which its run goes on when resubmitted."""
     runs, jobs = choose(arguments, "cancel")
-    found = (jobs.get(run.name) for run in runs)
-    own = [job.job_id for job in found if job and not job.user]
+    own = [job.job_id for run in runs if (job := jobs.get(run.name)) and not job.user]
     sent = False
     if len(own) > 1 and not arguments.gone:
         with contextlib.suppress(SchedulerError):  # one by one then, which tells whose job it was

@@ -54,29 +54,25 @@ def _request(run: RunPaths, job: QueuedJob | None, asked: dict[str, tuple[RunPat
         return _release(run, job)
     if job is None and holder_pid(run.lock) is None:
         raise SpecError(f"{name}: has no job in the queue and no process here. HINT: submit it again to go on.")
-    hint = f"HINT: cancel {name} saves and stops it; the same command or submission goes on from there."
-    if job is None and controller_of(run, history) is None:
-        raise SpecError(f"{name}: is a process of `train`, which nothing would start again. {hint}")
-    if job is None and used_up_here(history):
-        raise SpecError(f"{name}: the local executor restarts a job at most {LOCAL_REQUEUES} times. {hint}")
-    if spec is not None and not spec.resources.requeue:
-        raise SpecError(f"{name}: was submitted with --no-requeue, so that it would not start again. {hint}")
+    reasons = {
+        "is a process of `train`, which nothing would start again": job is None and not controller_of(run, history),
+        f"the local executor restarts a job at most {LOCAL_REQUEUES} times": job is None and used_up_here(history),
+        "was submitted with --no-requeue": spec is not None and not spec.resources.requeue,
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        hint = f"HINT: cancel {name} saves and stops it; the same command or submission goes on from there."
+        raise SpecError(f"{name}: {reason}. {hint}")
     if job is not None and job.state not in (*ALIVE, "COMPLETING"):
         raise SpecError(f"{name}: job {job.job_id} is {job.state} now. HINT: try again when status says running.")
-    if job is not None:
-        asked[job.job_id] = run, len(history.attempts)
     if job is None or job.state in ALIVE:  # before the signal, so that the run knows why it comes
         request, job_id = RequeueRequested(by=client.user_name()), job.job_id if job else history.job_id
         record_event(run, request, job_id=job_id, restart=None, world_size=None)
     if job is None:
         signal_local(run, signal.SIGUSR2)
-        print(f"run {name} saves a checkpoint and starts again")
-    elif job.state in ALIVE:
-        try:
-            client.command(["scancel", "--signal=USR2", job.job_id])
-        except SchedulerError:
-            del asked[job.job_id]
-            raise
+        return print(f"run {name} saves a checkpoint and starts again")
+    if job.state in ALIVE:
+        client.command(["scancel", "--signal=USR2", job.job_id])
+    asked[job.job_id] = run, len(history.attempts)
 
 
 def _release(run: RunPaths, job: QueuedJob) -> None:
@@ -94,9 +90,9 @@ def _release(run: RunPaths, job: QueuedJob) -> None:
 
 def _wait(asked: dict[str, tuple[RunPaths, int]]) -> int:
     """Release the jobs as they come back into the queue; returns the exit status."""
-    what = f"job {next(iter(asked))}" if len(asked) == 1 else f"{len(asked)} jobs"
-    print(f"{what}: waiting for the checkpoint, to start again at once (Ctrl-C ends only the waiting)", flush=True)
     left, status = dict(asked), 0
+    ids = ", ".join(left)
+    print(f"job {ids}: waiting for the checkpoint, to start again at once (Ctrl-C ends only the waiting)", flush=True)
     try:
         while left:
             time.sleep(POLL_SECONDS)
@@ -107,9 +103,10 @@ def _wait(asked: dict[str, tuple[RunPaths, int]]) -> int:
                     del left[job_id]
                     status = max(status, each([run], partial(_settle, job=job)))
     except (KeyboardInterrupt, SchedulerError) as trouble:
-        words = "interrupted" if isinstance(trouble, KeyboardInterrupt) else str(trouble)
-        print(f"{printable(words)}\n{', '.join(f'job {job_id}' for job_id in left)} {BY_ITSELF}", file=sys.stderr)
-        return 130 if isinstance(trouble, KeyboardInterrupt) else trouble.exit_code
+        interrupted = isinstance(trouble, KeyboardInterrupt)
+        words = "" if interrupted else f"{trouble}\n"
+        print(printable(f"{words}job {', '.join(left)} {BY_ITSELF}"), file=sys.stderr)
+        return 130 if interrupted else SchedulerError.exit_code
     return status
 
 

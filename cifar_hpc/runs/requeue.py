@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError
@@ -47,7 +46,7 @@ _TAKES_JOBS = re.compile(r"(idle|mix|alloc|comp|plnd)[^*$]*")
 LOCAL_REQUEUES = 5
 # A controller that is down may be back soon: how long it is asked after a failure, and how often.
 PATIENCE_SECONDS, ASK_AGAIN_SECONDS = 300.0, 10.0
-NOTIFY_SECONDS, NOTIFY_BYTES = 30.0, 500
+NOTIFY_SECONDS = 30.0
 Emit = Callable[[Event], None]
 
 
@@ -306,25 +305,17 @@ def notify(paths: RunPaths, spec: Spec, state: str, reason: str, log: TrainLog) 
     """
     if not spec.notify.command:
         return
-    import tempfile
-
     known = {"RUN": paths.name, "STATE": state, "REASON": one_line(reason), "LOGS": str(paths.logs)}
     environment = {**os.environ, **{f"CIFAR_HPC_{key}": value for key, value in known.items()}}
     shell = ("/bin/sh", "-c", spec.notify.command)
     try:
-        with tempfile.TemporaryFile() as output:  # a pipe would be held open by what the command leaves behind
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            process = subprocess.Popen(shell, env=environment, start_new_session=True, **streams)
-            try:
-                status = process.wait(NOTIFY_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return log.warn(f"notify.command did not end within {NOTIFY_SECONDS:g} s, and was killed")
-            output.seek(0)
-            words = one_line(output.read(NOTIFY_BYTES).decode(errors="replace"))
-        if status:
-            log.warn(f"notify.command ended with exit status {status}: {words or 'it printed nothing'}")
+        process = subprocess.Popen(shell, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        if status := process.wait(NOTIFY_SECONDS):
+            log.warn(f"notify.command ended with exit status {status}; what it printed is in the job's output")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.warn(f"notify.command did not end within {NOTIFY_SECONDS:g} s, and was killed")
     except OSError as error:
         log.warn(f"notify.command could not run: {error}")
 

@@ -345,14 +345,12 @@ class FailureReporter:
                 return restart(context, decision)
         except SchedulerError as refusal:
             context.log.warn(str(refusal))
-        if decision.action != "requeue" and context.launch.scheduler == "slurm":
-            requeue.end_for_good(context.launch.job_id or "", History.read(context.paths.events))
         requeue.notify(context.paths, context.spec, "failed", error, context.log)
-        if decision.action != "requeue" and report.cause == "hang" and context.launch.scheduler == "slurm":
-            try:
-                end_step(context.launch.job_id or "")  # a rank that is stuck would hold the nodes until the time limit
-            except SchedulerError as refusal:
-                context.log.warn(str(refusal))
+        if context.launch.scheduler == "slurm":
+            requeue.end_for_good(context.launch.job_id or "", History.read(context.paths.events))
+            if report.cause == "hang":  # a rank that is stuck would hold the nodes until the time limit
+                with suppress(SchedulerError):
+                    end_step(context.launch.job_id or "")
         return report.status
 
 

@@ -369,7 +369,7 @@ def test_a_pattern_asks_before_it_cancels_several_runs_with_one_call(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)
     status, said = site.command("cancel", "run*")
-    assert status == 2 and "2 runs are meant" in said and "nothing was changed" in said
+    assert status == 2 and "run* means 2 runs:" in said and "nothing was changed" in said
     assert set(site.states().values()) == {"queued"} and not (site.root / "asked").exists()
     status, said = site.command("cancel", "run*", "--yes")
     assert status == 0 and said.count("is cancelled") == 2
