@@ -72,6 +72,11 @@ def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]
     return message, UserError.exit_code
 
 
+def without_class(summary: str) -> str:
+    """The summary of an error, without the name of an exception of this project."""
+    return re.sub(r"^(User|Spec|RunFailed|RanksLost|RanksDiffer|Scheduler|RunBusy)Error: ", "", summary)
+
+
 def nearest(word: str, known: Iterable[str], full: Mapping[str, str] = {}) -> str:
     """` HINT: did you mean 'x'?` for the closest spelling among `known`, or an empty string.
 

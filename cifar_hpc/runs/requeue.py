@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import SchedulerError, without_class
 from cifar_hpc.runs.events import Event, Requeued, RequeueFailed, RequeueRequested
 from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.logs import TrainLog
@@ -305,7 +305,7 @@ def notify(paths: RunPaths, spec: Spec, state: str, reason: str, log: TrainLog) 
     """
     if not spec.notify.command:
         return
-    known = {"RUN": paths.name, "STATE": state, "REASON": one_line(reason), "LOGS": str(paths.logs)}
+    known = {"RUN": paths.name, "STATE": state, "REASON": one_line(without_class(reason)), "LOGS": str(paths.logs)}
     environment = {**os.environ, **{f"CIFAR_HPC_{key}": value for key, value in known.items()}}
     shell = ("/bin/sh", "-c", spec.notify.command)
     try:

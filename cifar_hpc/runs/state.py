@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.errors import SchedulerError
+from cifar_hpc.errors import SchedulerError, without_class
 from cifar_hpc.runs import events
 from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
 from cifar_hpc.runs.history import History, time_of
@@ -445,7 +444,7 @@ def _without_a_job(
 
 def _failure(event: Mapping[str, Any]) -> str:
     """Reason of a failure, without the names of this project's own exceptions."""
-    words = re.sub(r"^(User|Spec|RunFailed|RanksLost|Scheduler|RunBusy)Error: ", "", str(event.get("error", "")))
+    words = without_class(str(event.get("error", "")))
     if event["event"] == Hang.name:
         return f"hung: {words}"
     known = event.get("cause") == "out_of_memory" and "out of memory" not in words.lower()
