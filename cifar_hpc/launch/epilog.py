@@ -137,7 +137,7 @@ class Epilog:
         decision = requeue.decide(ending, self.spec, history, self.job, datetime.now(UTC))
         return requeue.elsewhere(decision, ending, self.spec, self.job_id)
 
-    def _act(self, decision: Decision, error: str) -> None:
+    def _act(self, decision: Decision, error: str = "") -> None:
         self.log.line(decision.explanation)
         if decision.action == "requeue":
             self._requeue(decision)
