@@ -9,7 +9,7 @@ import pytest
 from batch_scripts import options, run_with_stub_srun
 
 from cifar_hpc.cli import submit
-from cifar_hpc.config.io import CLUSTERS, Site, load_site
+from cifar_hpc.config.io import CLUSTERS, Site, check_resumable, load_site, load_values, new_spec, run_name
 from cifar_hpc.errors import SpecError
 
 
@@ -21,9 +21,21 @@ def test_every_profile_is_readable(name: str) -> None:
 def test_only_what_the_profile_names_is_laid_below_the_job(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("resources: {partition: gpu, time: 10:00}\nsetup: [module load cuda]\npython: python3\n")
-    site, resources = load_site(str(path))
-    assert resources == {"partition": "gpu", "time": "10:00"}
+    site, layer = load_site(str(path))
+    assert layer == {"resources": {"partition": "gpu", "time": "10:00"}, "notify": {}}
     assert site.setup == ("module load cuda",) and site.python == "python3"
+
+
+def test_a_profile_may_say_who_is_told_and_a_job_may_say_otherwise(tmp_path: Path) -> None:
+    site, job = tmp_path / "site.yaml", tmp_path / "job.yaml"
+    site.write_text("notify: {command: tell me}\n")
+    job.write_text("train: {epochs: 3}\n")
+    _, layer = load_site(str(site))
+    told = new_spec(load_values(job, [], layer))
+    other = new_spec(load_values(job, ["notify.command=null"], layer))
+    assert (told.notify.command, other.notify.command) == ("tell me", None)
+    assert run_name("job", told) == run_name("job", other)
+    check_resumable(told, other, "job")  # it may change while the run is under way
 
 
 def test_a_wrong_key_names_the_file(tmp_path: Path) -> None:

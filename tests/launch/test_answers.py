@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.cli import requeue as command_requeue
 from cifar_hpc.cli import submit
 from cifar_hpc.launch import batch_script
+from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs
 from cifar_hpc.slurm import client
@@ -400,3 +404,24 @@ def test_cancel_cancels_an_older_job_of_the_run_that_somebody_has_requeued(site:
     status, words = site.command("cancel", "run")
     assert status == 0 and "job 1 is cancelled" in words and "job 2 of the same run is cancelled, too" in words
     assert site.stub.queued() == []
+
+
+@pytest.mark.process
+def test_a_process_that_nothing_would_start_again_is_not_stopped_by_requeue(site: Site) -> None:
+    """Neither one of `train`, nor the last one that submitit's local controller starts."""
+    run = RunPaths(site.root, "run")
+    run.create()
+    lock = RunLock(run.lock)
+    lock.acquire({"pid": os.getpid(), "host": socket.gethostname()})
+    status, said = site.command("requeue", "run")
+    assert status == 2 and "run: is a process of `train`, which nothing would start again. HINT: cancel run" in said
+    name = f"submitit.local._local {run.slurm}".split()
+    with subprocess.Popen([sys.executable, "-c", "input()", *name], stdin=subprocess.PIPE) as controller:
+        row = {"event": "submitted", "scheduler": "local", "job_id": str(controller.pid)}
+        for more in (row, *[{"event": "requeued", "reason": "requested"}] * 5):
+            append_line(run.events, json.dumps(more))
+        status, said = site.command("requeue", "run")
+        assert status == 2 and "run: the local executor restarts a job at most 5 times. HINT: cancel run" in said
+        controller.communicate(b"\n")
+    assert "requeue_requested" not in run.events.read_text()
+    lock.release()
