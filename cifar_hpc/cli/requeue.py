@@ -91,8 +91,7 @@ def _release(run: RunPaths, job: QueuedJob) -> None:
 def _wait(asked: dict[str, tuple[RunPaths, int]]) -> int:
     """Release the jobs as they come back into the queue; returns the exit status."""
     left, status = dict(asked), 0
-    ids = ", ".join(left)
-    print(f"job {ids}: waiting for the checkpoint, to start again at once (Ctrl-C ends only the waiting)", flush=True)
+    print(f"job {', '.join(left)}: waiting for the checkpoint (Ctrl-C ends only the waiting)", flush=True)
     try:
         while left:
             time.sleep(POLL_SECONDS)
