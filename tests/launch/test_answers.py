@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stub_slurm import StubSlurm
@@ -333,7 +334,8 @@ def test_requeue_waits_for_the_job_and_says_what_became_of_it(
 
 def test_ctrl_c_ends_only_the_waiting(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     Running(site, "true", monkeypatch)
-    monkeypatch.setattr(command_requeue.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    clock = SimpleNamespace(sleep=lambda seconds: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(command_requeue, "time", clock)  # not that of subprocess, which sleeps as well
     status, said = site.command("requeue", "run")
     assert status == 130 and "job 1 goes back into the queue all the same, and starts by itself after about two" in said
 
