@@ -28,6 +28,7 @@ from cifar_hpc.text import printable
 COMMANDS = {  # module in this package: its line in the list of commands, in the order of --help
     "train": "train here: one process, or each process of torchrun",
     "status": "one line per run: state, epoch, accuracy, speed, time left, restarts",
+    "show": "all about one run: state and why, position, restarts, epochs, hours, folders",
     "tail": "follow a run's train.log, from its beginning until the run ends",
     "inspect": "verify a checkpoint; show what it holds and its sha256 sums",
     "requeue": "requeue a running job, or let a requeued one start now",

@@ -51,6 +51,7 @@ NUMBERS = ("EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RANKS", "LOG AGE")
 # Columns that are left out of a narrow table, the first one first. RESTARTS loses its causes before that. DETAIL has
 # RESTARTS and ETA where they have no column.
 DROPPED = ("RANKS", "JOB", "LOG AGE", "IMG/S", "BEST", "RESTARTS", "ETA", "ACC")
+SPARE = 4  # so many of them are left out before a reason is cut
 LEAST_DETAIL, LEAST_NAME = 20, 12  # characters that a reason, and a run's name, get on any terminal
 # From the most to the least urgent.
 STYLES = {
@@ -71,7 +72,8 @@ STYLES = {
 URGENCY = tuple(STYLES)
 OLD_SECONDS = 86400.0  # after which a failure is no news
 FAILURES_SHOWN = 3
-_CAUSES = {"submitted": "submitted again"}
+HINT = " HINT: "  # in a reason: what follows is not in the table
+CAUSES = {"submitted": "submitted again"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,13 +229,13 @@ def by_urgency(states: Sequence[RunState], *, last: bool = False) -> list[RunSta
     return sorted(states, key=key)
 
 
-def _settings(states: Sequence[RunState]) -> dict[str, tuple[list[Any], str]]:
-    """By run of a sweep: a key to sort by, and in words what tells it from the sweep's other runs."""
+def _settings(states: Sequence[RunState]) -> dict[str, tuple[list[Any], dict[str, str]]]:
+    """By run of a sweep: a key to sort by, and what tells it from the sweep's other runs, in words by short key."""
     sweeps: dict[str, list[RunState]] = {}
     for state in states:
         if state.sweep and state.changed is not None:
             sweeps.setdefault(state.sweep, []).append(state)
-    found: dict[str, tuple[list[Any], str]] = {}
+    found: dict[str, tuple[list[Any], dict[str, str]]] = {}
     for points in sweeps.values():
         from cifar_hpc.runs.results import sweep_settings
 
@@ -265,10 +267,10 @@ def status_lines(states: Sequence[RunState], width: int | None = None, coloured:
     rows = [cells(state) for state in states]
     *columns, detail = (Column(name, [row[name] for row in rows], name in NUMBERS) for name in COLUMNS)
     if settings := _settings(states):
-        words = [settings[state.run][1] if state.run in settings else "-" for state in states]
-        columns.insert(1, Column(CHANGED, [shorten(one_line(text), width // 4) if width else text for text in words]))
+        columns.insert(1, _changed([settings.get(state.run, ([], {}))[1] for state in states], width))
     if width is not None:
-        columns = _fitted(columns, width)
+        longest = max((display_width(text.partition(HINT)[0]) for text in detail.cells), default=0)
+        columns = _fitted(columns, width, longest)
         headings = {column.heading for column in columns}
         room = width - least_width(columns) - len(GAP)
         details = [_detail(state, text, headings, room) for state, text in zip(states, detail.cells, strict=True)]
@@ -277,13 +279,34 @@ def status_lines(states: Sequence[RunState], width: int | None = None, coloured:
     return lay_out([*columns, detail], width, [(None, "bold"), *styles] if coloured else ())
 
 
-def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
-    """The columns that leave room for DETAIL, with shorter cells if needed."""
+def _changed(values: Sequence[dict[str, str]], width: int | None) -> Column:
+    """What tells the points of sweeps apart; on a narrow terminal the keys are in the heading alone, if all have the
+    same ones."""
+    texts = [one_line(", ".join(f"{key} {value}".strip() for key, value in row.items())) or "-" for row in values]
+    column, keys = Column(CHANGED, texts), {tuple(row) for row in values if row}
+    if width is None or column.width <= width // 4:
+        return column
+    if len(keys) == 1:
+        column = Column(", ".join(*keys), [one_line(", ".join(row.values())) or "-" for row in values])
+    most = width // 3
+    return Column(shorten(column.heading, most), [shorten(text, most) for text in column.cells])
+
+
+def _fitted(columns: Sequence[Column], width: int, wanted: int) -> list[Column]:
+    """The columns that leave room for DETAIL, with shorter cells if needed.
+
+    Args:
+        wanted: width of DETAIL in full, for a third of the line at most columns are left out that are empty or among
+            the first SPARE of DROPPED.
+    """
     fitted, room = list(columns), width - LEAST_DETAIL - len(GAP)
     fitted[0] = _shortened(fitted[0], max(len("improved_resnet-01234567"), width // 5))
-    if least_width(fitted) > room:
+    some = width - min(wanted, width // 3) - len(GAP)
+    if least_width(fitted) > some:
         restarts = next(i for i, column in enumerate(fitted) if column.heading == "RESTARTS")
         fitted[restarts] = Column("RESTARTS", [cell.partition(" ")[0] for cell in fitted[restarts].cells])
+    empty = [column.heading for column in columns if column.heading in DROPPED and set(column.cells) == {"-"}]
+    fitted = fit(fitted, some, [*empty, *DROPPED[:SPARE]])
     fitted = fit(fitted, room, DROPPED)
     over = least_width(fitted) - room
     return [_shortened(fitted[0], max(LEAST_NAME, fitted[0].width - over)), *fitted[1:]] if over > 0 else fitted
@@ -298,7 +321,7 @@ def _detail(state: RunState, detail: str, columns: Collection[str], room: int) -
     eta = f"ETA {duration(state.eta_seconds)}" if state.eta_seconds is not None and "ETA" not in columns else ""
     hidden = state.restarts and not state.ended and "RESTARTS" not in columns
     restarts = f"{state.restarts} restart{'s' * (state.restarts > 1)}" if hidden else ""
-    detail = detail.partition(" HINT: ")[0]
+    detail = detail.partition(HINT)[0]
     if state.state == "queued" and state.reason and display_width(detail) > room:
         start = datetime.fromisoformat(state.start_time) if state.start_time else None
         soon = expected(start, datetime.now(UTC)).removeprefix("starts ")
@@ -311,7 +334,7 @@ def cells(state: RunState) -> dict[str, str]:
     """A cell for each column, each on one line, in printable characters."""
     position = state.epoch + (state.epoch_progress or 0.0) if state.position is None else state.position
     done = math.floor(10 * position + 1e-6) / 10  # never the next one
-    causes = [(count, _CAUSES.get(cause, cause)) for cause, count in sorted(state.restart_causes.items())]
+    causes = [(count, CAUSES.get(cause, cause)) for cause, count in sorted(state.restart_causes.items())]
     by_cause = causes[0][1] if len(causes) == 1 else ", ".join(f"{count} {cause}" for count, cause in causes)
     row = {
         "RUN": state.run,

@@ -121,16 +121,18 @@ def labels(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def sweep_settings(changed: Sequence[Values]) -> list[tuple[list[Any], str]]:
+def sweep_settings(changed: Sequence[Values]) -> list[tuple[list[Any], dict[str, str]]]:
     """For runs of a sweep, each with its values that differ from the defaults: a key to sort by, and the values that
-    are not the same in all runs, in words."""
+    are not the same in all runs, in words by short key; under the empty key where they are many."""
     defaults = flatten(to_plain(Spec()))
     keys = list(dict.fromkeys(key for values in changed for key in values))
     rows = [{key: values.get(key, defaults.get(key)) for key in keys} for values in changed]
     differing = [key for key in keys if any(row[key] != rows[0][key] for row in rows)]
     groups = [Group((), {key: row[key] for key in differing}) for row in rows]
     short = short_keys(differing)
-    words = settings(groups) if len(differing) > MANY_KEYS else [_words(group.changed, short) for group in groups]
+    words = [{short[key]: in_words(value) for key, value in group.changed.items()} for group in groups]
+    if len(differing) > MANY_KEYS:
+        words = [{"": text} for text in settings(groups)]
     return [([sort_key(v) for v in g.changed.values()], text) for g, text in zip(groups, words, strict=True)]
 
 

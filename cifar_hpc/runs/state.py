@@ -439,7 +439,7 @@ def _without_a_job(
             return "cancelled", "by scancel, or its node was lost"
         case Left.name:
             return "stopped", str(last.get("explanation", ""))
-    return "stopped", f"{_NO_END.get(name, 'it ended without a word (killed?)')}; submit again to go on"
+    return "stopped", f"{_NO_END.get(name, 'killed? it ended without a word')}; submit again to go on"
 
 
 def _failure(event: Mapping[str, Any]) -> str:

@@ -55,7 +55,8 @@ def test_no_line_is_longer_than_the_terminal(width: int) -> None:
 
 def test_the_most_important_columns_stay() -> None:
     assert header(80)[:4] == ["RUN", "STATE", "EPOCH", "ACC"] and header(80)[-1] == "DETAIL"
-    assert set(header(160)) == {column.replace(" ", "_") for column in COLUMNS}
+    brief = status_lines([dataclasses.replace(state, detail=state.detail[:20]) for state in RUNS], 160)[0]
+    assert brief.replace("LOG AGE", "LOG_AGE").split() == [column.replace(" ", "_") for column in COLUMNS]
     kept = [set(header(width)) for width in WIDTHS[1:]]
     assert all(narrow <= wide for narrow, wide in itertools.pairwise(kept))
 
@@ -97,6 +98,35 @@ def test_the_points_of_a_sweep_are_told_apart() -> None:
     assert table[0].split()[:2] == ["RUN", "CHANGED"]
     assert ["dropout 0.5" in table[1], "dropout 0.1" in table[2], "dropout 0.2" in table[3]] == [True] * 3
     assert "CHANGED" not in status_lines([RUN])[0]
+
+
+def test_points_that_differ_in_long_keys_are_told_apart_on_any_terminal() -> None:
+    values = [(lr, dropout, decay) for lr in (0.05, 0.1) for dropout in (0.1, 0.3) for decay in (0.0001, 0.0005)]
+    points = [
+        run(
+            run=f"grid-{number:08x}",
+            sweep="grid",
+            changed={"optimizer.lr": lr, "model.dropout": dropout, "optimizer.weight_decay": decay},
+            state="stopped",
+            detail="killed? it ended without a word; submit again to go on",
+        )
+        for number, (lr, dropout, decay) in enumerate(values)
+    ]
+    for width in (80, 120):
+        table = status_lines(points, width)
+        assert "lr, dropout, weight_decay" in table[0] and max(map(len, table)) <= width
+        assert ["0.05, 0.1, 0.0001" in table[1], "0.1, 0.3, 0.0005" in table[8]] == [True] * 2
+    assert "lr 0.05, dropout 0.1, weight_decay 0.0001" in status_lines(points, 170)[1]
+
+
+def test_columns_without_values_go_before_a_reason_is_cut() -> None:
+    states = [
+        run(state="stopped", detail="killed? it ended without a word", eta_seconds=None, images_per_second=None),
+        run(run="other", state="not started", detail="never submitted", eta_seconds=None, images_per_second=None),
+    ]
+    table = status_lines(states, 80)
+    assert table[1].endswith("killed? it ended without …")
+    assert {"ETA", "IMG/S"}.isdisjoint(table[0].split()) and "ACC" in table[0].split()
 
 
 def test_a_long_name_loses_its_middle() -> None:
