@@ -18,10 +18,10 @@ from stub_slurm import StubSlurm
 
 from cifar_hpc.cli import submit
 from cifar_hpc.launch import submit as launch_submit
-from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
+from cifar_hpc.runs.queue import queue
 
 JOB = "data: {source: synthetic}\nsweep: {seeds: 2}\n"
 
@@ -62,7 +62,7 @@ class Site:
         assert len(list(sweep.code.glob("*/cifar_hpc/launch/worker.py"))) == 1
         assert all(read_frozen(RunPaths(self.root, run)) is not None for run in runs)
         os.environ.update(self.stub.environment)
-        assert list(run_state.queue(self.root)) == runs
+        assert list(queue(self.root)) == runs
 
     def check_in_order(self, time: str) -> None:
         """A submission has ended well, and nothing of a killed one is left."""

@@ -9,7 +9,7 @@ import pytest
 from helpers import PROJECT
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.runs import state as run_state
+from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.logs import read_jsonl
 
 BEGIN = "CIFAR_HPC_ROOT=results python -m cifar_hpc compare "
@@ -25,7 +25,7 @@ def test_a_table_is_made_from_the_logs(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(PROJECT / "results"))
-    monkeypatch.setattr(run_state, "queue", lambda *_: {})
+    monkeypatch.setattr(run_queue, "queue", lambda *_: {})
     assert main(["compare", *shlex.split(command)]) == 0
     table, remarks, note = capsys.readouterr().out.split("\n\n")
     assert len(table.splitlines()) > 2

@@ -13,8 +13,8 @@ from cifar_hpc.runs.lock import controller_of, holder, signal_local
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, find_run, find_runs, is_pattern, project_root
 from cifar_hpc.runs.progress import record_event
+from cifar_hpc.runs.queue import jobs_of
 from cifar_hpc.runs.requeue import ALIVE
-from cifar_hpc.runs.state import jobs_of
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, QueuedJob
 from cifar_hpc.text import printable

@@ -18,8 +18,8 @@ from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs import results
 from cifar_hpc.runs.paths import find_runs, project_root
+from cifar_hpc.runs.queue import ANSWER_SECONDS, jobs_of
 from cifar_hpc.runs.results import BASE, MANY_KEYS, Group, Row, sort_key, varied_keys
-from cifar_hpc.runs.state import ANSWER_SECONDS, jobs_of
 from cifar_hpc.text import in_latex, in_markdown, one_line, printable, shown
 
 DESCRIPTION = """\

@@ -14,8 +14,9 @@ from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import record_event
+from cifar_hpc.runs.queue import jobs_of
 from cifar_hpc.runs.requeue import ALIVE, LOCAL_REQUEUES, used_up_here
-from cifar_hpc.runs.state import jobs_of, read_state
+from cifar_hpc.runs.state import read_state
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
 from cifar_hpc.text import printable

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from cifar_hpc.cli.terminal import GAP, Column, display_width, fit, lay_out, least_width, paint, shorten, use_colour
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root
-from cifar_hpc.runs.state import WAITING, QueuePoller, RunState, expected
+from cifar_hpc.runs.queue import QueuePoller
+from cifar_hpc.runs.state import WAITING, RunState, expected
 from cifar_hpc.text import duration, one_line, printable
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
-from cifar_hpc.runs.state import ANSWER_SECONDS, QueuePoller, RunState
+from cifar_hpc.runs.queue import ANSWER_SECONDS, QueuePoller
+from cifar_hpc.runs.state import RunState
 from cifar_hpc.slurm.client import QueuedJob, jobs_ahead
 from cifar_hpc.text import duration, printable
 

@@ -23,7 +23,7 @@ from cifar_hpc.files import DIRECTORY_MODE, open_regular
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
-from cifar_hpc.runs.state import QueuePoller
+from cifar_hpc.runs.queue import QueuePoller
 
 DESCRIPTION = """\
 Reads metrics.jsonl here, on the login node, where the internet is; the job is

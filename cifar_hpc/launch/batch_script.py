@@ -20,7 +20,7 @@ from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.logs import START_MARK, TrainLog, complain
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 from cifar_hpc.runs.progress import record_event
-from cifar_hpc.runs.state import ANSWER_SECONDS, queue
+from cifar_hpc.runs.queue import ANSWER_SECONDS, queue
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.options import left_out, parse_time
 

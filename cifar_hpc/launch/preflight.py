@@ -111,7 +111,7 @@ def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob | None]) -> str | Non
     """Reason why a run must not be submitted now, since a run has at most one writer; None if there is none.
 
     Args:
-        jobs: by run, as `runs.state.jobs_of` returns them.
+        jobs: by run, as `runs.queue.jobs_of` returns them.
     """
     run = f"run {paths.name} is"
     if owner := holder(paths.lock) or holder(paths.owner):

@@ -24,7 +24,7 @@ from cifar_hpc.launch.snapshot import take_snapshot
 from cifar_hpc.runs.frozen_spec import freeze, resolve
 from cifar_hpc.runs.lock import RunLock, claim, lock_submission
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
-from cifar_hpc.runs.state import THREADS, jobs_of
+from cifar_hpc.runs.queue import THREADS, jobs_of
 
 Result = TypeVar("Result")
 SPARE_FILES = 200  # open files besides the locks of the runs

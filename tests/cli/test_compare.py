@@ -20,7 +20,7 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.cli.compare import FIGURES, TAKEN, all_columns, print_on_terminal
 from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import state as run_state
+from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.results import Row, group_runs, read_rows, short_keys
@@ -34,7 +34,7 @@ Make = Callable[..., RunPaths]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
-    monkeypatch.setattr(run_state, "queue", lambda *_: {})
+    monkeypatch.setattr(run_queue, "queue", lambda *_: {})
     return tmp_path
 
 
@@ -434,7 +434,7 @@ def test_a_slurm_that_does_not_answer_is_said(
     def silent(*_: Any) -> None:
         raise SchedulerError("squeue: no answer")
 
-    monkeypatch.setattr(run_state, "queue", silent)
+    monkeypatch.setattr(run_queue, "queue", silent)
     assert main(["compare", "run-*"]) == 0
     out, error = capsys.readouterr()
     assert "96.00 ± 1.41" in out

@@ -12,7 +12,7 @@ from stub_slurm import slurm_time
 from cifar_hpc.cli import tail
 from cifar_hpc.cli.tail import EpochFollower, LogFollower, StateFollower
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import state as run_state
+from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.slurm.client import QueuedJob
 
@@ -149,7 +149,7 @@ class Queue:
         self.ahead: int | None = 3
         self.silent_about_others = False
         self.silent, self.asked, self.counted = False, 0, 0
-        monkeypatch.setattr(run_state, "queue", self._queue)
+        monkeypatch.setattr(run_queue, "queue", self._queue)
         monkeypatch.setattr(tail, "jobs_ahead", self._ahead)
         monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
 

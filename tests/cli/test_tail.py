@@ -15,6 +15,7 @@ from stub_slurm import slurm_time
 from cifar_hpc import files as jsonfile
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli import tail
+from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.slurm.client import QueuedJob
@@ -35,7 +36,7 @@ class World:
         self.jobs: dict[str, QueuedJob] = {}
         self.then: list[Callable[[], object]] = []
         monkeypatch.setenv("CIFAR_HPC_ROOT", str(root))
-        monkeypatch.setattr(run_state, "queue", lambda *_: self.jobs)
+        monkeypatch.setattr(run_queue, "queue", lambda *_: self.jobs)
         monkeypatch.setattr(tail, "jobs_ahead", lambda *_: 2)
         monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
         monkeypatch.setattr("cifar_hpc.cli.tail.time.sleep", lambda _: self.then.pop(0)())

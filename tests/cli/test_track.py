@@ -23,7 +23,7 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.state import QueuePoller
+from cifar_hpc.runs.queue import QueuePoller
 
 
 def tensorboard_shows(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -18,12 +18,12 @@ from cifar_hpc.cli import submit
 from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.launch import worker
-from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.events import Finished, append_event
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs, read_points
+from cifar_hpc.runs.queue import queue
 
 JOB = """
 train: {epochs: 2}
@@ -156,7 +156,7 @@ def test_only_what_is_left_is_submitted(project: Project) -> None:
 
 def test_a_point_is_found_by_its_run_and_refused_alone(project: Project) -> None:
     points = project.points()
-    jobs = run_state.queue(project.root)
+    jobs = queue(project.root)
     assert {run: job.job_id for run, job in jobs.items()} == {p["run"]: p["job_id"] for p in points}
     alone = ["--set", "sweep=null", "model.dropout=0.5", "train.seed=0"]
     assert f"run {points[2]['run']} is already in the queue as job 1_2" in project.submit(*alone, expect=4)
@@ -164,7 +164,7 @@ def test_a_point_is_found_by_its_run_and_refused_alone(project: Project) -> None
     assert f"run          {points[2]['run']}" in project.submit(*alone)
     assert [p["state"] for p in project.points()] == ["left out"] * 4
     SweepPaths(project.root, "job", 1).points.write_text("[1]")
-    assert list(run_state.queue(project.root)) == [points[2]["run"]]
+    assert list(queue(project.root)) == [points[2]["run"]]
 
 
 def test_a_point_that_trains_or_is_being_submitted_is_left_out(project: Project) -> None:
@@ -225,7 +225,7 @@ def test_a_first_point_that_finished_on_fewer_processes_refuses_no_other_point(p
 def test_the_logs_of_one_point_are_no_other_points(project: Project) -> None:
     points = project.points()
     shutil.rmtree(project.run(points[0]).logs)
-    assert list(run_state.queue(project.root)) == [p["run"] for p in points]
+    assert list(queue(project.root)) == [p["run"] for p in points]
     assert [p["state"] for p in project.points()] == ["left out"] * 4
 
 

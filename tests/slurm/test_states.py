@@ -15,6 +15,7 @@ from runs import Run, thaw
 
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.queue import queue
 from cifar_hpc.slurm import client as slurm
 
 pytestmark = pytest.mark.slurm
@@ -52,7 +53,7 @@ def test_why_jobs_wait_and_for_how_long(lab: Lab, short: str) -> None:
             return all(s["state"] == "queued" and s["start_time"] and "starts in ~" in s["detail"] for s in states)
 
         until("both are expected to start", expected, lambda: first.report() + second.report())
-        jobs = run_state.queue(lab.root)
+        jobs = queue(lab.root)
         assert [slurm.jobs_ahead(jobs[run.name]) for run in (first, second)] == [0, 1]
         assert slurm.jobs_ahead(jobs[held.name]) == 2  # held jobs come last, and those that do not compete do not count
         for run in (first, second, held, after):
@@ -78,7 +79,7 @@ def test_running_suspended_hung_requeued_and_a_slurm_that_is_silent(
     with monkeypatch.context() as patch:
         patch.setattr(run_state, "HUNG_SECONDS", 0)
         patch.setattr(run_state, "HUNG_INTERVALS", 0)
-        hung = run_state.read_state(paths, run_state.queue(lab.root))
+        hung = run_state.read_state(paths, queue(lab.root))
         assert hung.state == "hung" and hung.detail.startswith("no log line for ")
 
     assert lab.cluster.scontrol("suspend", run.job_id).returncode == 0

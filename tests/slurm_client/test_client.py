@@ -14,8 +14,8 @@ import pytest
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
+from cifar_hpc.runs.queue import queue
 from cifar_hpc.slurm import client as slurm
 
 SHOWN = (
@@ -83,14 +83,14 @@ def test_job_fields_behind_a_banner_and_of_a_task(fake: Path) -> None:
 def test_a_line_of_a_job_that_makes_no_sense_is_no_answer(fake: Path, line: str) -> None:
     program(fake, "squeue", f"echo '{line}'")
     with pytest.raises(SchedulerError, match=r"squeue does not answer: it printed '8\|b\|"):
-        run_state.queue(fake)
+        queue(fake)
 
 
 def test_queue_behind_a_banner_and_beside_names_with_bars(fake: Path) -> None:
     ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
     lines = ["Welcome | to | the | cluster", "5 users", "7|a|b c|PENDING|None|N/A||gpu|(null)|/x|y", ours]
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    assert {name: job.nodes for name, job in run_state.queue(fake).items()} == {"b": "n1"}
+    assert {name: job.nodes for name, job in queue(fake).items()} == {"b": "n1"}
     other, _ = slurm.squeue()
     assert (other.name, other.state, other.directory) == ("a|b c", "PENDING", "/x|y")
 
@@ -114,7 +114,7 @@ def test_jobs_by_id_in_batches(fake: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_queue_asks_by_user_id(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "somebody-else")
     program(fake, "squeue", f"echo \"$@\" > '{fake}/asked'")
-    assert run_state.queue(fake) == {}
+    assert queue(fake) == {}
     assert f"--user {os.getuid()} " in (fake / "asked").read_text()
 
 
@@ -125,7 +125,7 @@ def test_queue(fake: Path) -> None:
         "9|c|RUNNING|None|N/A|n1|gpu|(null)|/another/clone/logs/c/code/2e",
     ]
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    jobs = run_state.queue(fake)
+    jobs = queue(fake)
     assert list(jobs) == ["a-1", "b"]
     first = jobs["a-1"]
     assert (first.job_id, first.name, first.state, first.reason, first.nodes) == ("7", "a-1", "PENDING", "Priority", "")
@@ -136,9 +136,9 @@ def test_a_job_is_known_by_its_folder_whatever_its_name(fake: Path) -> None:
     """After `scontrol update jobid=7 JobName=x`; a job that was submitted from within a run's folder is none of it."""
     (fake / "logs" / "b" / "slurm").mkdir(parents=True)
     program(fake, "squeue", f"echo '7|x|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e'")
-    assert run_state.queue(fake)["b"].job_id == "7"
+    assert queue(fake)["b"].job_id == "7"
     program(fake, "squeue", f"echo '7|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/slurm/mine'")
-    assert run_state.queue(fake) == {}
+    assert queue(fake) == {}
 
 
 def test_a_folder_is_known_under_another_path(fake: Path) -> None:
@@ -153,11 +153,11 @@ def test_a_folder_is_known_under_another_path(fake: Path) -> None:
         program(fake, "squeue", f"echo '{job_id}|b|RUNNING|None|N/A|n1|gpu|(null)|{place}/logs/b/code/2e'")
         if place != fake / "other":
             (fake / "root" / "logs" / "b" / "events.jsonl").write_text('{"event": "submitted", "job_id": "8"}\n')
-        assert list(run_state.queue(fake / "root")) == ["b"] * found
+        assert list(queue(fake / "root")) == ["b"] * found
     (fake / "copy" / "logs" / "b").mkdir(parents=True)  # with its logs, while the job of the original is queued
     shutil.copy(fake / "root" / "logs" / "b" / "events.jsonl", fake / "copy" / "logs" / "b")
     program(fake, "squeue", f"echo '8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/root/logs/b/code/2e'")
-    assert run_state.queue(fake / "copy") == {} and list(run_state.queue(fake / "root")) == ["b"]
+    assert queue(fake / "copy") == {} and list(queue(fake / "root")) == ["b"]
 
 
 def test_a_sweeps_folder_is_known_under_another_path(fake: Path) -> None:
@@ -169,10 +169,10 @@ def test_a_sweeps_folder_is_known_under_another_path(fake: Path) -> None:
     run = RunPaths(fake / "root", "s-1")
     for place, found in ((fake / "other", ["s-1"]), (fake / "clone", []), (Path("/auto/x"), [])):
         program(fake, "squeue", f"echo '8_1|s:sweep|RUNNING|None|N/A|n1|gpu|(null)|{place}/logs/sweeps/s/1/code/2e'")
-        assert list(run_state.queue(fake / "root")) == found
+        assert list(queue(fake / "root")) == found
     run.create()
     run.events.write_text('{"event": "submitted", "job_id": "8_1"}\n')
-    assert list(run_state.queue(fake / "root")) == ["s-1"]
+    assert list(queue(fake / "root")) == ["s-1"]
 
 
 def test_a_singleton_that_waits_for_another_folders_job_says_so(fake: Path) -> None:
@@ -181,11 +181,11 @@ def test_a_singleton_that_waits_for_another_folders_job_says_so(fake: Path) -> N
     lines = [f"7|b|PENDING|JobHeldUser|N/A||gpu|(null)|{fake}/theirs/logs/b/code/1f"]
     lines += [f"8|b|PENDING|Dependency|N/A||gpu|singleton(unfulfilled)|{fake}/mine/logs/b/code/1f"]
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    (job,) = run_state.queue(fake / "mine").values()
+    (job,) = queue(fake / "mine").values()
     assert job.why == f"Dependency: job 7, of the same name in {fake}/theirs/logs/b, must end first"
     lines[0] = lines[0].replace("theirs", "mine")
     program(fake, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    assert run_state.queue(fake / "mine")["b"].why == "Dependency: another job of this run must end first"
+    assert queue(fake / "mine")["b"].why == "Dependency: another job of this run must end first"
 
 
 WAITING = slurm.QueuedJob("9", "a", "PENDING", "Priority", "N/A", "", "gpu,long", "(null)", "/a")
@@ -219,7 +219,7 @@ def test_jobs_ahead(fake: Path) -> None:
 def test_queue_and_jobs_ahead_do_not_wait_for_a_slow_squeue(fake: Path) -> None:
     program(fake, "squeue", "exec sleep 60")
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
-        run_state.queue(fake, timeout_seconds=0.2)
+        queue(fake, timeout_seconds=0.2)
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
         slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
 
@@ -242,7 +242,7 @@ def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, m
 def test_queue_reads_folders_of_any_name(fake: Path) -> None:
     ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
     program(fake, "squeue", f"printf '7|x|RUNNING|None|N/A|n1|gpu|(null)|/d\\351j\\340\\n'; echo '{ours}'")
-    assert list(run_state.queue(fake)) == ["b"]
+    assert list(queue(fake)) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_requeue_run_of_a_job_that_starts_meanwhile(
 
 def test_queue_is_empty_without_a_cluster(fake: Path) -> None:
     program(fake, "squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
-    assert run_state.queue(fake) == {}
+    assert queue(fake) == {}
     program(fake, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SchedulerError, match="Unable to contact"):
-        run_state.queue(fake)
+        queue(fake)
 
 
 def test_a_refusal_has_slurms_words(fake: Path) -> None:
