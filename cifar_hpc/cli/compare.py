@@ -47,10 +47,9 @@ TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
 LONG_HEADINGS = {"ranks": "processes", "GPU-h": "GPU-hours", **dict(FIGURES.values())}
 # How a row was made: below the table of a document, and columns if they are asked for.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
-# Columns that are left out of a narrow table, the first one first.
+# Left out of a narrow table, the first one first.
 DROPPED = ("ranks", "lost", "wall", "train %", "device-h", "GPU-h", "best %", "epochs", "restarts", "training")
-# Columns that a document has below its table where all cells are the same.
-USUAL = ("seeds", "epochs", "restarts", "ranks", "state")
+USUAL = ("seeds", "epochs", "restarts", "ranks", "state")  # below a document's table if all cells are the same
 # Columns whose cells may be broken on a narrow terminal, and after what.
 SEPARATORS = {"restarts": ", ", "settings": " ", **dict.fromkeys(("runs", *ORIGINS), "; ")}
 TEXTS = ("run", "settings", "restarts", "state", "runs", *ORIGINS)  # columns that are aligned at the left
@@ -75,11 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the results of the runs.
-
-    Raises:
-        SpecError: no run matches a pattern, or there is no such column.
-    """
+    """Print the results of the runs."""
     if arguments.columns is not None and arguments.form in ("json", "csv"):
         raise SpecError(f"--columns: --{arguments.form} always has all. HINT: leave one of them out.")
     groups = results.group_runs(find_runs(project_root(), arguments.runs), each=arguments.each)
@@ -207,7 +202,7 @@ Remark = tuple[str, list[tuple[str, str]]]  # (subject, [(labels of rows, text)]
 
 
 def remarks(rows: Sequence[Row], columns: Sequence[CompareColumn], table: Sequence[CompareColumn]) -> Iterator[Remark]:
-    """What stands below a document's `table`, which has some of the columns."""
+    """Lines below a document's `table`, which has some of the columns."""
     by_name = {column.name: column for column in columns}
     usual = [c for name in USUAL if (c := by_name[name]).shown and c not in table and len({*c.cells}) == 1]
     if usual and len(rows) > 1:
@@ -224,7 +219,7 @@ def remarks(rows: Sequence[Row], columns: Sequence[CompareColumn], table: Sequen
 
 
 def base_in_words(rows: Sequence[Row]) -> str:
-    """What the row `base` is, or would be, where the others are told by what they change in it; else empty."""
+    """Values of the row `base`, if the others are named by what they change in it; else empty."""
     base = results.base_of([row.group for row in rows])
     return "base: " + one_line(" ".join(f"{k}={v}" for k, v in base.items())) if len(base) > MANY_KEYS else ""
 

@@ -281,8 +281,8 @@ def status_lines(states: Sequence[RunState], width: int | None = None, coloured:
 
 
 def _changed(values: Sequence[dict[str, str]], width: int | None) -> Column:
-    """What tells the points of sweeps apart; on a narrow terminal the keys are in the heading alone, if all have the
-    same ones."""
+    """Column of the values that differ between points of sweeps; on a narrow terminal their keys are in the heading, if
+    all points have the same ones."""
     texts = [one_line(", ".join(f"{key} {value}".strip() for key, value in row.items())) or "-" for row in values]
     column, keys = Column(CHANGED, texts), {tuple(row) for row in values if row}
     if width is None or column.width <= width // 4:

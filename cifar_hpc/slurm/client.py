@@ -25,9 +25,7 @@ SILENT_SECONDS = 30.0
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
 # Words of failures in which Slurm may have done what it was asked, or will once it is reached again.
-NO_CONTACT = re.compile(
-    r"(?i)timed? ?out|did not answer|contact|connect|communicat|zero bytes|transmi|receiv|unexpected"
-)
+NO_CONTACT = re.compile(r"(?i)timed? ?out|not answer|contact|connect|communic|zero bytes|transmi|receiv|unexpected")
 # Options of Slurm's commands by environment variable: the cluster, which jobs are shown or cancelled, and how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
 _ALL = {"SQUEUE_ALL": "1", "SINFO_ALL": "1", "SCONTROL_ALL": "1"}  # partitions that a site hides have jobs, too
@@ -360,10 +358,9 @@ def hides_jobs() -> bool:
 @cache
 def cluster_name() -> str:
     """Name of the cluster whose Slurm answers here; empty if it does not answer."""
-    try:
+    with contextlib.suppress(SchedulerError):
         return setting("ClusterName")
-    except SchedulerError:
-        return ""
+    return ""
 
 
 def setting(name: str) -> str:
@@ -384,24 +381,17 @@ def _queued(line: str) -> QueuedJob:
 
 
 def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
-    """The number of waiting jobs of its partition, of any user, that go before a waiting one.
+    """The number of waiting jobs of its partition, of any user, that go before a waiting one; None if not known.
 
     Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
-    wait for something else than nodes. Backfilling may let a job overtake others.
-
-    Returns:
-        None if it is not known: the job does not wait any more, or the site hides others' jobs from squeue.
+    wait for something else than nodes. Backfilling may let a job overtake others, and a site may hide others' jobs.
 
     Raises:
         SchedulerError: Slurm does not answer.
     """
     lines = _squeue("%i|%Q|%r", timeout_seconds, "--states=PENDING", f"--partition={job.partition}")
     waiting = [line.split("|", 2) for line in lines if line.count("|") >= 2]
-    order = {
-        job_id: (-int(priority), *map(int, re.findall("[0-9]+", job_id)))
-        for job_id, priority, _ in waiting
-        if priority.isdigit()
-    }
+    order = {i: (-int(rank), *map(int, re.findall("[0-9]+", i))) for i, rank, _ in waiting if rank.isdigit()}
     if job.job_id not in order:
         return None
     competing = [job_id for job_id, _, reason in waiting if job_id in order and not reason.startswith(_NOT_COMPETING)]

@@ -94,9 +94,9 @@ def test_a_job_that_was_told_to_begin_later_was_not_requeued(paths: RunPaths) ->
         ([{"event": "left", "reason": "ended", "explanation": "JobState=COMPLETING"}], "cancelled", "by scancel, or"),
         ([{"event": "left", "reason": "timeout", "explanation": "used up"}], "stopped", "used up"),
         ([{"event": "cancelled", "by": "me"}, {"event": "checkpoint"}, {"event": "left"}], "cancelled", "by me"),
-        ([{"event": "cancelled", "by": "me"}, {"event": "resumed"}], "stopped", "it ended without a word"),
+        ([{"event": "cancelled", "by": "me"}, {"event": "resumed"}], "stopped", "killed? it ended without a word"),
         ([{"event": "cancelled", "by": "me"}, {"event": "finished", "test_accuracy": 9.0}], "finished", ""),
-        ([{"event": "checkpoint"}], "stopped", "it ended without a word"),
+        ([{"event": "checkpoint"}], "stopped", "killed? it ended without a word"),
         ([], "stopped", "its job is gone"),
     ],
 )
