@@ -20,7 +20,7 @@ from cifar_hpc.config.spec import DataSpec
 from cifar_hpc.config.yaml_loader import Dumper
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
-from cifar_hpc.runs.paths import project_root
+from cifar_hpc.runs.paths import PACKAGE, project_root
 from cifar_hpc.text import in_markdown
 
 if TYPE_CHECKING:
@@ -30,17 +30,21 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Writes the weights as safetensors, which hold tensors and text and no code,
-with spec, accuracy and versions in the metadata, and a model card beside it
-that says how to load them with cifar_hpc.load."""
+with spec, accuracy and versions in the metadata. Beside it: a .py file that
+loads them with torch alone, anywhere and without this project, and a model
+card."""
 EXAMPLES = ("improved_resnet-1a2b3c4d --out model.safetensors",)
 
 WRITTEN_BY = "Written by `python -m cifar_hpc export`"
+STANDALONE_MARK = "without the project that trained them"
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_ROWS = 10
+STANDALONE = PACKAGE / "models" / "standalone.py"
 _LOAD = """\
-import cifar_hpc, torch
+import torch
+from model import load
 
-model = cifar_hpc.load({file})  # an nn.Module in evaluation mode; model.card has the metadata
+model = load({file})  # an nn.Module in evaluation mode; model.card has the metadata
 
 images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # yours: RGB, 0 to 255
 with torch.no_grad():
@@ -65,9 +69,11 @@ def main(arguments: argparse.Namespace) -> int:
 
     root, path = project_root(), output_file(arguments.out, ".safetensors")
     card_path = output_file(str(path.with_suffix(".md")))
-    if card_path.exists() and WRITTEN_BY.encode() not in read_regular(card_path)[:1000]:  # such as a README.md
-        problem = f"{card_path}, where the card would go, is there already and is no card"
-        raise SpecError(f"--out: {problem}. HINT: another name.")
+    code_path = output_file(str(path.with_name("model.py")))
+    for other, mark, what in ((card_path, WRITTEN_BY, "card"), (code_path, STANDALONE_MARK, "code")):
+        if other.exists() and mark.encode() not in read_regular(other)[:1000]:  # such as a README.md
+            problem = f"{other}, where the {what} would go, is there already and is no {what}"
+            raise SpecError(f"--out: {problem}. HINT: another name.")
     trained = load_trained(root, arguments.run, arguments.weights)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
     card = metadata(trained, class_names(trained.spec.data, root))
@@ -76,13 +82,18 @@ def main(arguments: argparse.Namespace) -> int:
     text = model_card(path.name, sha256, card, trained.state.rows).encode()
     card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
     write_atomic(path, content)
+    write_atomic(code_path, STANDALONE.read_bytes())
     write_atomic(card_path, text)
 
     accuracy = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if "test_accuracy" in card else "not measured"
     parameters = f"{int(card['parameters']):,}"
     facts = trained.facts(root) | {"accuracy": accuracy, "parameters": parameters, "sha256": sha256}
     del facts["computed"]
-    written = [f"wrote {path} ({len(content):,} bytes)", f"wrote {card_path}, which says how to load it"]
+    written = [
+        f"wrote {path} ({len(content):,} bytes)",
+        f"wrote {code_path}, which loads them with torch alone",
+        f"wrote {card_path}, which says how",
+    ]
     print(summary(facts, [], trained.notes, written))
     return 0
 
@@ -117,7 +128,8 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
         "| output | logits [B, 10] |\n",
         "## Load it",
-        "Needs torch, safetensors, pyyaml and the folder `cifar_hpc`, of which nothing is loaded that trains.\n",
+        f"Needs torch and two files, {name} and `model.py`; `python model.py image.png` says the class of an image. "
+        "Where the project `cifar_hpc` is there, `cifar_hpc.load` does the same.\n",
         f"```python\n{_LOAD.format(file=json.dumps(file))}```\n",
         *_curve(rows, kind),
         "## Spec",

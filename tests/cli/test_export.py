@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PROJECT
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cifar_hpc
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli import export as export_command
-from cifar_hpc.cli.export import metadata
+from cifar_hpc.cli.export import metadata, to_safetensors
 from cifar_hpc.config.spec import DataSpec, ModelSpec
 from cifar_hpc.data.datasets import own_images
 from cifar_hpc.data.synthetic import CLASSES
 from cifar_hpc.errors import SpecError
+from cifar_hpc.models import standalone
 from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.trained_model import load_trained
@@ -59,33 +60,67 @@ def test_the_cards_lines_give_the_same_logits_in_a_fresh_process(root: Path, tmp
     images = own_images(trained.spec.data, root).images
     np.save(tmp_path / "images.npy", images.numpy())
     lines = code_block(card)
-    assert lines.startswith("import cifar_hpc, torch\n\nmodel = cifar_hpc.load(")
+    assert lines.startswith("import torch\nfrom model import load\n\nmodel = load(")
     mine = "images = torch.from_numpy(__import__('numpy').load('images.npy'))"
     code, count = re.subn(r"images = torch\.zeros.*", mine, lines)
     assert count == 1
-    code += (
-        "import sys\nfrom numpy import save\nsave('logits.npy', logits.numpy())\n"
-        "print(*sorted(m for m in sys.modules if m.startswith('cifar_hpc.')))"
+    code = (
+        "import sys\nsys.path.insert(0, '.')\n"
+        + code
+        + (
+            "from numpy import save\nsave('logits.npy', logits.numpy())\n"
+            "print([m for m in sys.modules if m.startswith(('cifar_hpc', 'safetensors'))])"
+        )
     )
+    done = alone(tmp_path, "-c", code)
+    logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    assert torch.equal(logits, trained.logits(images))
+    assert done == [CLASSES[logits[0].argmax()], "[]"]
+
+
+def alone(folder: Path, *words: str) -> list[str]:
+    """Lines that Python prints where nothing of this project can be imported."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-I", "-W", "error", *words],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
-    assert torch.equal(logits, trained.logits(images))
-    first, modules = done.stdout.splitlines()
-    assert first == CLASSES[logits[0].argmax()]
-    assert not {
-        "cifar_hpc.training.trainer",
-        "cifar_hpc.training.engine",
-        "cifar_hpc.data.datasets",
-        "cifar_hpc.training.attempt",
-    } & set(modules.split())
+    return done.stdout.splitlines()
+
+
+def test_the_code_beside_the_weights_classifies_image_files(root: Path, tmp_path: Path) -> None:
+    exported(tmp_path)
+    shown = alone(tmp_path, "model.py")
+    assert "run           tiny" in shown and shown[-1].startswith("classes")
+    images = own_images(load_trained(root, "tiny", "slow").spec.data, root).images
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+    Image.new("L", (100, 60)).save(tmp_path / "two.png")
+    first, second = alone(tmp_path, "model.py", "one.png", "two.png")
+    with torch.no_grad():
+        best = cifar_hpc.load(tmp_path / "model.safetensors")(images[:1])[0].argmax()
+    assert first.startswith(f"one.png: {CLASSES[best]} (") and second.startswith("two.png: ")
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
+@pytest.mark.parametrize("shape", [{}, {"blocks": (1, 2), "widths": (16, 32), "stem_width": 5}, {"dropout": 0.9}])
+def test_the_code_beside_the_weights_is_the_same_network(
+    tmp_path: Path, activation: str, shape: dict[str, Any]
+) -> None:
+    spec = ModelSpec(**{"activation": activation, "width_multiplier": 0.25, **shape})
+    network, images = build_model(spec, 3), torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    for layer in network.norms:
+        layer.running_mean.uniform_(-1, 1)
+        layer.running_var.uniform_(0.5, 2)
+    card = {"classes": json.dumps(list("abcdefghij")), "model": json.dumps(dataclasses.asdict(spec))}
+    card |= {"mean": "[0.4, 0.5, 0.6]", "std": "[0.2, 0.3, 0.4]"}
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(to_safetensors(network.state_dict(), card))
+    with torch.no_grad():
+        assert torch.equal(standalone.load(file)(images), cifar_hpc.load(file)(images))
 
 
 # The lines of the card of a model that cifar_hpc 0.1.0 exported before its modules were in rooms.
@@ -158,7 +193,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(root: Path, tmp_path: Path) ->
     again, same, _ = exported(tmp_path)  # over what is there
     assert again.read_bytes() == content and same == card
     assert hashlib.sha256(content).hexdigest() in card
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.md", "model.py", "model.safetensors"]
 
 
 def card_of(**changes: str | None) -> Callable[[dict[str, torch.Tensor], dict[str, str]], object]:
@@ -271,19 +306,25 @@ def test_an_export_that_is_cut_short_leaves_no_card_of_another_model(
 @pytest.mark.parametrize("name", ['a "b" ```c', "modèle_1"])
 def test_any_file_name_can_be_loaded(root: Path, tmp_path: Path, name: str) -> None:
     path, card, _ = exported(tmp_path, name=name)
-    opened = re.search(r"cifar_hpc\.load\((.*)\)  #", code_block(card))
+    opened = re.search(r" load\((.*)\)  #", code_block(card))
     assert opened is not None and eval(opened[1]) == path.name
 
 
 def test_a_users_mistakes_are_named_and_nothing_is_lost(root: Path, tmp_path: Path, capsys: Any) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# mine\n")
+    (tmp_path / "model.py").write_text("# mine\n")
     for run, out, words in [
         ("tiny", "README.safetensors", "README.md, where the card would go, is there already and is no card"),
+        ("tiny", "x.safetensors", "model.py, where the code would go, is there already and is no code"),
         ("tiny", "model.pt", "ends with .safetensors"),
         ("tiny", "none/model.safetensors", "there is no folder"),
-        ("none", "model.safetensors", "no such run"),
     ]:
         assert main(["export", run, "--out", str(tmp_path / out)]) == 2
         assert words in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"] and readme.read_text() == "# mine\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("README.md", "model.py"), "# mine\n"
+    )
+    (tmp_path / "model.py").unlink()
+    assert main(["export", "none", "--out", str(tmp_path / "model.safetensors")]) == 2
+    assert "no such run" in capsys.readouterr().err
