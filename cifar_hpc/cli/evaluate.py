@@ -34,7 +34,11 @@ Matrix = list[list[int]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", metavar="DIR", help="other test images: CIFAR-10's files, or test/CLASS/*")
+    parser.add_argument(
+        "--data",
+        metavar="DIR|FILE",
+        help="other images: CIFAR-10's files, test/CLASS/*, CLASS/*, or a file with labels, as predict takes",
+    )
     parser.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -204,7 +208,7 @@ def _text(report: Mapping[str, Any], trained: TrainedModel, classes: tuple[str, 
     smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
     facts = {
         **trained.facts(root),
-        "images": f"{report['images']:,} test images, {report['data']}",
+        "images": f"{report['images']:,} images, {report['data']}",
         "accuracy": f"{report['accuracy']:.2f}%{_beside(report, 'accuracy', '.2f', '%')}",
         "loss": f"{report['loss']:.4f}{_beside(report, 'loss', '.4f', '')}{smoothed}",
     }

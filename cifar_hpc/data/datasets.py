@@ -21,7 +21,7 @@ from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE, DataSpec
 from cifar_hpc.data import synthetic
 from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
 from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
-from cifar_hpc.data.image_input import decode, read_image
+from cifar_hpc.data.image_input import decode, open_images, read_image
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, read_regular, remove_leftovers, replacing, write_atomic
 from cifar_hpc.randomness import Stream, mix, permutation
@@ -277,7 +277,8 @@ def own_images(data: DataSpec, root: Path) -> LabelledImages:
 
 
 def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
-    """All test images of `folder`: CIFAR-10 as torchvision keeps it, or files in test/<class>/ or <class>/.
+    """All test images of `folder`: CIFAR-10 as torchvision keeps it, or files in test/<class>/ or <class>/; or those of
+    an array file or a CIFAR pickle with labels.
 
     Args:
         data: of the run; the labels follow the order of its classes.
@@ -285,12 +286,21 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
     Raises:
         SpecError: it holds neither, or a file in it is wrong.
     """
+    if not folder.exists():
+        raise SpecError(f"--data: {folder} is no folder and no file.")
     if not folder.is_dir():
-        raise SpecError(f"--data: {folder} is no folder.")
+        found = open_images(folder)
+        if found.labels is None:
+            hint = f"HINT: python -m cifar_hpc predict RUN {folder} --out labels.csv"
+            raise SpecError(
+                f"--data: {folder} has no labels from 0 to {CLASSES - 1}, so no accuracy can be measured. {hint}"
+            )
+        whole = found.read(0, len(found.ids))
+        return LabelledImages(whole, found.labels, class_names(data, root), f"in {folder}")
     cifar10 = folder.parent if folder.name == FOLDER else folder
     if (cifar10 / FOLDER).is_dir():
-        found = load_dataset(DataSpec(source="cifar10", root=str(cifar10.absolute())), root)
-        images, labels, classes, source = found.test_images, found.test_labels, CIFAR10, f"CIFAR-10 in {cifar10}"
+        ours = load_dataset(DataSpec(source="cifar10", root=str(cifar10.absolute())), root)
+        images, labels, classes, source = ours.test_images, ours.test_labels, CIFAR10, f"CIFAR-10 in {cifar10}"
     else:
         split = folder / "test" if (folder / "test").is_dir() else folder
         if folder_classes(split) is None:
@@ -298,14 +308,25 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
                 f"--data: {folder} holds no test images; allowed: a folder with {FOLDER}, with test/<class>/*, or with "
                 "ten class folders."
             )
-        files, numbers, names = list_split(split)
-        images, labels, classes, source = decode(files), torch.tensor(numbers), tuple(names), str(split)
-    known = class_names(data, root)
+        files, numbers, folders = list_split(split)
+        images, labels, classes, source = decode(files), torch.tensor(numbers), tuple(folders), str(split)
+    labels, names, notes = match_classes(labels, classes, class_names(data, root))
+    return LabelledImages(images, labels, names, source, notes)
+
+
+def match_classes(
+    labels: Tensor, classes: tuple[str, ...], known: tuple[str, ...]
+) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
+    """Labels of images in class folders as those of the run's classes: (labels, names, notes for the user).
+
+    Args:
+        classes: names of the folders, in the order of `labels`.
+        known: of the run.
+    """
     if sorted(classes) == sorted(known):  # matched by name
-        order = torch.tensor([known.index(name) for name in classes])
-        return LabelledImages(images, order[labels], known, source)
+        return torch.tensor([known.index(name) for name in classes])[labels], known, ()
     note = (
         f"The classes there ({', '.join(classes)}) are not those of the run ({', '.join(known)}): they are "
         "matched by their order."
     )
-    return LabelledImages(images, labels, classes, source, (note,))
+    return labels, classes, (note,)

@@ -6,7 +6,8 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, ClassVar
@@ -16,17 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_hpc.config.spec import IMAGE_SIZE
-from cifar_hpc.data.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES
+from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE
+from cifar_hpc.data.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES, list_split
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.text import counted, shown
 
 LARGEST_BYTES = 2**33  # of a file that is read as a whole
 LARGEST_IMAGE = 2**22  # bytes of a file of 32x32 pixels, nearly all of them comments
-_RESIZE = " HINT: resize the images first."
+_RESIZE = " HINT: resize the images first; predict has --resize."
 _SHAPES = "[N, 32, 32, 3], [N, 3, 32, 32] or CIFAR's rows [N, 3072]"
-_CONTENT = "a .npy or .npz file, a CIFAR pickle (protocol 2 or later), or a folder of images"
+_CONTENT = "a .npy or .npz file, a CIFAR pickle (protocol 2 or later), an image, or a folder of images or class folders"
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,32 @@ class ImageInput:
         ids: one of each image, in order: its own where the input has them, its file's stem in a folder, else its index.
         read: gives the images from one index up to another as uint8 [n, 3, 32, 32].
         left_out: entries of the folder that are no images by their names.
+        labels: the true class of each image, int64 [N], where the input has them; of class folders in the order of
+            `classes`, their names.
+        files: of each image, where they are files.
     """
 
     ids: list[str]
     read: Callable[[int, int], Tensor]
     left_out: int = 0
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    files: Sequence[Path] = ()
 
 
-def open_images(path: Path) -> ImageInput:
+def open_images(path: Path, resize: bool = False) -> ImageInput:
     """Open a folder of images or a file, whose kind is found by its first bytes and not by its name.
+
+    Args:
+        resize: image files of other sizes are resized to 32x32 pixels, antialiased.
 
     Raises:
         SpecError: names the file, what is wrong with it, and what is allowed; `ImageInput.read` does the same.
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, resize)
+    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        return _of_files([path], 0, resize)
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:
@@ -95,11 +107,12 @@ def read_image(path: Path) -> bytes:
     return content
 
 
-def decode(files: Sequence[Path], contents: Iterable[bytes] | None = None) -> Tensor:
+def decode(files: Sequence[Path], contents: Iterable[bytes] | None = None, resize: bool = False) -> Tensor:
     """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB.
 
     Args:
         contents: what `read_image` has read from `files`.
+        resize: as `open_images`.
 
     Raises:
         SpecError: as `read_image`, and names the file that is no image, or of another size.
@@ -113,10 +126,13 @@ def decode(files: Sequence[Path], contents: Iterable[bytes] | None = None) -> Te
                 width, height = image.size
                 if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
                     images[number] = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+                elif resize:
+                    small = Image.fromarray(_rgb(image)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+                    images[number] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
         except Exception as error:  # PIL has many
             reason = str(error).partition(" <_io")[0]  # of what it was read from
             raise SpecError(f"{path}: is not a readable image: {reason}.") from None
-        if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
+        if (width, height) != (IMAGE_SIZE, IMAGE_SIZE) and not resize:
             raise SpecError(f"{path}: is {width}x{height} pixels; allowed: 32x32.{_RESIZE}")
     return images
 
@@ -134,21 +150,34 @@ def _rgb(image: Any) -> NDArray[Any]:
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _open_folder(folder: Path) -> ImageInput:
+def _open_folder(folder: Path, resize: bool) -> ImageInput:
     entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
     files = [Path(entry.path) for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    if not files:
-        below = [entry.name for entry in entries if entry.is_dir()]
-        hint = f" HINT: it has folders, such as {below[0]}; give one of them." if below else ""
-        raise SpecError(f"{folder}: holds no image ({' '.join(IMAGE_SUFFIXES)}).{hint}")
+    if files:
+        return _of_files(files, len(entries) - len(files), resize)
+    below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if len(below) == CLASSES:
+        files, labels, classes = list_split(folder)
+        found = _of_files(files, 0, resize, [f"{path.parent.name}/{path.stem}" for path in files])
+        return replace(found, labels=torch.tensor(labels), classes=tuple(classes))
+    hint = f" HINT: it has folders, such as {below[0]}; give one of them." if below else ""
+    raise SpecError(f"{folder}: holds no image ({' '.join(IMAGE_SUFFIXES)}).{hint}")
+
+
+def _of_files(files: Sequence[Path], left_out: int, resize: bool, ids: Sequence[str] = ()) -> ImageInput:
     seen: dict[str, Path] = {}
-    for path in files:
+    for path, name in zip(files, ids or [path.stem for path in files], strict=True):
         if not path.is_file():  # a FIFO would be waited for, a device read for ever
             raise SpecError(f"{path}: is no regular file; allowed: image files, or links to them.")
-        if path.stem in seen:
-            raise SpecError(f"{path}: has the same ID as {seen[path.stem].name}. HINT: rename one of them.")
-        seen[path.stem] = path
-    return ImageInput(list(seen), lambda first, last: decode(files[first:last]), len(entries) - len(files))
+        if name in seen:
+            raise SpecError(f"{path}: has the same ID as {seen[name].name}. HINT: rename one of them.")
+        seen[name] = path
+    read = partial(_read_files, files, resize)
+    return ImageInput(list(seen), read, left_out, files=files)
+
+
+def _read_files(files: Sequence[Path], resize: bool, first: int, last: int) -> Tensor:
+    return decode(files[first:last], resize=resize)
 
 
 def _natural(name: str) -> list[Any]:
@@ -168,7 +197,8 @@ def _open_npz(path: Path, file: BinaryIO) -> ImageInput:
                 f"{path}: which of its arrays holds the images? {', '.join(names)}. Allowed: one array, or one "
                 "called data or images; a second one called ids is allowed."
             )
-        return _from_array(path, arrays[images[0]], arrays["ids"] if "ids" in names else None)
+        found = _from_array(path, arrays[images[0]], arrays["ids"] if "ids" in names else None)
+        return _labelled(found, arrays["labels"] if "labels" in names else None)
 
 
 def _open_pickle(path: Path, content: bytes) -> ImageInput:
@@ -180,7 +210,16 @@ def _open_pickle(path: Path, content: bytes) -> ImageInput:
             f"{path}: a pickle without an array called data; it holds: {held}. Allowed: CIFAR's layout, a dictionary "
             "with data and, if you like, ids."
         )
-    return _from_array(path, data, values.get("ids"))
+    return _labelled(_from_array(path, data, values.get("ids")), values.get("labels"))
+
+
+def _labelled(images: ImageInput, labels: Any) -> ImageInput:
+    """The images with their labels, if these are one class for each image."""
+    values = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(values, (list, tuple)) or len(values) != len(images.ids):
+        return images
+    good = all(type(value) is int and 0 <= value < CLASSES for value in values)
+    return replace(images, labels=torch.tensor(values)) if good else images
 
 
 def _from_array(path: Path, array: NDArray[Any], ids: Any) -> ImageInput:

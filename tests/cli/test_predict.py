@@ -15,6 +15,7 @@ from PIL import Image
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli.evaluate import confusion, measure
 from cifar_hpc.data.datasets import own_images
+from cifar_hpc.data.image_input import decode
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.trained_model import TrainedModel, load_trained
 
@@ -106,3 +107,55 @@ def test_a_failure_leaves_the_file_as_it_was(
     assert main(["predict", "tiny", str(tmp_path / "x.npy"), "--out", str(out)]) == 1
     assert out.read_text() == "old" and not made.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "labels.csv", "x.npy", "x.pkl"]
+
+
+def test_labels_of_the_input_are_compared(root: Path, tmp_path: Path, capsys: Any) -> None:
+    """Those of a file, and those of class folders, also where a class is called as another one in the run."""
+    trained = load_trained(root, "tiny", "slow")
+    data = own_images(trained.spec.data, root)
+    accuracy = f"{measure(trained, data)[0]:.2f}%"
+    np.savez(tmp_path / "x.npz", data=data.images.numpy(), labels=data.labels.numpy())
+    (tmp_path / "x.pkl").write_bytes(
+        pickle.dumps({"data": data.images.numpy().reshape(100, -1), "labels": data.labels.tolist()}, protocol=2)
+    )
+    for number, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+        folder = tmp_path / "folders" / data.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    for name in ("x.npz", "x.pkl", "folders"):
+        assert main(["predict", "tiny", str(tmp_path / name), "--out", str(tmp_path / "out.csv")]) == 0
+        assert f"accuracy    {accuracy} by the labels" in capsys.readouterr().out
+        assert main(["evaluate", "tiny", "--data", str(tmp_path / name)]) == 0
+        assert f"accuracy    {accuracy}" in capsys.readouterr().out
+    np.savez(tmp_path / "x.npz", data=data.images.numpy(), labels=data.labels.numpy() + 100)  # of other classes
+    assert main(["predict", "tiny", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out.csv")]) == 0
+    assert "accuracy" not in capsys.readouterr().out
+    assert main(["evaluate", "tiny", "--data", str(tmp_path / "x.npz")]) == 2
+    assert "no labels" in (said := capsys.readouterr().err) and "HINT: python -m cifar_hpc predict" in said
+
+
+def test_further_columns_on_standard_output(root: Path, tmp_path: Path, capfdbinary: Any) -> None:
+    images = own_images(load_trained(root, "tiny", "slow").spec.data, root).images
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+    assert main(["predict", "tiny", str(tmp_path / "one.png"), "--out", "-", "--names", "--probabilities"]) == 0
+    out, said = (text.decode() for text in capfdbinary.readouterr())
+    (row,) = csv.DictReader(out.splitlines())
+    shares = [float(value) for key, value in row.items() if key.startswith("p_")]
+    assert [*row][:4] == ["ID", "Labels", "class", "file"] and row["file"] == str(tmp_path / "one.png")
+    assert len(shares) == 10 and sum(shares) == pytest.approx(1, abs=1e-4)
+    assert shares.index(max(shares)) == int(row["Labels"]) and row["ID"] == "one"
+    assert [*row][4 + int(row["Labels"])] == f"p_{row['class']}"
+    assert "wrote standard output" in said
+
+
+def test_images_of_other_sizes_only_where_that_is_asked_for(root: Path, tmp_path: Path, capsys: Any) -> None:
+    out = str(tmp_path / "out.csv")
+    Image.new("L", (64, 48), 200).save(tmp_path / "large.png")
+    assert main(["predict", "tiny", str(tmp_path / "large.png"), "--out", out]) == 2
+    assert "is 64x48 pixels; allowed: 32x32" in (said := capsys.readouterr().err) and "--resize" in said
+    assert main(["predict", "tiny", str(tmp_path / "large.png"), "--out", out, "--resize"]) == 0
+    assert "were resized to 32x32" in " ".join(capsys.readouterr().out.split())
+    grey = decode([tmp_path / "large.png"], resize=True)
+    assert grey.unique().tolist() == [200]
+    np.save(tmp_path / "x.npy", np.zeros((1, 3, 32, 32), np.uint8))
+    assert main(["predict", "tiny", str(tmp_path / "x.npy"), "--out", out, "--resize"]) == 2
