@@ -1,8 +1,9 @@
-"""Make the screen in README.md and the figure in docs/preemption.md from real runs on a real Slurm: python docs/screen.py.
+"""Make the screen in README.md and the figure in docs/preemption.md from runs on a real Slurm: python docs/screen.py.
 
-Four runs of jobs/demo.yaml on a minicluster of one node: one finishes, one is preempted twice by a job of higher priority, one
-takes its place, one waits. What status knows at that moment goes to docs/screen.json, from which `screen` makes the
-lines; a test compares them with README.md. Then the preempted run goes on to its end, and its timeline is drawn.
+Four runs of jobs/demo.yaml on a minicluster of one node: one finishes, one is preempted twice by a job of higher
+priority, one takes its place, one waits. What status knows at that moment goes to docs/screen.json, from which `screen`
+makes the lines; a test compares them with README.md. Then the preempted run goes on to its end, and its timeline is
+drawn.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ PATIENCE_SECONDS = 900
 def screen() -> str:
     """The block of README.md, from the recorded states."""
     states = [RunState(**state) for state in json.loads(STATES.read_text())]
-    lines = [COMMAND, *status_lines(by_urgency(states), WIDTH), summary(states)]
+    lines = [COMMAND, *status_lines(states, WIDTH), summary(states)]
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
 
 def replaced(text: str, block: str) -> str:
     """A page with `block` in place of the one that begins with COMMAND."""
-    return re.sub(rf"```\n{re.escape(COMMAND)}\n.*?\n```", lambda _: block, text, flags=re.DOTALL)
+    return re.sub(rf"```\n{re.escape(COMMAND)}\n.*?```", lambda _: block, text, flags=re.DOTALL)
 
 
 class Cluster:
@@ -86,7 +87,7 @@ class Cluster:
     def preempt(self, name: str) -> None:
         """Have a job of higher priority take the node for some seconds; return when the run waits in the queue."""
         self.run("sbatch", "-p", "urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 20")
-        self.wait(lambda: self.states()[name].state == "requeued")
+        self.wait(lambda: self.states()[name].state == "requeued" and self.run("squeue", "-h", "-p", "urgent") == "")
 
 
 def record(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,12 @@ def test_architecture_names_files_and_functions_that_are_there() -> None:
             found = [n for n in getattr(scope, "body", []) if getattr(n, "name", "") == part]
             assert found, f"{name}: {part} is not there"
             scope = found[0]
+
+
+def test_the_readmes_screen_is_what_status_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of states that docs/screen.py has recorded."""
+    monkeypatch.syspath_prepend(str(PROJECT / "docs"))
+    screen = import_module("screen")
+    text = (PROJECT / "README.md").read_text()
+    assert screen.COMMAND in text and screen.replaced(text, screen.screen()) == text
+    assert len(text.splitlines()) <= 120
