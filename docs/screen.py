@@ -39,7 +39,8 @@ PATIENCE_SECONDS = 900
 
 def screen() -> str:
     """The block of README.md, from the recorded states."""
-    states = [RunState(**state) for state in json.loads(STATES.read_text())]
+    # Without the times at which Slurm expects to start a job, of which the time from now would be shown.
+    states = [RunState(**{**state, "start_time": None}) for state in json.loads(STATES.read_text())]
     lines = [COMMAND, *status_lines(states, WIDTH), summary(states)]
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
