@@ -123,7 +123,7 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         "| | |\n|---|---|",
         f"| {kind} accuracy | {accuracy} |",
         f"| {kind} loss | {loss} |",
-        f"| measured on | {in_markdown(card['data'])} |",
+        *([f"| measured on | {in_markdown(card['data'])} |"] if "test_accuracy" in card else []),
         f"| classes 0 to 9 | {', '.join(in_markdown(label) for label in json.loads(card['classes']))} |",
         f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
         "| output | logits [B, 10] |\n",

@@ -308,7 +308,7 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
                 f"--data: {folder} holds no test images; allowed: a folder with {FOLDER}, with test/<class>/*, or with "
                 "ten class folders."
             )
-        files, numbers, folders = list_split(split)
+        files, numbers, folders = list_split(split, "--data")
         images, labels, classes, source = decode(files), torch.tensor(numbers), tuple(folders), str(split)
     labels, names, notes = match_classes(labels, classes, class_names(data, root))
     return LabelledImages(images, labels, names, source, notes)

@@ -26,8 +26,11 @@ def _named_errors() -> Iterator[None]:
 
 
 @_named_errors()
-def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+def list_split(folder: Path, key: str = "data.root") -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of one split; labels are the order of the class folders' names.
+
+    Args:
+        key: the key or option that names the folder, for messages.
 
     Raises:
         SpecError: where the folder, a class or an image is missing.
@@ -35,12 +38,12 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise SpecError(
-            f"data.root: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
+            f"{key}: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*."
             + nearest(folder.name, siblings)
         )
     classes = class_folders(folder)
     if len(classes) != CLASSES:
-        raise SpecError(f"data.root: {folder} has {counted(len(classes), 'class folder')}; allowed: {CLASSES}.")
+        raise SpecError(f"{key}: {folder} has {counted(len(classes), 'class folder')}; allowed: {CLASSES}.")
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -48,15 +51,15 @@ def list_split(folder: Path) -> tuple[list[Path], list[int], list[str]]:
         for entry in entries:
             if entry.name.lower().endswith(_UNREADABLE):
                 raise SpecError(
-                    f"data.root: {entry.path} is not read; allowed: {' '.join(IMAGE_SUFFIXES)}. HINT: convert it, or "
+                    f"{key}: {entry.path} is not read; allowed: {' '.join(IMAGE_SUFFIXES)}. HINT: convert it, or "
                     "move it away."
                 )
         images = [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
         if not images:
-            raise SpecError(f"data.root: {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
+            raise SpecError(f"{key}: {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
         for image in images:
             if not image.is_file():  # a FIFO would be waited for, a device read for ever
-                raise SpecError(f"data.root: {image.path} is no regular file; allowed: image files, or links to them.")
+                raise SpecError(f"{key}: {image.path} is no regular file; allowed: image files, or links to them.")
         files += [Path(image.path) for image in images]
         labels += [label] * len(images)
     return files, labels, classes

@@ -157,7 +157,7 @@ def _open_folder(folder: Path, resize: bool) -> ImageInput:
         return _of_files(files, len(entries) - len(files), resize)
     below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if len(below) == CLASSES:
-        files, labels, classes = list_split(folder)
+        files, labels, classes = list_split(folder, "INPUT")
         found = _of_files(files, 0, resize, [f"{path.parent.name}/{path.stem}" for path in files])
         return replace(found, labels=torch.tensor(labels), classes=tuple(classes))
     hint = f" HINT: it has folders, such as {below[0]}; give one of them." if below else ""
