@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -52,6 +53,17 @@ class Setting:
         return Costs(self.stall, self.write)
 
 
+def expected_goodput(interval: float, costs: Costs, restart: float, mean: float) -> float:
+    """Return the share of a run's time that is not lost, 0 to 1 (Daly 2006, the complete model).
+
+    Args:
+        interval: seconds from one checkpoint to the next.
+        restart: seconds from a loss to the next step of training.
+    """
+    lost = restart + costs.write  # the work done during the last write is lost as well
+    return max(0.0, interval - costs.stall) / (mean * math.exp(lost / mean) * math.expm1(interval / mean))
+
+
 def killed(fixed: float | None, setting: Setting, mean: float, rng: random.Random) -> float:
     """Goodput of a run that is killed without warning, every `mean` seconds on average, while its job holds a node.
 
@@ -63,7 +75,7 @@ def killed(fixed: float | None, setting: Setting, mean: float, rng: random.Rando
     while clock < setting.horizon:
         life = rng.expovariate(1 / mean)
         end = min(life, setting.horizon - clock) - setting.restart  # of training, or of our watching
-        pacer = CheckpointPacer(Losses(losses, seen_seconds), setting.restart, lambda line: None, 0.0)
+        pacer = CheckpointPacer(Losses(losses, seen_seconds), lambda line: None, 0.0)
         now = here = saved = known = stall = 0.0  # stall: of the checkpoint at the beginning of this stretch, if any
         while now < end:
             wait = max(pacer.interval(now) if fixed is None else fixed, stall)

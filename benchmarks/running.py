@@ -44,7 +44,7 @@ def full_trainer(folder: Path, batch: int, rank: int = 0, world: int = 1) -> Tra
     store = CheckpointStore(paths.checkpoints, 3, lambda event: None, _fail) if rank == 0 else None
     trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, device))
     if store is not None:
-        trainer.pacer = CheckpointPacer(Losses(), 0.0, context.log.line, time.monotonic())
+        trainer.pacer = CheckpointPacer(Losses(), context.log.line, time.monotonic())
     return trainer
 
 

@@ -11,9 +11,8 @@ from statistics import fmean
 import pytest
 
 from benchmarks import goodput
-from benchmarks.goodput import Setting, killed, main, warned
+from benchmarks.goodput import Setting, expected_goodput, killed, main, warned
 from cifar_hpc.training.checkpoints import interval
-from cifar_hpc.training.checkpoints.interval import expected_goodput
 
 
 class Lives(random.Random):

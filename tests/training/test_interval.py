@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from helpers import TINY, tiny_spec
 
+from benchmarks.goodput import expected_goodput
 from cifar_hpc.__main__ import main
 from cifar_hpc.config.io import merge
 from cifar_hpc.config.spec import CheckpointSpec
@@ -34,17 +34,6 @@ DAY = 86_400.0
 def test_daly_s_own_predictions(mean: float, published: float) -> None:
     """Daly 2006, figures 3 to 5: a checkpoint of 5 minutes; all in minutes."""
     assert daly(5, mean) == pytest.approx(published, rel=0.006)
-
-
-def expected_goodput(interval: float, costs: Costs, restart: float, mean: float) -> float:
-    """Return the share of a run's time that is not lost, 0 to 1 (Daly 2006, the complete model).
-
-    Args:
-        interval: seconds from one checkpoint to the next.
-        restart: seconds from a loss to the next step of training.
-    """
-    lost = restart + costs.write  # the work done during the last write is lost as well
-    return max(0.0, interval - costs.stall) / (mean * math.exp(lost / mean) * math.expm1(interval / mean))
 
 
 @pytest.mark.parametrize("cost", [0.01, 0.5, 5.0, 60.0])
