@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from cifar_hpc.training.trained_model import TrainedModel
 
 DESCRIPTION = """\
-Runs the test set through a checkpoint. Prints accuracy and loss, the accuracy
-of each class, and which classes are taken for which; --out draws the confusion
-matrix."""
-EXAMPLES = ("improved_resnet-1a2b3c4d", "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --json")
+Runs the test images through a checkpoint, or others that have labels (--data).
+Prints accuracy and loss, the accuracy of each class, and which classes are
+taken for which; --out draws the confusion matrix."""
+EXAMPLES = (
+    "improved_resnet-1a2b3c4d",
+    "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --json",
+    "improved_resnet-1a2b3c4d --data mine.npz",
+)
 
 NAME_WIDTH, MOST_CONFUSED = 12, 3
 Matrix = list[list[int]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,15 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=1))
         return 0
-    keys = ("file", "verified", "step", "epoch", "step_in_epoch", "updates", "shards", "best", "environment")
-    lines = [f"{key:14} {report[key]}" for key in keys]
-    lines += [f"{name:14} sha256 {digest}" for name, digest in report["sums"].items()]
+    best, environment = report["best"], report["environment"]
+    facts = {key: str(report[key]) for key in ("step", "epoch", "step_in_epoch", "updates", "shards")}
+    facts["best"] = f"{best['test_accuracy']:.2f}% after epoch {best['epoch']}" if best["epoch"] else "none yet"
+    told = ("device", "processor", "gpu", "torch", "cuda", "threads", "amp")  # --json has all
+    facts["computed on"] = ", ".join(f"{key} {environment[key]}" for key in told if environment.get(key))
+    lines = [f"{'file':14} {report['file']}", f"{'verified':14} yes: it is whole, and its sums are right"]
+    for key, text in facts.items():
+        lines += textwrap.wrap(f"{key:14} {text}", 80, subsequent_indent=" " * 15, break_on_hyphens=False)
+    lines += ["sha256 of", *(f"{name:14} {digest}" for name, digest in report["sums"].items())]
     lines += [f"{'skipped':14} {line}" for line in report["skipped"]]
     print(printable("\n".join(lines)))
     return 0
@@ -70,6 +77,8 @@ def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
     from cifar_hpc.training.checkpoints.store import candidates, newest_good, step_name
 
     if run.endswith(".pt"):
+        if step is not None:
+            raise SpecError(f"--step: {run} is a file. HINT: name its run, or leave --step out.")
         path = Path(run)
         if not os.path.lexists(path):
             raise SpecError(f"{path}: there is no such file.")
@@ -78,7 +87,7 @@ def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
         if step is None:
             found = newest_good(directory)
             if found is None:
-                raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
+                raise SpecError(f"run {run} has no checkpoint in {directory} yet. HINT: show {run} says how it is.")
             return found.path, found.state, [f"{path.name}: {reason}" for path, reason in found.bad]
         path = directory / step_name(step)
         if not path.exists():
@@ -87,4 +96,6 @@ def _load(run: str, step: int | None) -> tuple[Path, TrainingState, list[str]]:
     try:
         return path, read_checkpoint(path), []
     except BadFileError as error:
-        raise RunFailedError(f"{path}: {error}. HINT: without --step, inspect takes the newest good one.") from None
+        raise RunFailedError(
+            f"{path}: {error}. HINT: inspect RUN, without --step, takes its newest good one."
+        ) from None

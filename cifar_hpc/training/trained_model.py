@@ -171,7 +171,7 @@ def _find(root: Path, run: str, fast: bool) -> tuple[Path, TrainingState, list[s
     directory = find_run(root, run).checkpoints
     found = newest_good(directory)
     if found is None:
-        raise SpecError(f"run {run} has no checkpoint in {directory} yet.")
+        raise SpecError(f"run {run} has no checkpoint in {directory} yet. HINT: show {run} says how it is.")
     notes = [f"{path.name} is newer, but does not verify: {reason}." for path, reason in found.bad]
     if _usable(found.state, fast):
         return found.path, found.state, notes

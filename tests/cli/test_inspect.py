@@ -45,3 +45,15 @@ def test_where_all_are_bad_they_are_listed(folder: Path, capsys: pytest.CaptureF
     assert main(["inspect", "run", "--json"]) == 1
     error = capsys.readouterr().err
     assert all(f"{path}: no file of torch.save" in error for path in folder.glob("*.pt"))
+
+
+def test_a_step_of_a_file_is_refused_and_the_screen_fits_80_columns(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tiny_run))
+    monkeypatch.chdir(tiny_run)
+    assert main(["inspect", "checkpoints/tiny/best.pt", "--step", "3"]) == 2
+    assert "--step: checkpoints/tiny/best.pt is a file" in capsys.readouterr().err
+    assert main(["inspect", "checkpoints/tiny/best.pt"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[1].startswith("verified       yes")
