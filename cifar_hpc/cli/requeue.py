@@ -86,7 +86,8 @@ def _release(run: RunPaths, job: QueuedJob) -> None:
         now = jobs_of([run]).get(run.name)
         if now is None or now.waits:
             raise  # else Slurm has started it meanwhile, and refuses to change it
-    print(f"job {job.job_id} may start as soon as there is room (it was waiting: {printable(job.reason)})", flush=True)
+    waited = f" (it was waiting: {printable(job.reason)})" if job.reason != "None" else ""
+    print(f"job {job.job_id} may start as soon as there is room{waited}", flush=True)
 
 
 def _wait(asked: dict[str, tuple[RunPaths, int]]) -> int:

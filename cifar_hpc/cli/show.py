@@ -100,7 +100,8 @@ def _starts(history: History) -> list[Report]:
     starts: list[Report] = []
     cause = None
     for attempt in history.attempts:
-        starts.append({"cause": cause, "time": attempt.start, "step": attempt.step, "world_size": attempt.world_size})
+        step = attempt.step if attempt.begun else None
+        starts.append({"cause": cause, "time": attempt.start, "step": step, "world_size": attempt.world_size})
         cause = attempt.cause  # of the next one
     return starts
 
@@ -134,7 +135,10 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     if state.test_accuracy is not None:
         yield "accuracy", f"{row['ACC']}% after epoch {state.epoch}, best {row['BEST']}%"
     if state.state == "running" and state.images_per_second is not None:
-        yield "speed", f"{row['IMG/S']} images/s on {row['RANKS']} ranks; last line of the log {row['LOG AGE']} ago"
+        yield (
+            "speed",
+            f"{row['IMG/S']} images/s on {state.world_size or '?'} ranks; last line of the log {row['LOG AGE']} ago",
+        )
     if state.eta_seconds is not None:
         yield "ETA", f"{row['ETA']}, at {datetime.fromtimestamp(time.time() + state.eta_seconds):%Y-%m-%d %H:%M}"
     yield "restarts", row["RESTARTS"]
@@ -179,7 +183,8 @@ def _checkpoint(state: RunState, saved: Mapping[str, Any] | None) -> str:
 def _restarts(starts: Sequence[Mapping[str, Any]]) -> list[str]:
     """When the run was started again and why, and from which step it went on."""
     lines = [
-        f"{_moment(start['time'])}  {CAUSES.get(start['cause'], start['cause'])}, from step {start['step']}"
+        f"{_moment(start['time'])}  {CAUSES.get(start['cause'], start['cause'])}"
+        + (", not begun to train" if start["step"] is None else f", from step {start['step']}")
         + (f" on {start['world_size']} ranks" if start["world_size"] else "")
         for start in starts[1:]
     ]

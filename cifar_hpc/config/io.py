@@ -63,6 +63,7 @@ def load_values(
         key, separator, text = override.partition("=")
         if not separator or not key.strip().rpartition(".")[2] or key.count(".") > MAX_DEPTH:
             hint = " HINT: the job file comes first." if override.endswith(".yaml") else nearest_key(key, Spec)
+            hint = "" if hint.endswith(f"'{key}'?") else hint  # it lacks its value alone
             allowed = "allowed: key.path=value, such as train.epochs=10."
             raise SpecError(f"--set {override}: not understood; {allowed}{hint}")
         values = merge(values, _sweep_by_dotted_keys(nested(key.strip(), parse_yaml(text, f"--set {key}"))))

@@ -201,7 +201,7 @@ def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) 
     Nothing is undone where the job may exist.
     """
     specs = _each(lambda run: run.spec.read_bytes() if run.spec.exists() else None, runs)
-    files = set(folder.slurm.iterdir())
+    files, copies = set(folder.slurm.iterdir()), set(folder.code.glob("*"))
     try:
         yield
     except DoubtError:
@@ -217,6 +217,8 @@ def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) 
         else:
             for path in set(folder.slurm.iterdir()) - files:
                 path.unlink()
+            for copy in set(folder.code.glob("*")) - copies:
+                shutil.rmtree(copy)
         raise
 
 

@@ -61,11 +61,11 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
     )
     assert train.shards is not None
     if tasks > train.shards:
+        said = ", which the run's first start has fixed" if old is not None else ""
+        other = "begin a new run, under another --name, with" if old is not None else "use"
         raise SpecError(
-            f"{tasks} processes are more than train.shards: {train.shards}, which "
-            + ("is" if spec.train.shards else "the run's first start has")
-            + f" fixed. HINT: start at most {counted(train.shards, 'process')}, or begin a new run with "
-            f"--set train.shards={tasks} and another --name."
+            f"{tasks} processes are more than train.shards: {train.shards}{said}. HINT: start at most "
+            f"{counted(train.shards, 'process')}, or {other} --set train.shards={tasks}."
         )
     return check(dataclasses.replace(spec, train=train))
 

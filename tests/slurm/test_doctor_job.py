@@ -18,7 +18,7 @@ PROFILE = """
 resources: {{partition: gpu, comment: "preemption=yes;requeue=true"}}
 gpus: gres=gpu:{{gpus}}
 setup: ['export IMAGE="my image.sif"']
-python: "'{container}' exec --nv \\"$IMAGE\\" {python}"
+python: "'{container}' exec --nv \\"$IMAGE\\" '{python}'"
 """
 CONTAINER = '#!/bin/sh\n[ "$1 $2 $3" = "exec --nv my image.sif" ] || exit 9\nshift 3\nexec "$@"\n'
 

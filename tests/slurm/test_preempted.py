@@ -114,7 +114,7 @@ def _one_task_of_an_array(lab: Lab, short: str, reference: Callable[[], Run]) ->
     moments = lab.root / "moments" / "array"
     profile = lab.root / "array.yaml"
     profile.write_text(f"""setup:
-  - export PYTHONPATH={MOMENTS} CIFAR_HPC_MOMENTS=0/0:SIGSTOP@step:14
+  - export "PYTHONPATH={MOMENTS}" CIFAR_HPC_MOMENTS=0/0:SIGSTOP@step:14
   - export CIFAR_HPC_MOMENTS_SEEN={moments}/$SLURM_ARRAY_TASK_ID
 """)
     script = Path(__file__).with_name("submit_array.py")

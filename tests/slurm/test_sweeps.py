@@ -30,7 +30,7 @@ def test_points_are_preempted_cancelled_and_submitted_again_one_by_one(
     job, profile, moments = lab.root / "points.yaml", lab.root / "points-profile.yaml", lab.root / "moments" / "points"
     job.write_text(Path(short).read_text() + SWEEP)
     profile.write_text(f"""setup:
-  - export PYTHONPATH={MOMENTS} CIFAR_HPC_MOMENTS=0/0:SIGSTOP@step:14
+  - export "PYTHONPATH={MOMENTS}" CIFAR_HPC_MOMENTS=0/0:SIGSTOP@step:14
   - export CIFAR_HPC_MOMENTS_SEEN={moments}/$SLURM_ARRAY_TASK_ID
 """)
     assert "to start at" in lab.python("submit.py", str(job), "--test-only", *ROOM_FOR_TWO).stdout
