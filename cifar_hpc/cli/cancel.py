@@ -17,7 +17,7 @@ from cifar_hpc.runs.queue import jobs_of
 from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, QueuedJob
-from cifar_hpc.text import printable
+from cifar_hpc.text import counted, printable
 
 DESCRIPTION = """\
 The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
@@ -54,7 +54,9 @@ def choose(arguments: argparse.Namespace, verb: str) -> tuple[list[RunPaths], Ma
     matching = [r for r in others if jobs.get(r.name) or holder(r.lock) or controller_of(r, History.read(r.events))]
     patterns = ", ".join(filter(is_pattern, texts))
     if not named and not matching:
-        raise SpecError(f"{patterns}: no run of that name has a job in the queue or a process here.")
+        raise SpecError(
+            f"{patterns}: {counted(len(found), 'run')}, of which none has a job in the queue or a process here."
+        )
     if len(matching) > 1 and not arguments.yes:
         question = f"{patterns} means {len(matching)} runs:" + "".join(f"\n  {run.name}" for run in matching)
         if asks := sys.stdin.isatty():

@@ -134,10 +134,10 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     yield "epoch", f"{row['EPOCH']}{_checkpoint(state, report['checkpoint'])}"
     if state.test_accuracy is not None:
         yield "accuracy", f"{row['ACC']}% after epoch {state.epoch}, best {row['BEST']}%"
-    if state.state == "running" and state.images_per_second is not None:
+    if state.state == "running" and state.images_per_second is not None and state.world_size:
         yield (
             "speed",
-            f"{row['IMG/S']} images/s on {state.world_size or '?'} ranks; last line of the log {row['LOG AGE']} ago",
+            f"{row['IMG/S']} images/s on {state.world_size} ranks; last line of the log {row['LOG AGE']} ago",
         )
     if state.eta_seconds is not None:
         yield "ETA", f"{row['ETA']}, at {datetime.fromtimestamp(time.time() + state.eta_seconds):%Y-%m-%d %H:%M}"

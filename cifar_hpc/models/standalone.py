@@ -101,6 +101,8 @@ def load(file: str | Path) -> Model:
 
 def main(words: list[str]) -> None:
     """Print the class of each image file; without any, what the model is."""
+    if "-h" in words or "--help" in words:
+        return print(__doc__)
     beside = map(str, sorted(Path(__file__).parent.glob("*.safetensors")))
     weights = [word for word in words if word.endswith(".safetensors")] or [*beside]
     if len(weights) != 1:
@@ -114,7 +116,10 @@ def main(words: list[str]) -> None:
     from PIL import Image
 
     for file in files:
-        image = Image.open(file).convert("RGB")
+        try:
+            image = Image.open(file).convert("RGB")
+        except (OSError, ValueError) as error:
+            sys.exit(f"{file}: {error}")
         image = image if image.size == (32, 32) else image.resize((32, 32), Image.Resampling.BICUBIC)
         with torch.no_grad():
             shares = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).softmax(1)[0]

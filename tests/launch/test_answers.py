@@ -383,7 +383,7 @@ def test_a_pattern_asks_before_it_cancels_several_runs_with_one_call(
     assert sorted(call.split()) == ["1_0", "1_1"]
     assert set(site.states().values()) == {"cancelled"}
     status, said = site.command("cancel", "run*", "--yes")
-    assert status == 2 and "run*: no run of that name has a job in the queue or a process here." in said
+    assert status == 2 and "run*: 2 runs, of which none has a job in the queue or a process here." in said
 
 
 def test_one_run_that_cannot_be_cancelled_does_not_keep_the_others(site: Site) -> None:

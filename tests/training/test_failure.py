@@ -312,7 +312,7 @@ def last_start(runs: Runs) -> tuple[dict[str, Any], str]:
     """The last start's only event of an end, and what train.log says after that start's banner."""
     events = runs.events("run", "started", "resumed", "failed", "hang", "signal", "finished")
     assert events[-2]["event"] in ("started", "resumed"), events
-    return events[-1], runs.log("run").rpartition("=" * 100)[2]
+    return events[-1], runs.log("run").rpartition("=" * 80)[2]
 
 
 def test_every_way_to_lose_a_rank_is_reported_once_and_the_weights_stay_the_same(
