@@ -18,7 +18,6 @@ import shlex
 import shutil
 import sys
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +220,7 @@ def _start(point: Point, start: Start) -> tuple[Answer, str]:
     damaged = f"; {start.damaged} is newer, but damaged" if start.damaged else ""
     new = not (start.step or last or damaged)
     words = f"new run: {epochs} epoch{'s' * (epochs != 1)}, {processes}" if new else f"{place}, {processes}{damaged}"
-    return {"new": new, **asdict(start), "epochs": epochs, "processes": most}, words
+    return {"new": new, **vars(start), "epochs": epochs, "processes": most}, words
 
 
 def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answer, str]:
