@@ -276,7 +276,7 @@ def clock(instant: datetime, now: datetime) -> str:
 def _owner_elsewhere(submitted: Mapping[str, Any]) -> str:
     """The owner, by the event of the submission, of a job of another user or on another cluster; else empty."""
     user, cluster = submitted.get("user"), submitted.get("cluster")
-    if cluster and cluster != client.cluster_name():
+    if cluster and client.cluster_name() not in ("", cluster):
         return f"{user}{ON_CLUSTER}{cluster}"
     return user if user and user != client.user_name() else ""
 

@@ -240,11 +240,18 @@ def test_where_slurm_hides_others_jobs_a_run_is_maybe_queued(site: Site) -> None
     assert site.states() == {"run": "unknown"}
     status, said = site.submit()
     assert status == 4 and "maybe in the queue as job 1 of alice" in said and "cancel run --gone" in said
+    assert "with --gone it is recorded as ended" in given_up(site)
+    assert len(site.stub.calls()) == 2
+
+
+def given_up(site: Site) -> str:
+    """What a cancellation says that cannot reach the job; the run is then recorded as ended, and submitted again."""
     status, said = site.command("cancel", "run")
-    assert status == 3 and "with --gone it is recorded as ended" in said
+    assert status == 3
     assert site.command("cancel", "run", "--gone")[0] == 0
     assert site.states() == {"run": "cancelled"}
-    assert site.submit()[0] == 0 and len(site.stub.calls()) == 2
+    assert site.submit()[0] == 0
+    return said
 
 
 def test_of_runs_that_have_ended_slurm_is_asked_nothing_more(site: Site) -> None:
@@ -273,13 +280,20 @@ def test_a_job_on_another_cluster_of_the_same_file_system_is_maybe_there(site: S
     site.program("scontrol", 'echo "ClusterName             = beta"')
     site.program("squeue", f'case "$*" in *--jobs*) echo "1|x|RUNNING|None|N/A|n1|gpu|(null)|/x|{user_name()}";; esac')
     client.cluster_name.cache_clear()
-    assert site.states() == {"run": "unknown"}
     status, words = site.submit()
     assert status == 4 and "maybe in the queue as job 1" in words and "on cluster alpha" in words
-    status, words = site.command("cancel", "run")
-    assert status == 3 and "is not this cluster's" in words
-    assert site.command("cancel", "run", "--gone")[0] == 0
+    assert "is not this cluster's" in given_up(site)
+    client.cluster_name.cache_clear()
+
+
+def test_a_scontrol_that_does_not_answer_moves_no_run_to_another_cluster(site: Site) -> None:
+    client.cluster_name.cache_clear()
+    site.program("scontrol", 'echo "ClusterName             = alpha"')
     assert site.submit()[0] == 0
+    site.stub.end()
+    site.program("scontrol", "exit 1")
+    client.cluster_name.cache_clear()
+    assert not json.loads(site.command("status", "--json")[1])[0]["owner"]
     client.cluster_name.cache_clear()
 
 
