@@ -97,7 +97,10 @@ def _step_cancelled(run: Run, short: str, reference: Callable[[], Run]) -> None:
     one = ("--set", "resources.tasks_per_node=1")
     run.submit(short, *one, "--partition", "gpu", moments=["0/0:SIGSTOP@step:14"])
     run.stopped("step:14")
-    assert run.lab.cluster.run(["scancel", f"{run.job_id}.0"]).returncode == 0
+    shown = run.lab.cluster.run(["squeue", "--steps", "--noheader", f"--jobs={run.job_id}", "--format=%i"]).stdout
+    (step,) = [word for word in shown.split() if word.rpartition(".")[2].isdigit()]  # 0, unless srun had to ask twice
+    done = run.lab.cluster.run(["scancel", step])
+    assert done.returncode == 0, (done.stderr, shown, run.report())
     run.wait_job(JobState="PENDING", Reason="BeginTime")
     _goes_on(run, reference)
 
