@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
             context.lock.acquire({"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()})
             # Again: another process may have come first.
             context.spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
-            freeze(paths, context.spec)
+            freeze(paths, context.spec, path.parent)
             submission.release()
         screen.attempt = attempt = Attempt(context)
         status = attempt.run()

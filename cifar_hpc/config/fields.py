@@ -71,6 +71,8 @@ def build(cls: type[T], values: Any, path: str = "", root: type | None = None) -
 
 
 def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
+    if hint == dict[str, Any] and isinstance(value, dict):
+        return {_name(k, dotted): _plain(item, f"{dotted}.{k}") for k, item in value.items()}
     if typing.get_origin(hint) is dict and isinstance(value, dict):
         # true and false are options without a value, given or left out.
         items = {_name(k, dotted): str(v).lower() if isinstance(v, bool) else v for k, v in value.items()}
@@ -89,6 +91,16 @@ def _convert(value: Any, hint: Any, metadata: Any, dotted: str) -> Any:
     if not _in_range(converted, metadata):
         raise SpecError(f"{dotted}: {shown(value)} is not allowed; allowed: {describe(hint, metadata)}.")
     return converted
+
+
+def _plain(value: Any, dotted: str) -> Any:
+    """A value of a user's own keys: what YAML and JSON can hold, nested at will."""
+    if isinstance(value, dict):
+        return {_name(k, dotted): _plain(item, f"{dotted}.{k}") for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, dotted) for item in value]
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return None if value is None else _convert(value, kind or str, {}, dotted)
 
 
 def _name(key: Any, dotted: str) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from cifar_hpc.config import user_code
 from cifar_hpc.config.fields import build, nearest_key, option
 from cifar_hpc.config.spec import NotifySpec, ResourcesSpec, Spec, check
+from cifar_hpc.config.user_code import is_file
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.files import expand_path
@@ -26,7 +28,8 @@ NOT_IN_NAME = (
 )  # fmt: skip
 # Keys that may change between a run's first start and a later one.
 MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
-MAX_DEPTH = 8  # sections in a key; the spec has two
+MAX_DEPTH = 8  # sections in a key; the spec has two, but model.args and data.args as many as the user likes
+HERE = Path()
 CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 
@@ -42,7 +45,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
             f"sweep: {path} describes many runs, and this command trains one. HINT: submit them with submit.py, or "
             "take the job file alone with --set sweep=null."
         )
-    return new_spec(values)
+    return new_spec(values, path.parent)
 
 
 def load_values(
@@ -105,10 +108,30 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
     return check(build(Spec, dict(values)))
 
 
-def new_spec(values: Mapping[str, Any]) -> Spec:
-    """`from_plain` for what a person has written: ~ and $VARIABLE in data.root are replaced."""
+def new_spec(values: Mapping[str, Any], folder: Path = HERE) -> Spec:
+    """`from_plain` for what a person has written: ~ and $VARIABLE in data.root are replaced, user files are digested.
+
+    Args:
+        folder: of the job file, from which the paths of targets start.
+    """
     spec = from_plain(values)
+    for section, files in user_files(spec, folder).items():
+        code = user_code.digest_of(files) if files else None
+        spec = replace(spec, **{section: replace(getattr(spec, section), code=code)})
     return replace(spec, data=replace(spec.data, root=expand_path(spec.data.root, "data.root")))
+
+
+def user_files(spec: Spec, folder: Path) -> dict[str, dict[str, bytes]]:
+    """Files of the user that the sections model and data name, by section; none for a section without.
+
+    Raises:
+        SpecError: names the key and the file that is missing or wrong.
+    """
+    targets = {"model": spec.model.target, "data": spec.data.target}
+    return {
+        section: user_code.collect(target, folder, f"{section}.target") if target and is_file(target) else {}
+        for section, target in targets.items()
+    }
 
 
 def to_yaml(spec: Spec, header: str) -> str:
@@ -157,7 +180,7 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
         SpecError: shows each differing key, old and new.
     """
     # A value that is only resolved at the first start (null) agrees with whatever it became.
-    resolved = ("train.shards", "train.cpu_threads")
+    resolved = ("train.shards", "train.cpu_threads", "data.image_size")
     fatal = [
         f"  {k}: {a!r} -> {b!r}"
         for k, (a, b) in differences(old, new).items()

@@ -4,14 +4,16 @@ Defaults are the report's recipe. `batch_size` and `dropout`, which the report l
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cifar_hpc.config.fields import option
+from cifar_hpc.config.user_code import check_target
 from cifar_hpc.errors import SpecError
 from cifar_hpc.slurm.options import check_dependency, check_option_names, node_counts, parse_time
 from cifar_hpc.text import shown
 
 CLASSES = 10
+TARGET_KEYS = ("target", "args", "code", "init_from")  # of a network that is not the built-in one
 IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
@@ -72,6 +74,13 @@ class MixingConfig:
 
 @dataclass(frozen=True)
 class ModelSpec:
+    target: str | None = option(
+        None,
+        "your own network, FILE.py:NAME from the job file's folder or MODULE:NAME; null is that of the keys below",
+    )
+    args: dict[str, Any] = option({}, "arguments of the target; classes and image_size come from the data")
+    code: str | None = option(None, "digest of the target's files; filled in, not given")
+    init_from: str | None = option(None, "weights to begin with: a run, a checkpoint, or an exported model")
     activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
     dropout: float = option(0.2, "dropout rate after each layer", low=0, high=0.95)
     stem_width: int = option(32, "channels of the stem convolution", low=1, high=100_000)
@@ -88,7 +97,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    name: Literal["sgd"] = option("sgd", "the inner optimizer")
+    name: Literal["sgd", "adamw"] = option("sgd", "the inner optimizer")
     lr: float = option(0.05, "initial learning rate", above=0, high=FLOAT32)
     momentum: float = option(0.9, "SGD momentum", low=0, high=1)
     weight_decay: float = option(1e-4, "L2 penalty on the weights", low=0, high=FLOAT32)
@@ -154,9 +163,20 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    source: Literal["cifar10", "folder", "synthetic"] = option("cifar10", "where the images come from")
+    source: Literal["cifar10", "cifar100", "folder", "synthetic"] = option("cifar10", "where the images come from")
     root: str = option(
         "data", "folder of the images (relative to the project's root; with ~ or $VARIABLE); synthetic ignores it"
+    )
+    target: str | None = option(
+        None, "your own images, in place of source: FILE.py:NAME from the job file's folder, or MODULE:NAME"
+    )
+    args: dict[str, Any] = option({}, "arguments of the target")
+    code: str | None = option(None, "digest of the target's files; filled in, not given")
+    image_size: int | None = option(
+        None,
+        "height and width of all images, in pixels, to which others are resized; null is 32, or a folder's own",
+        low=4,
+        high=1024,
     )
     train_size: int | None = option(None, "training images (a fixed random choice); null is all", low=1, high=INT32)
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
@@ -166,6 +186,11 @@ class DataSpec:
         low=1,
         high=INT32,
     )
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.image_size or IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -305,7 +330,19 @@ def check(spec: Spec) -> Spec:
             f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
             f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
         )
-    _check_layers(model, spec.resizing.initial or IMAGE_SIZE)
+    if model.target is None:
+        _check_layers(model, spec.resizing.initial or spec.data.size)
+    else:
+        check_target(model.target, "model.target")
+        own = {key: value for key, value in vars(ModelSpec()).items() if key not in TARGET_KEYS}
+        for key in (key for key, value in own.items() if getattr(model, key) != value):
+            raise SpecError(f"model.{key}: has no effect with model.target. HINT: model.args are its arguments.")
+    if spec.data.target is not None:
+        check_target(spec.data.target, "data.target")
+    for section in (model, spec.data):
+        if section.args and section.target is None:
+            name = "model" if section is model else "data"
+            raise SpecError(f"{name}.args: has no effect without {name}.target.")
     if train.shards is not None and train.shards > train.batch_size:
         raise SpecError(
             f"train.shards: {train.shards} is not allowed; allowed: at most train.batch_size "

@@ -4,10 +4,11 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cifar_hpc.config.fields import build, option
-from cifar_hpc.config.io import covered, flatten, in_words, merge, nested, new_spec, run_name
+from cifar_hpc.config.io import HERE, covered, flatten, in_words, merge, nested, new_spec, run_name
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.text import shown
@@ -39,7 +40,7 @@ class Point:
 
 
 def expand(
-    job: str, section: Any, base: Mapping[str, Any], set_keys: Collection[str] = ()
+    job: str, section: Any, base: Mapping[str, Any], set_keys: Collection[str] = (), folder: Path = HERE
 ) -> tuple[list[Point], int | None]:
     """(points of the section `sweep`, how many may train at the same time; None is no limit).
 
@@ -52,6 +53,7 @@ def expand(
             `parallel`.
         base: what all points have in common, as `io.load_values` returns it.
         set_keys: what --set has set, which no point may change.
+        folder: of the job file.
 
     Raises:
         SpecError: names the key, or the point whose spec makes no sense.
@@ -72,7 +74,7 @@ def expand(
         raise SpecError(f"sweep: has {number if axes else 0:,} points; allowed: 1 to {MAX_POINTS:,}.")
     points: dict[str, Point] = {}
     for choice in itertools.product(*axes):
-        point = _point(job, {k: v for values in choice for k, v in values.items()}, base)
+        point = _point(job, {k: v for values in choice for k, v in values.items()}, base, folder)
         other = points.setdefault(point.run, point)
         if other.spec != point.spec:
             raise SpecError(
@@ -82,11 +84,11 @@ def expand(
     return list(points.values()), limits.parallel
 
 
-def _point(job: str, values: Values, base: Mapping[str, Any]) -> Point:
+def _point(job: str, values: Values, base: Mapping[str, Any], folder: Path) -> Point:
     for key, value in values.items():
         base = merge(base, nested(key, value))
     try:
-        spec = new_spec(base)
+        spec = new_spec(base, folder)
     except SpecError as error:
         raise SpecError(f"sweep: the point {_words(values)}: {error}") from None
     return Point(run_name(job, spec), values, spec)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cifar_hpc.config.io import Site
+from cifar_hpc.config.io import HERE, Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
 from cifar_hpc.errors import DoubtError, RunBusyError, SpecError
@@ -34,6 +34,7 @@ SPARE_FILES = 200  # open files besides the locks of the runs
 class Order:
     """Runs to submit together: one run, or the points of the sweep named `sweep` as one job array.
 
+    job_folder: of the job file, which holds the user's own code.
     parallel: how many points may run at the same time; None is no limit (on this machine: 1).
     """
 
@@ -43,6 +44,7 @@ class Order:
     on_slurm: bool
     sweep: str | None = None
     parallel: int | None = None
+    job_folder: Path = HERE
 
     def run(self, point: Point) -> RunPaths:
         """Files of a point's run."""
@@ -122,7 +124,7 @@ def submit(order: Order) -> Submission:
             code = take_snapshot(folder)
             if isinstance(folder, SweepPaths):
                 write_points(folder, [run.name for run in runs])
-            _each(freeze, runs, specs)
+            _each(freeze, runs, specs, [order.job_folder] * len(runs))
             _each(claim, runs)
             if order.on_slurm:
                 job_id = submit_slurm(folder, specs[0], order.site, code, len(runs), order.parallel)

@@ -1,8 +1,10 @@
 """Frozen spec of a run: every later start must compute the same."""
 
 import dataclasses
+from pathlib import Path
 
-from cifar_hpc.config.io import check_resumable, from_plain, to_yaml
+from cifar_hpc.config import user_code
+from cifar_hpc.config.io import HERE, check_resumable, from_plain, to_yaml, user_files
 from cifar_hpc.config.spec import Spec, check
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.errors import SpecError
@@ -70,7 +72,9 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
     return check(dataclasses.replace(spec, train=train))
 
 
-def freeze(paths: RunPaths, spec: Spec) -> None:
-    """Write logs/<run>/spec.yaml."""
+def freeze(paths: RunPaths, spec: Spec, job_folder: Path = HERE) -> None:
+    """Write logs/<run>/spec.yaml, and copy the user's files that the spec names from the job file's folder."""
+    for files in user_files(spec, job_folder).values():
+        user_code.write(files, paths.user_code)
     header = f"The frozen spec of run {paths.name}. Every start of the run reads it; edit the job file instead."
     write_atomic(paths.spec, to_yaml(spec, header).encode())

@@ -90,6 +90,7 @@ class RunPaths:
     progress = _InLogs("progress.json")
     lock = _InLogs("run.lock")
     code = _InLogs("code")
+    user_code = _InLogs("code/user")
     slurm = _InLogs("slurm")
     tracking = _InLogs("tracking")
 
