@@ -193,10 +193,9 @@ def graph(bench: Bench, report: Report) -> None:
 
 
 class GraphedSteps(Steps):
-    """Steps that may be captured as a CUDA graph: the rows and the key of the augmentation are tensors.
+    """Steps that may be captured as a CUDA graph: the rows and the key of augmentation and dropout are tensors.
 
-    Dropout's generator is registered with the graph and seeded on the host before each replay. The learning rate is
-    frozen, and Lookahead has to be off.
+    The learning rate is frozen, and Lookahead has to be off.
     """
 
     WARM_UP = 5
@@ -206,11 +205,10 @@ class GraphedSteps(Steps):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._rows = self._order[: self.batch].clone()
         self._key = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._dropout_key, self._capturing = 0, False
-        self._augmented, self._set_key = engine.augmented, engine.model.set_key
+        self._augmented, self._set_key = engine.augmented, engine.exact.set_key
         # Within a step both keys come from here, since a graph would freeze Python's numbers.
         engine.augmented = lambda indices, key: self._augmented(indices, self._key)  # type: ignore[method-assign]
-        engine.model.set_key = lambda key: self._seed()  # type: ignore[method-assign]
+        engine.exact.set_key = lambda key, device: self._set_key(self._key, device)  # type: ignore[method-assign]
 
     def capture(self) -> None:
         """Take WARM_UP steps, then capture one."""
@@ -220,25 +218,17 @@ class GraphedSteps(Steps):
             for _ in range(self.WARM_UP):
                 self()
         torch.cuda.current_stream().wait_stream(side)
-        graph, self._capturing = torch.cuda.CUDAGraph(), True
-        for generator in {getattr(m, "generator", None) for m in self.engine.model.modules()} - {None}:
-            graph.register_generator_state(generator)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.engine.step(0, 0, 0, self._rows)
-        self._graph, self._capturing = graph, False
-
-    def _seed(self) -> None:
-        if not self._capturing:  # a generator cannot be seeded there
-            self._set_key(self._dropout_key)
+        self._graph = graph
 
     def __call__(self) -> None:
         first = self.done % self.in_epoch * self.batch
         self.done += 1
         self._rows.copy_(self._order[first : first + self.batch])
         self._key.fill_(self.done)
-        self._dropout_key = self.done
         if self._graph is None:
             self.engine.step(0, 0, 0, self._rows)
         else:
-            self._seed()
             self._graph.replay()

@@ -64,6 +64,17 @@ def _finalise_tensor(z: Tensor) -> Tensor:
     return _xor_shift(z, 31)
 
 
+def hash64(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers, elementwise, to int64."""
+    return _finalise_tensor(numbers * _GAMMA_S)
+
+
+def words(key: Tensor, count: int) -> Tensor:
+    """Random words, int64 [count], the first of any larger count: a function of `key`, int64 []."""
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=key.device)
+    return _finalise_tensor(_finalise_tensor(counter) + key)
+
+
 def mix(*values: int) -> int:
     """Hash integers, in order, to a key in [0, 2**63).
 

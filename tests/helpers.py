@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from cifar_hpc.config.io import from_plain, merge, to_plain
-from cifar_hpc.config.spec import Spec
-from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.config.spec import ModelSpec, Spec
+from cifar_hpc.data.datasets import CIFAR10, Dataset
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.models.improved_resnet import ImprovedResNet
+from cifar_hpc.models.network import build_network
 from cifar_hpc.runs.logs import metrics_text
 from cifar_hpc.training.checkpoints.format import TrainingState, to_host
 from cifar_hpc.training.distributed.shards import ShardLayout
@@ -53,6 +55,13 @@ ANSWER_SECONDS = 120  # only bounds how long a hang lasts
 def tiny_spec(**sections: dict[str, Any]) -> Spec:
     """The tiny spec, with `section={key: value}` laid over it."""
     return from_plain(merge(TINY, sections))
+
+
+def build_model(spec: ModelSpec, seed: int) -> ImprovedResNet:
+    """The built-in network for CIFAR-10."""
+    network = build_network(spec, DatasetInfo(CIFAR10, 32), seed, PROJECT)
+    assert isinstance(network, ImprovedResNet)
+    return network
 
 
 def tiny_engine(spec: Spec, rank: int = 0, world: int = 1) -> Engine:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import build_model
 
 from benchmarks import chart, suite
 from benchmarks.measure import ROOT, Row, alternate, meets, quartiles, ratios, table
@@ -19,7 +20,6 @@ from benchmarks.peers.data import synthetic_images
 from benchmarks.peers.lookahead import Lookahead as PublicLookahead
 from benchmarks.peers.network import Network
 from cifar_hpc.config.spec import ModelSpec
-from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.optim import Lookahead
 
 NOBODY = {"cpu": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "gpu": None}

@@ -23,7 +23,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"slurm"}, {"yaml"}),
     "runs": ({"slurm", "config"}, {"yaml"}),
     "data": ({"config"}, {"torch", "torchvision", "PIL", "numpy"}),
-    "models": ({"config"}, {"torch", "safetensors"}),
+    "models": ({"config", "data"}, {"torch", "safetensors"}),
     "training": ({"slurm", "config", "runs", "data", "models"}, {"torch", "numpy"}),
     "launch": ({"slurm", "config", "runs", "data", "training"}, {"submitit", "yaml"}),
 }

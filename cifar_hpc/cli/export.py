@@ -15,8 +15,9 @@ import yaml
 from cifar_hpc import __version__
 from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_file
+from cifar_hpc.config import user_code
 from cifar_hpc.config.io import NOT_IN_NAME, covered
-from cifar_hpc.config.spec import DataSpec
+from cifar_hpc.config.spec import BUILT_IN, DataSpec
 from cifar_hpc.config.yaml_loader import Dumper
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
@@ -46,7 +47,7 @@ from model import load
 
 model = load({file})  # an nn.Module in evaluation mode; model.card has the metadata
 
-images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # yours: RGB, 0 to 255
+images = torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8)  # yours: RGB, 0 to 255
 with torch.no_grad():
     logits = model(images)
 print(model.classes[logits[0].argmax()])
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: names the run or the file that is wrong.
     """
-    from cifar_hpc.data.datasets import class_names
+    from cifar_hpc.models.network import imported
     from cifar_hpc.training.trained_model import load_trained, summary
 
     root, path = project_root(), output_file(arguments.out, ".safetensors")
@@ -75,14 +76,18 @@ def main(arguments: argparse.Namespace) -> int:
             problem = f"{other}, where the {what} would go, is there already and is no {what}"
             raise SpecError(f"--out: {problem}. HINT: another name.")
     trained = load_trained(root, arguments.run, arguments.weights)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
-    card = metadata(trained, class_names(trained.spec.data, root))
+    parts = dict([*trained.model.named_parameters(), *trained.model.named_buffers()])  # those that modules share once
+    kept = trained.model.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items() if name in kept}
+    network, files = imported(trained.spec.model, trained.info, trained.code)
+    card = metadata(trained) | network
     content = to_safetensors(tensors, card)
     sha256 = hashlib.sha256(content).hexdigest()
     text = model_card(path.name, sha256, card, trained.state.rows).encode()
     card_path.unlink(missing_ok=True)  # whatever happens between the two: no card is better than another model's
     write_atomic(path, content)
     write_atomic(code_path, STANDALONE.read_bytes())
+    user_code.write(files, path.parent / "model_code")
     write_atomic(card_path, text)
 
     accuracy = f"{float(card['test_accuracy']):.2f}% on {card['data']}" if "test_accuracy" in card else "not measured"
@@ -92,6 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
     written = [
         f"wrote {path} ({len(content):,} bytes)",
         f"wrote {code_path}, which loads them with torch alone",
+        *([f"wrote {code_path.parent / 'model_code' / network['code']}, the network's code"] if files else []),
         f"wrote {card_path}, which says how",
     ]
     print(summary(facts, [], trained.notes, written))
@@ -115,22 +121,25 @@ def model_card(file: str, sha256: str, card: Mapping[str, str], rows: Sequence[M
         accuracy = f"{float(card['test_accuracy']):.2f}%"
         loss = f"{float(card['test_loss']):.4f} (label smoothing {card['label_smoothing']})"
     spec_yaml = yaml.dump(spec, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
+    size, classes, network = card["image_size"], len(json.loads(card["classes"])), card["network"]
+    words = "ImprovedResNet, a bottleneck ResNet" if network == BUILT_IN else f"The network {in_markdown(network)}"
+    code = f" and the folder `model_code/{card['code']}`" if card["code"] else " and torchvision"
+    needs = f"{name}, `model.py`{code}"
     parts = [
         f"# {in_markdown(card['run']) if 'run' in card else name}",
         f"{WRITTEN_BY} (cifar_hpc {card['cifar_hpc']}); exporting again replaces it.\n",
-        f"ImprovedResNet, a bottleneck ResNet for images of 32x32 pixels: {int(card['parameters']):,} parameters, "
+        f"{words}, for images of {size}x{size} pixels: {int(card['parameters']):,} parameters, "
         f"{card['weights']} weights after epoch {card['epoch']} of {card['epochs']} (step {card['step']}).\n",
         "| | |\n|---|---|",
         f"| {kind} accuracy | {accuracy} |",
         f"| {kind} loss | {loss} |",
         *([f"| measured on | {in_markdown(card['data'])} |"] if "test_accuracy" in card else []),
-        f"| classes 0 to 9 | {', '.join(in_markdown(label) for label in json.loads(card['classes']))} |",
-        f"| input | [B, 3, 32, 32], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
-        "| output | logits [B, 10] |\n",
+        f"| classes 0 to {classes - 1} | {', '.join(in_markdown(label) for label in json.loads(card['classes']))} |",
+        f"| input | [B, 3, {size}, {size}], RGB in 0 to 1, less {card['mean']}, over {card['std']} |",
+        f"| output | logits [B, {classes}] |\n",
         "## Load it",
-        f"Needs torch and two files, {name} and `model.py`; `python model.py image.png` says the class of an image. "
-        "Where the project `cifar_hpc` is there, `cifar_hpc.load` does the same.\n",
-        f"```python\n{_LOAD.format(file=json.dumps(file))}```\n",
+        f"Needs torch, {needs}; `python model.py image.png` says the class of an image.\n",
+        f"```python\n{_LOAD.format(file=json.dumps(file), size=size)}```\n",
         *_curve(rows, kind),
         "## Spec",
         "```yaml\n" + spec_yaml.replace("```", "'''") + "```\n",
@@ -174,16 +183,14 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BARS[round((len(_BARS) - 1) * (mean - low) / span) if span else 0] for mean in means)
 
 
-def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
+def metadata(trained: TrainedModel) -> dict[str, str]:
     """The file's metadata. All values are text; lists and the spec are JSON.
 
     test_accuracy and test_loss are there only where the run has measured exactly these weights.
     """
     import torch
 
-    from cifar_hpc.data.augment.kernels import CIFAR10_MEAN, CIFAR10_STD
-
-    state, spec, environment = trained.state, trained.spec, trained.state.environment
+    state, spec, info, environment = trained.state, trained.spec, trained.info, trained.state.environment
     logged = trained.logged or {}
     # Without what does not change the model, such as accounts and folders, which stay private.
     public = {
@@ -203,9 +210,10 @@ def metadata(trained: TrainedModel, classes: tuple[str, ...]) -> dict[str, str]:
         "label_smoothing": f"{spec.train.label_smoothing:g}",
         "data": _measured_on(spec.data),
         "parameters": str(sum(p.numel() for p in trained.model.parameters())),
-        "classes": json.dumps(classes),
-        "mean": json.dumps(CIFAR10_MEAN),
-        "std": json.dumps(CIFAR10_STD),
+        "classes": json.dumps(info.classes),
+        "image_size": str(info.image_size),
+        "mean": json.dumps(info.mean),
+        "std": json.dumps(info.std),
         "model": json.dumps(state.spec["model"]),
         "spec": json.dumps(public),
         "cifar_hpc": __version__,

@@ -13,6 +13,7 @@ from cifar_hpc.slurm.options import check_dependency, check_option_names, node_c
 from cifar_hpc.text import shown
 
 CLASSES = 10
+BUILT_IN = "improved_resnet:ImprovedResNet"  # the built-in network, as exported models name it
 TARGET_KEYS = ("target", "args", "code", "init_from")  # of a network that is not the built-in one
 IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer

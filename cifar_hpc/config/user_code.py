@@ -164,21 +164,31 @@ def _import_file(place: str, code: str, folder: Path, key: str) -> Any:
     if digest_of(files) != code:
         state = "has been modified" if files else "is missing"
         raise SpecError(f"{key}: the copy of {place} in {folder} {state}. HINT: submit the run again.")
-    parts = Path(place).parts
-    file = next(path for first in range(len(parts)) if (path := folder.joinpath(*parts[first:])).is_file())
-    root = _package_root(file)
+    root, module = module_of(place, folder)
     if _loaded and _loaded[-1] != folder:  # files of another run may have the same names
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(f"{_loaded[-1]}/"):
+        for name, loaded in list(sys.modules.items()):
+            if (getattr(loaded, "__file__", None) or "").startswith(f"{_loaded[-1]}/"):
                 del sys.modules[name]
         sys.path[:] = [entry for entry in sys.path if not Path(entry).is_relative_to(_loaded[-1])]
     if not _loaded or _loaded[-1] != folder:
         _loaded[:], sys.path[:0] = [folder], [str(root), str(folder)]
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the copy stays as it was made
     try:
-        return importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
+        return importlib.import_module(module)
     finally:
         sys.dont_write_bytecode = bytecode
+
+
+def module_of(place: str, folder: Path) -> tuple[Path, str]:
+    """Return the folder from which a target's file is imported, and the module's dotted name.
+
+    Args:
+        folder: of the copies; `place` may begin with folders that the copies have not.
+    """
+    parts = Path(place).parts
+    file = next(path for first in range(len(parts)) if (path := folder.joinpath(*parts[first:])).is_file())
+    root = _package_root(file)
+    return root, ".".join(file.relative_to(root).with_suffix("").parts)
 
 
 def explain(error: BaseException, folder: Path, what: str) -> str:
@@ -187,9 +197,14 @@ def explain(error: BaseException, folder: Path, what: str) -> str:
     Args:
         folder: above the folders of copies.
     """
+    line = line_of(error, folder)
+    return f"{what}: {line + ': ' if line else ''}{type(error).__name__}: {one_line(str(error))[:500]}"
+
+
+def line_of(error: BaseException, folder: Path) -> str:
+    """Return the last line of user files below `folder` that was running at an error; an empty text if none was."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(f"{folder}/")]
-    where = ""
-    if lines:
-        name = "/".join(Path(lines[-1].filename).relative_to(folder).parts[1:])
-        where = f"{name}, line {lines[-1].lineno}: {lines[-1].line}: "
-    return f"{what}: {where}{type(error).__name__}: {one_line(str(error))[:500]}"
+    if not lines:
+        return ""
+    name = "/".join(Path(lines[-1].filename).relative_to(folder).parts[1:])
+    return f"{name}, line {lines[-1].lineno}: {lines[-1].line}"

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cifar_hpc.data import synthetic
 from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
 from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
 from cifar_hpc.data.image_input import decode, open_images, read_image
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, read_regular, remove_leftovers, replacing, write_atomic
 from cifar_hpc.randomness import Stream, mix, permutation
@@ -35,6 +36,7 @@ _READERS, _READ_BY_EACH = 16, 32
 _READ_AT_ONCE = _READERS * _READ_BY_EACH
 SAY_SECONDS = 5.0  # between two lines that say how far it is
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
 Progress = Callable[[str], bool]
 
@@ -47,10 +49,11 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    info: DatasetInfo = DatasetInfo(CIFAR10, IMAGE_SIZE)
 
     def to(self, device: torch.device) -> Dataset:
         """The same on `device`."""
-        return Dataset(*(tensor.to(device) for tensor in vars(self).values()))
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
 def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: False) -> Dataset:
@@ -75,7 +78,8 @@ def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: F
         *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
         *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
     )
-    return chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
+    chosen = chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
+    return replace(chosen, info=DatasetInfo(class_names(spec, root), spec.size))
 
 
 def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
@@ -168,7 +172,9 @@ def _keep_cache(cache: Path, data: Dataset, progress: Progress) -> None:
     try:
         cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         with replacing(cache) as file:
-            tensorfile.save(tensorfile.seal({**vars(data), "name": cache.name}), file)
+            tensorfile.save(
+                tensorfile.seal({**{name: getattr(data, name) for name in _TENSORS}, "name": cache.name}), file
+            )
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         progress(f"WARNING data cache {cache} cannot be written ({error}); the next start decodes again")
 
@@ -187,8 +193,7 @@ def _read_cache(path: Path) -> tuple[Tensor, Tensor]:
         BadFileError: it is damaged, or not the cache of this folder.
     """
     content = tensorfile.load(path)
-    names = [field.name for field in fields(Dataset)]
-    if not isinstance(content, dict) or content.get("name") != path.name or not content.keys() >= {*names, "digest"}:
+    if not isinstance(content, dict) or content.get("name") != path.name or not content.keys() >= {*_TENSORS, "digest"}:
         raise BadFileError("not the decoded images of this folder")
     tensorfile.check_seal(content)
     return content["train_images"], content["test_images"]

@@ -1,4 +1,4 @@
-"""What a network and a reader of results must know of a data set, without its images."""
+"""Facts of a data set that networks and results need, without its images."""
 
 from dataclasses import dataclass
 

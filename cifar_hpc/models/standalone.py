@@ -1,4 +1,4 @@
-"""ImprovedResNet and its trained weights, without the project that trained them. Needs torch alone; Pillow for files.
+"""A trained network and its weights, without the project that trained them. Needs torch alone; Pillow for files.
 
 python model.py                       what the model is
 python model.py cat.png dog.jpg       the class of each image, resized to the model's size where needed
@@ -6,97 +6,88 @@ python model.py cat.png dog.jpg       the class of each image, resized to the mo
 import torch
 from model import load
 model = load("model.safetensors")     # in evaluation mode; model.classes has the names of the logits
-logits = model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))      # yours: RGB, 0 to 255
+size = model.image_size
+logits = model(torch.zeros(1, 3, size, size, dtype=torch.uint8))      # yours: RGB, 0 to 255
 """
 
+import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"F32": torch.float32, "I64": torch.int64}
-
-
-def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution without a bias, which keeps the size where the stride is 1."""
-    return nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
-
-
-class Bottleneck(nn.Module):
-    """1x1 -> 3x3 -> 1x1 convolutions around a shortcut (He et al. 2016, arXiv:1512.03385, figure 5)."""
-
-    def __init__(self, channels_in: int, width: int, stride: int, activation: nn.Module, project: bool) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = conv(channels_in, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        layers = (conv(channels_in, 4 * width, 1, stride), nn.BatchNorm2d(4 * width)) if project else ()
-        self.shortcut = nn.Sequential(*layers)
-        self.activation = activation
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.activation(self.bn1(self.conv1(images)))
-        x = self.activation(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return self.activation(x.add_(self.shortcut(images)))  # type: ignore[no-any-return]
-
-
-class ImprovedResNet(nn.Module):
-    """The network. Input [B, 3, 32, 32] float, normalised; output logits [B, classes]."""
-
-    def __init__(self, spec: dict[str, Any], classes: int) -> None:
-        super().__init__()
-        stem, *widths = (max(1, round(w * spec["width_multiplier"])) for w in (spec["stem_width"], *spec["widths"]))
-        activation = nn.LeakyReLU(inplace=True) if spec["activation"] == "leaky_relu" else nn.ReLU(inplace=True)
-        self.stem = nn.Sequential(conv(3, stem, 3), nn.BatchNorm2d(stem), activation)
-        layers: list[nn.Module] = []
-        channels = stem
-        for number, (blocks, width) in enumerate(zip(spec["blocks"], widths, strict=True)):
-            for block in range(blocks):
-                stride = 2 if number > 0 and block == 0 else 1
-                layers.append(Bottleneck(channels, width, stride, activation, project=block == 0))
-                channels = 4 * width
-            layers.append(nn.Dropout(spec["dropout"]))
-        self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.stem(images)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class Model(nn.Module):
-    """The network with its normalisation. `card`: what the weights' file says of itself; `classes`: names."""
+    """A network with its normalisation.
+
+    Attributes:
+        card: what the weights' file says of itself.
+        classes: names, in the order of the logits.
+        image_size: height and width of the images, in pixels.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, card: dict[str, str]) -> None:
+    def __init__(self, network: nn.Module, card: Mapping[str, str]) -> None:
         super().__init__()
-        self.card, self.classes = card, json.loads(card["classes"])
-        self.network = ImprovedResNet(json.loads(card["model"]), len(self.classes))
+        self.network, self.card = network, card
+        self.classes = [str(name) for name in json.loads(card["classes"])]
+        self.image_size = int(card.get("image_size", 32))
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(json.loads(card[name])).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes] of `images`, uint8 [B, 3, 32, 32], RGB."""
+        """Return logits [B, classes] of `images`, uint8 [B, 3, image_size, image_size], RGB."""
         return self.network((images / 255 - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
-def load(file: str | Path) -> Model:
-    """Load the model from its safetensors file (https://github.com/huggingface/safetensors#format) on the CPU."""
+def read(file: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and tensors of a safetensors file (https://github.com/huggingface/safetensors#format)."""
     content = bytearray(Path(file).read_bytes())
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    model = Model(header.pop("__metadata__"))
+    card = header.pop("__metadata__")
     tensors = {}
     for name, entry in header.items():
         begin, stop = (end + offset for offset in entry["data_offsets"])
         tensors[name] = torch.frombuffer(content[begin:stop], dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-    model.network.load_state_dict(tensors)
-    return model.to(memory_format=torch.channels_last).eval()
+    return card, tensors
+
+
+def load(file: str | Path) -> Model:
+    """Load the model on the CPU; its network's code is in the folder model_code beside the file, or installed."""
+    card, tensors = read(file)
+    if "network" not in card:
+        raise ValueError(f"{file}: an older version exported it, with another model.py; export it again")
+    folder = Path(file).resolve().parent / "model_code" / card["code"]
+    sys.path[:0] = [str(folder / card["path"]), str(folder)]
+    place, _, name = card["network"].partition(":")
+    make: Any = importlib.import_module(place)
+    for part in name.split("."):
+        make = getattr(make, part)
+    return assemble(make(**json.loads(card["arguments"])), card, tensors)
+
+
+def assemble(network: nn.Module, card: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Model:
+    """Put weights into a network; a weight that several of its modules share is in the file once."""
+    wrong = network.load_state_dict(tensors, strict=False)
+    names = dict([*network.named_parameters(), *network.named_buffers()])  # each tensor under its first name
+    if wrong.unexpected_keys or any(name in names for name in wrong.missing_keys):
+        raise ValueError(f"the weights are not those of {card['network']}: {', '.join([*wrong[0], *wrong[1]][:5])}")
+    for parameter in network.parameters():
+        if parameter.dim() == 4:  # as convolutions are fastest
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return Model(network, card).eval()
 
 
 def main(words: list[str]) -> None:
@@ -109,18 +100,19 @@ def main(words: list[str]) -> None:
         sys.exit(f"which weights? {' '.join(weights) or 'no .safetensors file is here'}: name one")
     model, files = load(weights[0]), [word for word in words if word not in weights]
     if not files:
-        keys = ("run", "weights", "epoch", "test_accuracy", "data", "parameters", "classes")
+        keys = ("run", "network", "weights", "epoch", "test_accuracy", "data", "parameters", "image_size", "classes")
         print(*(f"{key:14}{model.card[key]}" for key in keys if key in model.card), sep="\n")
         return
     import numpy as np
     from PIL import Image
 
+    side = model.image_size
     for file in files:
         try:
             image = Image.open(file).convert("RGB")
         except (OSError, ValueError) as error:
             sys.exit(f"{file}: {error}")
-        image = image if image.size == (32, 32) else image.resize((32, 32), Image.Resampling.BICUBIC)
+        image = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
         with torch.no_grad():
             shares = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).softmax(1)[0]
         best = int(shares.argmax())

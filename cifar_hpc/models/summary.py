@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cifar_hpc.config.spec import IMAGE_SIZE, ModelSpec
-from cifar_hpc.models.improved_resnet import ImprovedResNet, KeyedDropout
+from cifar_hpc.models.improved_resnet import ImprovedResNet
 
 Shape = tuple[int, ...]
 
@@ -78,9 +78,9 @@ def _words(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
         return f"{module.kernel_size[0]}×{module.kernel_size[1]} convolution{stride}"
-    if isinstance(module, KeyedDropout):
-        return f"dropout {module.rate:g}"
-    known = {"ShardBatchNorm2d": "batch normalisation", "LeakyReLU": "leaky ReLU", "ReLU": "ReLU"}
+    if isinstance(module, nn.Dropout):
+        return f"dropout {module.p:g}"
+    known = {"BatchNorm2d": "batch normalisation", "LeakyReLU": "leaky ReLU", "ReLU": "ReLU"}
     name = type(module).__name__
     return known.get(name, name.lower())
 

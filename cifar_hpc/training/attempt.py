@@ -40,6 +40,8 @@ from cifar_hpc.training.exit import FailureReporter, finished, stopped
 from cifar_hpc.training.process import Patience
 from cifar_hpc.training.trainer import Position, Trainer
 
+# How dropout draws: a change of it changes the bits.
+MASKS = "counter hash"
 # After a requeue, processes of the job's last attempt may still be exiting on their node.
 LOCK_PATIENCE_SECONDS = {"slurm": 300.0, "local": 20.0, None: 3.0}
 
@@ -122,9 +124,11 @@ class Attempt:
         # A rank that has failed so far is noticed here, where gloo reports it; NCCL would wait for it.
         agreement.now(Request.GO_ON)
         context.begin("setting up the model")
-        engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device))
+        engine = Engine(spec, device, layout, data.to(device), resolve_amp(spec, device), context.paths.user_code)
         self._compare(agreement, gradient=engine.first_gradient())
         environment = combined(self.ranks, (*describe_environment(spec, device), "data", "test_data", "gradient"))
+        if engine.exact.draws:
+            environment["masks"] = MASKS
         store: CheckpointStore | None = None
         if context.first:
             store = CheckpointStore(context.paths.checkpoints, spec.checkpoint.keep, context.emit, context.log.warn)
@@ -236,7 +240,8 @@ class Attempt:
                 f"resumed from {chosen.path.name}: epoch {position.epoch + 1}, step {position.step_in_epoch}/{steps}"
             )
             before = chosen.read().environment
-            # A key that an older version did not record says nothing.
+            # A key that an older version did not record says nothing, but for masks, which were others then.
+            before = {"masks": "generator"} | before
             changed = {k: [before[k], v] for k, v in environment.items() if k in before and before[k] != v}
             begun = [attempt.world_size for attempt in History.read(context.paths.events).attempts if attempt.begun]
             if begun and begun[-1] != launch.world_size:

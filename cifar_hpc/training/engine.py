@@ -1,6 +1,7 @@
 """Model, optimizer and sums of one rank, and the training step."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cifar_hpc.config.io import HERE
 from cifar_hpc.config.schedule import learning_rate, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.kernels import DRAWS
@@ -17,11 +19,13 @@ from cifar_hpc.data.augment.pipeline import augment, normalize
 from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.models.improved_resnet import build_model
+from cifar_hpc.models.exact import make_exact
+from cifar_hpc.models.network import build_network, put, to_channels_last
 from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
+from cifar_hpc.training.network_check import check_gradients, check_network
 from cifar_hpc.training.optim import Lookahead, WeightAverage, build_optimizer
 
 NO_BAD_STEP = 2**62
@@ -38,14 +42,18 @@ class Engine:
         layout: the shards of this rank.
         data: on `device`.
         amp: bf16 | fp16 | fp32.
+        code: folder of the run's copies of user files.
 
     Attributes:
+        exact: the layers of the network that give the same bits for any number of ranks.
         sums: float64 [shards, 2], this epoch's summed loss and correct predictions; zero for other ranks' shards.
         bad_step: int64 [], the first step whose loss was NaN or infinite.
     """
 
-    def __init__(self, spec: Spec, device: torch.device, layout: ShardLayout, data: Dataset, amp: str) -> None:
-        self.spec, self.device, self.layout, self.data, self.amp = spec, device, layout, data, amp
+    def __init__(
+        self, spec: Spec, device: torch.device, layout: ShardLayout, data: Dataset, amp: str, code: Path = HERE
+    ) -> None:
+        self.spec, self.device, self.layout, self.data, self.amp, self.code = spec, device, layout, data, amp, code
         batch, images = spec.train.batch_size, len(data.train_images)
         rest = images % batch
         # A last batch with fewer images than shards is left out.
@@ -53,8 +61,12 @@ class Engine:
         if self.steps_per_epoch == 0:
             raise RunFailedError(f"the {images} training images do not give each of the {layout.shards} shards one.")
         self.images_per_epoch = min(images, self.steps_per_epoch * batch)
+        last = rest if layout.shards <= rest else batch
+        self._fewest_images = min(last, batch) // layout.shards  # of a shard, in any step
 
-        self.model = build_model(spec.model, spec.train.seed).to(device).to(memory_format=torch.channels_last)
+        network = build_network(spec.model, data.info, spec.train.seed, code)
+        self.exact = make_exact(network)
+        self.model = to_channels_last(network.to(device))
         if spec.train.compile:
             self.model.compile()
         self.ddp: DistributedDataParallel | None = None
@@ -117,8 +129,8 @@ class Engine:
             mixed = mix_batch(images, labels, draws, self.spec.mixing)
             images = mixed.images
         images = resize(images, training_size(self.spec, epoch))
-        self.model.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard))
-        self.model.set_update_statistics(shard == 0)
+        self.exact.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard), self.device)
+        self.exact.set_update_statistics(shard == 0)
         with self.autocast():
             logits = (self.ddp or self.model)(images)
         loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
@@ -145,16 +157,29 @@ class Engine:
         """Return a digest of the gradient of two training images: equal where the kernels compute the same bits.
 
         Only under the initial weights, which are the same in every attempt. None if the bits may change anyway.
+
+        Raises:
+            RunFailedError: the user's network would not give the same bits.
         """
-        if not self.spec.train.deterministic:
+        own, trainable = self.spec.model.target is not None, [p for p in self.model.parameters() if p.requires_grad]
+        if not (own or self.spec.train.deterministic):
             return None
+        count = min(2, self._fewest_images) if own else 2
+        images, labels = normalize(self.data.train_images[:count]), self.data.train_labels[:count]
         self.model.train()
-        self.model.set_key(0)
-        self.model.set_update_statistics(False)
-        with self.autocast():  # `forward`, since compiling for this batch size would take long
-            logits = self.model.forward(normalize(self.data.train_images[:2]))
-        loss = self.loss_sum(logits, self.data.train_labels[:2])
-        return digest(torch.autograd.grad(loss, list(self.model.parameters())))[:16]
+        self.exact.set_key(0, self.device)
+        self.exact.set_update_statistics(False)
+        with self.autocast():
+            if own:
+                classes = len(self.data.info.classes)
+                logits = check_network(self.model, self.exact, images, classes, self.code)
+            else:
+                logits = self.model.forward(images)  # since compiling for this batch size would take long
+        calls = self.exact.calls
+        gradients = torch.autograd.grad(self.loss_sum(logits, labels), trainable, allow_unused=own)
+        if own:
+            check_gradients(self.model, gradients, self.exact, calls)
+        return digest(gradients)[:16] if self.spec.train.deterministic else None
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the summed cross-entropy with label smoothing, in float32."""
@@ -231,11 +256,15 @@ class Engine:
 
     @torch.no_grad()
     def load(self, state: TrainingState) -> None:
-        """Copy a checkpoint into this engine."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state.model[name])
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(state.buffers[name])
+        """Copy a checkpoint into this engine.
+
+        Raises:
+            RunFailedError: its weights are not those of the user's network; of the built-in one they have been checked.
+        """
+        try:
+            put(self.model, {**state.model, **state.buffers})
+        except ValueError as error:
+            raise RunFailedError(f"the checkpoint is not of {self.spec.model.target}: {error}") from None
         self.optimizer.load_state_dict(state.optimizer)
         if self.average is not None:
             assert state.average is not None
@@ -250,6 +279,6 @@ class Engine:
     def share_buffers(self) -> None:
         """Copy rank 0's running statistics to every rank. Collective."""
         if self.layout.world_size > 1:
-            for module in self.model.norms:
+            for module in self.exact.norms:
                 for buffer in module.buffers():
                     dist.broadcast(buffer, 0)

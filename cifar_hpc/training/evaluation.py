@@ -68,15 +68,18 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
     size = min(spec.train.batch_size, len(engine.data.train_images))
     batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
     rows = permutation(mix(spec.train.seed, Stream.BN_ESTIMATE), epoch, len(engine.data.train_images)).to(engine.device)
-    norms = engine.model.norms
+    engine.model.train()  # where a network keeps some layers in evaluation mode, these stay as they are
+    norms = [n for n in engine.exact.norms if n.training and n.running_mean is not None]
     running = [b for n in norms for b in n.buffers() if b.is_floating_point()]  # mean and variance of each
+    if not running:
+        return True
     table = torch.zeros(batches, sum(len(b) for b in running), device=engine.device)
     engine.model.eval()
     momenta = [n.momentum for n in norms]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0  # the running statistics become those of the batch
-    engine.model.set_update_statistics(True)
+    engine.exact.set_update_statistics(True)
     try:
         for first in range(0, batches, layout.world_size):
             batch = first + layout.rank

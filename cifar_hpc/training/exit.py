@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cifar_hpc.config import user_code
 from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
 from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
@@ -181,6 +182,12 @@ def report_of(error: BaseException, context: Context) -> Report:
         any(w in words for w in _LOST) or (isinstance(error, dist.DistError) and "NCCL error" not in words)
     ):
         cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
+    if (
+        cause == "error"
+        and not isinstance(error, UserError)
+        and (line := user_code.line_of(error, context.paths.user_code))
+    ):
+        summary, text = f"{line}: {summary}"[:500], f"{line}\n{text}"
     rank, host = context.launch.rank, socket.gethostname()
     bad_node = requeue.broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
     step, retryable = context.heart.step, retryable or bool(bad_node)

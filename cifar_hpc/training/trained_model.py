@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
+from cifar_hpc.data.datasets import class_names
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import RunFailedError, SpecError, UserError
-from cifar_hpc.models.improved_resnet import ImprovedResNet, assemble
-from cifar_hpc.runs.paths import find_run, is_run_name
+from cifar_hpc.models.network import build_network, parts, put, to_channels_last
+from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.paths import RunPaths, find_run, is_run_name
 from cifar_hpc.tensorfile import BadFileError
-from cifar_hpc.text import printable
+from cifar_hpc.text import printable, shown
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
@@ -40,9 +43,11 @@ class TrainedModel:
 
     Attributes:
         run: None for a file that lies in no run's folder.
+        info: classes, size, mean and deviation of the images that it was trained on.
         weights: averaged | slow | fast: which of the checkpoint's weights these are.
         logged: epoch, test_accuracy and test_loss of the run's own evaluation of exactly this model, if there was one.
         device, amp: where and in what precision `logits` computes.
+        code: folder of the run's copies of user files.
         environment: of the device, as `describe_environment` gives it.
         notes: sentences that a user should know.
     """
@@ -51,12 +56,14 @@ class TrainedModel:
     run: str | None
     state: TrainingState
     spec: Spec
-    model: ImprovedResNet
+    model: nn.Module
+    info: DatasetInfo
     weights: str
     logged: Mapping[str, Any] | None
     device: torch.device
     amp: str
     environment: Mapping[str, Any]
+    code: Path
     notes: tuple[str, ...]
 
     @torch.no_grad()
@@ -140,12 +147,27 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
         here = dataclasses.replace(spec, train=dataclasses.replace(spec.train, cpu_threads=threads))
         notes.append(f"The run computed in {own['amp']} on {own['device']}: figures may differ in their last digits.")
     configure_torch(here, device)
-    model = _build(path, spec, state, kind, state.buffers if fast else state.slow_buffers or state.buffers)
-    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    info = state.info or DatasetInfo(class_names(spec.data, root), spec.data.size)
+    model = _build(path, spec, info, state, kind, state.buffers if fast else state.slow_buffers or state.buffers)
+    model = to_channels_last(model.to(device)).eval()
     name = path.parent.name
     known = name if is_run_name(name) and path.parent.parent.name == "checkpoints" else None
     environment = describe_environment(here, device)
-    return TrainedModel(path, known, state, spec, model, kind, logged, device, amp, environment, tuple(notes))
+    return TrainedModel(
+        path,
+        known,
+        state,
+        spec,
+        model,
+        info,
+        kind,
+        logged,
+        device,
+        amp,
+        environment,
+        _code_of(path, spec),
+        tuple(notes),
+    )
 
 
 def _usable(state: TrainingState, fast: bool) -> bool:
@@ -199,13 +221,38 @@ def _read(path: Path) -> TrainingState:
         raise RunFailedError(f"{path}: {error}. Allowed: a run's name, or a checkpoint that a run wrote.") from None
 
 
-def _build(path: Path, spec: Spec, state: TrainingState, kind: str, buffers: Mapping[str, Any]) -> ImprovedResNet:
+def _build(
+    path: Path, spec: Spec, info: DatasetInfo, state: TrainingState, kind: str, buffers: Mapping[str, Any]
+) -> nn.Module:
     """The model with weights of that kind and the given BatchNorm statistics."""
     weights = {"fast": state.model.values(), "averaged": state.average, "slow": state.optimizer.get("slow")}[kind]
-    model = assemble(spec.model, {**dict(zip(state.model, weights or (), strict=True)), **buffers})
-    if not all(t.isfinite().all() for t in model.state_dict().values()):
+    model = build_network(spec.model, info, spec.train.seed, _code_of(path, spec))
+    try:
+        put(model, {**dict(zip(state.model, weights or (), strict=True)), **buffers})
+    except ValueError as error:
+        raise RunFailedError(f"{path}: is not of {spec.model.target}: {error}") from None
+    if not all(t.isfinite().all() for t in parts(model).values()):
         raise RunFailedError(f"{path}: its {kind} weights or their BatchNorm statistics are NaN or infinite.")
     return model
+
+
+def _code_of(path: Path, spec: Spec) -> Path:
+    """Folder of the copies of user files that belong to a checkpoint. Code that a file names by itself is never run.
+
+    Raises:
+        SpecError: the file does not lie with a run that was submitted here under the same target.
+    """
+    paths = RunPaths(path.parents[2], path.parent.name)
+    target = spec.model.target
+    if target is None or target.startswith("torchvision.models:"):
+        return paths.user_code
+    own = read_frozen(paths) if path.parent == paths.checkpoints else None
+    if own is None or own.model != spec.model:
+        raise SpecError(
+            f"{path}: its network, {shown(target)}, is code of its own, which is run only for a checkpoint in "
+            "checkpoints/RUN of a run whose logs/RUN/spec.yaml names it. HINT: keep both folders of the run together."
+        )
+    return paths.user_code
 
 
 SAY_SECONDS = 10.0

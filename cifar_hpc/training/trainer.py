@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -260,6 +260,7 @@ class Trainer:
             "slow_buffers": slow_buffers,
             "sums": sums,
             "environment": self.environment,
+            "dataset": asdict(self.engine.data.info),
         }
         return TrainingState(**to_host(fields, self.context.log.warn))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import build_model
 
 from cifar_hpc.config.spec import ModelSpec
-from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.models.summary import Architecture, describe
 
 TOY = ModelSpec(activation="relu", dropout=0.1, stem_width=8, blocks=(2, 1), widths=(4, 8))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import to_plain
+from cifar_hpc.data.datasets import CIFAR10
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.tensorfile import BadFileError, digest, seal
 from cifar_hpc.training.checkpoints import format as checkpoint_format
@@ -29,6 +30,7 @@ from cifar_hpc.training.checkpoints.format import FORMAT, REQUIRED, TrainingStat
 KEYS = (
     "format", "spec", "epoch", "step_in_epoch", "step", "epoch_seconds", "best", "model", "buffers", "optimizer",
     "scaler", "updates", "average", "slow_buffers", "sums", "history", "environment",
+    "dataset",
 )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def training_state() -> TrainingState:
         history='{"epoch": 1, "step": 2}\n{"epoch": 2, "step": 4}\n',
         best={"epoch": 2, "test_accuracy": 11.5},
         environment={"device": "cpu", "cuda": None, "amp": "fp16", "torch": "2", "data": "0", "more": [True]},
+        dataset={"classes": list(CIFAR10), "image_size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]},
     )
 
 
@@ -89,7 +92,11 @@ def test_without_an_average_the_file_has_no_such_key(tmp_path: Path, training_st
     spec = {**training_state.spec, "ema": {"decay": None}}
     plain = dataclasses.replace(training_state, average=None, spec=spec)
     torch.save(plain.to_dict(), tmp_path / "plain.pt")
-    assert set(torch.load(tmp_path / "plain.pt", weights_only=True)) == {*KEYS, "digest"} - {"average"} == set(REQUIRED)
+    assert (
+        set(torch.load(tmp_path / "plain.pt", weights_only=True))
+        == {*KEYS, "digest"} - {"average"}
+        == {*REQUIRED, "dataset"}
+    )
     found = read_checkpoint(tmp_path / "plain.pt")
     assert found.average is None
     assert found.to_dict() == found.to_dict() | {"digest": found.digest}

@@ -296,7 +296,7 @@ def test_random_runs_are_of_many_kinds() -> None:
 
 @pytest.mark.parametrize("key", ["sync_batchnorm", "sync_batch_norm"])
 def test_synchronised_batch_norm_cannot_be_asked_for(key: str) -> None:
-    """Statistics over all ranks would depend on how many there are; see ShardBatchNorm2d."""
+    """Statistics over all ranks would depend on how many there are; see ShardBatchNorm."""
     for section in ("model", "train"):
         with pytest.raises(SpecError, match=rf"{section}\.{key}: unknown key; allowed in {section}: "):
             tiny_spec(**{section: {key: True}})

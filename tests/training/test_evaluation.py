@@ -29,7 +29,7 @@ def trained(sections: dict[str, Any], rank: int = 0, world: int = 1) -> Engine:
 
 
 def state(engine: Engine) -> str:
-    momenta = [n.momentum for n in engine.model.norms]
+    momenta = [n.momentum for n in engine.exact.norms]
     return digest({**engine.state(), "sums": engine.sums, "momenta": momenta})
 
 

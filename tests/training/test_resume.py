@@ -131,6 +131,7 @@ def test_killed_after_an_epoch_that_no_checkpoint_holds(runs: Runs, reference: s
     for path in (folder / "step_00000018.pt", folder / "step_00000016.pt"):
         path.unlink()  # not truncated in place: best.pt may be a hard link to it
         path.write_bytes(b"PK\3\4 half a file")
+    (folder / "best.pt").unlink()  # of whichever epoch
     (folder / ".step_00000018.pt.1.tmp").write_bytes(b"half")
     (runs.root / "logs" / "damaged" / "events.jsonl").unlink()
     runs.finish("damaged", 2)

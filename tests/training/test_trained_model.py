@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import build_model
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import RunFailedError, SpecError
-from cifar_hpc.models.improved_resnet import build_model
 from cifar_hpc.training.trained_model import load_trained, noted
 
 IMAGES = make_synthetic(264, 100)[2]

@@ -14,11 +14,12 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import from_plain, to_plain
-from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.spec import CLASSES, Spec
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import RunFailedError, SpecError, UnknownKeyError
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.tensorfile import BadFileError
@@ -47,6 +48,7 @@ class TrainingState:
         sums: float64 [shards, 2]: this epoch's summed loss and correct predictions of each shard.
         history: the rows of metrics.jsonl so far, as JSON lines.
         environment: hardware, libraries and data that the bits depend on.
+        dataset: the fields of its `DatasetInfo`; None in files of versions that knew ten classes of 32x32 pixels alone.
         digest: sha256 over all of the above; empty until the state is in a file.
     """
 
@@ -66,12 +68,21 @@ class TrainingState:
     sums: Tensor
     history: str
     environment: dict[str, Any]
+    dataset: dict[str, Any] | None = None
     digest: str = ""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl up to this state."""
         return [json.loads(line) for line in self.history.splitlines()]
+
+    @property
+    def info(self) -> DatasetInfo | None:
+        """Facts of the images that the run trains on; None where the file does not have them."""
+        if self.dataset is None:
+            return None
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dataset.items()}
+        return DatasetInfo(**known)
 
     def digests(self) -> dict[str, str | None]:
         """Return the sha256 of fast, slow and averaged weights, momentum and BatchNorm buffers, to compare two runs."""
@@ -88,12 +99,13 @@ class TrainingState:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint file, with its digest."""
         content = {"format": FORMAT, **vars(self)}
-        if self.average is None:
-            del content["average"]
+        for key in (key for key in _OPTIONAL if content[key] is None):
+            del content[key]
         return tensorfile.seal(content)
 
 
-REQUIRED = ("format", *(field.name for field in fields(TrainingState) if field.name != "average"))
+_OPTIONAL = ("average", "dataset")  # fields that a file has only where they have a value
+REQUIRED = ("format", *(field.name for field in fields(TrainingState) if field.name not in _OPTIONAL))
 
 
 def read_checkpoint(path: Path) -> TrainingState:
@@ -173,12 +185,9 @@ _GROUP = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
 
 def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
     """Check names, shapes and types against the model and the optimizer that the spec builds, in no memory."""
-    if not isinstance(content["model"], dict) or sum(spec.model.blocks) > len(content["model"]):
-        raise BadFileError("model: is not that of the spec")
-    with torch.device("meta"):
-        model = ImprovedResNet(spec.model)
-    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    optimizer = build_optimizer(model, spec).state_dict()
+    _check_dataset(content.get("dataset"))
+    weights, buffers = _form_of(content, spec)
+    optimizer = build_optimizer(nn.ParameterList(weights.values()), spec).state_dict()
     inner = optimizer.get("inner", optimizer)
     if content["updates"] and spec.optimizer.momentum:
         inner["state"] = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights.values())}
@@ -198,6 +207,41 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
         _check(content.get(key), form, key)
     if list(content["model"]) != list(weights):  # slow and averaged weights are lists in this order
         raise BadFileError("model: its weights are not in the order of the network's")
+
+
+def _form_of(content: Mapping[str, Any], spec: Spec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights and buffers that a file has to have, without their values.
+
+    The user's own network has yet to be built when a file is read: here a file has to be consistent in itself, and
+    `Engine.load` compares it with the network.
+    """
+    found = [content["model"], content["buffers"]]
+    if spec.model.target is None:
+        if not isinstance(found[0], dict) or sum(spec.model.blocks) > len(found[0]):
+            raise BadFileError("model: is not that of the spec")
+        classes = len(content["dataset"]["classes"]) if content.get("dataset") else CLASSES
+        with torch.device("meta"):
+            model = ImprovedResNet(spec.model, classes)
+        return dict(model.named_parameters()), dict(model.named_buffers())
+    for key, part in zip(("model", "buffers"), found, strict=True):
+        if not isinstance(part, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in part.items()):
+            raise BadFileError(f"{key}: is not a mapping of names to tensors")
+    weights, buffers = ({k: torch.empty_like(v, device="meta") for k, v in part.items()} for part in found)
+    return weights, buffers
+
+
+def _check_dataset(value: Any) -> None:
+    """Check the facts of the images, from which the network and its input follow."""
+    if value is None:
+        return
+    counts = {"classes": range(1, 100_000), "mean": (3,), "std": (3,)}
+    good = isinstance(value, dict) and value.keys() == {"image_size", *counts}
+    if not good or not all(isinstance(value[k], list) and len(value[k]) in count for k, count in counts.items()):
+        raise BadFileError("dataset: is not a mapping with classes, image_size, mean and std")
+    for key, form in {"classes": str, "mean": float, "std": float}.items():
+        for number, part in enumerate(value[key]):
+            _check(part, form, f"dataset.{key}.{number}")
+    _check(value["image_size"], int, "dataset.image_size")
 
 
 def _check(value: Any, form: Any, where: str) -> None:
