@@ -61,18 +61,18 @@ def check_network(network: nn.Module, exact: ExactLayers, images: Tensor, classe
         raise
     except Exception as error:  # whatever the user's code raises
         raise RunFailedError(user_code.explain(error, code, f"model.target: a forward pass of {what} fails")) from None
-    for first, second in zip(seen[1], seen[2], strict=False):
-        if first != second:
-            raise RunFailedError(
-                f"model.target: {second[0]} gives another output for the same input and the same masks, so the bits of "
-                f"the run would not be the same. HINT: does it draw or remember something by itself? {_MASKS}."
-            )
     for name, buffer in network.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise RunFailedError(
                 f"model.target: the buffer {name} changes in a forward pass, and each process would have another one. "
                 "HINT: only BatchNorm1d to 3d may have such buffers; InstanceNorm without track_running_stats, "
                 "LayerNorm and GroupNorm have none."
+            )
+    for first, second in zip(seen[1], seen[2], strict=False):
+        if first != second:
+            raise RunFailedError(
+                f"model.target: {second[0]} gives another output for the same input and the same masks, so the bits of "
+                f"the run would not be the same. HINT: does it draw or remember something by itself? {_MASKS}."
             )
     result: Tensor = logits
     return result
