@@ -32,6 +32,7 @@ from cifar_hpc.training.optim import build_optimizer
 
 PROJECT, TESTS = nursery.PROJECT, nursery.TESTS  # their folders
 CPU = torch.device("cpu")
+INFO = DatasetInfo(CIFAR10, 32)
 TINY: dict[str, Any] = {
     "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "dropout": 0.1},
     "train": {"epochs": 2, "batch_size": 32, "shards": 4, "cpu_threads": 1, "device": "cpu", "amp": "fp32"},
@@ -59,7 +60,7 @@ def tiny_spec(**sections: dict[str, Any]) -> Spec:
 
 def build_model(spec: ModelSpec, seed: int) -> ImprovedResNet:
     """The built-in network for CIFAR-10."""
-    network = build_network(spec, DatasetInfo(CIFAR10, 32), seed, PROJECT)
+    network = build_network(spec, INFO, seed, PROJECT)
     assert isinstance(network, ImprovedResNet)
     return network
 

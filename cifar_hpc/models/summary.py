@@ -1,4 +1,4 @@
-"""Summary of the network's layers, from a forward pass on PyTorch's meta device, which computes no numbers."""
+"""Summary of a network's layers, from a forward pass: of the built-in one by blocks, of others as a table."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cifar_hpc.config.spec import IMAGE_SIZE, ModelSpec
+from cifar_hpc.config.spec import ModelSpec
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 
 Shape = tuple[int, ...]
@@ -47,19 +48,52 @@ class Architecture(NamedTuple):
     parameters: int
 
 
-def describe(spec: ModelSpec) -> Architecture:
-    """Describe the network of `spec`."""
-    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
-    ran: list[tuple[str, Layer]] = []
-    with torch.device("meta"), torch.no_grad():
-        model = ImprovedResNet(spec).eval()
-        for path, module in model.named_modules():
-            if not list(module.children()):
-                module.register_forward_hook(lambda m, _, output, path=path: ran.append((path, _layer(m, output))))
-        model(torch.zeros(1, *shape))
+def describe(spec: ModelSpec, info: DatasetInfo) -> Architecture:
+    """Describe the built-in network of `spec`, on PyTorch's meta device, which computes no numbers."""
+    with torch.device("meta"):
+        model = ImprovedResNet(spec, len(info.classes)).eval()
+        ran, shape = _run(model, info)
     paths = ("stem", *(f"layers.{number}" for number in range(len(model.layers))), "head")
     blocks = tuple(_block(path, model.get_submodule(path), ran) for path in paths)
     return Architecture(shape, blocks, (model.head.in_features,), _parameters(model))
+
+
+def table(network: nn.Module, info: DatasetInfo, most: int) -> list[tuple[str, Layer]]:
+    """List (name, layer) of any network in the order in which they run, in at most about `most` rows.
+
+    Where there are more, layers are put together into the modules that hold them.
+    """
+    ran, _ = _run(network.eval(), info)
+    depth = max((name.count(".") + 1 for name, _ in ran), default=1)
+    rows = ran
+    while len(rows) > most and depth > 1:
+        depth -= 1
+        last = {".".join(name.split(".")[:depth]): layer for name, layer in ran}  # the last output of each
+        rows = []
+        for name, layer in last.items():
+            module = network.get_submodule(name)
+            rows.append((name, Layer(_words(module), layer.shape, _parameters(module))))
+    left = _parameters(network) - sum(
+        layer.parameters for _, layer in {name: (name, one) for name, one in rows}.values()
+    )
+    return rows + ([("other parameters", Layer("", (), left))] if left else [])
+
+
+def _run(network: nn.Module, info: DatasetInfo) -> tuple[list[tuple[str, Layer]], Shape]:
+    """Run a network on one image; return by name the modules that ran without running others, and the image's shape."""
+    ran: list[tuple[str, Layer]] = []
+    shape = (3, info.image_size, info.image_size)
+    hooks = [
+        module.register_forward_hook(lambda m, _, output, path=path: ran.append((path, _layer(m, output))))
+        for path, module in network.named_modules()
+        if path
+    ]
+    with torch.no_grad():
+        network(torch.zeros(1, *shape))
+    for hook in hooks:
+        hook.remove()
+    holders = {".".join(path.split(".")[:depth]) for path, _ in ran for depth in range(1, path.count(".") + 1)}
+    return [(path, layer) for path, layer in ran if path not in holders], shape
 
 
 def _block(path: str, module: nn.Module, ran: Sequence[tuple[str, Layer]]) -> Block:
@@ -71,7 +105,8 @@ def _block(path: str, module: nn.Module, ran: Sequence[tuple[str, Layer]]) -> Bl
 
 
 def _layer(module: nn.Module, output: torch.Tensor) -> Layer:
-    return Layer(_words(module), tuple(output.shape[1:]), _parameters(module))
+    shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+    return Layer(_words(module), shape, _parameters(module))
 
 
 def _words(module: nn.Module) -> str:
@@ -80,9 +115,9 @@ def _words(module: nn.Module) -> str:
         return f"{module.kernel_size[0]}×{module.kernel_size[1]} convolution{stride}"
     if isinstance(module, nn.Dropout):
         return f"dropout {module.p:g}"
-    known = {"BatchNorm2d": "batch normalisation", "LeakyReLU": "leaky ReLU", "ReLU": "ReLU"}
+    known = {"BatchNorm2d": "batch normalisation", "LeakyReLU": "leaky ReLU", "Linear": "linear"}
     name = type(module).__name__
-    return known.get(name, name.lower())
+    return known.get(name, name)
 
 
 def _parameters(module: nn.Module) -> int:

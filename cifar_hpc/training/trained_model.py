@@ -114,6 +114,15 @@ def noted(notes: Iterable[str]) -> list[str]:
     ]
 
 
+def dataset_info(run: RunPaths, spec: Spec) -> DatasetInfo:
+    """Facts of the images of a run: those in its newest checkpoint, else by its spec."""
+    for path in candidates(run.checkpoints):
+        with contextlib.suppress(UserError, BadFileError, OSError):
+            if info := read_checkpoint(path).info:
+                return info
+    return DatasetInfo(class_names(spec.data, run.root), spec.data.size)
+
+
 def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
     """The model of a run, or of a checkpoint file.
 

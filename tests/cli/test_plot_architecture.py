@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from helpers import INFO, PROJECT
 from matplotlib.patches import FancyBboxPatch
 
 from cifar_hpc.cli.figures.architecture import Row, architecture_figure, rows_of
@@ -13,7 +14,7 @@ from cifar_hpc.models.summary import describe
 
 
 def test_rows_put_blocks_together_that_are_alike() -> None:
-    assert rows_of(describe(ModelSpec(blocks=(3, 1), widths=(64, 128), activation="relu", dropout=0.25))) == [
+    assert rows_of(describe(ModelSpec(blocks=(3, 1), widths=(64, 128), activation="relu", dropout=0.25), INFO)) == [
         Row("images", "", (3, 32, 32), None),
         Row("stem", "3×3, 32", (32, 32, 32), 928),
         Row("bottleneck, shortcut by 1×1 convolution", "1×1, 64 → 3×3, 64 → 1×1, 256", (256, 32, 32), 64_768),
@@ -32,7 +33,7 @@ def test_rows_put_blocks_together_that_are_alike() -> None:
 
 
 def test_the_figure_has_all_words_and_numbers() -> None:
-    figure = architecture_figure(ModelSpec())
+    figure = architecture_figure(ModelSpec(), INFO, PROJECT)
     (axis,) = figure.axes
     texts = Counter(text.get_text() for text in axis.texts)
     for number in ("928", "64,768", "2,234,368", "10,250", "4,903,082", "1024 × 8 × 8", "output", "parameters", "+"):
@@ -48,7 +49,7 @@ def test_the_figure_has_all_words_and_numbers() -> None:
     "spec", [ModelSpec(), ModelSpec(blocks=(1,), widths=(4,)), ModelSpec(blocks=(1,) * 5, widths=(8,) * 5)]
 )
 def test_everything_is_within_the_figure(spec: ModelSpec) -> None:
-    figure = architecture_figure(spec)
+    figure = architecture_figure(spec, INFO, PROJECT)
     (axis,) = figure.axes
     width, height = figure.get_size_inches()
     for box in (patch.get_bbox() for patch in axis.patches if isinstance(patch, FancyBboxPatch)):
@@ -59,5 +60,5 @@ def test_everything_is_within_the_figure(spec: ModelSpec) -> None:
 
 
 def test_a_network_of_first_blocks_says_nothing_of_later_ones() -> None:
-    (axis,) = architecture_figure(ModelSpec(blocks=(1,), widths=(4,))).axes
+    (axis,) = architecture_figure(ModelSpec(blocks=(1,), widths=(4,)), INFO, PROJECT).axes
     assert not any("Later blocks" in text.get_text() for text in axis.texts)

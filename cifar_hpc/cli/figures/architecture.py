@@ -1,13 +1,15 @@
-"""Figure of the network: its blocks with shapes and parameters, and the layers of one bottleneck block."""
+"""Figure of a network: the blocks and the layers of one of them, or a table of layers where it is the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_hpc.cli.figures.style import DOUBLE_COLUMN, Axes, Figure, new_figure, shorten
 from cifar_hpc.config.spec import ModelSpec
+from cifar_hpc.data.info import DatasetInfo
 
 if TYPE_CHECKING:
     from cifar_hpc.models.summary import Architecture, Block, Layer
@@ -20,6 +22,7 @@ LOW, HIGH, GAP, TOP, BOTTOM = 0.23, 0.36, 0.13, 0.35, 0.3
 SUM = 0.16  # the height of its sign
 FILLS = {"bottleneck": "#cfe6f5", "dropout": "#eeeeee", "linear": "#fbe3c0", "stem": "#d5efe4"}
 EDGE = "#444444"
+LINE, MOST_LAYERS = 0.17, 45  # of the table
 SMALL = 6.5  # points
 DETAIL_LETTERS = 46  # the width of a box
 
@@ -37,15 +40,21 @@ class Row(NamedTuple):
         return HIGH if self.detail else LOW
 
 
-def architecture_figure(spec: ModelSpec) -> Figure:
-    """The network of `spec`, built and run on PyTorch's meta device.
+def architecture_figure(spec: ModelSpec, info: DatasetInfo, code: Path) -> Figure:
+    """Draw the network of `spec`.
+
+    Args:
+        code: folder of the run's copies of user files.
 
     Raises:
         ImportError: PyTorch is not installed, or does not load.
+        RunFailedError: the user's network cannot be built.
     """
     from cifar_hpc.models.summary import describe
 
-    network = describe(spec)
+    if spec.target is not None:
+        return _table_figure(spec, info, code)
+    network = describe(spec, info)
     rows = rows_of(network)
     single = next(block for block in network.blocks if block.shortcut)
     layers = TOP + (LOW + GAP) * (len(single.layers) + 2) + BOTTOM
@@ -59,6 +68,33 @@ def architecture_figure(spec: ModelSpec) -> Figure:
     if any(block.words == single.words and not block.shortcut for block in network.blocks):
         words = "Later blocks of a size add their input\nunchanged (identity shortcut)."
         _text(axis, DETAIL_LEFT, end + 0.18, words, ha="left", fontsize=SMALL, color=EDGE)
+    return figure
+
+
+def _table_figure(spec: ModelSpec, info: DatasetInfo, code: Path) -> Figure:
+    from cifar_hpc.models.network import build_network
+    from cifar_hpc.models.summary import table
+
+    network = build_network(spec, info, 0, code)
+    rows: list[tuple[str, str, tuple[int, ...], int | None]] = [
+        ("images", "", (3, info.image_size, info.image_size), None)
+    ]
+    rows += [(name, layer.words, layer.shape, layer.parameters) for name, layer in table(network, info, MOST_LAYERS)]
+    height = TOP + 2 * BOTTOM + LINE * (len(rows) + 1)
+    figure = new_figure(DOUBLE_COLUMN, height)
+    figure.set_layout_engine("none")
+    axis: Axes = figure.add_axes((0, 0, 1, 1), xlim=(0, DOUBLE_COLUMN), ylim=(height, 0))
+    axis.axis("off")
+    total = ("total", "", (), sum(parameter.numel() for parameter in network.parameters()))
+    columns = zip((0.1, 2.6, 5.4, DOUBLE_COLUMN - 0.1), ("left", "left", "right", "right"), strict=True)
+    for number, (left, side) in enumerate(columns):
+        _text(axis, left, TOP, ("name", "layer", "output", "parameters")[number], ha=side, color=EDGE)
+        for line, (name, words, shape, parameters) in enumerate([*rows, total], 1):
+            y = TOP + LINE * (line + 0.5 * (line > len(rows)))
+            count = "" if parameters is None else f"{parameters:,}"
+            _text(axis, left, y, (shorten(name, 40), shorten(words, 40), _dimensions(shape), count)[number], ha=side)
+    for y in (TOP + LINE / 2, TOP + LINE * (len(rows) + 0.75)):
+        axis.plot([0.1, DOUBLE_COLUMN - 0.1], [y, y], color=EDGE, linewidth=0.6)
     return figure
 
 

@@ -14,7 +14,7 @@ from cifar_hpc.cli import terminal
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.architecture import architecture_figure
 from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
-from cifar_hpc.config.spec import ModelSpec
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, UserError, nearest
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
@@ -171,22 +171,26 @@ def figures(
 
 def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tuple[str, style.Figure]]:
     """One for each different shape, named after the first run that has it; of a single one only if asked for."""
-    shapes: dict[ModelSpec, tuple[ModelSpec, str]] = {}
+    shapes: dict[str, tuple[RunPaths, Spec]] = {}
     models = set()
     for run in (one.group.runs[0] for one in series if not one.group.problem):
         if spec := read_frozen(run):
-            models.add(spec.model)
-            shapes.setdefault(replace(spec.model, **NO_SHAPE), (spec.model, run.name))
+            model = spec.model if spec.model.target else replace(spec.model, **NO_SHAPE)
+            models.add(repr(spec.model))
+            shapes.setdefault(repr((model, spec.data.source, spec.data.size)), (run, spec))
     if len(shapes) == 1 and not asked:
         return
     if len(shapes) > MOST_ARCHITECTURES:
         _note(f"the runs have {len(shapes)} different models, of which {MOST_ARCHITECTURES} are drawn")
-    for model, name in list(shapes.values())[:MOST_ARCHITECTURES]:
+    for run, spec in list(shapes.values())[:MOST_ARCHITECTURES]:
         try:
-            yield ("architecture" if len(models) == 1 else f"architecture-{name}"), architecture_figure(model)
+            from cifar_hpc.training.trained_model import dataset_info
+
+            figure = architecture_figure(spec.model, dataset_info(run, spec), run.user_code)
         except ImportError as error:
             _note(f"the architecture is left out, since drawing it takes PyTorch, which does not load here: {error}")
             return
+        yield ("architecture" if len(models) == 1 else f"architecture-{run.name}"), figure
 
 
 def draw(
