@@ -169,7 +169,7 @@ def _order(arguments: argparse.Namespace) -> Order:
     values = load_values(job, arguments.overrides, defaults, {"resources": resources})
     section = values.pop("sweep", None)
     if section is None:
-        spec, sweep, parallel = new_spec(values, job.parent), None, None
+        spec, sweep, parallel = new_spec(values, job.parent, project_root()), None, None
         points = [Point(check_run_name(arguments.name or run_name(job.stem, spec)), {}, spec)]
     else:
         if arguments.follow:
@@ -177,7 +177,7 @@ def _order(arguments: argparse.Namespace) -> Order:
             raise SpecError(f"--follow: a sweep is many runs, and this follows one. {hint}")
         sweep = check_run_name(arguments.name or job.stem)
         keys = [override.partition("=")[0].strip() for override in arguments.overrides]
-        points, parallel = expand(sweep, section, values, keys, job.parent)
+        points, parallel = expand(sweep, section, values, keys, job.parent, project_root())
         check_run_name(points[0].run)  # the names of all points have the same length
     site.gpu_option(points[0].spec.resources.gpus_per_node)  # refuses a type of GPU that the site does not have
     if arguments.test_only and arguments.cluster == "local":

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
 
     path = job_file(arguments.job)
-    spec = load_spec(path, arguments.overrides)
+    spec = load_spec(path, arguments.overrides, project_root())
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")
     spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)

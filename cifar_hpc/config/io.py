@@ -18,13 +18,13 @@ from cifar_hpc.config.spec import NotifySpec, ResourcesSpec, Spec, check
 from cifar_hpc.config.user_code import is_file
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
-from cifar_hpc.files import expand_path
+from cifar_hpc.files import expand_path, read_regular
 from cifar_hpc.text import shown
 
 # Keys that do not change the result of a run. They are left out of its name.
 NOT_IN_NAME = (
     "resources", "checkpoint", "failures", "timeouts", "notify", "tracking",
-    "data.root", "train.log_seconds", "train.watchdog_minutes",
+    "model.init_from", "data.root", "train.log_seconds", "train.watchdog_minutes",
 )  # fmt: skip
 # Keys that may change between a run's first start and a later one.
 MAY_CHANGE = (*NOT_IN_NAME, "train.epochs", "train.device")
@@ -33,8 +33,8 @@ HERE = Path()
 CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 
-def load_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
-    """Read a job file of one run under `key.path=value` overrides.
+def load_spec(path: Path, overrides: Iterable[str] = (), root: Path = HERE) -> Spec:
+    """Read a job file of one run under `key.path=value` overrides; `root` as in `new_spec`.
 
     Raises:
         SpecError: names the file, the override or the dotted key.
@@ -45,7 +45,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
             f"sweep: {path} describes many runs, and this command trains one. HINT: submit them with submit.py, or "
             "take the job file alone with --set sweep=null."
         )
-    return new_spec(values, path.parent)
+    return new_spec(values, path.parent, root)
 
 
 def load_values(
@@ -108,17 +108,36 @@ def from_plain(values: Mapping[str, Any]) -> Spec:
     return check(build(Spec, dict(values)))
 
 
-def new_spec(values: Mapping[str, Any], folder: Path = HERE) -> Spec:
-    """`from_plain` for what a person has written: ~ and $VARIABLE in data.root are replaced, user files are digested.
+def new_spec(values: Mapping[str, Any], folder: Path = HERE, root: Path = HERE) -> Spec:
+    """`from_plain` for what a person has written: ~ and $VARIABLE in data.root are replaced, files are digested.
 
     Args:
         folder: of the job file, from which the paths of targets start.
+        root: the project's root, with the checkpoints of the runs that model.init_from may name.
     """
     spec = from_plain(values)
     for section, files in user_files(spec, folder).items():
         code = user_code.digest_of(files) if files else None
         spec = replace(spec, **{section: replace(getattr(spec, section), code=code)})
+    if spec.model.init_from is not None:
+        file, digest = _init_file(spec.model.init_from, root)
+        spec = replace(spec, model=replace(spec.model, init_from=file, init_digest=digest))
     return replace(spec, data=replace(spec.data, root=expand_path(spec.data.root, "data.root")))
+
+
+def _init_file(source: str, root: Path) -> tuple[str, str]:
+    """Return the absolute path of the file that model.init_from names, and its digest."""
+    is_file = source.endswith((".pt", ".safetensors"))
+    path = Path(expand_path(source, "model.init_from")) if is_file else root / "checkpoints" / source / "best.pt"
+    path = path.absolute()
+    try:
+        return str(path), hashlib.sha256(read_regular(path)).hexdigest()[:16]
+    except OSError as error:
+        what = "" if is_file else " HINT: best.pt is written at the end of a run's first epoch."
+        raise SpecError(
+            f"model.init_from: {shown(source)}: {path} cannot be read: {error.strerror}; allowed: a run's name, or a "
+            f"file that ends in .pt or .safetensors.{what}"
+        ) from None
 
 
 def user_files(spec: Spec, folder: Path) -> dict[str, dict[str, bytes]]:

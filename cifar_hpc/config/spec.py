@@ -14,7 +14,7 @@ from cifar_hpc.text import shown
 
 CLASSES = 10
 BUILT_IN = "improved_resnet:ImprovedResNet"  # the built-in network, as exported models name it
-TARGET_KEYS = ("target", "args", "code", "init_from")  # of a network that is not the built-in one
+TARGET_KEYS = ("target", "args", "code", "init_from", "init_digest")  # of a network that is not the built-in one
 IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
@@ -81,7 +81,10 @@ class ModelSpec:
     )
     args: dict[str, Any] = option({}, "arguments of the target; classes and image_size come from the data")
     code: str | None = option(None, "digest of the target's files; filled in, not given")
-    init_from: str | None = option(None, "weights to begin with: a run, a checkpoint, or an exported model")
+    init_from: str | None = option(
+        None, "weights to begin with: a run (its best.pt), or the file of a checkpoint or of an exported model"
+    )
+    init_digest: str | None = option(None, "sha256 of the file of init_from; filled in, not given")
     activation: Literal["leaky_relu", "relu"] = option("leaky_relu", "activation after each convolution")
     dropout: float = option(0.2, "dropout rate after each layer", low=0, high=0.95)
     stem_width: int = option(32, "channels of the stem convolution", low=1, high=100_000)
@@ -96,13 +99,21 @@ class ModelSpec:
         return max(1, round(width * self.width_multiplier))
 
 
+# By name: the class in training/optim.py, and its options beside lr and weight_decay.
+OPTIMIZERS = {"sgd": ("SGD", ("momentum", "nesterov")), "adamw": ("AdamW", ("betas", "eps"))}
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     name: Literal["sgd", "adamw"] = option("sgd", "the inner optimizer")
     lr: float = option(0.05, "initial learning rate", above=0, high=FLOAT32)
-    momentum: float = option(0.9, "SGD momentum", low=0, high=1)
-    weight_decay: float = option(1e-4, "L2 penalty on the weights", low=0, high=FLOAT32)
-    nesterov: bool = option(False, "Nesterov momentum")
+    momentum: float = option(0.9, "SGD's momentum", low=0, high=1)
+    weight_decay: float = option(
+        1e-4, "L2 penalty on the weights; AdamW's is decoupled from the gradient", low=0, high=FLOAT32
+    )
+    nesterov: bool = option(False, "SGD's Nesterov momentum")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay of the two moments", low=0, high=0.999999)
+    eps: float = option(1e-8, "AdamW's term in the denominator", above=0, high=1)
     decay_all: bool = option(True, "weight decay on BatchNorm's parameters and on biases, too; false spares them")
 
 
@@ -362,7 +373,13 @@ def check(spec: Spec) -> Spec:
         )
     check_option_names(spec.resources.sbatch)
     check_dependency(spec.resources.dependency)
-    if spec.optimizer.nesterov and spec.optimizer.momentum == 0:
+    for name, (_, options) in OPTIMIZERS.items():
+        for key in options if name != spec.optimizer.name else ():
+            if getattr(spec.optimizer, key) != getattr(OptimizerSpec(), key):
+                raise SpecError(
+                    f"optimizer.{key}: has no effect with optimizer.name: {spec.optimizer.name}; it is {name}'s."
+                )
+    if spec.optimizer.name == "sgd" and spec.optimizer.nesterov and spec.optimizer.momentum == 0:
         raise SpecError("optimizer.nesterov: true needs optimizer.momentum > 0, which is 0.")
     warmup, epochs = spec.schedule.warmup_epochs, train.epochs
     if warmup >= epochs:

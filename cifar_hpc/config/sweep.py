@@ -40,7 +40,12 @@ class Point:
 
 
 def expand(
-    job: str, section: Any, base: Mapping[str, Any], set_keys: Collection[str] = (), folder: Path = HERE
+    job: str,
+    section: Any,
+    base: Mapping[str, Any],
+    set_keys: Collection[str] = (),
+    folder: Path = HERE,
+    root: Path = HERE,
 ) -> tuple[list[Point], int | None]:
     """(points of the section `sweep`, how many may train at the same time; None is no limit).
 
@@ -53,7 +58,7 @@ def expand(
             `parallel`.
         base: what all points have in common, as `io.load_values` returns it.
         set_keys: what --set has set, which no point may change.
-        folder: of the job file.
+        folder, root: as `io.new_spec`.
 
     Raises:
         SpecError: names the key, or the point whose spec makes no sense.
@@ -74,7 +79,7 @@ def expand(
         raise SpecError(f"sweep: has {number if axes else 0:,} points; allowed: 1 to {MAX_POINTS:,}.")
     points: dict[str, Point] = {}
     for choice in itertools.product(*axes):
-        point = _point(job, {k: v for values in choice for k, v in values.items()}, base, folder)
+        point = _point(job, {k: v for values in choice for k, v in values.items()}, base, folder, root)
         other = points.setdefault(point.run, point)
         if other.spec != point.spec:
             raise SpecError(
@@ -84,11 +89,11 @@ def expand(
     return list(points.values()), limits.parallel
 
 
-def _point(job: str, values: Values, base: Mapping[str, Any], folder: Path) -> Point:
+def _point(job: str, values: Values, base: Mapping[str, Any], folder: Path, root: Path) -> Point:
     for key, value in values.items():
         base = merge(base, nested(key, value))
     try:
-        spec = new_spec(base, folder)
+        spec = new_spec(base, folder, root)
     except SpecError as error:
         raise SpecError(f"sweep: the point {_words(values)}: {error}") from None
     return Point(run_name(job, spec), values, spec)

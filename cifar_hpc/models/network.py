@@ -65,6 +65,8 @@ def _build_target(spec: ModelSpec, info: DatasetInfo, code: Path) -> nn.Module:
     except Exception as error:  # whatever the user's code raises
         hint = " HINT: model.args are its arguments; classes, num_classes and image_size are given where it takes them."
         raise RunFailedError(user_code.explain(error, code, f"{where} cannot be built") + "." + hint) from None
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise RunFailedError(f"{where}: no parameter is trainable; allowed: at least one with requires_grad.")
     for name, parameter in network.named_parameters():
         if not parameter.is_floating_point() or parameter.device.type != "cpu":
             kind = f"{parameter.dtype} on {parameter.device}"

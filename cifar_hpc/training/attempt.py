@@ -37,6 +37,7 @@ from cifar_hpc.training.environment import (
     resolve_amp,
 )
 from cifar_hpc.training.exit import FailureReporter, finished, stopped
+from cifar_hpc.training.init_from import init_from
 from cifar_hpc.training.process import Patience
 from cifar_hpc.training.trainer import Position, Trainer
 
@@ -141,6 +142,10 @@ class Attempt:
                     f"not go with epochs of {each} steps. HINT: move the file away."
                 )
             trainer.resume(state)
+        elif (
+            spec.model.init_from is not None
+        ):  # after the first gradient, which is under the same weights in each attempt
+            init_from(engine, spec.model, context.log.line)
         context.startup.lap("model")
         context.heart.beat("the first step", trainer.position.step)
         if context.first:

@@ -67,6 +67,9 @@ class Engine:
         network = build_network(spec.model, data.info, spec.train.seed, code)
         self.exact = make_exact(network)
         self.model = to_channels_last(network.to(device))
+        # Of the user's own network, which may leave one out in some steps: its name, and the parameter.
+        named = self.model.named_parameters() if spec.model.target is not None else ()
+        self._own_trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if spec.train.compile:
             self.model.compile()
         self.ddp: DistributedDataParallel | None = None
@@ -135,6 +138,12 @@ class Engine:
             logits = (self.ddp or self.model)(images)
         loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
         self.scaler.scale(loss / len(rows)).backward()
+        if any(parameter.grad is None for _, parameter in self._own_trainable):
+            names = [name for name, parameter in self._own_trainable if parameter.grad is None]
+            raise RunFailedError(
+                f"model.target: {', '.join(names[:3])} got no gradient in step {global_step + 1}. HINT: each "
+                "trainable parameter must take part in each forward pass; multiply by 0 in place of leaving it out."
+            )
         with torch.no_grad():
             finite = torch.isfinite(loss)
             # GradScaler handles an overflow under fp16; it must not spoil the epoch's sum.
@@ -161,7 +170,7 @@ class Engine:
         Raises:
             RunFailedError: the user's network would not give the same bits.
         """
-        own, trainable = self.spec.model.target is not None, [p for p in self.model.parameters() if p.requires_grad]
+        own, trainable = bool(self._own_trainable), [p for p in self.model.parameters() if p.requires_grad]
         if not (own or self.spec.train.deterministic):
             return None
         count = min(2, self._fewest_images) if own else 2
@@ -275,6 +284,14 @@ class Engine:
         mine = slice(self.layout.mine.start, self.layout.mine.stop)
         self.sums.zero_()
         self.sums[mine].copy_(state.sums[mine])
+
+    @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Make the slow and averaged weights equal to the fast ones."""
+        fast: list[Tensor] = list(self.model.parameters())
+        for average in (getattr(self.optimizer, "slow", None), self.average and self.average.average):
+            if average:
+                torch._foreach_copy_(average, fast)
 
     def share_buffers(self) -> None:
         """Copy rank 0's running statistics to every rank. Collective."""

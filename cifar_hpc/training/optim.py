@@ -1,4 +1,4 @@
-"""SGD, Lookahead around any torch optimizer, and an exponential moving average of the weights.
+"""SGD and AdamW, Lookahead around any torch optimizer, and an exponential moving average of the weights.
 
 Lookahead: Zhang et al. 2019 (arXiv:1907.08610). Averages: Polyak and Juditsky 1992; Tarvainen 2017."""
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_hpc.config.spec import OptimizerSpec, Spec
+from cifar_hpc.config.spec import OPTIMIZERS, OptimizerSpec, Spec
 
 
 class SGD(torch.optim.SGD):
@@ -25,29 +25,35 @@ class SGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def build_sgd(model: nn.Module, spec: OptimizerSpec) -> SGD:
-    """Return SGD over all parameters of `model`, in the model's order, with weight decay on all or on layers only.
+def build_inner(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+    """Return the optimizer of `spec` over all parameters of `model`, with weight decay on all or on layers only.
 
     Parameters of one dimension are BatchNorm's and biases. A group of their own without decay would change the order of
-    parameters, in which checkpoints hold momentum and slow weights.
+    parameters, in which checkpoints hold the optimizer's state and slow weights.
     """
+    name, options = OPTIMIZERS[spec.name]
     decay = spec.weight_decay if spec.decay_all else 0.0
-    sgd = SGD(model.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=decay, nesterov=spec.nesterov)
-    if not spec.decay_all and spec.weight_decay > 0:
-        decayed: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
+    kind: type[Optimizer] = {"SGD": SGD, "AdamW": torch.optim.AdamW}[name]
+    given = {key: getattr(spec, key) for key in options}
+    optimizer = kind(model.parameters(), lr=spec.lr, weight_decay=decay, **given)  # type: ignore[call-arg]
+    layers: list[Tensor] = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
+    if not spec.decay_all and spec.weight_decay > 0 and layers:
 
+        @torch.no_grad()
         def decay_layers(*_: object) -> None:
-            with torch.no_grad():
-                grads = [p.grad for p in decayed if p.grad is not None]  # every layer has one
-                torch._foreach_add_(grads, decayed, alpha=spec.weight_decay)
+            if name == "AdamW":  # decoupled: Loshchilov and Hutter 2019, arXiv:1711.05101
+                torch._foreach_mul_(layers, 1 - optimizer.param_groups[0]["lr"] * spec.weight_decay)
+            else:
+                grads = [p.grad for p in layers if p.grad is not None]  # every layer has one
+                torch._foreach_add_(grads, layers, alpha=spec.weight_decay)
 
-        sgd.register_step_pre_hook(decay_layers)
-    return sgd
+        optimizer.register_step_pre_hook(decay_layers)
+    return optimizer
 
 
 def build_optimizer(model: nn.Module, spec: Spec) -> Optimizer:
-    """Return the optimizer of a run: SGD, and Lookahead around it where the spec says so."""
-    inner, look = build_sgd(model, spec.optimizer), spec.lookahead
+    """Return the optimizer of a run, and Lookahead around it where the spec says so."""
+    inner, look = build_inner(model, spec.optimizer), spec.lookahead
     return Lookahead(inner, look.k, look.alpha) if look.enabled else inner
 
 
@@ -160,7 +166,8 @@ def restored(tensors: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, own)
+            for tensor, value in zip(tensors, own, strict=True):
+                tensor.copy_(value)
 
 
 class WeightAverage:

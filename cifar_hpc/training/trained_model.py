@@ -234,10 +234,10 @@ def _build(
     path: Path, spec: Spec, info: DatasetInfo, state: TrainingState, kind: str, buffers: Mapping[str, Any]
 ) -> nn.Module:
     """The model with weights of that kind and the given BatchNorm statistics."""
-    weights = {"fast": state.model.values(), "averaged": state.average, "slow": state.optimizer.get("slow")}[kind]
+    weights = state.weights(kind)
     model = build_network(spec.model, info, spec.train.seed, _code_of(path, spec))
     try:
-        put(model, {**dict(zip(state.model, weights or (), strict=True)), **buffers})
+        put(model, {**weights, **buffers})
     except ValueError as error:
         raise RunFailedError(f"{path}: is not of {spec.model.target}: {error}") from None
     if not all(t.isfinite().all() for t in parts(model).values()):

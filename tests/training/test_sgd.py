@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cifar_hpc.config.spec import OptimizerSpec
-from cifar_hpc.training.optim import SGD, build_sgd
+from cifar_hpc.training.optim import SGD, build_inner
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 
@@ -74,19 +74,40 @@ def test_weight_decay_that_spares_norms_and_biases_is_torchs_with_two_groups(nes
     spec = OptimizerSpec(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, decay_all=False)
     groups = [{"params": [theirs[0]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
     reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2)
-    train(build_sgd(ours, spec), list(ours))
+    train(build_inner(ours, spec), list(ours))
     train(reference, list(theirs))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_by_default_everything_decays() -> None:
     ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
-    train(build_sgd(ours, OptimizerSpec(lr=0.1, weight_decay=1e-2)), list(ours))
+    train(build_inner(ours, OptimizerSpec(lr=0.1, weight_decay=1e-2)), list(ours))
     train(torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=1e-2), list(theirs))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_parameters_keep_the_models_order_in_the_optimizers_state() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
-    kept = build_sgd(model, OptimizerSpec(decay_all=False)).param_groups[0]["params"]
+    kept = build_inner(model, OptimizerSpec(decay_all=False)).param_groups[0]["params"]
     assert all(a is b for a, b in zip(kept, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_adamw_is_torchs(decay_all: bool) -> None:
+    ours, theirs = (torch.nn.ParameterList(weights()) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    groups = [{"params": [theirs[0]]}, {"params": [theirs[1]], **({} if decay_all else {"weight_decay": 0.0})}]
+    train(build_inner(ours, OptimizerSpec(name="adamw", decay_all=decay_all, **options)), list(ours))
+    train(torch.optim.AdamW(groups, **options), list(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_frozen_parameter_is_left_alone() -> None:
+    for name in ("sgd", "adamw"):
+        layers = torch.nn.ParameterList(weights())
+        layers[0].requires_grad_(False)
+        before = layers[0].clone()
+        optimizer = build_inner(layers, OptimizerSpec(name=name, decay_all=False, weight_decay=0.5))
+        layers[1].grad = torch.ones_like(layers[1])
+        optimizer.step()
+        assert torch.equal(layers[0], before) and list(optimizer.state_dict()["state"]) == [1]

@@ -7,7 +7,7 @@ unchanged, and not that a run wrote it: names, shapes, types and numbers are com
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -84,15 +84,21 @@ class TrainingState:
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dataset.items()}
         return DatasetInfo(**known)
 
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        """Return the fast, slow or averaged weights by parameter name."""
+        found = {"fast": self.model.values(), "slow": self.optimizer.get("slow"), "averaged": self.average}[kind]
+        return dict(zip(self.model, found or (), strict=True))
+
     def digests(self) -> dict[str, str | None]:
-        """Return the sha256 of fast, slow and averaged weights, momentum and BatchNorm buffers, to compare two runs."""
-        inner = self.optimizer.get("inner", self.optimizer)
-        momentum = [entry.get("momentum_buffer") for _, entry in sorted(inner["state"].items())]
+        """Return the sha256 of fast, slow and averaged weights, the optimizer's moments and BatchNorm buffers."""
+        entries = [entry for _, entry in sorted(self.optimizer.get("inner", self.optimizer)["state"].items())]
+        adam = self.spec["optimizer"]["name"] == "adamw"
+        moments = {key: key for key in ("exp_avg", "exp_avg_sq")} if adam else {"momentum": "momentum_buffer"}
         return {
             "fast_weights": tensorfile.digest(self.model),
             "slow_weights": tensorfile.digest(self.optimizer["slow"]) if "slow" in self.optimizer else None,
             **({"averaged_weights": tensorfile.digest(self.average)} if self.average is not None else {}),
-            "momentum": tensorfile.digest(momentum),
+            **{key: tensorfile.digest([entry.get(name) for entry in entries]) for key, name in moments.items()},
             "bn_buffers": tensorfile.digest(self.buffers),
         }
 
@@ -180,7 +186,7 @@ def _check_position(content: Mapping[str, Any]) -> None:
 
 
 # Keys of a group of parameters that each version of torch has.
-_GROUP = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
+_GROUP = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps")
 
 
 def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
@@ -189,9 +195,11 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
     weights, buffers = _form_of(content, spec)
     optimizer = build_optimizer(nn.ParameterList(weights.values()), spec).state_dict()
     inner = optimizer.get("inner", optimizer)
-    if content["updates"] and spec.optimizer.momentum:
-        inner["state"] = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights.values())}
-    inner["param_groups"][0] |= {"lr": float, ...: "other versions of torch have more keys or fewer"}
+    if content["updates"]:
+        inner["state"] = _moments(content, spec, list(weights.values()))
+    group = inner["param_groups"][0]
+    group |= {"lr": float, ...: "other versions of torch have more keys or fewer"}
+    group |= {"betas": list(group["betas"])} if "betas" in group else {}
     if "counter" in optimizer:
         optimizer["counter"] = content["updates"]
     scaler = {"scale": float, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -207,6 +215,19 @@ def _check_parts(content: Mapping[str, Any], spec: Spec) -> None:
         _check(content.get(key), form, key)
     if list(content["model"]) != list(weights):  # slow and averaged weights are lists in this order
         raise BadFileError("model: its weights are not in the order of the network's")
+
+
+def _moments(content: Mapping[str, Any], spec: Spec, weights: list[Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return the form of the optimizer's state by parameter."""
+    numbers: Iterable[int] = range(len(weights))
+    if spec.model.target is not None:  # its frozen parameters have none
+        found = content["optimizer"]
+        found = found.get("inner", found).get("state") if isinstance(found, dict) else None
+        numbers = [number for number in numbers if isinstance(found, dict) and number in found]
+    if spec.optimizer.name == "adamw":
+        step = torch.empty((), device="meta")
+        return {n: {"step": step, "exp_avg": weights[n], "exp_avg_sq": weights[n]} for n in numbers}
+    return {n: {"momentum_buffer": weights[n]} for n in numbers} if spec.optimizer.momentum else {}
 
 
 def _form_of(content: Mapping[str, Any], spec: Spec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

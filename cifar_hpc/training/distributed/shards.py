@@ -120,7 +120,7 @@ class ShardReducer:
 
     def __init__(self, model: DistributedDataParallel, layout: ShardLayout) -> None:
         self.layout = layout
-        self._parameters = list(model.parameters())
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._kept: list[dict[Tensor, Tensor]] = []
         self._under_way: list[tuple[ShardSum, torch.futures.Future[Tensor]]] = []
         self._buffers: dict[int, Tensor] = {}  # by bucket; new memory in each step would cost page faults
