@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from cifar_hpc.cli.figures.style import new_figure, save_figure
 from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_folder, shorten
-from cifar_hpc.config.spec import CLASSES
-from cifar_hpc.runs.paths import project_root
-from cifar_hpc.text import one_line, printable
+from cifar_hpc.errors import SpecError
+from cifar_hpc.runs.frozen_spec import read_frozen
+from cifar_hpc.runs.paths import RunPaths, project_root
+from cifar_hpc.text import one_line, printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +26,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Runs the test images through a checkpoint, or others that have labels (--data).
 Prints accuracy and loss, the accuracy of each class, and which classes are
-taken for which; --out draws the confusion matrix."""
+taken for which (with more than ten, the number of images and the class that
+most of the others were taken for); --out draws the confusion matrix."""
 EXAMPLES = (
     "improved_resnet-1a2b3c4d",
     "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --json",
     "improved_resnet-1a2b3c4d --data mine.npz",
 )
 
-NAME_WIDTH, MOST_CONFUSED = 12, 3
+NAME_WIDTH, LONG_NAME = 12, 24
+MOST_COLUMNS = 10  # classes of a matrix that fits 80 columns
 Matrix = list[list[int]]
 
 
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR|FILE",
-        help="other images: CIFAR-10's files, test/CLASS/*, CLASS/*, or a file with labels, as predict takes",
+        help="other images: CIFAR's files, test/CLASS/*, CLASS/*, or a file with labels, as predict takes",
     )
     parser.add_argument("--out", metavar="DIR", help="draw the confusion matrix there, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -58,9 +61,9 @@ def main(arguments: argparse.Namespace) -> int:
         accuracy, loss             in %, and the mean with the run's label smoothing
         logged                     {"epoch", "test_accuracy", "test_loss"} of the run's own evaluation of this model on
                                    these images; null where there was none
-        classes                    ten of {"label", "name", "images", "correct", "accuracy"}; the last is null where
-                                   there is no image
-        confusion                  ten rows, one a true class, of ten counts, one a predicted class
+        classes                    of each class {"label", "name", "images", "correct", "accuracy"}; the last is null
+                                   where there is no image
+        confusion                  a row for each true class, of counts, one for each predicted class
         device, amp                where and in what precision it was computed
         figures, notes             files written for --out; sentences that a user should know
 
@@ -74,7 +77,16 @@ def main(arguments: argparse.Namespace) -> int:
     folder = output_folder(arguments.out) if arguments.out is not None else None
     trained = load_trained(root, arguments.run, arguments.weights)
     spec = trained.spec.data
-    images = own_images(spec, root) if data is None else other_images(Path(data).expanduser(), spec, root)
+    if data is None:
+        frozen = read_frozen(RunPaths(root, trained.run)) if trained.run and spec.target else None
+        if spec.target and (frozen is None or frozen.data != spec):  # code that a file names by itself is never run
+            raise SpecError(
+                f"{trained.path}: its images come from {shown(spec.target)}, which is run only for a checkpoint of a "
+                "run whose logs/RUN/spec.yaml names it. HINT: --data."
+            )
+        images = own_images(spec, root, trained.code)
+    else:
+        images = other_images(Path(data).expanduser(), trained.info, resize=spec.image_size is not None)
     report = _report(trained, images, trained.logged if data is None else None)
     if folder is not None:
         name = trained.run or trained.path.name
@@ -87,13 +99,13 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def confusion(labels: Tensor, predicted: Tensor) -> Matrix:
+def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Matrix:
     """Counts of images by true class (row) and predicted class (column).
 
     Args:
-        labels, predicted: int64 [N] of classes 0 to 9.
+        labels, predicted: int64 [N] of classes 0 to `classes` - 1.
     """
-    matrix: Matrix = (labels * CLASSES + predicted).bincount(minlength=CLASSES**2).view(CLASSES, CLASSES).tolist()
+    matrix: Matrix = (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes).tolist()
     return matrix
 
 
@@ -105,45 +117,70 @@ def class_accuracy(matrix: Matrix, label: int) -> float | None:
 
 def table(matrix: Matrix, names: Sequence[str]) -> list[str]:
     """Lines of at most 80 columns, as long as no count has more than four digits."""
+    if len(matrix) > MOST_COLUMNS:
+        return _list(matrix, names)
     width = 1 + max(4, *(len(str(count)) for row in matrix for count in row))
-    head = "".join(f"{label:{width}}" for label in range(CLASSES))
+    head = "".join(f"{label:{width}}" for label in range(len(matrix)))
     lines = [f"{'':{NAME_WIDTH + 11}}predicted", f"{'true':{NAME_WIDTH + 2}} accuracy{head}"]
     for label, row in enumerate(matrix):
         accuracy = class_accuracy(matrix, label)
-        share = "-" if accuracy is None else f"{accuracy:.2f}%"
+        share = _share(accuracy)
         counts = "".join(f"{count or '.':>{width}}" for count in row)
         lines.append(f"{label} {short(names[label]):{NAME_WIDTH}}{share:>9}{counts}")
     return lines
 
 
-def short(name: str) -> str:
+def _list(matrix: Matrix, names: Sequence[str]) -> list[str]:
+    """A line for each class, in place of a matrix that no terminal shows."""
+    width = len(str(len(matrix) - 1))
+    lines = [f"{'class':{width + LONG_NAME + 1}}   images  accuracy  most often taken for"]
+    for label, row in enumerate(matrix):
+        count, other = max((count, -other) for other, count in enumerate(row) if other != label)
+        wrong = f"{short(names[-other], LONG_NAME)} ({count})" if count else ""
+        share = _share(class_accuracy(matrix, label))
+        line = f"{label:<{width}} {short(names[label], LONG_NAME):{LONG_NAME}}{sum(row):>9}{share:>10}  {wrong}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def _share(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2f}%"
+
+
+def short(name: str, width: int = NAME_WIDTH) -> str:
     """A class's name, fit for a column of a table."""
-    return shorten(one_line(name), NAME_WIDTH)
+    return shorten(one_line(name), width)
 
 
 def most_confused(matrix: Matrix, names: Sequence[str]) -> list[str]:
     """The pairs of classes that are taken for one another most often, such as `12.1% of cat taken for dog`."""
-    shares = [(100 * matrix[t][p] / sum(matrix[t]), t, p) for t, p in permutations(range(CLASSES), 2) if matrix[t][p]]
-    shares.sort(key=lambda entry: (-entry[0], entry[1:]))
-    return [f"{share:5.1f}% of {short(names[t])} taken for {short(names[p])}" for share, t, p in shares[:MOST_CONFUSED]]
+    pairs = [(t, p) for t, p in permutations(range(len(matrix)), 2) if matrix[t][p]]
+    shares = sorted((-100 * matrix[t][p] / sum(matrix[t]), t, p) for t, p in pairs)
+    most, width = (3, NAME_WIDTH) if len(matrix) <= MOST_COLUMNS else (10, LONG_NAME)
+    return [f"{-s:5.1f}% of {short(names[t], width)} taken for {short(names[p], width)}" for s, t, p in shares[:most]]
 
 
 def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list[Path]:
     """Write confusion.png and confusion.svg into `folder`: shares of each true class, in %. Returns their paths."""
     shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
-    figure = new_figure(5.2, 4.5)
+    count = len(matrix)
+    scale = max(1.0, count / 45)
+    figure = new_figure(5.2 * scale, 4.5 * scale)
     axes = figure.add_subplot()
     # The colour goes with the square root: most of what is confused is below 10%, and would look like nothing.
     image = axes.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=10)
     for true, row in enumerate(shares):
         for predicted, share in enumerate(row):
-            if matrix[true][predicted]:
+            if matrix[true][predicted] and count <= 16:
                 text = f"{share:.1f}" if share < 99.95 else "100"
                 colour = "white" if share > 40 else "black"
-                axes.text(predicted, true, text, ha="center", va="center", fontsize=6.5, color=colour)
+                axes.text(predicted, true, text, ha="center", va="center", fontsize=min(6.5, 65 / count), color=colour)
     labels = [short(name) for name in names]
-    axes.set_xticks(range(CLASSES), labels, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(CLASSES), labels)
+    turn = 40 if count <= MOST_COLUMNS else 90
+    axes.set_xticks(range(count), labels, rotation=turn, ha="right", va="center", rotation_mode="anchor")
+    axes.set_yticks(range(count), labels)
+    if count > MOST_COLUMNS:
+        axes.tick_params(labelsize=max(4, min(8, 200 * scale / count)))
     axes.set(xlabel="predicted class", ylabel="true class", title=printable(title))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -177,7 +214,7 @@ def measure(trained: TrainedModel, data: LabelledImages) -> tuple[float, float, 
         sums[first // BATCH, 1] = (found == part).sum().cpu()
         predicted[first : first + BATCH] = found.cpu()
     loss, correct = (float(value) for value in sums.sum(0))
-    return 100 * correct / count, loss / count, confusion(data.labels, predicted)
+    return 100 * correct / count, loss / count, confusion(data.labels, predicted, len(data.classes))
 
 
 def _report(trained: TrainedModel, data: LabelledImages, logged: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cifar_hpc.config import user_code
 from cifar_hpc.config.io import NOT_IN_NAME, covered
 from cifar_hpc.config.spec import BUILT_IN, DataSpec
 from cifar_hpc.config.yaml_loader import Dumper
+from cifar_hpc.data.sources import source_of
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import read_regular, write_atomic
 from cifar_hpc.runs.paths import PACKAGE, project_root
@@ -229,8 +230,7 @@ def _measured_on(data: DataSpec) -> str:
     """The images of the run's own evaluation, in words."""
     test = data.holdout is None
     kind, size = ("test", data.test_size) if test else ("training", data.train_size)
-    folder = f"{Path(data.root).name}/{'test' if test else 'train'}"
-    images = {"cifar10": f"CIFAR-10's {kind} images", "folder": folder}.get(data.source, f"the synthetic {kind} images")
+    images = source_of(data).words(data, Path(), kind)
     words = images if size is None else f"{size:,} of {images}"
     return words if test else f"{data.holdout:,} of {words}, held out; not the test images"
 

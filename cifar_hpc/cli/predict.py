@@ -16,11 +16,14 @@ from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import one_line
 
 COLUMNS = ("ID", "Labels")
-RESIZED = "Image files of other sizes were resized to 32x32 pixels (bicubic, antialiased)."
+RESIZED = (
+    "Image files of other sizes were resized to {0}x{0} pixels: turned as their EXIF data say, cut to the square in "
+    "the middle (bicubic, antialiased)."
+)
 
 DESCRIPTION = """\
 Writes a CSV with the columns ID and Labels, one row per image in the order of
-the input, and says the accuracy where the input has labels: ten class folders,
+the input, and says the accuracy where the input has labels: class folders,
 or labels in the file. A CIFAR pickle is read without executing anything in it.
 --out - writes to standard output, and all else to standard error."""
 EXAMPLES = (
@@ -32,35 +35,36 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    text = "an image, a folder of images or of ten class folders, a .npy or .npz file, or a CIFAR pickle"
+    text = "an image, a folder of images or of class folders, a .npy or .npz file, or a CIFAR pickle"
     parser.add_argument("input", metavar="INPUT", help=text)
     parser.add_argument("--out", metavar="FILE.csv", required=True, help="the CSV to write; - is standard output")
     parser.add_argument("--names", action="store_true", help="further columns: the class's name, and the file's")
     parser.add_argument("--probabilities", action="store_true", help="a further column for each class: its probability")
-    parser.add_argument("--resize", action="store_true", help="resize image files of other sizes to 32x32 pixels")
+    parser.add_argument("--resize", action="store_true", help="resize image files to the size of the run's images")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write a CSV of the columns ID and Labels (0 to 9), one row per image in the input's order, and print a summary.
+    """Write a CSV of the columns ID and Labels (from 0), one row per image in the input's order, and print a summary.
 
     Raises:
         UserError: names the run, the file or the folder that is wrong; the output is then unchanged.
     """
-    from cifar_hpc.data.datasets import class_names, match_classes
+    from cifar_hpc.data.datasets import match_classes
     from cifar_hpc.data.image_input import open_images
     from cifar_hpc.training.trained_model import batches, load_trained, summary
 
     root, path = project_root(), None if arguments.out == "-" else output_file(arguments.out)
-    images = open_images(Path(arguments.input).expanduser(), arguments.resize)
+    trained = load_trained(root, arguments.run, arguments.weights)
+    resize = arguments.resize or trained.spec.data.image_size is not None
+    images = open_images(Path(arguments.input).expanduser(), trained.info, resize)
     if arguments.resize and not images.files:
         raise SpecError(f"--resize: {arguments.input} is an array file; allowed: image files, or a folder of them.")
-    trained = load_trained(root, arguments.run, arguments.weights)
     labels: list[int] = []
     shares: list[list[float]] = []
     for _, logits in batches(trained, images.read, len(images.ids), "predicting"):
         labels += logits.argmax(1).tolist()
         shares += logits.softmax(1).tolist() if arguments.probabilities else []
-    names = class_names(trained.spec.data, root)
+    names = trained.info.classes
     columns = dict(zip(COLUMNS, (images.ids, labels), strict=True))
     if arguments.names:
         columns |= {"class": [names[label] for label in labels]}
@@ -77,19 +81,22 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
-    facts, notes = trained.facts(root), [*trained.notes, *([RESIZED] if arguments.resize else [])]
+    facts, notes = (
+        trained.facts(root),
+        [*trained.notes, *([RESIZED.format(trained.info.image_size)] if resize and images.files else [])],
+    )
     left_out = f", and {images.left_out} left out that are no images by name" if images.left_out else ""
     facts["images"] = f"{len(labels):,} in {arguments.input}{left_out}"
     if images.labels is not None:
         true, _, more = match_classes(images.labels, images.classes or names, names)
         right = sum(found == label for found, label in zip(labels, true.tolist(), strict=True))
         facts["accuracy"], notes = f"{100 * right / len(labels):.2f}% by the labels of the input", [*notes, *more]
-    counts = Counter(labels)
+    counts, width = Counter(labels), len(str(len(names) - 1))
     table = [
-        f"{label} {short(name):12}{counts[label]:>9,}{100 * counts[label] / len(labels):>8.2f}%"
+        f"{label:<{width}} {short(name):12}{counts[label]:>9,}{100 * counts[label] / len(labels):>8.2f}%"
         for label, name in enumerate(names)
     ]
-    body = ["", f"{'class':14}{'images':>9}{'share':>9}", *table, ""]
+    body = ["", f"{'class':{width + 13}}{'images':>9}{'share':>9}", *table, ""]
     heads = ",".join(COLUMNS) + ", ..." * (len(columns) > 2)
     written = f"wrote {path or 'standard output'}: {heads}; IDs {images.ids[0]} to {images.ids[-1]}"
     print(summary(facts, body, notes, [written]), file=sys.stdout if path else sys.stderr)

@@ -134,6 +134,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     if spec.tracking.tensorboard or spec.tracking.wandb:
         runs = shlex.quote(f"{order.sweep}-*") if order.sweep else run.name
         note(f"tracking.*: jobs start no tracker. HINT: {_python()} track {runs} --tensorboard DIR, or --wandb online")
+    if outcome.images:
+        note(outcome.images)
     if order.on_slurm and not arguments.dry_run and (problem := _about_partition(spec)):
         note(f"the job may never start: {problem}")  # sbatch accepts it, and lets it wait
     if outcome.finished or not arguments.follow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import socket
@@ -48,6 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install(interactive=True)
     startup = Stopwatch()
     from cifar_hpc.config.io import load_spec, run_name
+    from cifar_hpc.data.sources import source_of, with_size
     from cifar_hpc.runs.frozen_spec import freeze, resolve
     from cifar_hpc.runs.lock import lock_submission
     from cifar_hpc.runs.paths import RunPaths, check_run_name, project_root
@@ -56,18 +58,17 @@ def main(arguments: argparse.Namespace) -> int:
     spec = load_spec(path, arguments.overrides, project_root())
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")
+    spec = dataclasses.replace(spec, data=with_size(spec.data, paths.root, first_only=launch.rank > 0))
     spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
 
     with Screen(paths, enabled=launch.rank == 0) as screen:
-        from cifar_hpc.data.cifar10 import fetch_cifar10
         from cifar_hpc.training.attempt import Attempt
         from cifar_hpc.training.context import Context
 
         context = Context(paths, spec, launch, stop, startup)
         paths.create()
         if launch.rank == 0:
-            if spec.data.source == "cifar10":
-                fetch_cifar10(paths.root / spec.data.root)  # reading verifies it
+            source_of(spec.data).fetch(spec.data, paths.root)  # reading verifies it
             submission = lock_submission(paths.logs, f"run {paths.name}")
             context.lock.acquire({"job_id": launch.job_id, "host": socket.gethostname(), "pid": os.getpid()})
             # Again: another process may have come first.

@@ -222,7 +222,7 @@ def run_name(job: str, spec: Spec) -> str:
 def changed_keys(spec: Spec) -> dict[str, Any]:
     """Values by dotted key that differ from the defaults, but for those that do not change the result of a run."""
     changed = {k: new for k, (_, new) in differences(Spec(), spec).items() if not covered(k, NOT_IN_NAME)}
-    if spec.data.source == "folder":
+    if spec.data.in_root:
         changed["data.root"] = spec.data.root  # it chooses the images; for other sources it is only their place
     return changed
 

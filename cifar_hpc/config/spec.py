@@ -16,6 +16,7 @@ CLASSES = 10
 BUILT_IN = "improved_resnet:ImprovedResNet"  # the built-in network, as exported models name it
 TARGET_KEYS = ("target", "args", "code", "init_from", "init_digest")  # of a network that is not the built-in one
 IMAGE_SIZE = 32  # height and width of a CIFAR-10 image, in pixels
+LEAST_SIZE, LARGEST_SIZE = 4, 1024  # of an image, likewise
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
 LEAST_WIDTH = 4
@@ -176,33 +177,34 @@ class TrainSpec:
 @dataclass(frozen=True)
 class DataSpec:
     source: Literal["cifar10", "cifar100", "folder", "synthetic"] = option("cifar10", "where the images come from")
-    root: str = option(
-        "data", "folder of the images (relative to the project's root; with ~ or $VARIABLE); synthetic ignores it"
-    )
-    target: str | None = option(
-        None, "your own images, in place of source: FILE.py:NAME from the job file's folder, or MODULE:NAME"
-    )
+    root: str = option("data", "folder of the images, from the project's root, ~ or $VARIABLE; not for synthetic")
+    target: str | None = option(None, "your own images: FILE.py:NAME from the job file's folder, or MODULE:NAME")
     args: dict[str, Any] = option({}, "arguments of the target")
     code: str | None = option(None, "digest of the target's files; filled in, not given")
     image_size: int | None = option(
-        None,
-        "height and width of all images, in pixels, to which others are resized; null is 32, or a folder's own",
-        low=4,
-        high=1024,
+        None, "height and width to resize all images to; null: 32, or a folder's own", low=LEAST_SIZE, high=LARGEST_SIZE
     )
     train_size: int | None = option(None, "training images (a fixed random choice); null is all", low=1, high=INT32)
     test_size: int | None = option(None, "test images to use; null is all", low=1, high=INT32)
     holdout: int | None = option(
-        None,
-        "training images kept apart (a fixed random choice) and evaluated on as the test images",
-        low=1,
-        high=INT32,
+        None, "training images kept apart (a fixed random choice) as the test images", low=1, high=INT32
     )
 
     @property
     def size(self) -> int:
         """Height and width of the images, in pixels."""
         return self.image_size or IMAGE_SIZE
+
+    @property
+    def in_root(self) -> bool:
+        """Return whether data.root chooses the images; elsewhere it is only their place."""
+        return self.target is not None or self.source == "folder"
+
+    @property
+    def label(self) -> str:
+        """Name the images in a word."""
+        name = self.target or (f"{self.source}:{self.root}" if self.in_root else self.source)
+        return f"{name}, {self.image_size}x{self.image_size} pixels" if self.image_size else name
 
 
 @dataclass(frozen=True)
@@ -351,6 +353,8 @@ def check(spec: Spec) -> Spec:
             raise SpecError(f"model.{key}: has no effect with model.target. HINT: model.args are its arguments.")
     if spec.data.target is not None:
         check_target(spec.data.target, "data.target")
+        if spec.data.source != DataSpec().source:
+            raise SpecError(f"data.source: {spec.data.source} has no effect with data.target. HINT: leave one out.")
     for section in (model, spec.data):
         if section.args and section.target is None:
             name = "model" if section is model else "data"

@@ -3,140 +3,185 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import math
 import os
 import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cifar_hpc import tensorfile
-from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE, DataSpec
-from cifar_hpc.data import synthetic
-from cifar_hpc.data.cifar10 import FOLDER, read_cifar10
-from cifar_hpc.data.image_folder import class_folders, list_folder, list_split
-from cifar_hpc.data.image_input import decode, open_images, read_image
-from cifar_hpc.data.info import DatasetInfo
+from cifar_hpc.config.spec import IMAGE_SIZE, DataSpec
+from cifar_hpc.data import cifar
+from cifar_hpc.data.image_folder import READERS, class_folders, decode, list_folder, list_split, pixels, read_image
+from cifar_hpc.data.image_input import open_images
+from cifar_hpc.data.info import CIFAR10, DatasetInfo
+from cifar_hpc.data.sources import Progress, check_sizes, source_of
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, read_regular, remove_leftovers, replacing, write_atomic
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.tensorfile import BadFileError
-from cifar_hpc.text import counted
+from cifar_hpc.text import counted, shown
 
-SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 10_000, 2_000
-# Files of a network file system take their time, but not one after the other. A thread takes several: to hand over each
-# takes longer than to read it from a local disk.
-_READERS, _READ_BY_EACH = 16, 32
-_READ_AT_ONCE = _READERS * _READ_BY_EACH
+# A thread takes several files: to hand over each takes longer than to read it from a local disk. Fewer where each is
+# resized, so that a signal to stop is noticed within seconds.
+_READ_BY_EACH, _RESIZED_BY_EACH = 32, 4
 SAY_SECONDS = 5.0  # between two lines that say how far it is
-CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
-UNKNOWN = tuple(f"class {label}" for label in range(CLASSES))
-Progress = Callable[[str], bool]
+_PART = 2**22  # values that are measured at a time
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 [N, 3, 32, 32] and labels int64 [N], for training and test."""
+    """Images uint8 [N, 3, S, S] and labels int64 [N], for training and test, and facts of them."""
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    info: DatasetInfo = DatasetInfo(CIFAR10, IMAGE_SIZE)
+    info: DatasetInfo = field(default=DatasetInfo(), kw_only=True)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The images and labels, by name."""
+        return {name: getattr(self, name) for name in _TENSORS}
 
     def to(self, device: torch.device) -> Dataset:
         """The same on `device`."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        return Dataset(*(tensor.to(device) for tensor in self.tensors.values()), info=self.info)
 
 
-def load_dataset(spec: DataSpec, root: Path, progress: Progress = lambda text: False) -> Dataset:
+def load_dataset(
+    spec: DataSpec, root: Path, progress: Progress = lambda text: False, user_code: Path | None = None
+) -> Dataset:
     """Read the images that `spec` names.
 
     Args:
         root: the project's root; relative data.root start there.
         progress: called now and then with a line for the log, or an empty one; returns true to interrupt reading.
+        user_code: the folder of the copies of the user's files, where data.target is in one.
 
     Raises:
         SpecError: names the file or folder that is missing or wrong.
+        RunFailedError: the user's code fails.
         Interrupted: where `progress` returned true.
     """
-    if spec.source == "cifar10":
-        whole = Dataset(*read_cifar10(root / spec.root))
-    elif spec.source == "folder":
-        whole = _read_folder(spec, root, progress)
-    else:
-        sizes = spec.train_size or SYNTHETIC_TRAIN_SIZE, spec.test_size or SYNTHETIC_TEST_SIZE
-        whole = Dataset(*synthetic.make_synthetic(*sizes))
-    chosen = Dataset(
-        *_choose(whole.train_images, whole.train_labels, spec.train_size, "data.train_size"),
-        *_choose(whole.test_images, whole.test_labels, spec.test_size, "data.test_size"),
-    )
-    chosen = chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
-    return replace(chosen, info=DatasetInfo(class_names(spec, root), spec.size))
+    source = source_of(spec)
+    whole = source.load(spec, root, progress, user_code)
+    sizes = check_sizes(spec, len(whole.train_images), len(whole.test_images))
+    train, train_labels = _choose(whole.train_images, whole.train_labels, sizes[0])
+    test, test_labels = _choose(whole.test_images, whole.test_labels, sizes[1])
+    info = dataclasses.replace(whole.info, image_size=spec.size)
+    train, test = _resize(train, spec.size), _resize(test, spec.size)
+    if source.measured:
+        info = _measured(info, _statistics(train))
+    chosen = Dataset(train, train_labels, test, test_labels, info=info)
+    return chosen if spec.holdout is None else _hold_out(chosen, spec.holdout)
 
 
-def _choose(images: Tensor, labels: Tensor, size: int | None, key: str) -> tuple[Tensor, Tensor]:
-    if size is None or size == len(images):
+def _choose(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    if size == len(images):
         return images, labels
-    if size > len(images):
-        raise SpecError(f"{key}: {size} is more than there are: {counted(len(images), 'image')}.")
     rows = permutation(0, 0, len(images))[:size].sort().values
     return images[rows], labels[rows]
 
 
 def _hold_out(data: Dataset, count: int) -> Dataset:
     """`count` training images in place of the test images; the same ones for every seed of a run."""
-    if count >= len(data.train_images):
-        raise SpecError(
-            f"data.holdout: {count} is not allowed; allowed: less than the {len(data.train_images)} training images."
-        )
     order = permutation(mix(Stream.SPLIT), 0, len(data.train_images))
     kept, held = order[count:].sort().values, order[:count].sort().values
-    return Dataset(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
+    images, labels = data.train_images, data.train_labels
+    return Dataset(images[kept], labels[kept], images[held], labels[held], info=data.info)
 
 
-def _read_folder(spec: DataSpec, root: Path, progress: Progress) -> Dataset:
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Square images in another size, by Pillow as those of folders: the same bytes on every machine."""
+    if images.shape[-1] == size:
+        return images
+    from PIL import Image
+
+    def resized(image: Tensor) -> Tensor:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
+        return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+    out = images.new_empty(len(images), 3, size, size)
+    for number, image in enumerate(images):
+        out[number] = resized(image)
+    return out
+
+
+def _statistics(images: Tensor) -> list[float]:
+    """Mean and standard deviation of red, green and blue, six numbers, from sums of integers, which are exact."""
+    sums, squares = [0, 0, 0], [0, 0, 0]
+    for part in images.split(max(1, _PART // images[0].numel())):
+        for channel, values in enumerate(part.transpose(0, 1)):
+            counts = torch.bincount(values.flatten(), minlength=256).tolist()
+            sums[channel] += sum(n * value for value, n in enumerate(counts))
+            squares[channel] += sum(n * value**2 for value, n in enumerate(counts))
+    count = images[:, 0].numel()
+    spread = [math.sqrt(count * square - total**2) for total, square in zip(sums, squares, strict=True)]
+    # A channel that is the same everywhere is not scaled.
+    return [*(total / (255 * count) for total in sums), *(s / (255 * count) or 1.0 for s in spread)]
+
+
+def _measured(info: DatasetInfo, statistics: Sequence[float]) -> DatasetInfo:
+    red, green, blue, *deviations = statistics
+    return dataclasses.replace(info, mean=(red, green, blue), std=(deviations[0], deviations[1], deviations[2]))
+
+
+def read_folder(spec: DataSpec, root: Path, progress: Progress) -> Dataset:
     """Read the images of a folder that `spec` asks for, and no others: from a cache once they have been decoded."""
     folder, files, labels = root / spec.root, list[Path](), list[Tensor]()
-    all_files, all_labels = list_folder(folder)
-    for split, size in (("train", spec.train_size), ("test", spec.test_size)):
-        every = torch.arange(len(all_files[split])), torch.tensor(all_labels[split])
-        rows, chosen = _choose(*every, size, f"data.{split}_size")
+    all_files, all_labels, classes = list_folder(folder, spec.holdout is not None)
+    sizes = check_sizes(spec, len(all_files["train"]), len(all_files["test"]))
+    for split, size in zip(("train", "test"), sizes, strict=True):
+        every = torch.arange(len(all_files[split])), torch.tensor(all_labels[split], dtype=torch.int64)
+        rows, chosen = _choose(*every, size)
         files += [all_files[split][row] for row in rows.tolist()]
         labels.append(chosen)
-    stamp = _stamp(files)
+    stamp = _stamp(files, spec.image_size)
     known = _cache_path(folder, root, f"known-{stamp[:32]}") if stamp else None
-    digest = _recalled(known) or _read_images(files, progress, "comparing")[0]
+    digest = _recalled(known) or ""
+    if not digest and any(next(place.glob("decoded-*"), None) for place in _cache_folders(folder, root)):
+        digest = _read_images(files, progress, spec.image_size)
     cache = _cache_path(folder, root, f"decoded-{digest[:16]}.pt")
     remove_leftovers(cache.parent)  # of processes that were killed while they wrote one
-    images = None
-    if os.path.lexists(cache):
+    content = None
+    if digest and os.path.lexists(cache):
         try:
-            images = _read_cache(cache)
+            content = _read_cache(cache)
         except (BadFileError, OSError) as error:  # no reason to stop: it is only a cache
             progress(f"WARNING data cache {cache}: {error}; decoding again")
-    if images is None:
+    if content is None:
         progress(f"decoding {len(files):,} images in {folder}, once: later starts read a cache")
-        digest, decoded = _read_images(files, progress, "decoding")
-        cache = _cache_path(folder, root, f"decoded-{digest[:16]}.pt")  # another one, if an image has changed since
         # In a file, each tensor has memory of its own (`tensorfile`).
-        images = decoded[: len(labels[0])].clone(), decoded[len(labels[0]) :].clone()
-        _keep_cache(cache, Dataset(images[0], labels[0], images[1], labels[1]), progress)
+        train, test = (torch.empty(len(part), 3, spec.size, spec.size, dtype=torch.uint8) for part in labels)
+        digest = _read_images(files, progress, spec.image_size, [*train, *test])
+        cache = _cache_path(folder, root, f"decoded-{digest[:16]}.pt")  # another one, if an image has changed since
+        tensors = zip(_TENSORS, (train, labels[0], test, labels[1]), strict=True)
+        content = {**dict(tensors), "name": cache.name, "statistics": _statistics(train)}
+        _keep_cache(cache, content, progress)
     if known is not None and not known.exists():
         with contextlib.suppress(OSError):  # the next start compares the content again
             known.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
             write_atomic(known, digest.encode(), durable=False)
-    return Dataset(images[0], labels[0], images[1], labels[1])
+    info = DatasetInfo(classes)
+    if classes != CIFAR10 or spec.size != IMAGE_SIZE:  # whose numbers runs of earlier versions have used
+        info = _measured(info, content.get("statistics") or _statistics(content["train_images"]))
+    return Dataset(content["train_images"], labels[0], content["test_images"], labels[1], info=info)
 
 
-def _stamp(files: list[Path]) -> str | None:
+def _stamp(files: list[Path], size: int | None) -> str | None:
     """sha256 of names, sizes, times and inodes, by which files are known as unchanged without reading them.
 
     tar, rsync and zip give other images the size and the time of the old ones, but nobody can set the time of the
@@ -146,14 +191,16 @@ def _stamp(files: list[Path]) -> str | None:
     latest, began, few = time.time_ns() - 60 * 10**9, time.monotonic(), 1000
     try:
         stats = [*map(os.stat, files[:few])]
-        with ThreadPoolExecutor(_READERS) as pool:  # only where a file takes its time: else threads take the longer
+        with ThreadPoolExecutor(READERS) as pool:  # only where a file takes its time: else threads take the longer
             each = pool.map if time.monotonic() - began > 0.1 else map
-            stats += chain.from_iterable(each(lambda paths: [*map(os.stat, paths)], _shares(files[few:])))
+            stats += chain.from_iterable(
+                each(lambda paths: [*map(os.stat, paths)], _shares(files[few:], _READ_BY_EACH))
+            )
     except OSError:
         return None  # reading will say why
     if any(status.st_ctime_ns > latest for status in stats):
         return None
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if size is None else b"%d\n" % size)
     for path, status in zip(files, stats, strict=True):
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
         digest.update(f"{_name(path)}\0{status.st_size} {times} {status.st_ino}\n".encode(errors="surrogateescape"))
@@ -168,26 +215,28 @@ def _recalled(known: Path | None) -> str | None:
     return None
 
 
-def _keep_cache(cache: Path, data: Dataset, progress: Progress) -> None:
+def _keep_cache(cache: Path, content: dict[str, Any], progress: Progress) -> None:
     try:
         cache.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
         with replacing(cache) as file:
-            tensorfile.save(
-                tensorfile.seal({**{name: getattr(data, name) for name in _TENSORS}, "name": cache.name}), file
-            )
+            tensorfile.save(tensorfile.seal(content), file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         progress(f"WARNING data cache {cache} cannot be written ({error}); the next start decodes again")
 
 
+def _cache_folders(folder: Path, root: Path) -> tuple[Path, Path]:
+    return folder / ".cifar_hpc", root / "checkpoints" / ".data"
+
+
 def _cache_path(folder: Path, root: Path, name: str) -> Path:
-    beside = folder / ".cifar_hpc"
+    beside, elsewhere = _cache_folders(folder, root)
     if os.path.exists(beside / name) or os.access(folder, os.W_OK, effective_ids=True):  # noqa: PTH110
         return beside / name
-    return root / "checkpoints" / ".data" / name
+    return elsewhere / name
 
 
-def _read_cache(path: Path) -> tuple[Tensor, Tensor]:
-    """The training and test images in a cache.
+def _read_cache(path: Path) -> dict[str, Any]:
+    """The content of a cache.
 
     Raises:
         BadFileError: it is damaged, or not the cache of this folder.
@@ -196,40 +245,50 @@ def _read_cache(path: Path) -> tuple[Tensor, Tensor]:
     if not isinstance(content, dict) or content.get("name") != path.name or not content.keys() >= {*_TENSORS, "digest"}:
         raise BadFileError("not the decoded images of this folder")
     tensorfile.check_seal(content)
-    return content["train_images"], content["test_images"]
+    return content
 
 
-def _read_images(files: list[Path], progress: Progress, doing: str) -> tuple[str, Tensor]:
-    """(sha256 of names and contents, images; none unless `doing` is decoding).
+def _read_images(files: list[Path], progress: Progress, size: int | None, images: Sequence[Tensor] = ()) -> str:
+    """Digest of names and contents, which decide where there is no stamp, such as in a copy of the folder.
 
-    The content decides where there is no stamp, such as in a copy of the folder.
+    Args:
+        size: as `pixels`.
+        images: takes the pixels of each file; without them, nothing is decoded.
     """
-    digest = hashlib.sha256(b"3")  # the version of the cache's format
-    images = torch.empty(len(files) if doing == "decoding" else 0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    last_said = time.monotonic()
-    with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(files), _READ_AT_ONCE):
-            part = files[first : first + _READ_AT_ONCE]
+
+    def read(rows: Sequence[int]) -> list[bytes]:
+        known = []
+        for row in rows:
+            content = read_image(files[row], size)
+            if images:
+                images[row].copy_(torch.from_numpy(pixels(files[row], content, size)))
+            # Photographs are too many bytes to keep until their turn comes.
+            known.append(content if size is None else hashlib.sha256(content).digest())
+        return known
+
+    digest = hashlib.sha256(b"3" if size is None else b"3 %d\n" % size)  # the version of the cache's format
+    last_said, doing = time.monotonic(), "decoding" if images else "comparing"
+    each = _READ_BY_EACH if size is None else _RESIZED_BY_EACH
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(READERS) as pool:
+        for part in _shares(range(len(files)), READERS * each):
             try:
-                contents = [*chain.from_iterable(pool.map(lambda paths: [*map(read_image, paths)], _shares(part)))]
-                if doing == "decoding":
-                    images[first : first + len(part)] = decode(part, contents)
+                contents = [*chain.from_iterable(pool.map(read, _shares(part, each)))]
             except SpecError as error:
                 raise SpecError(f"data.root: {error}") from None
-            for path, content in zip(part, contents, strict=True):
-                digest.update(f"{_name(path)}\0{len(content)}\n".encode(errors="surrogateescape") + content)
+            for row, content in zip(part, contents, strict=True):
+                digest.update(f"{_name(files[row])}\0{len(content)}\n".encode(errors="surrogateescape") + content)
             text = ""
             if time.monotonic() - last_said > SAY_SECONDS:
-                text = f"{doing} images: {first + len(part):,} of {len(files):,}"
+                text = f"{doing} images: {part[-1] + 1:,} of {len(files):,}"
                 last_said = time.monotonic()
             if progress(text):
                 raise Interrupted
-    return digest.hexdigest(), images
+    return digest.hexdigest()
 
 
-def _shares(files: list[Path]) -> list[list[Path]]:
-    """Parts of `files` for the threads."""
-    return [files[first : first + _READ_BY_EACH] for first in range(0, len(files), _READ_BY_EACH)]
+def _shares(items: Sequence[Any], each: int) -> list[Any]:
+    """Parts of `items` for the threads."""
+    return [items[first : first + each] for first in range(0, len(items), each)]
 
 
 def _name(path: Path) -> str:
@@ -237,30 +296,9 @@ def _name(path: Path) -> str:
     return "/".join(path.parts[-3:])
 
 
-def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
-    """The names in the order of the labels; "class 0" and so on where a folder of images no longer exists.
-
-    Args:
-        root: the project's root; a relative data.root starts there.
-    """
-    if data.source == "cifar10":
-        return CIFAR10
-    if data.source == "synthetic":
-        return synthetic.CLASSES
-    return folder_classes(root / data.root / "train") or folder_classes(root / data.root / "test") or UNKNOWN
-
-
-def folder_classes(folder: Path) -> tuple[str, ...] | None:
-    """The names of the class folders in `folder`, in the order of their labels; None where it has not ten."""
-    with contextlib.suppress(SpecError):
-        names = class_folders(folder)
-        return tuple(names) if len(names) == CLASSES else None
-    return None
-
-
 @dataclass(frozen=True)
 class LabelledImages:
-    """Test images uint8 [N, 3, 32, 32], labels int64 [N], names of the classes, a description, notes for the user."""
+    """Test images uint8 [N, 3, S, S], labels int64 [N], names of the classes, a description, notes for the user."""
 
     images: Tensor
     labels: Tensor
@@ -269,24 +307,25 @@ class LabelledImages:
     notes: tuple[str, ...] = ()
 
 
-def own_images(data: DataSpec, root: Path) -> LabelledImages:
+def own_images(data: DataSpec, root: Path, user_code: Path | None = None) -> LabelledImages:
     """The images that the run evaluates on.
 
     Raises:
         SpecError: they are not there.
     """
-    found = load_dataset(data, root)
-    what = {"cifar10": f"CIFAR-10 in {root / data.root}", "folder": str(root / data.root), "synthetic": "synthetic"}
+    found = load_dataset(data, root, user_code=user_code)
     held = ", held out of the training images" if data.holdout is not None else ""
-    return LabelledImages(found.test_images, found.test_labels, class_names(data, root), what[data.source] + held)
+    words = source_of(data).words(data, root) + held
+    return LabelledImages(found.test_images, found.test_labels, found.info.classes, words)
 
 
-def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
-    """All test images of `folder`: CIFAR-10 as torchvision keeps it, or files in test/<class>/ or <class>/; or those of
-    an array file or a CIFAR pickle with labels.
+def other_images(folder: Path, info: DatasetInfo, resize: bool) -> LabelledImages:
+    """All test images of `folder`: CIFAR as torchvision keeps it, or files in test/<class>/ or <class>/; or those of an
+    array file or a CIFAR pickle with labels.
 
     Args:
-        data: of the run; the labels follow the order of its classes.
+        info: of the run; the labels follow the order of its classes.
+        resize: image files of other sizes than the run's are resized, as the run does.
 
     Raises:
         SpecError: it holds neither, or a file in it is wrong.
@@ -294,28 +333,33 @@ def other_images(folder: Path, data: DataSpec, root: Path) -> LabelledImages:
     if not folder.exists():
         raise SpecError(f"--data: {folder} is no folder and no file.")
     if not folder.is_dir():
-        found = open_images(folder)
+        found = open_images(folder, info, resize)
         if found.labels is None:
             hint = f"HINT: python -m cifar_hpc predict RUN {folder} --out labels.csv"
-            raise SpecError(
-                f"--data: {folder} has no labels from 0 to {CLASSES - 1}, so no accuracy can be measured. {hint}"
-            )
+            last = len(info.classes) - 1
+            raise SpecError(f"--data: {folder} has no labels from 0 to {last}, so no accuracy can be measured. {hint}")
         whole = found.read(0, len(found.ids))
-        return LabelledImages(whole, found.labels, class_names(data, root), f"in {folder}")
-    cifar10 = folder.parent if folder.name == FOLDER else folder
-    if (cifar10 / FOLDER).is_dir():
-        ours = load_dataset(DataSpec(source="cifar10", root=str(cifar10.absolute())), root)
-        images, labels, classes, source = ours.test_images, ours.test_labels, CIFAR10, f"CIFAR-10 in {cifar10}"
+        return LabelledImages(whole, found.labels, info.classes, f"in {folder}")
+    above = folder.parent if folder.name in (known.folder for known in cifar.SETS.values()) else folder
+    sets = [name for name, known in cifar.SETS.items() if (above / known.folder).is_dir()]
+    if sets:  # both may be there: the one whose folder is named, or of the run's number of classes
+        run = f"cifar{len(info.classes)}"
+        name: Any = min(sets, key=lambda name: (cifar.SETS[name].folder != folder.name, name != run))
+        size = None if info.image_size == IMAGE_SIZE else info.image_size
+        ours = load_dataset(DataSpec(source=name, root=str(above.absolute()), image_size=size), above)
+        images, labels, classes = ours.test_images, ours.test_labels, ours.info.classes
+        source = f"{cifar.SETS[name].words} in {above}"
     else:
         split = folder / "test" if (folder / "test").is_dir() else folder
-        if folder_classes(split) is None:
+        if not class_folders(split):
             raise SpecError(
-                f"--data: {folder} holds no test images; allowed: a folder with {FOLDER}, with test/<class>/*, or with "
-                "ten class folders."
+                f"--data: {folder} holds no test images; allowed: a folder with {cifar.SETS['cifar10'].folder} or "
+                f"{cifar.SETS['cifar100'].folder}, with test/<class>/*, or with class folders."
             )
         files, numbers, folders = list_split(split, "--data")
-        images, labels, classes, source = decode(files), torch.tensor(numbers), tuple(folders), str(split)
-    labels, names, notes = match_classes(labels, classes, class_names(data, root))
+        images, source = decode(files, info.image_size if resize else None), str(split)
+        labels, classes = torch.tensor(numbers), tuple(folders)
+    labels, names, notes = match_classes(labels, classes, info.classes)
     return LabelledImages(images, labels, names, source, notes)
 
 
@@ -327,11 +371,24 @@ def match_classes(
     Args:
         classes: names of the folders, in the order of `labels`.
         known: of the run.
+
+    Raises:
+        SpecError: they are classes of other names, and another number of them.
     """
-    if sorted(classes) == sorted(known):  # matched by name
+    if set(classes) <= set(known):  # matched by name
         return torch.tensor([known.index(name) for name in classes])[labels], known, ()
+    if len(classes) != len(known):
+        other = next(name for name in classes if name not in known)
+        raise SpecError(
+            f"--data: {counted(len(classes), 'class')}, of which {shown(other)} is none of the run's {len(known)} "
+            f"({few(known)}). HINT: name the folders as the run's classes."
+        )
     note = (
-        f"The classes there ({', '.join(classes)}) are not those of the run ({', '.join(known)}): they are "
-        "matched by their order."
+        f"The classes there ({few(classes)}) are not those of the run ({few(known)}): they are matched by their order."
     )
     return labels, classes, (note,)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first ten names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -4,8 +4,7 @@ import io
 import os
 import pickle
 import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_hpc.config.spec import CLASSES, IMAGE_SIZE
-from cifar_hpc.data.image_folder import IMAGE_FORMATS, IMAGE_SUFFIXES, list_split
+from cifar_hpc.data.image_folder import IMAGE_SUFFIXES, decode, list_split
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.text import counted, shown
 
 LARGEST_BYTES = 2**33  # of a file that is read as a whole
-LARGEST_IMAGE = 2**22  # bytes of a file of 32x32 pixels, nearly all of them comments
-_RESIZE = " HINT: resize the images first; predict has --resize."
-_SHAPES = "[N, 32, 32, 3], [N, 3, 32, 32] or CIFAR's rows [N, 3072]"
 _CONTENT = "a .npy or .npz file, a CIFAR pickle (protocol 2 or later), an image, or a folder of images or class folders"
 
 
@@ -36,7 +32,7 @@ class ImageInput:
 
     Attributes:
         ids: one of each image, in order: its own where the input has them, its file's stem in a folder, else its index.
-        read: gives the images from one index up to another as uint8 [n, 3, 32, 32].
+        read: gives the images from one index up to another as uint8 [n, 3, S, S].
         left_out: entries of the folder that are no images by their names.
         labels: the true class of each image, int64 [N], where the input has them; of class folders in the order of
             `classes`, their names.
@@ -51,19 +47,21 @@ class ImageInput:
     files: Sequence[Path] = ()
 
 
-def open_images(path: Path, resize: bool = False) -> ImageInput:
+def open_images(path: Path, info: DatasetInfo, resize: bool = False) -> ImageInput:
     """Open a folder of images or a file, whose kind is found by its first bytes and not by its name.
 
     Args:
-        resize: image files of other sizes are resized to 32x32 pixels, antialiased.
+        info: of the run, whose size the images have.
+        resize: image files of other sizes are resized, as `pixels` does it.
 
     Raises:
         SpecError: names the file, what is wrong with it, and what is allowed; `ImageInput.read` does the same.
     """
+    size = info.image_size if resize else None
     if path.is_dir():
-        return _open_folder(path, resize)
+        return _open_folder(path, info, size)
     if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-        return _of_files([path], 0, resize)
+        return _of_files([path], 0, size)
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:
@@ -75,12 +73,12 @@ def open_images(path: Path, resize: bool = False) -> ImageInput:
         file.seek(0)
         try:
             if start == b"\x93NUMPY":  # read from disk a part at a time
-                return _from_array(path, np.load(path, mmap_mode="r", allow_pickle=False), None)
+                return _from_array(path, info, np.load(path, mmap_mode="r", allow_pickle=False), None)
             if start[:4] == b"PK\3\4":
-                return _open_npz(path, file)
+                return _open_npz(path, info, file)
             if start[:1] == b"\x80":
                 _check_size(path, os.fstat(file.fileno()).st_size)
-                return _open_pickle(path, file.read())
+                return _open_pickle(path, info, file.read())
         except SpecError:
             raise
         except Exception as error:  # numpy, zipfile and zlib have many for a damaged file
@@ -90,81 +88,21 @@ def open_images(path: Path, resize: bool = False) -> ImageInput:
     raise SpecError(f"{path}: is none of the files that can be read ({what}); allowed: {_CONTENT}.")
 
 
-def read_image(path: Path) -> bytes:
-    """The content of an image file.
-
-    Raises:
-        SpecError: it cannot be read, or is far larger than 32x32 pixels need.
-    """
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            # Not simply the most that is allowed: Python would ask the system for so much memory for each file.
-            content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_IMAGE) + 1)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
-    if len(content) > LARGEST_IMAGE:
-        raise SpecError(f"{path}: holds more than {LARGEST_IMAGE:,} bytes; allowed: 32x32 pixels.{_RESIZE}")
-    return content
-
-
-def decode(files: Sequence[Path], contents: Iterable[bytes] | None = None, resize: bool = False) -> Tensor:
-    """The images in `files`, uint8 [N, 3, 32, 32]; grey ones and those with a palette become RGB.
-
-    Args:
-        contents: what `read_image` has read from `files`.
-        resize: as `open_images`.
-
-    Raises:
-        SpecError: as `read_image`, and names the file that is no image, or of another size.
-    """
-    from PIL import Image
-
-    images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    for number, (path, content) in enumerate(zip(files, contents or map(read_image, files), strict=True)):
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), "r", IMAGE_FORMATS) as image:
-                width, height = image.size
-                if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):  # else nothing of it is decoded
-                    images[number] = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
-                elif resize:
-                    small = Image.fromarray(_rgb(image)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-                    images[number] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        except Exception as error:  # PIL has many
-            reason = str(error).partition(" <_io")[0]  # of what it was read from
-            raise SpecError(f"{path}: is not a readable image: {reason}.") from None
-        if (width, height) != (IMAGE_SIZE, IMAGE_SIZE) and not resize:
-            raise SpecError(f"{path}: is {width}x{height} pixels; allowed: 32x32.{_RESIZE}")
-    return images
-
-
-def _rgb(image: Any) -> NDArray[Any]:
-    """Pixels of a PIL image, uint8 [32, 32, 3]."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floats; allowed: whole numbers of up to 16 bits")
-    if not image.mode.startswith("I"):
-        return np.array(image.convert("RGB"))
-    # Grey of 16 bits, of which `convert` would make all above 255 white. PIL cuts off the lower half of colours of 16
-    # bits in a PNG, and rounds in a PPM.
-    grey = np.asarray(image).astype(np.int32)
-    grey = grey >> 8 if image.format == "PNG" else (grey + 128) // 257
-    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-
-
-def _open_folder(folder: Path, resize: bool) -> ImageInput:
+def _open_folder(folder: Path, info: DatasetInfo, size: int | None) -> ImageInput:
     entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
     files = [Path(entry.path) for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if files:
-        return _of_files(files, len(entries) - len(files), resize)
+        return _of_files(files, len(entries) - len(files), size)
     below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    if len(below) == CLASSES:
+    if below and (len(below) == len(info.classes) or set(below) <= set(info.classes)):
         files, labels, classes = list_split(folder, "INPUT")
-        found = _of_files(files, 0, resize, [f"{path.parent.name}/{path.stem}" for path in files])
+        found = _of_files(files, 0, size, [f"{path.parent.name}/{path.stem}" for path in files])
         return replace(found, labels=torch.tensor(labels), classes=tuple(classes))
     hint = f" HINT: it has folders, such as {below[0]}; give one of them." if below else ""
     raise SpecError(f"{folder}: holds no image ({' '.join(IMAGE_SUFFIXES)}).{hint}")
 
 
-def _of_files(files: Sequence[Path], left_out: int, resize: bool, ids: Sequence[str] = ()) -> ImageInput:
+def _of_files(files: Sequence[Path], left_out: int, size: int | None, ids: Sequence[str] = ()) -> ImageInput:
     seen: dict[str, Path] = {}
     for path, name in zip(files, ids or [path.stem for path in files], strict=True):
         if not path.is_file():  # a FIFO would be waited for, a device read for ever
@@ -172,12 +110,12 @@ def _of_files(files: Sequence[Path], left_out: int, resize: bool, ids: Sequence[
         if name in seen:
             raise SpecError(f"{path}: has the same ID as {seen[name].name}. HINT: rename one of them.")
         seen[name] = path
-    read = partial(_read_files, files, resize)
+    read = partial(_read_files, files, size)
     return ImageInput(list(seen), read, left_out, files=files)
 
 
-def _read_files(files: Sequence[Path], resize: bool, first: int, last: int) -> Tensor:
-    return decode(files[first:last], resize=resize)
+def _read_files(files: Sequence[Path], size: int | None, first: int, last: int) -> Tensor:
+    return decode(files[first:last], size)
 
 
 def _natural(name: str) -> list[Any]:
@@ -185,7 +123,7 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def _open_npz(path: Path, file: BinaryIO) -> ImageInput:
+def _open_npz(path: Path, info: DatasetInfo, file: BinaryIO) -> ImageInput:
     with np.load(file, allow_pickle=False) as arrays:
         _check_size(path, sum(record.file_size for record in arrays.zip.infolist()))
         names = [name for name in arrays.files if f"{name}.npy" in arrays.zip.namelist()]
@@ -197,11 +135,11 @@ def _open_npz(path: Path, file: BinaryIO) -> ImageInput:
                 f"{path}: which of its arrays holds the images? {', '.join(names)}. Allowed: one array, or one "
                 "called data or images; a second one called ids is allowed."
             )
-        found = _from_array(path, arrays[images[0]], arrays["ids"] if "ids" in names else None)
-        return _labelled(found, arrays["labels"] if "labels" in names else None)
+        found = _from_array(path, info, arrays[images[0]], arrays["ids"] if "ids" in names else None)
+        return _labelled(found, info, arrays["labels"] if "labels" in names else None)
 
 
-def _open_pickle(path: Path, content: bytes) -> ImageInput:
+def _open_pickle(path: Path, info: DatasetInfo, content: bytes) -> ImageInput:
     values = read_pickle(path, content)
     data = values.get("data")
     if not isinstance(data, np.ndarray):
@@ -210,26 +148,27 @@ def _open_pickle(path: Path, content: bytes) -> ImageInput:
             f"{path}: a pickle without an array called data; it holds: {held}. Allowed: CIFAR's layout, a dictionary "
             "with data and, if you like, ids."
         )
-    return _labelled(_from_array(path, data, values.get("ids")), values.get("labels"))
+    labels = values.get("labels", values.get("fine_labels"))  # of CIFAR-100
+    return _labelled(_from_array(path, info, data, values.get("ids")), info, labels)
 
 
-def _labelled(images: ImageInput, labels: Any) -> ImageInput:
+def _labelled(images: ImageInput, info: DatasetInfo, labels: Any) -> ImageInput:
     """The images with their labels, if these are one class for each image."""
     values = labels.tolist() if isinstance(labels, np.ndarray) else labels
     if not isinstance(values, (list, tuple)) or len(values) != len(images.ids):
         return images
-    good = all(type(value) is int and 0 <= value < CLASSES for value in values)
+    good = all(type(value) is int and 0 <= value < len(info.classes) for value in values)
     return replace(images, labels=torch.tensor(values)) if good else images
 
 
-def _from_array(path: Path, array: NDArray[Any], ids: Any) -> ImageInput:
+def _from_array(path: Path, info: DatasetInfo, array: NDArray[Any], ids: Any) -> ImageInput:
     if array.dtype != np.uint8:
         hint = "(255 * images).round().astype('uint8')" if array.dtype.kind == "f" else "images.astype('uint8')"
         raise SpecError(
             f"{path}: the images are {array.dtype}; allowed: uint8, from 0 to 255. HINT: where the values are "
             f"{'0 to 1' if array.dtype.kind == 'f' else '0 to 255'}, save {hint} instead."
         )
-    side, count = IMAGE_SIZE, len(array) if array.ndim else 0
+    side, count = info.image_size, len(array) if array.ndim else 0
     if array.shape[1:] in ((3, side, side), (3 * side * side,)):
         rows: NDArray[Any] = array.reshape(count, 3, side, side)
     elif array.shape[1:] == (side, side, 3):
@@ -237,7 +176,8 @@ def _from_array(path: Path, array: NDArray[Any], ids: Any) -> ImageInput:
     else:
         single = array.shape in ((side, side, 3), (3, side, side))
         hint = " HINT: for a single image, save image[None]." if single else ""
-        raise SpecError(f"{path}: the images are of shape {list(array.shape)}; allowed: {_SHAPES}.{hint}")
+        shapes = f"[N, {side}, {side}, 3], [N, 3, {side}, {side}] or CIFAR's rows [N, {3 * side * side}]"
+        raise SpecError(f"{path}: the images are of shape {list(array.shape)}; allowed: {shapes}.{hint}")
     if count == 0:
         raise SpecError(f"{path}: holds no image.")
     return ImageInput(_ids(path, ids, count), lambda first, last: torch.from_numpy(np.array(rows[first:last])))

@@ -3,21 +3,20 @@
 import contextlib
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_hpc.config.spec import Spec
-from cifar_hpc.data.image_folder import list_folder
+from cifar_hpc.config.spec import DataSpec, Spec
+from cifar_hpc.data.sources import check_sizes, source_of, with_size
 from cifar_hpc.errors import SchedulerError, SpecError
 from cifar_hpc.files import read_regular
 from cifar_hpc.runs.events import Finished
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import controller_of, describe, holder
-from cifar_hpc.runs.paths import PROJECT, RunPaths
+from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import DAMAGE
 from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, QueuedJob
@@ -29,24 +28,42 @@ SLURM_ONLY = (
 )  # fmt: skip
 # These, too, but a job that has them may be tried on any machine: only the flags are refused there.
 WITHOUT_EFFECT_HERE = ("profile", *SLURM_ONLY, "mem", "comment")
+LARGE_BYTES = 4 * 10**9  # of images, about which a submission says how much memory they take
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
-def check_data(spec: Spec, root: Path) -> None:
-    """Check that the images exist, so that no job waits for days and then fails.
+def check_data(spec: Spec, root: Path) -> tuple[DataSpec, str | None]:
+    """Check that the images exist and fit into the memory, so that no job waits for days and then fails.
+
+    Returns:
+        The section data with data.image_size filled in; number and size of the images where they take much memory.
 
     Raises:
-        SpecError: names the missing folder or file.
+        SpecError: names the missing folder or file, or how much is too much.
     """
-    folder = root / spec.data.root
-    if spec.data.source == "folder":
-        list_folder(folder)
-    elif spec.data.source == "cifar10":
-        command = [sys.executable, "-m", "cifar_hpc.data.cifar10", str(folder)]
-        # torchvision's download messages go to standard error; standard output is for the answer.
-        result = subprocess.run(command, cwd=PROJECT, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
-        if result.returncode != 0:
-            raise SpecError("".join(result.stderr.strip().splitlines()[-1:]) or "data check failed")
+    source, resources = source_of(spec.data), spec.resources
+    source.fetch(spec.data, root)
+    counts = source.check(spec.data, root)
+    data = with_size(spec.data, root)
+    if counts is None:
+        return data, None
+    count = sum(check_sizes(data, *counts))
+    need = count * 3 * data.size**2
+    words = f"{count:,} images of {data.size}x{data.size} pixels, {need / 1e9:,.1f} GB in the memory of each process"
+    memory, tasks = _bytes(resources.mem), resources.ntasks_per_node
+    if memory is not None and need * tasks > memory:
+        each = f", of which a node has {tasks}" if tasks > 1 else ""
+        raise SpecError(
+            f"resources.mem: {resources.mem} is too little for {words}{each}. HINT: a smaller data.image_size or "
+            "data.train_size, or more memory."
+        )
+    return data, words if need > LARGE_BYTES else None
+
+
+def _bytes(mem: str | None) -> int | None:
+    """Memory as sbatch's --mem gives it; None where that gives all of a node, or cannot be told."""
+    found = re.fullmatch(r"([0-9]+)([KMGT]?)B?", (mem or "").upper())
+    return int(found[1]) * 1024 ** (1 + "KMGT".index(found[2] or "M")) or None if found else None
 
 
 def check_this_machine(spec: Spec) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_hpc.config.io import HERE, Site
-from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.spec import Spec, check
 from cifar_hpc.config.sweep import Point
 from cifar_hpc.errors import DoubtError, RunBusyError, SpecError
 from cifar_hpc.files import remove_leftovers, write_atomic
@@ -68,6 +68,7 @@ class Submission:
     busy: reasons why the other runs were not submitted, by name.
     job_id: of the job or the job array; on this machine the process id of its controller.
     folder: of the job.
+    images: number and size of the images, where they take much memory.
     """
 
     starts: Mapping[str, preflight.Start]
@@ -76,6 +77,7 @@ class Submission:
     busy: Mapping[str, str] = field(default_factory=dict)
     job_id: str | None = None
     folder: RunPaths | SweepPaths | None = None
+    images: str | None = None
 
 
 def preview(order: Order, ask_slurm: bool) -> tuple[Submission, str]:
@@ -105,8 +107,11 @@ def submit(order: Order) -> Submission:
         return found
     if not order.on_slurm:
         preflight.check_this_machine(first)
-    for data in {(point.spec.data.source, point.spec.data.root): point.spec for point in left}.values():
-        preflight.check_data(data, order.root)
+    data = {
+        key: preflight.check_data(spec, order.root) for key, spec in {str(p.spec.data): p.spec for p in left}.items()
+    }
+    left = [replace(p, spec=check(replace(p.spec, data=data[str(p.spec.data)][0]))) for p in left]
+    images = next((words for _, words in data.values() if words), None)
     sweep = SweepPaths(order.root, order.sweep) if order.sweep else None
     with contextlib.ExitStack() as locks:
         held = [lock_submission(sweep.sweep, f"sweep {sweep.name}")] if sweep else []
@@ -132,7 +137,7 @@ def submit(order: Order) -> Submission:
                 job_id = local.start(folder, code, [*held, *locked.values()], order.parallel or 1)
         if order.on_slurm:
             _each(lambda index, run: _record(folder, run, index, job_id, code), range(len(runs)), runs)
-    return replace(found, submitted=free, busy=busy, job_id=job_id, folder=folder)
+    return replace(found, submitted=free, busy=busy, job_id=job_id, folder=folder, images=images)
 
 
 def _split_finished(order: Order) -> tuple[list[Point], Submission]:

@@ -61,6 +61,7 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
         shards=spec.train.shards or fixed.shards or tasks,
         cpu_threads=spec.train.cpu_threads or fixed.cpu_threads or cpu_threads,
     )
+    data = dataclasses.replace(spec.data, image_size=spec.data.image_size or (old or spec).data.image_size)
     assert train.shards is not None
     if tasks > train.shards:
         said = ", which the run's first start has fixed" if old is not None else ""
@@ -69,7 +70,7 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
             f"{tasks} processes are more than train.shards: {train.shards}{said}. HINT: start at most "
             f"{counted(train.shards, 'process')}, or {other} --set train.shards={tasks}."
         )
-    return check(dataclasses.replace(spec, train=train))
+    return check(dataclasses.replace(spec, train=train, data=data))
 
 
 def freeze(paths: RunPaths, spec: Spec, job_folder: Path = HERE) -> None:

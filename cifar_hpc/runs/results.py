@@ -154,7 +154,7 @@ def _values(run: RunPaths) -> Values:
     if spec is None:
         raise UserError(f"{run.spec}: is not there. HINT: a run that was never submitted has none.")
     values = flatten(to_plain(spec))
-    ignored = tuple(k for k in NO_DIFFERENCE if not (k == "data.root" and spec.data.source == "folder"))
+    ignored = tuple(k for k in NO_DIFFERENCE if not (k == "data.root" and spec.data.in_root))
     return {key: value for key, value in values.items() if not covered(key, ignored)}
 
 
@@ -368,7 +368,7 @@ def _data(group: Group) -> str:
     if spec is None:
         return ""
     data = spec.data
-    words = [f"{data.source}:{data.root}" if data.source == "folder" else data.source]
+    words = [data.label]
     trained = data.train_size and data.train_size - (data.holdout or 0)
     words += [f"{trained:,} training images"] if trained else []
     words += [f"{data.test_size:,} test images"] if data.test_size else []

@@ -6,12 +6,14 @@ import shlex
 import socket
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cifar_hpc import __version__
 from cifar_hpc.data.datasets import load_dataset
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import Interrupted, RunBusyError, RunFailedError
 from cifar_hpc.runs.events import Finished, Resumed, Started
 from cifar_hpc.runs.history import History
@@ -106,9 +108,9 @@ class Attempt:
         context.startup.lap("checkpoint")
         if agreement.from_rank_0(lambda: self._has_finished(chosen)):
             return
-        context.begin(f"loading the images ({spec.data.source})")
+        context.begin(f"loading the images ({spec.data.label})")
         data = agreement.rank_0_first(  # which decodes a folder once, and the others read the cache
-            lambda: load_dataset(spec.data, context.paths.root, self._progress)
+            lambda: load_dataset(spec.data, context.paths.root, self._progress, context.paths.user_code)
         )
         if agreement.now(Request.STOP if context.stop.requested else Request.GO_ON) is Request.STOP:
             raise Interrupted
@@ -121,6 +123,8 @@ class Attempt:
         state = chosen.read() if chosen is not None else None
         if state is not None:
             self._check_images(state)
+            # Earlier versions recorded none, and took CIFAR-10's mean and deviation for all images.
+            data = replace(data, info=state.info or DatasetInfo(data.info.classes, data.info.image_size))
         context.startup.lap("checkpoint")
         # A rank that has failed so far is noticed here, where gloo reports it; NCCL would wait for it.
         agreement.now(Request.GO_ON)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
-from cifar_hpc.data.datasets import class_names
 from cifar_hpc.data.info import DatasetInfo
+from cifar_hpc.data.sources import class_names
 from cifar_hpc.errors import RunFailedError, SpecError, UserError
 from cifar_hpc.models.network import build_network, parts, put, to_channels_last
 from cifar_hpc.runs.frozen_spec import read_frozen

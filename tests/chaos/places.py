@@ -181,7 +181,7 @@ PLACES: dict[str, Place] = {
     "connected": Place("process group", _after("torch.distributed", "init_process_group"), needs="ranks"),
     "data": Place("data", _before("cifar_hpc.training.attempt", "load_dataset")),
     "decode": Place(
-        "data", _before("cifar_hpc.data.image_input", "_rgb"), only_first=True, needs="images", unit="image"
+        "data", _before("cifar_hpc.data.image_folder", "_rgb"), only_first=True, needs="images", unit="image"
     ),
     "cache": Place("data", _file_call("replace", r"decoded-.*\.pt", 1), only_first=True, needs="images"),
     "metrics-cut": Place("metrics cut", _file_call("fsync", r"metrics\.jsonl"), only_first=True, needs="row"),

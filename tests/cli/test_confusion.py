@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from cifar_hpc.cli.evaluate import class_accuracy, confusion, draw, most_confused, short, table
-from cifar_hpc.data.datasets import CIFAR10
+from cifar_hpc.data.info import CIFAR10
 
 LABELS = torch.tensor([0, 0, 0, 0, 3, 3, 9])
 PREDICTED = torch.tensor([0, 0, 0, 8, 5, 3, 9])
-MATRIX = confusion(LABELS, PREDICTED)
+MATRIX = confusion(LABELS, PREDICTED, 10)
 
 
 def test_rows_are_true_classes() -> None:
@@ -33,7 +33,7 @@ def test_the_table_fits_80_columns_and_says_it_all() -> None:
 
 def test_the_pairs_that_are_confused_most() -> None:
     assert most_confused(MATRIX, CIFAR10) == [" 50.0% of cat taken for dog", " 25.0% of airplane taken for ship"]
-    assert most_confused(confusion(LABELS, LABELS), CIFAR10) == []
+    assert most_confused(confusion(LABELS, LABELS, 10), CIFAR10) == []
 
 
 def test_names_of_unknown_origin_are_cut_and_harmless() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli.evaluate import confusion, measure
 from cifar_hpc.data.datasets import own_images
-from cifar_hpc.data.image_input import decode
+from cifar_hpc.data.image_folder import decode
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.trained_model import TrainedModel, load_trained
 
@@ -48,7 +48,7 @@ def test_every_input_gives_the_labels_that_evaluate_counts(root: Path, tmp_path:
     header, *rows = list(csv.reader(contents[0].splitlines()))
     assert header == ["ID", "Labels"] and [row[0] for row in rows] == [str(n) for n in range(100)]
     labels = torch.tensor([int(row[1]) for row in rows])
-    assert confusion(data.labels, labels) == measure(trained, data)[2]
+    assert confusion(data.labels, labels, 10) == measure(trained, data)[2]
     assert contents[0].startswith(f"ID,Labels\n0,{labels[0]}\n1,")
     out = capsys.readouterr().out
     assert "wrote" in out and "IDs 0 to 99" in out and "images      100 in " in out
@@ -155,7 +155,7 @@ def test_images_of_other_sizes_only_where_that_is_asked_for(root: Path, tmp_path
     assert "is 64x48 pixels; allowed: 32x32" in (said := capsys.readouterr().err) and "--resize" in said
     assert main(["predict", "tiny", str(tmp_path / "large.png"), "--out", out, "--resize"]) == 0
     assert "were resized to 32x32" in " ".join(capsys.readouterr().out.split())
-    grey = decode([tmp_path / "large.png"], resize=True)
+    grey = decode([tmp_path / "large.png"], size=32)
     assert grey.unique().tolist() == [200]
     np.save(tmp_path / "x.npy", np.zeros((1, 3, 32, 32), np.uint8))
     assert main(["predict", "tiny", str(tmp_path / "x.npy"), "--out", out, "--resize"]) == 2

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ import pytest
 import torch
 from helpers import leftovers
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import pil_loader
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.spec import DataSpec
-from cifar_hpc.data import cifar10
+from cifar_hpc.data import cifar as files
 from cifar_hpc.data import datasets as data
-from cifar_hpc.data.cifar10 import check_cifar10, fetch_cifar10
 from cifar_hpc.data.datasets import Dataset, load_dataset
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import replacing
@@ -47,7 +47,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def same(one: Dataset, two: Dataset) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one.tensors.values(), two.tensors.values(), strict=True))
 
 
 def test_folder(root: Path) -> None:
@@ -79,12 +79,12 @@ def text(root: Path) -> Path:
 
 def no_class(root: Path) -> Path:
     (root / "images" / "train" / "class4").rename(root / "class4")
-    return root / "images" / "train"
+    return root / "images"
 
 
 def other_class(root: Path) -> Path:
     (root / "images" / "test" / "class4").rename(root / "images" / "test" / "klass4")
-    return root / "images" / "test"
+    return root / "images"
 
 
 def empty_class(root: Path) -> Path:
@@ -106,11 +106,11 @@ def no_folder(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (small, "is 32x31 pixels; allowed: 32x32"),
+        (small, r"is 32x31 pixels; allowed: 32x32\. HINT: --set data\.image_size=64"),
         (cut, "is not a readable image"),
         (text, "is not a readable image"),
-        (no_class, "has 9 class folders; allowed: 10"),
-        (other_class, "has the classes .*klass4.* but train has .*class4"),
+        (no_class, "train and .*test differ; only in test: class4"),
+        (other_class, "differ; only in train: class4; only in test: klass4"),
         (empty_class, "holds no image"),
         (no_split, "is no folder; .*did you mean 'tests'"),
         (no_folder, "is no folder"),
@@ -146,7 +146,7 @@ def test_an_image_of_another_format_than_the_suffixes_is_not_opened(
 
 def test_the_second_start_reads_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_dataset(FOLDER, root)
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "pixels", lambda *_: pytest.fail("decoded again"))
     assert same(load_dataset(FOLDER, root), first)
     draw(root / "images" / "train" / "class0" / "0.png", 99)
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
@@ -238,7 +238,7 @@ def test_a_damaged_or_foreign_cache_is_named_and_made_anew(
     (line,) = [text for text in said if str(cache) in text]
     assert re.search(rf"WARNING data cache .*: .*{message}.*; decoding again", line)
     assert not (root / "evil").exists()
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "pixels", lambda *_: pytest.fail("decoded again"))
     assert same(load_dataset(FOLDER, root), first)
 
 
@@ -326,7 +326,7 @@ def test_synthetic() -> None:
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A CIFAR-10 of 2 images a file whose md5 sums count as the right ones, for torchvision, too."""
-    base = tmp_path / "data" / cifar10.FOLDER
+    base = tmp_path / "data" / "cifar-10-batches-py"
     base.mkdir(parents=True)
 
     def write(name: str, content: dict[str, Any]) -> list[str]:
@@ -341,20 +341,22 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     train = [write(f"data_batch_{n}", batch(n)) for n in range(1, 6)]
     test = [write("test_batch", batch(7))]
     name, md5 = write("batches.meta", {"label_names": CLASSES})
-    for key, value in {"TRAIN_MD5": dict(train), "TEST_MD5": dict(test), "META_MD5": {name: md5}}.items():
-        monkeypatch.setattr(cifar10, key, value)
+    fake = replace(files.SETS["cifar10"], train=dict(train), test=dict(test), meta={name: md5})
+    monkeypatch.setitem(files.SETS, "cifar10", fake)
     meta = {"filename": name, "key": "label_names", "md5": md5}
     for key, value in {"train_list": train, "test_list": test, "meta": meta}.items():
         monkeypatch.setattr(CIFAR10, key, value)
     return tmp_path
 
 
-def test_cifar10_is_torchvisions() -> None:
-    assert CIFAR10.base_folder == cifar10.FOLDER
-    assert (CIFAR10.filename, CIFAR10.tgz_md5) == (cifar10.ARCHIVE, cifar10.ARCHIVE_MD5)
-    assert dict(CIFAR10.train_list) == cifar10.TRAIN_MD5
-    assert dict(CIFAR10.test_list) == cifar10.TEST_MD5
-    assert {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]} == cifar10.META_MD5
+@pytest.mark.parametrize("theirs", [CIFAR10, CIFAR100])
+def test_the_files_are_torchvisions(theirs: type[CIFAR10]) -> None:
+    ours = files.SETS[theirs.__name__.lower()]
+    assert (theirs.__name__, theirs.base_folder) == (ours.name, ours.folder)
+    assert (theirs.filename, theirs.tgz_md5) == (ours.archive, ours.archive_md5)
+    assert dict(theirs.train_list) == ours.train
+    assert dict(theirs.test_list) == ours.test
+    assert {theirs.meta["filename"]: theirs.meta["md5"]} == ours.meta and theirs.meta["key"] == ours.classes
 
 
 def test_cifar10_as_torchvision_reads_it(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +382,7 @@ def test_cifar10(cifar: Path) -> None:
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_a_bad_file_of_cifar10_is_named(cifar: Path, name: str, damage: str) -> None:
-    path = cifar / "data" / cifar10.FOLDER / name
+    path = cifar / "data" / "cifar-10-batches-py" / name
     if damage == "cut":
         os.truncate(path, 20)
     elif damage == "changed":
@@ -392,11 +394,11 @@ def test_a_bad_file_of_cifar10_is_named(cifar: Path, name: str, damage: str) -> 
         load_dataset(DataSpec(source="cifar10"), cifar)
     assert str(path) in str(caught.value)
     with pytest.raises(SpecError, match=message):
-        check_cifar10(cifar / "data")
+        files.verify(files.SETS["cifar10"], cifar / "data")
 
 
 def test_what_is_no_file_is_not_the_original(cifar: Path) -> None:
-    path = cifar / "data" / cifar10.FOLDER / "test_batch"
+    path = cifar / "data" / "cifar-10-batches-py" / "test_batch"
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(SpecError, match="is truncated or not the original"):
@@ -409,10 +411,10 @@ def test_a_failed_download_says_what_else_to_do(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(CIFAR10, "__init__", fail)
     with pytest.raises(SpecError, match=r"download failed: .*Errno -3\] Temporary.*HINT: .*data\.source=synthetic"):
-        fetch_cifar10(tmp_path / "data")
+        files.fetch(files.SETS["cifar10"], tmp_path / "data")
 
 
 def test_what_is_whole_is_not_downloaded(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "__init__", lambda *_, **__: pytest.fail("downloaded"))
-    fetch_cifar10(cifar / "data")
-    check_cifar10(cifar / "data")
+    files.fetch(files.SETS["cifar10"], cifar / "data")
+    files.verify(files.SETS["cifar10"], cifar / "data")

@@ -1,4 +1,4 @@
-"""CIFAR-10 is downloaded once, whoever asks for it at the same time, and no file of it is ever there in part."""
+"""CIFAR is downloaded once, whoever asks for it at the same time, and no file of it is ever there in part."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,35 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import ANSWER_SECONDS, PROJECT, TESTS
-from torchvision.datasets import CIFAR10
+from torchvision import datasets
 
-from cifar_hpc.data import cifar10
+from cifar_hpc.data import cifar
 
-NAMES = [*cifar10.TRAIN_MD5, *cifar10.TEST_MD5, *cifar10.META_MD5]
-# Runs `python -m cifar_hpc.data.cifar10 FOLDER` for another archive than the original.
+# Runs `python -m cifar_hpc.data.cifar NAME FOLDER` for another archive than the original.
 DOWNLOAD = """
 import json, sys
-from cifar_hpc.data import cifar10
+from cifar_hpc.data import cifar
 from test_download import take_for_the_original
-take_for_the_original(setattr, *json.loads(sys.argv[2]))
-sys.exit(cifar10.main(sys.argv[1]))
+take_for_the_original(setattr, sys.argv[1], *json.loads(sys.argv[3]))
+sys.exit(cifar.main(*sys.argv[1:3]))
 """
 
 
-def take_for_the_original(set_: Callable[..., None], sums: dict[str, str], archive_md5: str, url: str) -> None:
-    """Make cifar_hpc and torchvision take another archive for CIFAR-10's."""
-    for group in ("TRAIN_MD5", "TEST_MD5", "META_MD5"):
-        set_(cifar10, group, {name: sums[name] for name in getattr(cifar10, group)})
-    set_(cifar10, "ARCHIVE_MD5", archive_md5)
+def take_for_the_original(
+    set_: Callable[..., None], name: str, sums: dict[str, str], archive_md5: str, url: str
+) -> None:
+    """Make cifar_hpc and torchvision take another archive for that of CIFAR-10 or CIFAR-100."""
+    ours, theirs = cifar.SETS[name], getattr(datasets, cifar.SETS[name].name)
+    groups = {group: {file: sums[file] for file in getattr(ours, group)} for group in ("train", "test", "meta")}
+    set_(cifar, "SETS", {**cifar.SETS, name: replace(ours, archive_md5=archive_md5, **groups)})
     for key, value in {
-        "train_list": [[name, sums[name]] for name, _ in CIFAR10.train_list],
-        "test_list": [[name, sums[name]] for name, _ in CIFAR10.test_list],
-        "meta": {**CIFAR10.meta, "md5": sums["batches.meta"]},
+        "train_list": [[file, sums[file]] for file, _ in theirs.train_list],
+        "test_list": [[file, sums[file]] for file, _ in theirs.test_list],
+        "meta": {**theirs.meta, "md5": sums[theirs.meta["filename"]]},
         "tgz_md5": archive_md5,
         "url": url,
     }.items():
-        set_(CIFAR10, key, value)
+        set_(theirs, key, value)
 
 
 def md5(content: bytes) -> str:
@@ -56,13 +58,14 @@ def md5(content: bytes) -> str:
 class Mirror:
     """A server of an archive of tiny batches, which holds back the second half of each answer until it may go on."""
 
-    def __init__(self, folder: Path) -> None:
-        batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
-        contents = {name: pickle.dumps({**batch, "label_names": [name]}) for name in NAMES}
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.cifar = name, cifar.SETS[name]
+        batch = {"data": np.zeros((2, 3072), np.uint8), self.cifar.labels: [0, 1]}
+        contents = {name: pickle.dumps({**batch, self.cifar.classes: [name, "b"]}) for name in self.cifar.files}
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
             for name, content in contents.items():
-                member = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
+                member = tarfile.TarInfo(f"{self.cifar.folder}/{name}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
         self.archive, self.folder, self.asked = buffer.getvalue(), folder, 0
@@ -98,13 +101,13 @@ class Mirror:
 
     def original(self) -> tuple[dict[str, str], str, str]:
         """Return what `take_for_the_original` takes."""
-        return self.sums, md5(self.archive), f"http://127.0.0.1:{self.server.server_port}/{cifar10.ARCHIVE}"
+        return self.sums, md5(self.archive), f"http://127.0.0.1:{self.server.server_port}/{self.cifar.archive}"
 
     def start(self) -> subprocess.Popen[str]:
         """Start a process that downloads."""
         environment = os.environ | {"no_proxy": "127.0.0.1", "PYTHONPATH": f"{PROJECT}:{TESTS}:{TESTS / 'data'}"}
         process = subprocess.Popen(
-            [sys.executable, "-c", DOWNLOAD, str(self.folder), json.dumps(self.original())],
+            [sys.executable, "-c", DOWNLOAD, self.name, str(self.folder), json.dumps(self.original())],
             cwd=PROJECT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.processes.append(process)
@@ -112,18 +115,18 @@ class Mirror:
 
     def shown(self) -> list[str]:
         """What others see of it, in the folder and in that of the batches."""
-        found = [*self.folder.iterdir(), *(self.folder / cifar10.FOLDER).glob("*")]
+        found = [*self.folder.iterdir(), *(self.folder / self.cifar.folder).glob("*")]
         return sorted(path.name for path in found if not path.name.startswith("."))
 
     def is_whole(self) -> bool:
-        batches = {path.name: md5(path.read_bytes()) for path in (self.folder / cifar10.FOLDER).iterdir()}
-        archive = (self.folder / cifar10.ARCHIVE).read_bytes()
-        return batches == self.sums and archive == self.archive and not list(self.folder.glob(".cifar10-*"))
+        batches = {path.name: md5(path.read_bytes()) for path in (self.folder / self.cifar.folder).iterdir()}
+        archive = (self.folder / self.cifar.archive).read_bytes()
+        return batches == self.sums and archive == self.archive and not list(self.folder.glob(f".{self.name}-*"))
 
 
-@pytest.fixture
-def mirror(tmp_path: Path) -> Iterator[Mirror]:
-    found = Mirror(tmp_path / "data")
+@pytest.fixture(params=["cifar10"])
+def mirror(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mirror]:
+    found = Mirror(tmp_path / "data", request.param)
     yield found
     found.go_on.set()
     for process in found.processes:
@@ -175,7 +178,7 @@ def test_the_second_takes_over_from_one_that_is_killed(mirror: Mirror) -> None:
 def here(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> Mirror:
     """The same for downloads in this process."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    take_for_the_original(monkeypatch.setattr, *mirror.original())
+    take_for_the_original(monkeypatch.setattr, mirror.name, *mirror.original())
     mirror.folder.mkdir()
     mirror.go_on.set()
     return mirror
@@ -183,39 +186,41 @@ def here(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> Mirror:
 
 def test_an_archive_that_somebody_has_put_there_is_unpacked(here: Mirror, capsys: pytest.CaptureFixture[str]) -> None:
     """As the hint of a failed download says; also after a file was deleted, as the hint for a damaged one says."""
-    archive = here.folder / cifar10.ARCHIVE
+    archive = here.folder / here.cifar.archive
     archive.write_bytes(here.archive)
     inode = archive.stat().st_ino
-    assert cifar10.main(str(here.folder)) == 0 and here.is_whole()
-    damaged = here.folder / cifar10.FOLDER / "data_batch_3"
+    assert cifar.main(here.name, str(here.folder)) == 0 and here.is_whole()
+    damaged = here.folder / here.cifar.folder / "data_batch_3"
     damaged.write_bytes(b"damaged")
-    assert cifar10.main(str(here.folder)) == 2
+    assert cifar.main(here.name, str(here.folder)) == 2
     words = capsys.readouterr().err
     assert f"{damaged} is truncated" in words and "HINT: if nobody is just writing it, delete it" in words
     damaged.unlink()
-    assert cifar10.main(str(here.folder)) == 0 and here.is_whole()
+    assert cifar.main(here.name, str(here.folder)) == 0 and here.is_whole()
     assert here.asked == 0 and archive.stat().st_ino == inode and not archive.is_symlink()
 
 
+@pytest.mark.parametrize("mirror", ["cifar10", "cifar100"], indirect=True)
 def test_a_damaged_archive_is_replaced(here: Mirror) -> None:
-    (here.folder / cifar10.ARCHIVE).write_bytes(here.archive[:100])
-    assert cifar10.main(str(here.folder)) == 0
+    (here.folder / here.cifar.archive).write_bytes(here.archive[:100])
+    assert cifar.main(here.name, str(here.folder)) == 0
     assert here.asked == 1 and here.is_whole()
 
 
+@pytest.mark.parametrize("mirror", ["cifar10", "cifar100"], indirect=True)
 def test_what_a_failed_download_leaves(here: Mirror, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing: neither half an archive nor a folder of temporary files."""
     here.server.shutdown()
     here.server.server_close()
-    assert cifar10.main(str(here.folder)) == 2
-    assert "download failed" in capsys.readouterr().err
-    assert [path.name for path in here.folder.iterdir()] == [".cifar10.lock"]
+    assert cifar.main(here.name, str(here.folder)) == 2
+    assert f"holds no {here.cifar.words} and the download failed" in capsys.readouterr().err
+    assert [path.name for path in here.folder.iterdir()] == [f".{here.name}.lock"]
 
 
 def test_without_locks_nothing_of_others_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".cifar10-of-another").mkdir()
-    monkeypatch.setattr(cifar10, "try_flock", lambda *_: None)
+    monkeypatch.setattr(cifar, "try_flock", lambda *_: None)
     downloads = []
-    monkeypatch.setattr(cifar10, "_download", downloads.append)
-    cifar10.fetch_cifar10(tmp_path)
+    monkeypatch.setattr(cifar, "_download", lambda _, folder, prefix: downloads.append(folder))
+    cifar.fetch(cifar.SETS["cifar10"], tmp_path)
     assert downloads == [tmp_path] and (tmp_path / ".cifar10-of-another").is_dir()

@@ -44,7 +44,7 @@ def test_an_image_is_a_regular_file(folder: Path, plant: Callable[[Path], None])
 
 def test_a_link_to_an_image_is_one(folder: Path) -> None:
     (folder / "train" / "class 3" / "b.png").symlink_to("a.png")
-    files, labels = list_folder(folder)
+    files, labels, _ = list_folder(folder)
     assert len(files["train"]) == CLASSES + 1 and labels["train"].count(3) == 2
 
 

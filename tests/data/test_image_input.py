@@ -15,12 +15,18 @@ import torch
 from PIL import Image
 
 from cifar_hpc.data import image_input
-from cifar_hpc.data.image_input import ImageInput, decode, open_images
+from cifar_hpc.data.image_folder import decode
+from cifar_hpc.data.image_input import ImageInput
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import SpecError
 
 IMAGES = make_synthetic(0, 12)[2]
 ARRAY = IMAGES.numpy()
+
+
+def open_images(path: Path) -> ImageInput:
+    return image_input.open_images(path, DatasetInfo())
 
 
 def whole(found: ImageInput) -> torch.Tensor:

@@ -23,8 +23,7 @@ from torchvision.datasets.folder import pil_loader
 from cifar_hpc.config.spec import CLASSES, DataSpec
 from cifar_hpc.data import datasets
 from cifar_hpc.data.datasets import Dataset, load_dataset
-from cifar_hpc.data.image_folder import list_folder
-from cifar_hpc.data.image_input import LARGEST_IMAGE, decode, read_image
+from cifar_hpc.data.image_folder import LARGEST_IMAGE, decode, list_folder, read_image
 from cifar_hpc.errors import SpecError
 
 RANDOM = np.random.default_rng(0)
@@ -172,7 +171,7 @@ def load(root: Path, progress: datasets.Progress = lambda text: False) -> Datase
 
 
 def refuse_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(datasets, "pixels", lambda *_: pytest.fail("decoded again"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -22,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from cifar_hpc.data.image_folder import list_folder
+from cifar_hpc.config.spec import DataSpec
+from cifar_hpc.data.sources import source_of
 from cifar_hpc.errors import SchedulerError, UserError, explain
 from cifar_hpc.files import try_flock, write_atomic
 from cifar_hpc.slurm import client
@@ -151,20 +152,18 @@ def check_torch(plan: Plan) -> Finding:
 
 def check_data(plan: Plan) -> Finding:
     """The images of the default job. submit.py downloads missing ones, doctor does not."""
+    name: Any = plan.source
+    data = DataSpec(name, plan.data)
+    source = source_of(data)
     try:
-        if plan.source == "folder":
-            list_folder(Path(plan.data))
-        elif plan.source == "cifar10":
-            from cifar_hpc.data.cifar10 import check_cifar10
-
-            check_cifar10(Path(plan.data))
+        source.check(data, Path())
     except (UserError, ImportError, OSError) as error:
         words = str(error).partition(" HINT: ")[0]  # there is better advice than the hint
         if plan.data_here:
             return problem(words, "the folder of the images must be shared with the compute nodes: another data.root")
         advice = "submit.py downloads it on a machine with internet; --set data.source=synthetic needs nothing"
-        return (warning if plan.source == "cifar10" else problem)(words, advice)
-    return ok(f"{plan.source} in {plan.data}" if plan.source != "synthetic" else plan.source)
+        return (warning if source.downloads else problem)(words, advice)
+    return ok(source.words(data, Path()))
 
 
 def check_gpus(plan: Plan) -> Finding:
