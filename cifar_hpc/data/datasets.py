@@ -256,15 +256,16 @@ def _read_images(files: list[Path], progress: Progress, size: int | None, images
         images: takes the pixels of each file; without them, nothing is decoded.
     """
 
-    def read(rows: Sequence[int]) -> list[bytes]:
-        known = []
-        for row in rows:
-            content = read_image(files[row], size)
-            if images:
-                images[row].copy_(torch.from_numpy(pixels(files[row], content, size)))
-            # Photographs are too many bytes to keep until their turn comes.
-            known.append(content if size is None else hashlib.sha256(content).digest())
-        return known
+    def put(row: int, content: bytes) -> None:
+        if images:
+            images[row].copy_(torch.from_numpy(pixels(files[row], content, size)))
+
+    def read(row: int) -> bytes:
+        content = read_image(files[row], size)
+        if size is None:
+            return content
+        put(row, content)
+        return hashlib.sha256(content).digest()  # photographs are too many bytes to keep
 
     digest = hashlib.sha256(b"3" if size is None else b"3 %d\n" % size)  # the version of the cache's format
     last_said, doing = time.monotonic(), "decoding" if images else "comparing"
@@ -272,7 +273,9 @@ def _read_images(files: list[Path], progress: Progress, size: int | None, images
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(READERS) as pool:
         for part in _shares(range(len(files)), READERS * each):
             try:
-                contents = [*chain.from_iterable(pool.map(read, _shares(part, each)))]
+                contents = [*chain.from_iterable(pool.map(lambda rows: [*map(read, rows)], _shares(part, each)))]
+                for row, content in zip(part, contents, strict=True) if size is None else ():
+                    put(row, content)  # small images take threads longer than they take one
             except SpecError as error:
                 raise SpecError(f"data.root: {error}") from None
             for row, content in zip(part, contents, strict=True):

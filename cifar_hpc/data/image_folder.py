@@ -132,8 +132,7 @@ def list_folder(
 
 def _holds_classes(folder: Path) -> bool:
     """Return whether a folder directly below has images."""
-    names = (entry.name.lower() for name in class_folders(folder) for entry in os.scandir(folder / name))
-    return any(name.endswith(IMAGE_SUFFIXES) for name in names)
+    return any(path.name.lower().endswith(IMAGE_SUFFIXES) for path in folder.glob("[!.]*/*"))
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from cifar_hpc.config.spec import DataSpec
 from cifar_hpc.data import cifar as files
 from cifar_hpc.data import datasets as data
 from cifar_hpc.data.datasets import Dataset, load_dataset
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.errors import Interrupted, SpecError
 from cifar_hpc.files import replacing
 
@@ -418,3 +419,39 @@ def test_what_is_whole_is_not_downloaded(cifar: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(CIFAR10, "__init__", lambda *_, **__: pytest.fail("downloaded"))
     files.fetch(files.SETS["cifar10"], cifar / "data")
     files.verify(files.SETS["cifar10"], cifar / "data")
+
+
+def test_cifar100_has_its_fine_labels_and_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CIFAR-100 of few images, whose md5 sums count as the right ones."""
+    ours, names = files.SETS["cifar100"], [f"fine {n}" for n in range(100)]
+    base = tmp_path / "data" / ours.folder
+    base.mkdir(parents=True)
+
+    def write(name: str, content: dict[str, Any]) -> dict[str, str]:
+        blob = pickle.dumps(content)
+        (base / name).write_bytes(blob)
+        return {name: hashlib.md5(blob).hexdigest()}
+
+    def batch(labels: list[int]) -> dict[str, Any]:
+        pixels = np.random.default_rng(len(labels)).integers(0, 256, (len(labels), 3072), np.uint8)
+        return {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * len(labels)}
+
+    fake = replace(
+        ours,
+        train=write("train", batch([99, 0, 57])),
+        test=write("test", batch([3, 98])),
+        meta=write("meta", {"fine_label_names": names, "coarse_label_names": ["all"]}),
+    )
+    monkeypatch.setitem(files.SETS, "cifar100", fake)
+    found = load_dataset(DataSpec(source="cifar100"), tmp_path)
+    assert (found.train_labels.tolist(), found.test_labels.tolist()) == ([99, 0, 57], [3, 98])
+    assert found.train_images.shape == (3, 3, 32, 32) and found.info.classes == tuple(names)
+    pixels = (found.train_images.double() / 255).transpose(0, 1).flatten(1)
+    assert found.info.mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
+    large = load_dataset(DataSpec(source="cifar100", image_size=48), tmp_path)
+    assert large.test_images.shape == (2, 3, 48, 48) and large.info.image_size == 48
+    other = data.other_images(tmp_path / "data", DatasetInfo(tuple(names)), resize=False)
+    assert (other.labels.tolist(), other.source) == ([3, 98], f"CIFAR-100 in {tmp_path / 'data'}")
+    (base / "train").write_bytes(b"damaged")
+    with pytest.raises(SpecError, match=r"^data\.root: .*cifar-100-python/train is truncated or not the original"):
+        files.verify(fake, tmp_path / "data")
