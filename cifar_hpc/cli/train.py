@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
     spec = load_spec(path, arguments.overrides, project_root())
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")
-    spec = dataclasses.replace(spec, data=with_size(spec.data, paths.root, first_only=launch.rank > 0))
+    spec = dataclasses.replace(spec, data=with_size(spec.data, paths.root))
     spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
 
     with Screen(paths, enabled=launch.rank == 0) as screen:

@@ -30,14 +30,12 @@ class Cifar:
     """Files of a data set as torchvision's class `name` keeps them.
 
     Attributes:
-        sizes: numbers of training and of test images.
         train, test, meta: md5 sums of the files, by name.
         labels, classes: keys of the labels in a batch, and of the classes' names in the meta file.
     """
 
     name: str
     words: str
-    sizes: tuple[int, int]
     folder: str
     archive: str
     archive_md5: str
@@ -57,40 +55,24 @@ class Cifar:
         return all(os.path.exists(folder / self.folder / name) for name in self.files)  # noqa: PTH110
 
 
+SIZES = 50_000, 10_000  # of each data set: training and test images
 SETS = {
     "cifar10": Cifar(
-        "CIFAR10",
-        "CIFAR-10",
-        (50_000, 10_000),
-        "cifar-10-batches-py",
-        "cifar-10-python.tar.gz",
-        "c58f30108f718f92721af3b95e74349a",
+        "CIFAR10", "CIFAR-10", "cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
         {
-            "data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
         },
-        {"test_batch": "40351d587109b95175f43aff81a1287e"},
-        {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
-        "labels",
-        "label_names",
+        {"test_batch": "40351d587109b95175f43aff81a1287e"}, {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
+        "labels", "label_names",
     ),
     "cifar100": Cifar(
-        "CIFAR100",
-        "CIFAR-100",
-        (50_000, 10_000),
-        "cifar-100-python",
-        "cifar-100-python.tar.gz",
-        "eb9058c3a382ffc7106e4002c42a8d85",
-        {"train": "16019d7e3df5f24257cddd939b257f8d"},
-        {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-        {"meta": "7973b15100ade9c7d40fb424638fde48"},
-        "fine_labels",
-        "fine_label_names",
+        "CIFAR100", "CIFAR-100", "cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+        {"train": "16019d7e3df5f24257cddd939b257f8d"}, {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        {"meta": "7973b15100ade9c7d40fb424638fde48"}, "fine_labels", "fine_label_names",
     ),
-}
+}  # fmt: skip
 
 
 def fetch(cifar: Cifar, folder: Path) -> None:

@@ -33,11 +33,6 @@ LARGEST_PHOTO = 2**27  # bytes of a file that is resized
 LARGEST_PIXELS = 2**26  # of an image that is resized, which take 3 bytes each; JPEG files are reduced as they are read
 READERS = 16  # threads: files of a network file system take their time, but not one after the other
 _RESIZE = " HINT: --set data.image_size=64 resizes all images of a run to 64x64; predict has --resize."
-# Pillow's names of the turns that EXIF's tag Orientation asks for.
-_ORIENTATION, _TURNS = 0x0112, {
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-    8: "ROTATE_90",
-}  # fmt: skip
 
 
 @contextmanager
@@ -135,44 +130,34 @@ def _holds_classes(folder: Path) -> bool:
     return any(path.name.lower().endswith(IMAGE_SUFFIXES) for path in folder.glob("[!.]*/*"))
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of an image, from its header.
+def own_size(files: Sequence[Path]) -> int | None:
+    """Height and width of all images by their headers, where data.image_size does not give one; None for 32x32.
 
-    Raises:
-        SpecError: it is no image.
-    """
-    from PIL import Image
-
-    try:
-        with os.fdopen(open_regular(path), "rb") as file, Image.open(file, "r", IMAGE_FORMATS) as image:
-            return image.size
-    except Exception as error:  # PIL has many
-        raise SpecError(f"data.root: {path}: {_unreadable(error)}") from None
-
-
-def own_size(files: Sequence[Path], first_only: bool = False) -> int | None:
-    """Height and width of all images where data.image_size does not give one; None for 32x32.
-
-    Args:
-        first_only: of the first image alone; without it, headers of all are compared, unless that one is 32x32: of such
-            files many are small, and decoding compares them.
+    Where the first image is of 32x32 pixels, decoding compares the others: of such files there are many.
 
     Raises:
         SpecError: names an image that is not square, or of another size than the first one.
     """
-    from PIL import Image  # noqa: F401 - before the threads, which would wait for one another
+    from PIL import Image
+
+    def size_of(path: Path) -> tuple[int, int]:
+        try:
+            with os.fdopen(open_regular(path), "rb") as file, Image.open(file, "r", IMAGE_FORMATS) as image:
+                return image.size
+        except Exception as error:  # PIL has many
+            raise SpecError(f"data.root: {path}: {_unreadable(error)}") from None
 
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(READERS) as pool:
-        first = size_of(files[0])
-        rest = files[1:] if not first_only and first != (IMAGE_SIZE, IMAGE_SIZE) else ()
-        for path, (width, height) in zip(files, (first, *pool.map(size_of, rest, chunksize=1)), strict=False):
-            if (width, height) != (first[0], first[0]) or not LEAST_SIZE <= width <= LARGEST_SIZE:
-                others = f" and {files[0]} is {first[0]}x{first[1]}" if (width, height) != first else ""
+        side, height = first = size_of(files[0])
+        rest = () if first == (IMAGE_SIZE, IMAGE_SIZE) else files[1:]
+        for path, size in zip(files, (first, *pool.map(size_of, rest)), strict=False):
+            if size != first or side != height or not LEAST_SIZE <= side <= LARGEST_SIZE:
+                others = f" and {files[0]} is {side}x{height}" if size != first else ""
                 raise SpecError(
-                    f"data.root: {path} is {width}x{height} pixels{others}; allowed without data.image_size: squares "
-                    f"of one size from {LEAST_SIZE} to {LARGEST_SIZE} pixels.{_RESIZE}"
+                    f"data.root: {path} is {size[0]}x{size[1]} pixels{others}; allowed without data.image_size: "
+                    f"squares of one size from {LEAST_SIZE} to {LARGEST_SIZE} pixels.{_RESIZE}"
                 )
-    return None if first[0] == IMAGE_SIZE else first[0]
+    return None if side == IMAGE_SIZE else side
 
 
 def read_image(path: Path, size: int | None = None) -> bytes:
@@ -250,15 +235,16 @@ def _unreadable(error: Exception) -> str:
 
 
 def _resized(image: Picture, size: int) -> Picture:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    side, turn = min(image.size), None
-    with suppress(Exception):  # damaged EXIF data, which many photographs have
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = left, top, left + side, top + side
     small = _rgb(image).resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    return small.transpose(Image.Transpose[turn]) if turn else small
+    small.info = image.info
+    with suppress(Exception):  # damaged EXIF data, which many photographs have
+        return ImageOps.exif_transpose(small)
+    return small
 
 
 def _rgb(image: Picture) -> Picture:

@@ -49,7 +49,7 @@ class Source:
         """
         return None
 
-    def image_size(self, data: DataSpec, root: Path, first_only: bool = False) -> int | None:
+    def image_size(self, data: DataSpec, root: Path) -> int | None:
         """Height and width of the images where data.image_size does not give one; None for 32."""
         return None
 
@@ -98,7 +98,7 @@ class CifarSource(Source):
 
     def check(self, data: DataSpec, root: Path) -> tuple[int, int] | None:
         cifar.verify(self.cifar, root / data.root)
-        return self.cifar.sizes
+        return cifar.SIZES
 
     def load(self, data: DataSpec, root: Path, progress: Progress, user_code: Path | None) -> Dataset:
         from cifar_hpc.data.datasets import Dataset
@@ -120,9 +120,9 @@ class FolderSource(Source):
         files, _, _ = list_folder(root / data.root, data.holdout is not None)
         return len(files["train"]), len(files["test"])
 
-    def image_size(self, data: DataSpec, root: Path, first_only: bool = False) -> int | None:
+    def image_size(self, data: DataSpec, root: Path) -> int | None:
         files, _, _ = list_folder(root / data.root, data.holdout is not None)
-        return own_size([*files["train"], *files["test"]], first_only)
+        return own_size([*files["train"], *files["test"]])
 
     def load(self, data: DataSpec, root: Path, progress: Progress, user_code: Path | None) -> Dataset:
         from cifar_hpc.data.datasets import read_folder
@@ -144,15 +144,14 @@ class FolderSource(Source):
 class SyntheticSource(Source):
     """Pictures that are drawn."""
 
-    def check(self, data: DataSpec, root: Path) -> tuple[int, int] | None:
+    def check(self, data: DataSpec, root: Path) -> tuple[int, int]:
         return data.train_size or SYNTHETIC_SIZES[0], data.test_size or SYNTHETIC_SIZES[1]
 
     def load(self, data: DataSpec, root: Path, progress: Progress, user_code: Path | None) -> Dataset:
         from cifar_hpc.data import synthetic
         from cifar_hpc.data.datasets import Dataset
 
-        sizes = data.train_size or SYNTHETIC_SIZES[0], data.test_size or SYNTHETIC_SIZES[1]
-        return Dataset(*synthetic.make_synthetic(*sizes), info=DatasetInfo(synthetic.CLASSES))
+        return Dataset(*synthetic.make_synthetic(*self.check(data, root)), info=DatasetInfo(synthetic.CLASSES))
 
     def classes(self, data: DataSpec, root: Path) -> tuple[str, ...] | None:
         from cifar_hpc.data.synthetic import CLASSES
@@ -190,7 +189,7 @@ def source_of(data: DataSpec) -> Source:
     return SOURCES[data.source] if data.target is None else TargetSource()
 
 
-def with_size(data: DataSpec, root: Path, first_only: bool = False) -> DataSpec:
+def with_size(data: DataSpec, root: Path) -> DataSpec:
     """`data` with data.image_size filled in where it is the images' own.
 
     Raises:
@@ -198,7 +197,7 @@ def with_size(data: DataSpec, root: Path, first_only: bool = False) -> DataSpec:
     """
     if data.image_size is not None:
         return data
-    return dataclasses.replace(data, image_size=source_of(data).image_size(data, root, first_only))
+    return dataclasses.replace(data, image_size=source_of(data).image_size(data, root))
 
 
 def check_sizes(data: DataSpec, train: int, test: int) -> tuple[int, int]:

@@ -43,16 +43,15 @@ def load_target(data: DataSpec, root: Path, folder: Path | None) -> Dataset:
         found = function(**{key: value for key, value in offered.items() if key in taken} | data.args)
     except Exception as error:  # the user's code raises anything
         raise RunFailedError(user_code.explain(error, folder, what)) from None
-    values = dict(zip(KEYS, found, strict=True)) if isinstance(found, tuple) and len(found) == len(KEYS) else found
-    if not isinstance(values, dict) or set(values) != set(KEYS):
+    values = dict(zip(KEYS, found, strict=False)) if isinstance(found, tuple) and len(found) == len(KEYS) else found
+    if not isinstance(values, dict) or values.keys() != {*KEYS}:
         got = f"a dictionary of {', '.join(map(str, values))}" if isinstance(values, dict) else type(found).__name__
-        if isinstance(found, tuple):
-            got = f"a tuple of {len(found)}"
+        got += f" of {len(found)}" if isinstance(found, tuple) else ""
         raise SpecError(
             f"{what}: returns {got}; allowed: a dictionary, or a tuple in this order, of {', '.join(KEYS)}."
         )
     classes = tuple(values["classes"]) if isinstance(values["classes"], (list, tuple)) else ()
-    if len(classes) < 2 or len(set(classes)) < len(classes) or not all(isinstance(name, str) for name in classes):
+    if len({*map(str, classes)}) < max(2, len(classes)) or not all(isinstance(name, str) for name in classes):
         raise SpecError(
             f"{what}: classes is {shown(str(values['classes'])[:100])}; allowed: a list of 2 or more names."
         )
@@ -61,9 +60,9 @@ def load_target(data: DataSpec, root: Path, folder: Path | None) -> Dataset:
         images = _images(values[f"{split}_images"], data.size, f"{what}: {split}_images")
         labels = _labels(values[f"{split}_labels"], len(images), len(classes), f"{what}: {split}_labels")
         tensors += [images, labels]
-    if not len(tensors[0]) or not (len(tensors[2]) or data.holdout):
-        empty = "test" if len(tensors[0]) else "train"
-        raise SpecError(f"{what}: {empty}_images holds no image. HINT: data.holdout=N tests on N training images.")
+    for images, split in ((tensors[0], "train"), (tensors[2], "test")):
+        if not len(images) and not (split == "test" and data.holdout):
+            raise SpecError(f"{what}: {split}_images holds no image. HINT: data.holdout=N tests on N training images.")
     return Dataset(*tensors, info=DatasetInfo(classes))
 
 
@@ -77,19 +76,22 @@ def _tensor(value: Any, where: str) -> Tensor:
         raise SpecError(f"{where}: is {type(value).__name__}; allowed: an array of numpy, or a tensor.") from None
 
 
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _images(value: Any, size: int, where: str) -> Tensor:
     """uint8 [N, 3, size, size]."""
     images = _tensor(value, where)
-    kind, shape = str(images.dtype).removeprefix("torch."), list(images.shape)
+    shape = list(images.shape)
     if images.dtype != torch.uint8:
         hint = "(255 * images).astype('uint8')" if images.dtype.is_floating_point else "images.astype('uint8')"
-        raise SpecError(f"{where}: is {kind}; allowed: uint8, from 0 to 255. HINT: return {hint}.")
-    if images.ndim == 4 and shape[3] == 3 and shape[1] != 3:
+        raise SpecError(f"{where}: is {_kind(images)}; allowed: uint8, from 0 to 255. HINT: return {hint}.")
+    if images.ndim == 4 and shape[3] == 3 != shape[1]:
         images = images.permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise SpecError(f"{where}: has the shape {shape}; allowed: [N, 3, S, S] or [N, S, S, 3], with any S.")
-    if images.shape[2] != size:
-        side = images.shape[2]
+    if (side := images.shape[2]) != size:
         raise SpecError(f"{where}: {side}x{side} pixels; data.image_size says {size}. HINT: data.image_size={side}.")
     return images.contiguous()
 
@@ -97,13 +99,12 @@ def _images(value: Any, size: int, where: str) -> Tensor:
 def _labels(value: Any, count: int, classes: int, where: str) -> Tensor:
     """int64 [count], each below `classes`."""
     labels = _tensor(value, where)
-    kind = str(labels.dtype).removeprefix("torch.")
     if labels.ndim != 1 or len(labels) != count:
         raise SpecError(f"{where}: has the shape {list(labels.shape)}; allowed: [{count}], a label for each image.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise SpecError(f"{where}: is {kind}; allowed: whole numbers.")
+        raise SpecError(f"{where}: is {_kind(labels)}; allowed: whole numbers.")
     labels = labels.to(torch.int64)
-    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        low, high = int(labels.min()), int(labels.max())
+    low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)
+    if not 0 <= low <= high < classes:
         raise SpecError(f"{where}: from {low} to {high}; allowed: 0 to {classes - 1}, as there are {classes} classes.")
     return labels

@@ -67,7 +67,7 @@ def refuse_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_three_classes_of_48_pixels_are_loaded_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path)
     spec = with_size(FOLDER, tmp_path)
-    assert spec == dataclasses.replace(FOLDER, image_size=48) == with_size(FOLDER, tmp_path, first_only=True)
+    assert spec == dataclasses.replace(FOLDER, image_size=48)
     found = load_dataset(spec, tmp_path)
     assert found.train_images.shape == (6, 3, 48, 48) and found.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert (found.info.classes, found.info.image_size) == (FLOWERS, 48)
@@ -110,7 +110,7 @@ def test_a_first_image_that_gives_no_size_is_named(tmp_path: Path, size: tuple[i
         rf"daisy/0\.png is {size[0]}x{size[1]} pixels; allowed without data\.image_size: squares of one size from 4 to"
     )
     with pytest.raises(SpecError, match=words):
-        with_size(FOLDER, tmp_path, first_only=True)
+        with_size(FOLDER, tmp_path)
 
 
 def test_the_first_file_that_is_no_image_is_named(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ LABELS, IMAGES = '"test_labels": [2, 1, 0]', '"train_images": images(6, size, la
     ("old", "new", "words"),
     [
         ("return {", "return [1] or {", "returns list; allowed: a dictionary, or a tuple in this order, of train_im"),
-        ("return {", "return (1, 2) or {", "returns a tuple of 2; allowed"),
+        ("return {", "return (1, 2) or {", "returns tuple of 2; allowed"),
         ('"classes":', '"names":', "returns a dictionary of train_images, .*, names; allowed"),
         (IMAGES, '"train_images": images(6) / 255', "train_images: is float64; allowed: uint8.*HINT: return"),
         (IMAGES, '"train_images": images(6).astype("int32")', "train_images: is int32; allowed: uint8.*HINT: re"),
