@@ -175,12 +175,13 @@ def draw(matrix: Matrix, names: Sequence[str], title: str, folder: Path) -> list
                 text = f"{share:.1f}" if share < 99.95 else "100"
                 colour = "white" if share > 40 else "black"
                 axes.text(predicted, true, text, ha="center", va="center", fontsize=min(6.5, 65 / count), color=colour)
-    labels = [short(name) for name in names]
-    turn = 40 if count <= MOST_COLUMNS else 90
-    axes.set_xticks(range(count), labels, rotation=turn, ha="right", va="center", rotation_mode="anchor")
+    few = count <= MOST_COLUMNS
+    labels = [short(name, NAME_WIDTH if few else LONG_NAME) for name in names]
+    turn: dict[str, Any] = {"rotation": 40} if few else {"rotation": 90, "va": "center"}
+    axes.set_xticks(range(count), labels, ha="right", rotation_mode="anchor", **turn)
     axes.set_yticks(range(count), labels)
-    if count > MOST_COLUMNS:
-        axes.tick_params(labelsize=max(4, min(8, 200 * scale / count)))
+    if not few:
+        axes.tick_params(labelsize=max(4, min(7, 200 * scale / count)))
     axes.set(xlabel="predicted class", ylabel="true class", title=printable(title))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)

@@ -6,6 +6,7 @@ Channels = tuple[float, float, float]
 CIFAR10: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN: Channels = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD: Channels = (0.2470, 0.2435, 0.2616)
+SYNTHETIC = tuple("disc ring square triangle cross horizontal vertical diagonal checkerboard dots".split())
 UNKNOWN = tuple(f"class {label}" for label in range(10))
 
 

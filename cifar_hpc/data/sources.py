@@ -17,7 +17,7 @@ from cifar_hpc.config.spec import DataSpec
 from cifar_hpc.data import cifar
 from cifar_hpc.data.cifar import Cifar
 from cifar_hpc.data.image_folder import class_folders, list_folder, own_size
-from cifar_hpc.data.info import CIFAR10, UNKNOWN, DatasetInfo
+from cifar_hpc.data.info import CIFAR10, SYNTHETIC, UNKNOWN, DatasetInfo
 from cifar_hpc.errors import SpecError
 from cifar_hpc.text import counted
 
@@ -33,10 +33,12 @@ class Source:
     """A kind of images. Methods take the section `data`, and the project's root, where a relative data.root starts.
 
     downloads: `fetch` brings missing images.
+    names: of the classes in runs of earlier versions, all of which had ten.
     measured: the mean and deviation of the channels are those of its training images, and not CIFAR-10's.
     """
 
     downloads = measured = False
+    names = UNKNOWN
 
     def fetch(self, data: DataSpec, root: Path) -> None:
         """Download what is missing."""
@@ -57,9 +59,9 @@ class Source:
         """Read all images, or those that the spec chooses."""
         raise NotImplementedError
 
-    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...] | None:
-        """Names of the classes, for checkpoints of earlier versions, which do not hold them; None if unknown."""
-        return None
+    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...]:
+        """Names of the classes, as `class_names`."""
+        return self.names
 
     def words(self, data: DataSpec, root: Path, kind: str = "") -> str:
         """Describe the images.
@@ -73,7 +75,7 @@ class Source:
 class CifarSource(Source):
     """CIFAR-10 or CIFAR-100, as torchvision keeps it in data.root."""
 
-    downloads = True
+    downloads, names = True, CIFAR10
 
     def __init__(self, name: str) -> None:
         self.name, self.measured = name, name != "cifar10"
@@ -106,9 +108,6 @@ class CifarSource(Source):
         train, train_labels, test, test_labels, classes = cifar.read(self.cifar, root / data.root)
         return Dataset(train, train_labels, test, test_labels, info=DatasetInfo(classes))
 
-    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...] | None:
-        return CIFAR10 if self.name == "cifar10" else None
-
     def words(self, data: DataSpec, root: Path, kind: str = "") -> str:
         return f"{self.cifar.words}'s {kind} images" if kind else f"{self.cifar.words} in {root / data.root}"
 
@@ -129,12 +128,12 @@ class FolderSource(Source):
 
         return read_folder(data, root, progress)
 
-    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...] | None:
+    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...]:
         for folder in (root / data.root / "train", root / data.root / "test"):
             with contextlib.suppress(SpecError):
                 if len(names := class_folders(folder)) == len(UNKNOWN):
                     return tuple(names)
-        return None
+        return UNKNOWN
 
     def words(self, data: DataSpec, root: Path, kind: str = "") -> str:
         split = {"test": "test", "training": "train"}.get(kind)
@@ -144,19 +143,16 @@ class FolderSource(Source):
 class SyntheticSource(Source):
     """Pictures that are drawn."""
 
+    names = SYNTHETIC
+
     def check(self, data: DataSpec, root: Path) -> tuple[int, int]:
         return data.train_size or SYNTHETIC_SIZES[0], data.test_size or SYNTHETIC_SIZES[1]
 
     def load(self, data: DataSpec, root: Path, progress: Progress, user_code: Path | None) -> Dataset:
-        from cifar_hpc.data import synthetic
         from cifar_hpc.data.datasets import Dataset
+        from cifar_hpc.data.synthetic import make_synthetic
 
-        return Dataset(*synthetic.make_synthetic(*self.check(data, root)), info=DatasetInfo(synthetic.CLASSES))
-
-    def classes(self, data: DataSpec, root: Path) -> tuple[str, ...] | None:
-        from cifar_hpc.data.synthetic import CLASSES
-
-        return CLASSES
+        return Dataset(*make_synthetic(*self.check(data, root)), info=DatasetInfo(SYNTHETIC))
 
     def words(self, data: DataSpec, root: Path, kind: str = "") -> str:
         return f"the synthetic {kind} images" if kind else "synthetic"
@@ -220,4 +216,4 @@ def check_sizes(data: DataSpec, train: int, test: int) -> tuple[int, int]:
 
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
     """Names of the classes of a run of an earlier version; "class 0" and so on where its folder no longer exists."""
-    return source_of(data).classes(data, root) or UNKNOWN
+    return source_of(data).classes(data, root)

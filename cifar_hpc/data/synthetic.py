@@ -11,9 +11,8 @@ threads.
 import torch
 from torch import Tensor
 
+from cifar_hpc.data.info import SYNTHETIC as CLASSES
 from cifar_hpc.randomness import Stream, mix, permutation, uniform
-
-CLASSES = tuple("disc ring square triangle cross horizontal vertical diagonal checkerboard dots".split())
 
 _SIZE = 32
 _ONE = 1024  # fixed point: units of one pixel

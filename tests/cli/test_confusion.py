@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from cifar_hpc.cli.evaluate import class_accuracy, confusion, draw, most_confused, short, table
@@ -39,6 +40,28 @@ def test_the_pairs_that_are_confused_most() -> None:
 def test_names_of_unknown_origin_are_cut_and_harmless() -> None:
     assert short("cat") == "cat"
     assert short("\x1b[2J\n" + "x" * 90) == "\\x1b[2J xxx…"
+
+
+def test_a_hundred_classes_are_a_list_and_no_wall() -> None:
+    names = [f"a fish of the kind {n}" for n in range(100)]
+    labels = torch.arange(1000) % 100
+    matrix = confusion(labels, torch.where(labels == 7, 9, labels), 100)
+    lines = table(matrix, names)
+    assert len(lines) == 101 and max(map(len, lines)) <= 80
+    assert lines[8].split() == "7 a fish of the kind 7 10 0.00% a fish of the kind 9 (10)".split()
+    assert lines[9].split() == "8 a fish of the kind 8 10 100.00%".split()
+    assert most_confused(matrix, names) == ["100.0% of a fish of the kind 7 taken for a fish of the kind 9"]
+    confused = confusion(labels, (labels + labels // 5) % 100, 100)
+    assert len(most_confused(confused, names)) == 10
+
+
+@pytest.mark.parametrize("count", [2, 16, 17, 100])
+def test_a_figure_of_any_number_of_classes(tmp_path: Path, count: int) -> None:
+    labels = torch.arange(2 * count) % count
+    matrix = confusion(labels, labels.flip(0), count)
+    svg = draw(matrix, [f"name {n}" for n in range(count)], "title", tmp_path)[1].read_text()
+    assert svg.count(">name 1</text>") == 2
+    assert (f">{100 * matrix[0][count - 1] / 2:.0f}</text>" in svg) is (count <= 16) or count > 16
 
 
 def test_the_figure_holds_the_shares(tmp_path: Path) -> None:
