@@ -5,28 +5,33 @@ those of MosaicML Composer's ProgressiveResizing."""
 
 import math
 
-from cifar_hpc.config.spec import IMAGE_SIZE, Spec
+from cifar_hpc.config.spec import Spec
 
 
 def training_size(spec: Spec, epoch: int) -> int:
-    """Height and width in pixels of the training images of one epoch; of the last one always 32.
+    """Height and width in pixels of the training images of one epoch; of the last one always data.image_size.
 
     Args:
         spec: of the run.
         epoch: epochs completed.
     """
-    initial, increment, epochs = spec.resizing.initial, spec.resizing.increment, spec.train.epochs
+    initial, increment, epochs, size = spec.resizing.initial, spec.resizing.increment, spec.train.epochs, spec.data.size
     if initial is None:
-        return IMAGE_SIZE
+        return size
     # Rounded first: 0.29 of 100 epochs is 29, whatever floating point makes of it.
     first = int(round(spec.resizing.delay * epochs, 6))
     last = epochs - max(1, int(round(spec.resizing.finetune * epochs, 6)))
     if epoch >= last:
-        return IMAGE_SIZE
+        return size
     if epoch < first:
         return initial
-    grown = math.ceil((IMAGE_SIZE - initial) / increment * (epoch - first + 1) / (last - first + 1)) * increment
-    return min(IMAGE_SIZE, initial + grown)
+    grown = math.ceil((size - initial) / increment * (epoch - first + 1) / (last - first + 1)) * increment
+    return min(size, initial + grown)
+
+
+def resizes(spec: Spec) -> bool:
+    """Return whether any epoch trains on smaller images."""
+    return spec.resizing.initial is not None and spec.resizing.initial < spec.data.size
 
 
 def epochs_left(spec: Spec, done: float) -> float:
@@ -37,7 +42,7 @@ def epochs_left(spec: Spec, done: float) -> float:
         done: epochs done, with the part of the one under way.
     """
     epochs = spec.train.epochs
-    if done >= epochs or not spec.resizing.on:
+    if done >= epochs or not resizes(spec):
         return max(0.0, epochs - done)
     under_way = int(done)
     sizes = [training_size(spec, epoch) for epoch in range(under_way, epochs)]

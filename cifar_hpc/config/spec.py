@@ -29,7 +29,7 @@ FLOAT32, INT32 = 1e38, 2**31 - 1
 class AugmentConfig:
     """The report's six augmentations, and one more, with torchvision's meaning; 0 switches one off at no cost."""
 
-    crop_padding: int = option(4, "zero padding, in pixels, before a crop to 32x32; 0 is off", low=0, high=31)
+    crop_padding: int = option(4, "zero padding, in pixels, before the crop; 0 is off", low=0, high=LARGEST_SIZE - 1)
     flip: float = option(0.5, "probability of a horizontal flip; 0 is off", low=0, high=1)
     rotation: float = option(15.0, "largest angle of rotation, in degrees; 0 is off", low=0, high=180)
     brightness: float = option(0.2, "factor is uniform in [max(0, 1 - x), 1 + x]; 0 is off", low=0, high=FLOAT32)
@@ -210,16 +210,11 @@ class DataSpec:
 @dataclass(frozen=True)
 class ResizingSpec:
     initial: int | None = option(
-        None, "height and width of training images at first, in pixels; null is off", low=4, high=IMAGE_SIZE
+        None, "height and width of training images at first, in pixels; null is off", low=LEAST_SIZE, high=LARGEST_SIZE
     )
     delay: float = option(0.5, "share of the epochs before the images grow", low=0, high=1)
     finetune: float = option(0.2, "share of the epochs, at the end, on whole images", low=0, high=1)
-    increment: int = option(4, "pixels by which the images grow at a time", low=1, high=IMAGE_SIZE)
-
-    @property
-    def on(self) -> bool:
-        """Return whether any epoch trains on smaller images."""
-        return self.initial is not None and self.initial < IMAGE_SIZE
+    increment: int = option(4, "pixels by which the images grow at a time", low=1, high=LARGEST_SIZE)
 
 
 @dataclass(frozen=True)
@@ -338,14 +333,14 @@ def check(spec: Spec) -> Spec:
     Raises:
         SpecError: names the dotted keys that contradict each other.
     """
-    train, model, checkpoint = spec.train, spec.model, spec.checkpoint
+    train, model, checkpoint, size = spec.train, spec.model, spec.checkpoint, spec.data.size
     if len(model.blocks) != len(model.widths):
         raise SpecError(
             f"model.blocks: {list(model.blocks)} has {len(model.blocks)} layers but model.widths "
             f"{list(model.widths)} has {len(model.widths)}; allowed: lists of one length."
         )
     if model.target is None:
-        _check_layers(model, spec.resizing.initial or spec.data.size)
+        _check_layers(model, spec.resizing.initial or size)
     else:
         check_target(model.target, "model.target")
         own = {key: value for key, value in vars(ModelSpec()).items() if key not in TARGET_KEYS}
@@ -394,6 +389,13 @@ def check(spec: Spec) -> Spec:
         first, last = getattr(spec.augment, name)
         if first > last:
             raise SpecError(f"augment.{name}: [{first:g}, {last:g}] is not allowed; allowed: the smaller first.")
+    for key, value, most in (
+        ("resizing.initial", spec.resizing.initial or 0, size),
+        ("resizing.increment", spec.resizing.increment, size),
+        ("augment.crop_padding", spec.augment.crop_padding, size - 1),
+    ):
+        if value > most:
+            raise SpecError(f"{key}: {value} is not allowed; allowed: at most {most}, as data.image_size is {size}.")
     if spec.resizing.delay + spec.resizing.finetune > 1:
         raise SpecError(
             f"resizing.delay: {spec.resizing.delay:g} and resizing.finetune: {spec.resizing.finetune:g} are more than "
@@ -427,7 +429,7 @@ def _check_layers(model: ModelSpec, smallest: int) -> None:
         raise SpecError(
             f"model.widths: {len(model.widths)} layers are not allowed; allowed: at most {most}, since each layer "
             f"after the first halves images of {smallest}x{smallest} pixels, and one pixel is too few."
-            + (" HINT: give resizing.initial more pixels." if smallest < IMAGE_SIZE else "")
+            " HINT: resizing.initial, or else data.image_size, gives them more."
         )
     narrow = [w for w in model.widths[:-1] if model.scaled(w) < LEAST_WIDTH]
     if narrow:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.config.io import changed_keys
-from cifar_hpc.config.schedule import epochs_left, training_size
+from cifar_hpc.config.schedule import epochs_left, resizes, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import UserError
 from cifar_hpc.files import NotRegularError, open_regular, read_regular, write_atomic
@@ -153,7 +153,7 @@ class Progress:
         """
         self.epochs, self.log_seconds = spec.train.epochs, spec.train.log_seconds
         seconds = self.summary.epoch_seconds
-        if seconds and spec.resizing.on:
+        if seconds and resizes(spec):
             epoch = self.summary.epoch
             growth = training_size(spec, epoch) / training_size(spec, epoch - 1)
             work = epochs_left(spec, self.epoch) * seconds[-1] * growth**2

@@ -155,12 +155,12 @@ class Engine:
                 self.bad_step = torch.minimum(self.bad_step, bad)
 
     def augmented(self, indices: Tensor, key: int) -> Tensor:
-        """Return augmented, normalised training images [B, 3, 32, 32], channels_last."""
+        """Return augmented, normalised training images [B, 3, S, S], channels_last."""
         draws = uniform(key, indices, DRAWS)
         images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
         if self.spec.augment.trivial:
             images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
-        return augment(images, draws, self.spec.augment)
+        return augment(images, draws, self.spec.augment, self.data.info)
 
     def first_gradient(self) -> str | None:
         """Return a digest of the gradient of two training images: equal where the kernels compute the same bits.
@@ -174,7 +174,7 @@ class Engine:
         if not (own or self.spec.train.deterministic):
             return None
         count = min(2, self._fewest_images) if own else 2
-        images, labels = normalize(self.data.train_images[:count]), self.data.train_labels[:count]
+        images, labels = normalize(self.data.train_images[:count], self.data.info), self.data.train_labels[:count]
         self.model.train()
         self.exact.set_key(0, self.device)
         self.exact.set_update_statistics(False)

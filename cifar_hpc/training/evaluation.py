@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar_hpc.config.schedule import training_size
-from cifar_hpc.config.spec import IMAGE_SIZE, Spec
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.training.engine import Engine
@@ -49,7 +49,7 @@ def evaluate(engine: Engine, epoch: int, between: Between) -> Result | None:
     """
     engine.share_buffers()
     with torch.no_grad(), engine.evaluated_weights(), restored(list(engine.model.buffers())):
-        foreign = evaluated_kind(engine.spec) != "fast" or training_size(engine.spec, epoch) < IMAGE_SIZE
+        foreign = evaluated_kind(engine.spec) != "fast" or training_size(engine.spec, epoch) < engine.spec.data.size
         if foreign and engine.spec.lookahead.bn_batches > 0 and not _estimate_statistics(engine, epoch, between):
             return None
         engine.model.eval()
@@ -117,7 +117,7 @@ def _test_sums(engine: Engine, between: Between) -> Tensor | None:
         batch = first + layout.rank
         if batch < batches:
             rows = slice(batch * BATCH, (batch + 1) * BATCH)
-            pixels = normalize(images[rows])
+            pixels = normalize(images[rows], engine.data.info)
             with engine.autocast():
                 logits = engine.model(pixels)
             table[batch, 0] = engine.loss_sum(logits, labels[rows])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_hpc.config.io import from_plain
+from cifar_hpc.config.schedule import resizes
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.info import DatasetInfo
@@ -68,12 +69,12 @@ class TrainedModel:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """float32 [B, 10] on the device, for uint8 [B, 3, 32, 32]; the same bits as in the run's own evaluation.
+        """float32 [B, 10] on the device, for uint8 [B, 3, S, S]; the same bits as in the run's own evaluation.
 
         Raises:
             RunFailedError: they are NaN or infinite.
         """
-        pixels = normalize(images.to(self.device))
+        pixels = normalize(images.to(self.device), self.info)
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.amp != "fp32"):
             logits: Tensor = self.model(pixels)
@@ -182,7 +183,7 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
 def _usable(state: TrainingState, fast: bool) -> bool:
     """True if the checkpoint has the BatchNorm statistics of the requested weights."""
     spec = from_plain(state.spec)
-    measured = (evaluated_kind(spec) != "fast" or spec.resizing.on) and spec.lookahead.bn_batches > 0
+    measured = (evaluated_kind(spec) != "fast" or resizes(spec)) and spec.lookahead.bn_batches > 0
     return fast or not measured or state.slow_buffers is not None
 
 

@@ -11,17 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cifar_hpc.config.spec import IMAGE_SIZE, AugmentConfig
+from cifar_hpc.config.spec import AugmentConfig
+from cifar_hpc.data.info import DatasetInfo
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 LUMA = (0.2989, 0.587, 0.114)  # torchvision.transforms.functional.rgb_to_grayscale
 # In steps of 2**-14 the sum of 1024 pixels stays within 2**24, so float32 adds them exactly, in whatever order a
 # device sums. The mean moves by at most 2**-15, the result by a fifth of that.
 _STEPS = 2.0**14
-_LAST = IMAGE_SIZE - 1
-_HALF = IMAGE_SIZE / 2
-PIXELS = IMAGE_SIZE * IMAGE_SIZE
+_EXACTLY_ADDED = 1024  # pixels; also the largest data.image_size
 # Columns of `draws`. Fixed, so that switching one step off changes no other.
 _CROP, _FLIP, _ROTATION, _JITTER, _ORDER = slice(0, 2), 2, 3, slice(4, 8), slice(8, 12)
 _ERASE, _AREA, _RATIO, _PLACE = 12, slice(13, 23), slice(23, 33), slice(33, 35)
@@ -53,12 +50,13 @@ class Parameters(NamedTuple):
     box: Tensor
 
 
-def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
+def sample_parameters(draws: Tensor, config: AugmentConfig, size: int) -> Parameters:
     """Turn uniform numbers into parameters.
 
     Args:
         draws: float32 [B, DRAWS] in [0, 1), from `randomness.uniform`.
         config: what to augment.
+        size: height and width of the images, in pixels.
     """
     # floor(u * n) stays below n: u is at most 1 - 2**-24, and n * u does not round up to n in float32.
     crop = (draws[:, _CROP] * (2 * config.crop_padding + 1)).to(torch.int64)
@@ -73,7 +71,7 @@ def sample_parameters(draws: Tensor, config: AugmentConfig) -> Parameters:
         saturation=_between(jitter[:, 2], max(0.0, 1 - config.saturation), 1 + config.saturation),
         hue=_between(jitter[:, 3], -config.hue, config.hue),
         order=draws[:, _ORDER].argsort(dim=1, stable=True),
-        box=_erase_boxes(draws, config),
+        box=_erase_boxes(draws, config, size),
     )
 
 
@@ -92,34 +90,34 @@ def _between(draw: Tensor, low: float, high: float) -> Tensor:
     return draw * (high - low) + low
 
 
-def _erase_boxes(draws: Tensor, config: AugmentConfig) -> Tensor:
+def _erase_boxes(draws: Tensor, config: AugmentConfig, size: int) -> Tensor:
     """Boxes as RandomErasing.get_params makes them: the first of ten proposals that fits, or none."""
     if config.erasing == 0:
         return torch.zeros(len(draws), 4, dtype=torch.int64, device=draws.device)
     # float64, so that exp and sqrt of another device round to the same whole pixels.
-    area = _between(draws[:, _AREA].double(), *config.erasing_scale) * IMAGE_SIZE**2
+    area = _between(draws[:, _AREA].double(), *config.erasing_scale) * size**2
     low, high = (math.log(ratio) for ratio in config.erasing_ratio)
     ratio = _between(draws[:, _RATIO].double(), low, high).exp()
     heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (heights < IMAGE_SIZE) & (widths < IMAGE_SIZE)
+    fits = (heights < size) & (widths < size)
     first = fits.to(torch.int32).argmax(dim=1, keepdim=True)
     erase = fits.gather(1, first) & (draws[:, _ERASE, None] < config.erasing)
-    size = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1) * erase
-    place = draws[:, _PLACE].double() * (IMAGE_SIZE + 1 - size)
-    return torch.cat([place, size], dim=1).to(torch.int64)
+    sides = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1) * erase
+    place = draws[:, _PLACE].double() * (size + 1 - sides)
+    return torch.cat([place, sides], dim=1).to(torch.int64)
 
 
 class Plan(NamedTuple):
-    """The inputs of the kernels for B samples, which are the second dimension of every tensor.
+    """The inputs of the kernels for B samples of S x S pixels; they are the second dimension of every tensor.
 
     Attributes:
-        across, down: the two summands of each pixel's source, float64 (float32 without a rotation) [2, B, 1, 32] and
-            [2, B, 32, 1]: rows, then columns, in pixels from the picture's centre.
+        across, down: the two summands of each pixel's source, float64 (float32 without a rotation) [2, B, 1, S] and
+            [2, B, S, 1]: rows, then columns, from the picture's centre, in pixels over `unit_of(S)`.
         low, high: the sources that show a pixel, float32 [2, B, 1, 1].
         scale, start: index of a pixel = sum of source * scale + start; float32 [2, B, 1, 1] and [1, B, 1, 1].
         image, luma, mean: weights of the image, its luma and the luma's mean at each of T turns, float32 [T, B, 1, 1].
         hue: float32 [1, B, 1, 1], turns of the circle.
-        rows, columns: 0 in those of the box to erase, else -1; int32 [1, B, 32, 1] and [1, B, 1, 32].
+        rows, columns: 0 in those of the box to erase, else -1; int32 [1, B, S, 1] and [1, B, 1, S].
     """
 
     across: Tensor
@@ -136,13 +134,15 @@ class Plan(NamedTuple):
     columns: Tensor
 
 
-def make_plan(p: Parameters, config: AugmentConfig, sorted_by_hue: bool) -> Plan:
+def make_plan(p: Parameters, config: AugmentConfig, size: int, sorted_by_hue: bool) -> Plan:
     """Compute the inputs of the kernels.
 
     Args:
+        size: height and width of the images, in pixels.
         sorted_by_hue: count no turn for a sample that has no blend at it.
     """
-    return Plan(*_sources(p, config), *_blends(p, config, sorted_by_hue), p.hue[None, :, None, None], *_boxes(p))
+    blends, hue = _blends(p, config, sorted_by_hue), p.hue[None, :, None, None]
+    return Plan(*_sources(p, config, size), *blends, hue, *_boxes(p, size))
 
 
 class Channels(NamedTuple):
@@ -151,7 +151,7 @@ class Channels(NamedTuple):
     Attributes:
         luma: weights of the luma, in steps of 2**-14.
         hue: turns that put each channel's opposite hue at a whole number of turns and a half.
-        mean, deviation: CIFAR-10's.
+        mean, deviation: the data set's.
     """
 
     luma: Tensor
@@ -160,27 +160,48 @@ class Channels(NamedTuple):
     deviation: Tensor
 
 
-def channels(device: torch.device) -> Channels:
+def channels(device: torch.device, info: DatasetInfo) -> Channels:
     """The constants, filled on that device: torch.tensor(...) would wait for a copy from the host."""
-    values = ([weight * _STEPS for weight in LUMA], [2, 2 - 1 / 3, 2 - 2 / 3], CIFAR10_MEAN, CIFAR10_STD)
+    values = ([weight * _STEPS for weight in LUMA], [2, 2 - 1 / 3, 2 - 2 / 3], info.mean, info.std)
     filled = ([torch.full((1,), value, dtype=torch.float32, device=device) for value in three] for three in values)
     return Channels(*map(torch.stack, filled))
 
 
-def _sources(p: Parameters, config: AugmentConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def unit_of(size: int) -> float:
+    """Half a picture where that is no power of two, else 1; in pixels.
+
+    Torchvision computes a rotation in halves of the picture. Only a power of two scales without rounding.
+    """
+    return 1.0 if size & (size - 1) == 0 else size / 2
+
+
+def centred(size: int, device: torch.device) -> Tensor:
+    """The places of a row's pixels from its middle, float32 [size]."""
+    return torch.arange(size, dtype=torch.float32, device=device) - (size / 2 - 0.5)
+
+
+def pixels_(place: Tensor, size: int) -> Tensor:
+    """Turn float32 places from the picture's centre, over `unit_of(size)`, into whole pixels, in place."""
+    unit = unit_of(size)
+    place.add_(size / 2 / unit)
+    return (place if unit == 1 else place.mul_(unit)).sub_(0.5).round_()
+
+
+def _sources(p: Parameters, config: AugmentConfig, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # From a place in the rotated picture back to the image: mirror, then shift. What lies outside the crop
     # window or outside the image is 0. Both are intervals of the place, so one clamp per axis finds it.
     shift = torch.stack([p.top, p.left]) - config.crop_padding
     mirror = p.flip.to(torch.int64)
-    first, last = (-shift).clamp_(min=0), _LAST - shift.clamp(min=0)
-    turned = mirror * (_LAST - last[1] - first[1])
+    first, last = (-shift).clamp_(min=0), size - 1 - shift.clamp(min=0)
+    turned = mirror * (size - 1 - last[1] - first[1])
     low, high = (torch.stack([side[0], side[1] + turned]) for side in (first, last))
-    scale = torch.stack([torch.full_like(mirror, IMAGE_SIZE), 1 - 2 * mirror])
-    start = mirror * _LAST + shift[1] + shift[0] * IMAGE_SIZE
+    scale = torch.stack([torch.full_like(mirror, size), 1 - 2 * mirror])
+    start = mirror * (size - 1) + shift[1] + shift[0] * size
     dtype = torch.float64 if config.rotation > 0 else torch.float32
-    line = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=p.angle.device) - (_HALF - 0.5)
+    line = centred(size, p.angle.device)
     radians = p.angle.double() * (-math.pi / 180)
-    cosine, sine = radians.cos().float()[:, None], radians.sin().float()[:, None]
+    unit = torch.full((1,), unit_of(size), dtype=torch.float32, device=line.device)  # as in unit_
+    cosine, sine = (radians.cos().float() / unit)[:, None], (radians.sin().float() / unit)[:, None]
     across = torch.stack([line * -sine, line * cosine]).to(dtype)
     down = line.to(dtype) * torch.stack([cosine, sine]).to(dtype)
     # float32 holds these small integers exactly.
@@ -192,18 +213,19 @@ def move(images: Tensor, plan: Plan, scratch: Tensor) -> Tensor:
     """Pad, crop, flip and rotate in one lookup; equal to torchvision's (tensors, nearest pixel, fill 0).
 
     Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which a CPU does with fused
-    multiply-adds) and grid_sample, both without their scaling by 16, a power of two. The fused step is done
+    multiply-adds) and grid_sample, both without their scaling where that is a power of two. The fused step is done
     as an exact product and a sum in float64: a matrix product would depend on the BLAS and on TF32 settings.
 
     Args:
-        images: uint8 [B, 3, 32, 32].
-        scratch: float32 [4, B, 32, 32].
+        images: uint8 [B, 3, S, S].
+        scratch: float32 [4, B, S, S].
 
     Returns:
-        uint8 [B, 3, 1024].
+        uint8 [B, 3, S * S].
     """
-    batch = images.shape[0]
-    place = torch.add(plan.across, plan.down, out=scratch[:2]).add_(_HALF).sub_(0.5).round_()
+    batch, size = images.shape[0], images.shape[3]
+    pixels = size * size
+    place = pixels_(torch.add(plan.across, plan.down, out=scratch[:2]), size)
     # Not torch.clamp, which is not vectorised for limits that broadcast.
     inside = torch.maximum(place, plan.low, out=scratch[2:])
     torch.minimum(inside, plan.high, out=inside)
@@ -212,8 +234,8 @@ def move(images: Tensor, plan: Plan, scratch: Tensor) -> Tensor:
     keep = (outside[0] | outside[1]).logical_not_().view(torch.uint8)
     inside.mul_(plan.scale)
     index = (inside[0] + inside[1]).add_(plan.start[0]).to(torch.int64)
-    index = index.view(batch, 1, PIXELS).expand(batch, 3, PIXELS)
-    return images.reshape(batch, 3, PIXELS).gather(2, index).mul_(keep.view(batch, 1, PIXELS))
+    index = index.view(batch, 1, pixels).expand(batch, 3, pixels)
+    return images.reshape(batch, 3, pixels).gather(2, index).mul_(keep.view(batch, 1, pixels))
 
 
 def _blends(p: Parameters, config: AugmentConfig, sorted_by_hue: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +264,7 @@ def _blends(p: Parameters, config: AugmentConfig, sorted_by_hue: bool) -> tuple[
 
 
 def jitter_(x: Tensor, scratch: Tensor, plan: Plan, before: int, constants: Channels, config: AugmentConfig) -> None:
-    """Change brightness, contrast, saturation and hue of x, float32 [B, 3, 1024] in [0, 1], in place.
+    """Change brightness, contrast, saturation and hue of x, float32 [B, 3, P] in [0, 1], in place.
 
     As ColorJitter on floats, in each sample's own order. The first three are all
     `clamp(factor * image + (1 - factor) * other)`, with nothing, the mean of the luma, or the luma as the other. So hue
@@ -251,7 +273,7 @@ def jitter_(x: Tensor, scratch: Tensor, plan: Plan, before: int, constants: Chan
     blends. The result is within 1e-5 of torchvision's, for factors in [0.8, 1.2].
 
     Args:
-        scratch: float32 [4, B, 1, 1024], reused by every step: less memory to fetch than a new tensor for each.
+        scratch: float32 [4, B, 1, P], reused by every step: less memory to fetch than a new tensor for each.
             Each of its planes is contiguous, because torch.compile refuses `out=` otherwise.
         before: how many turns come before hue.
     """
@@ -273,7 +295,7 @@ def _blend_(
         red, green, blue = torch.mul(x, weights, out=products).split(1, dim=1)
         gray = red.add_(green).add_(blue)
         if config.contrast > 0:
-            average = torch.round(gray, out=plane).mean(dim=2, keepdim=True)
+            average = exact_mean(torch.round(gray, out=plane))
             gray.mul_(luma).add_(average.mul_(mean))
         else:
             gray.mul_(luma)
@@ -283,8 +305,18 @@ def _blend_(
     x.clamp_(0, 1)
 
 
+def exact_mean(whole: Tensor) -> Tensor:
+    """The mean [B, 1, 1] of float32 [B, 1, P], whole numbers up to 2**14: the same bits in whatever order of adding."""
+    pixels = whole.shape[2]
+    if pixels <= _EXACTLY_ADDED:
+        return whole.mean(dim=2, keepdim=True)
+    side = math.isqrt(pixels)
+    rows = whole.view(-1, 1, side, side).sum(dim=3)
+    return rows.sum(dim=2, keepdim=True, dtype=torch.float64).div_(pixels).float()
+
+
 def _shift_hue_(x: Tensor, scratch: Tensor, shift: Tensor, channel: Tensor) -> None:
-    """Turn the hue of x [B, 3, 1024] by `shift` [B, 1, 1] turns without leaving RGB.
+    """Turn the hue of x [B, 3, P] by `shift` [B, 1, 1] turns without leaving RGB.
 
     With V the largest channel and C the spread, HSV gives back a channel as V - C + C * ramp(distance of its
     own hue). Going there, the hue's distance from red in sixths of a turn is 1 + (g + b - r - min) / C, on
@@ -307,24 +339,24 @@ def _shift_hue_(x: Tensor, scratch: Tensor, shift: Tensor, channel: Tensor) -> N
 
 
 def unit_(x: Tensor, images: Tensor) -> Tensor:
-    """Write uint8 images into x, float32 [B, 3, 1024] in [0, 1], as torchvision's ToTensor; returns x."""
+    """Write uint8 images into x, float32 [B, 3, P] in [0, 1], as torchvision's ToTensor; returns x."""
     # CUDA would divide by a Python number through its reciprocal; a tensor gives the CPU's bits.
     return x.copy_(images.reshape(x.shape)).div_(torch.full((1,), 255.0, dtype=torch.float32, device=x.device))
 
 
 def normalize_(x: Tensor, constants: Channels) -> Tensor:
-    """Subtract CIFAR-10's mean and divide by its deviation, in place; returns x."""
+    """Subtract the data set's mean and divide by its deviation, in place; returns x."""
     return x.sub_(constants.mean).div_(constants.deviation)
 
 
-def _boxes(p: Parameters) -> tuple[Tensor, Tensor]:
-    line = torch.arange(IMAGE_SIZE, device=p.box.device)
+def _boxes(p: Parameters, size: int) -> tuple[Tensor, Tensor]:
+    line = torch.arange(size, device=p.box.device)
     top, left, height, width = p.box[:, :, None].unbind(dim=1)
     rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
     return rows.to(torch.int32).sub_(1)[None, :, :, None], columns.to(torch.int32).sub_(1)[None, :, None, :]
 
 
 def erase_(x: Tensor, plan: Plan) -> None:
-    """Set each sample's box in x, float32 [B, 3, 1024], to 0, in place."""
+    """Set each sample's box in x, float32 [B, 3, P], to 0, in place."""
     # All bits of a pixel or none: a product would need a second step, for the -0 of a negative pixel times 0.
-    x.view(torch.int32).bitwise_and_((plan.rows[0] | plan.columns[0]).view(-1, 1, PIXELS))
+    x.view(torch.int32).bitwise_and_((plan.rows[0] | plan.columns[0]).view(-1, 1, x.shape[2]))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_hpc.config.spec import IMAGE_SIZE, MixingConfig
+from cifar_hpc.config.spec import MixingConfig
 
 _KNOTS = 4097
 
@@ -68,7 +68,7 @@ class Mixed(NamedTuple):
     """A batch of B mixed samples.
 
     Attributes:
-        images: [B, 3, 32, 32].
+        images: [B, 3, S, S].
         labels: int64 [B], each sample's own.
         other_labels: int64 [B], of the sample that it is mixed with.
         weight: float32 [B] in [0, 1], the share of the own label; 1 for a sample that is not mixed.
@@ -84,7 +84,7 @@ def mix_batch(images: Tensor, labels: Tensor, draws: Tensor, config: MixingConfi
     """Mix the samples of a batch with one another.
 
     Args:
-        images: float [B, 3, 32, 32], augmented and normalised; their type and memory format are kept.
+        images: float [B, 3, S, S], augmented and normalised; their type and memory format are kept.
         labels: int64 [B] on the same device.
         draws: float32 [B, MIXING_DRAWS] in [0, 1) on the same device, from `randomness.uniform`.
         config: what to do. If it is off, or the batch has a single sample, the images are returned as they are.
@@ -92,7 +92,7 @@ def mix_batch(images: Tensor, labels: Tensor, draws: Tensor, config: MixingConfi
     if not config.on or len(images) < 2:
         return Mixed(images, labels, labels, torch.ones(len(images), dtype=torch.float32, device=images.device))
     partner = partners(draws)
-    pixels, weight = sample_shares(draws, config)
+    pixels, weight = sample_shares(draws, config, images.shape[3])
     # In float32 also for narrower images. The memory format is that of the first operand.
     mixed = images * pixels + images.index_select(0, partner) * (1 - pixels)
     return Mixed(mixed.to(images.dtype), labels, labels.index_select(0, partner), weight)
@@ -105,11 +105,11 @@ def partners(draws: Tensor) -> Tensor:
     return order.roll(-1).index_select(0, place)
 
 
-def sample_shares(draws: Tensor, config: MixingConfig) -> tuple[Tensor, Tensor]:
-    """Turn uniform numbers into the share of each image that stays, for a config that is on.
+def sample_shares(draws: Tensor, config: MixingConfig, size: int) -> tuple[Tensor, Tensor]:
+    """Turn uniform numbers into the share of each image, of S x S pixels, that stays, for a config that is on.
 
     Returns:
-        Of each pixel, float32 [B, 1, 32, 32], 0 or 1 under CutMix; [B, 1, 1, 1] without CutMix. And float32 [B], their
+        Of each pixel, float32 [B, 1, S, S], 0 or 1 under CutMix; [B, 1, 1, 1] without CutMix. And float32 [B], their
         mean.
     """
     mixed = draws[:, _MIXED] < config.probability
@@ -119,23 +119,24 @@ def sample_shares(draws: Tensor, config: MixingConfig) -> tuple[Tensor, Tensor]:
     pixels = weight[:, None, None, None]
     if config.cutmix > 0:
         boxed = mixed & (draws[:, _METHOD] < (0.5 if config.mixup > 0 else 1.0))
-        outside = outside_boxes(symmetric_beta(draws[:, _SHARE], config.cutmix), draws[:, _PLACE])
+        outside = outside_boxes(symmetric_beta(draws[:, _SHARE], config.cutmix), draws[:, _PLACE], size)
         weight = torch.where(boxed, outside.mean(dim=(1, 2, 3)), weight)
         pixels = torch.where(boxed[:, None, None, None], outside, pixels)
     return pixels, weight
 
 
-def outside_boxes(share: Tensor, place: Tensor) -> Tensor:
-    """CutMix's boxes, clipped at the border: float32 [B, 1, 32, 32], 0 inside and 1 outside.
+def outside_boxes(share: Tensor, place: Tensor, size: int) -> Tensor:
+    """CutMix's boxes, clipped at the border: float32 [B, 1, S, S], 0 inside and 1 outside.
 
     Args:
         share: float32 [B], the area outside a box that nothing clips.
         place: float32 [B, 2] in [0, 1), row and column of the centre, in heights and widths of the image.
+        size: height and width of the image, in pixels.
     """
     # float64, so that the root on another device rounds down to the same whole pixels.
-    half = ((1 - share.double()).sqrt() * IMAGE_SIZE).floor().div(2, rounding_mode="floor")[:, None]
-    centre = (place.double() * IMAGE_SIZE).floor()
-    line = torch.arange(IMAGE_SIZE, device=share.device)
+    half = ((1 - share.double()).sqrt() * size).floor().div(2, rounding_mode="floor")[:, None]
+    centre = (place.double() * size).floor()
+    line = torch.arange(size, device=share.device)
     first, end = (centre - half)[:, :, None], (centre + half)[:, :, None]
     rows, columns = ((line >= first) & (line < end)).unbind(dim=1)
     return (rows[:, None, :, None] & columns[:, None, None, :]).logical_not().float()
@@ -164,7 +165,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Scale images down, each one alone, with the linear filter and antialiasing.
 
     Args:
-        images: float [B, 3, 32, 32].
+        images: float [B, 3, S, S].
         size: height and width of the result, in pixels.
 
     Returns:

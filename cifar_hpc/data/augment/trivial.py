@@ -4,8 +4,8 @@ Source: Müller, Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data 
 (arXiv:2103.10158). Torchvision defines the operations and their defaults; the results here are equal to the bit, from
 draws that belong to the sample alone: each operation on colours is one multiplication, addition or comparison at a
 time, of numbers that torchvision has, too, or exact in whole numbers. Nothing waits for the device, except that the
-first call on one copies the tables (0.8 MB) there. On a CPU, which has nothing to wait for, the samples are sorted by
-operation; the bits are the same."""
+first call on one copies the tables there (0.8 MB for 32x32 pixels). On a CPU, which has nothing to wait for, the
+samples are sorted by operation; the bits are the same."""
 
 import math
 from enum import IntEnum
@@ -15,13 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cifar_hpc.config.spec import IMAGE_SIZE
-from cifar_hpc.data.augment.kernels import PIXELS
+from cifar_hpc.data.augment.kernels import centred, exact_mean, pixels_, unit_of
 
 _LEVELS = 256
 BINS = 31  # magnitudes that an operation has
-OUTSIDE = PIXELS  # the source of a pixel that has none: the pixel after the image's last
-_HALF = IMAGE_SIZE / 2
+LARGEST_TABLE = 181  # pixels in height and width, of which int16 can number each
 
 
 class Operation(IntEnum):
@@ -47,7 +45,8 @@ class Tables(NamedTuple):
     compare every case with it.
 
     Attributes:
-        source: int16 [372, 1024], the pixel that each pixel shows, or OUTSIDE; for the operations up to ROTATE.
+        source: int16 [372, S * S], the pixel that each pixel shows, or S * S where that has none; for the operations up
+            to ROTATE. Of images above LARGEST_TABLE, float32 [372, 6], what `_sources` computes it from.
         own, other: float32 [868], weights of the image and of what it is blended with.
         mask: uint8 [868], the bits that stay.
         threshold: int16 [868], the least value that is inverted.
@@ -70,8 +69,8 @@ def magnitudes(operation: Operation) -> list[float]:
 
 
 @lru_cache(maxsize=8)
-def tables(device: torch.device) -> Tables:
-    """The tables on a device, made and copied there at the first call."""
+def tables(size: int, device: torch.device) -> Tables:
+    """The tables for images of S x S pixels on a device, made and copied there at the first call."""
     cases = [
         (operation, sign * magnitude)
         for operation in Operation
@@ -81,8 +80,12 @@ def tables(device: torch.device) -> Tables:
     factors = [1.0 + m if Operation.BRIGHTNESS <= op <= Operation.SHARPNESS else 1.0 for op, m in cases]
     masks = [256 - 2 ** (8 - int(abs(m))) if op is Operation.POSTERIZE else 255 for op, m in cases]
     thresholds = [math.ceil(abs(m)) if op is Operation.SOLARIZE else 256 for op, m in cases]
+    moves = [_matrix(op, m, size) for op, m in cases if op <= LAST_MOVE]
+    matrices = torch.tensor(moves, dtype=torch.float32, device="cpu").div_(unit_of(size))
+    if size <= LARGEST_TABLE:
+        matrices = torch.cat([_sources(some, size).to(torch.int16) for some in matrices.split(BINS)])
     made = Tables(
-        source=_sources([_matrix(op, m) for op, m in cases if op <= LAST_MOVE]),
+        source=matrices,
         own=torch.tensor(factors, dtype=torch.float32, device="cpu"),
         other=torch.tensor([1.0 - factor for factor in factors], dtype=torch.float32, device="cpu"),
         mask=torch.tensor(masks, dtype=torch.uint8, device="cpu"),
@@ -91,14 +94,15 @@ def tables(device: torch.device) -> Tables:
     return Tables(*(table.to(device, non_blocking=True) for table in made))
 
 
-def _matrix(operation: Operation, magnitude: float) -> list[float]:
+def _matrix(operation: Operation, magnitude: float, size: int) -> list[float]:
     """Inverse affine map: column = a x + b y + c, row = d x + e y + f, from the picture's centre.
 
     As torchvision's _get_inverse_affine_matrix, for what TrivialAugment asks of it: shears are about the upper
     left corner and take an angle, in degrees, and shifts are whole pixels.
     """
     shear = math.tan(math.radians(math.degrees(math.atan(magnitude))))
-    moved = _HALF + shear * _HALF - _HALF
+    half = size / 2
+    moved = half + shear * half - half
     turn = math.radians(-magnitude)
     cosine, sine = math.cos(turn), math.sin(turn)
     return {
@@ -110,22 +114,26 @@ def _matrix(operation: Operation, magnitude: float) -> list[float]:
     }.get(operation, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
 
 
-def _sources(matrices: list[list[float]]) -> Tensor:
-    """The source of each pixel, int16 [len(matrices), 1024].
+def _sources(matrices: Tensor, size: int) -> Tensor:
+    """The pixel that each pixel shows, or size * size where that has none; int64 [B, size * size].
 
-    At 45 and 135 degrees a diagonal lies in the middle between two pixels, but for the error of a sine. Adding 16
-    in float32 rounds that away, as in torchvision; no other place is nearer than 5e-5 to such a middle.
+    Repeats torchvision's roundings, as `kernels.move` does.
+
+    Args:
+        matrices: float32 [B, 6], the last row of each is in halves of the picture where these are no power of two.
     """
-    line = torch.arange(IMAGE_SIZE, dtype=torch.float64, device="cpu") - (_HALF - 0.5)
-    weights = torch.tensor(matrices, dtype=torch.float64, device="cpu")[:, :, None, None]
-    place = [weights[:, n] * line + weights[:, n + 1] * line[:, None] + weights[:, n + 2] for n in (0, 3)]
-    column, row = (p.float().add_(_HALF).sub_(0.5).round_() for p in place)
-    inside = (column >= 0) & (column < IMAGE_SIZE) & (row >= 0) & (row < IMAGE_SIZE)
-    return torch.where(inside, row * IMAGE_SIZE + column, OUTSIDE).flatten(1).to(torch.int16)
+    line = centred(size, matrices.device)
+    down, weights = line.double()[:, None], matrices[:, :, None, None]
+    places = [
+        (line * weights[:, n] + down * weights[:, n + 1].double()).float().add_(weights[:, n + 2]) for n in (0, 3)
+    ]
+    column, row = (pixels_(place, size) for place in places)
+    inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+    return torch.where(inside, row * size + column, size * size).flatten(1).to(torch.int64)
 
 
 def blend(images: Tensor, operation: Operation, own: Tensor, other: Tensor) -> Tensor:
-    """Brightness, Color, Contrast or Sharpness of uint8 [B, 3, 32, 32], by the weights float32 [B, 1, 1, 1].
+    """Brightness, Color, Contrast or Sharpness of uint8 [B, 3, S, S], by the weights float32 [B, 1, 1, 1].
 
     A sample whose weights are 1 and 0 stays as it is.
     """
@@ -137,14 +145,13 @@ def blend(images: Tensor, operation: Operation, own: Tensor, other: Tensor) -> T
 
 
 def _gray(x: Tensor) -> Tensor:
-    """The luma, [B, 1, 32, 32], cut to whole levels."""
+    """The luma, [B, 1, S, S], cut to whole levels."""
     red, green, blue = x.split(1, dim=1)
     return torch.floor(red * 0.2989 + green * 0.587 + blue * 0.114)
 
 
 def _mean(x: Tensor) -> Tensor:
-    # The sum of 1024 whole levels is exact in float32, in whatever order a device adds them.
-    return _gray(x).mean(dim=(2, 3), keepdim=True)
+    return exact_mean(_gray(x).flatten(2))[..., None]
 
 
 def _blurred(x: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def auto_contrast(images: Tensor) -> Tensor:
 
 def equalize(images: Tensor) -> Tensor:
     """Spread each channel's levels so that all are about equally often; whole numbers only."""
-    channels = images.reshape(-1, PIXELS)
+    channels = images.flatten(2).flatten(0, 1)
     below = _pixels_below(channels)
     # All pixels but those of the highest level that there is, over 255; torchvision lets a channel be where it is 0.
     step = below.gather(1, channels.amax(dim=1, keepdim=True).long()).div_(_LEVELS - 1, rounding_mode="floor")
@@ -186,7 +193,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _pixels_below(channels: Tensor) -> Tensor:
-    """Count the pixels of each channel, uint8 [N, 1024], below each level; int64 [N, 256]."""
+    """Count the pixels of each channel, uint8 [N, S * S], below each level; int64 [N, 256]."""
     count = len(channels)
     if channels.device.type == "cpu":
         own_bins = torch.arange(0, count * _LEVELS, _LEVELS, device=channels.device)[:, None] + channels
@@ -240,11 +247,11 @@ def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
     """Augment a batch.
 
     Args:
-        images: uint8 [B, 3, 32, 32], on any device.
+        images: uint8 [B, 3, S, S], on any device.
         draws: float32 [B, TRIVIAL_DRAWS] in [0, 1) on the same device.
 
     Returns:
-        uint8 [B, 3, 32, 32], a new tensor; each sample depends on its own image and draws only.
+        uint8 [B, 3, S, S], a new tensor; each sample depends on its own image and draws only.
     """
     return apply_choices(images, sample_choices(draws))
 
@@ -264,7 +271,7 @@ _STEPS = list(Operation)[LAST_MOVE:]
 
 def _all_at_once(images: Tensor, step: Tensor, case: Tensor) -> Tensor:
     """Every step on every sample; only a sample's own changes it."""
-    known = tables(images.device)
+    known = tables(images.shape[3], images.device)
     for each in _STEPS:
         own = step == each
         changed = _take_step(images, each, torch.where(own, case, IDENTITY_CASE), known)
@@ -276,7 +283,7 @@ def _all_at_once(images: Tensor, step: Tensor, case: Tensor) -> Tensor:
 
 def _sorted_by_step(images: Tensor, step: Tensor, case: Tensor) -> Tensor:
     """Each step on the samples that chose it. Reads values of `step`."""
-    known = tables(images.device)
+    known = tables(images.shape[3], images.device)
     order = step.argsort(stable=True)
     sizes = torch.bincount(step, minlength=len(Operation))[LAST_MOVE:].tolist()
     out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
@@ -308,7 +315,9 @@ def _take_step(images: Tensor, step: Operation, case: Tensor, known: Tables) -> 
 
 
 def _move(images: Tensor, source: Tensor) -> Tensor:
-    """Each pixel from its source, int16 [B, 1024]."""
-    pixels = torch.nn.functional.pad(images.reshape(-1, 3, PIXELS), (0, 1))  # and a black one, the one OUTSIDE
-    index = source.to(torch.int64)[:, None].expand(-1, 3, PIXELS)
+    """Each pixel from its source, a row of Tables.source for each sample."""
+    size = images.shape[3]
+    source = source.to(torch.int64) if size <= LARGEST_TABLE else _sources(source, size)
+    pixels = torch.nn.functional.pad(images.flatten(2), (0, 1))  # and a black one, for those that have no source
+    index = source[:, None].expand(-1, 3, -1)
     return pixels.gather(2, index).view(images.shape)
