@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cifar_hpc.errors import DoubtError, SchedulerError, SpecError, UserError, explain
 from cifar_hpc.runs.events import Cancelled
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.lock import controller_of, holder, signal_local
+from cifar_hpc.runs.lock import controller_of, holder, signal_local, waits_here
 from cifar_hpc.runs.logs import TrainLog
 from cifar_hpc.runs.paths import RunPaths, find_run, find_runs, is_pattern, project_root
 from cifar_hpc.runs.progress import record_event
@@ -51,7 +51,9 @@ def choose(arguments: argparse.Namespace, verb: str) -> tuple[list[RunPaths], Ma
     jobs = jobs_of(found)
     named = {find_run(root, text).name for text in texts if not is_pattern(text)}
     others = [run for run in found if run.name not in named]
-    matching = [r for r in others if jobs.get(r.name) or holder(r.lock) or controller_of(r, History.read(r.events))]
+    past = {run: History.read(run.events) for run in found}
+    waiting = [run for run in found if verb == "cancel" and waits_here(run, past[run])]
+    matching = [r for r in others if jobs.get(r.name) or holder(r.lock) or controller_of(r, past[r]) or r in waiting]
     patterns = ", ".join(filter(is_pattern, texts))
     if not named and not matching:
         raise SpecError(
@@ -65,7 +67,8 @@ def choose(arguments: argparse.Namespace, verb: str) -> tuple[list[RunPaths], Ma
             raise SpecError(
                 f"{'' if asks else question}\nnothing was changed. HINT: --yes, to {verb} all of them.".strip()
             )
-    return [run for run in found if run.name in named or run in matching], jobs
+    chosen = [run for run in found if run.name in named or run in matching]
+    return sorted(chosen, key=lambda run: run not in waiting), jobs  # else one could begin as another one ends
 
 
 def each(runs: Sequence[RunPaths], act: Callable[[RunPaths], None]) -> int:
@@ -125,6 +128,8 @@ def _cancel(paths: RunPaths, job: QueuedJob | None, gone: bool, sent: bool) -> N
         print(f"job {job.job_id} is cancelled; submit again to go on")
     elif signal_local(paths, signal.SIGTERM):
         print(f"run {run} saves a checkpoint and stops; submit again to go on")
+    elif waits_here(paths, History.read(paths.events)):
+        print(f"run {run} does not start; submit again to train it")
     else:
         raise SpecError(f"{run}: has no job in the queue and no process here; there is nothing to cancel.")
     TrainLog(paths.train_log, enabled=True).line(f"CANCELLED by {user}; submit again to go on")

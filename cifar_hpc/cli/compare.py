@@ -42,9 +42,10 @@ FIGURES = {  # name: (heading on a terminal, heading in a document)
     "wall_seconds": ("wall", "wall time"),
     "device_seconds": ("device-h", "device-hours"),
     "lost_seconds": ("lost", "lost to restarts"),
+    "peak_memory_bytes": ("mem GiB", "peak memory of a rank (GiB)"),
 }
 TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
-LONG_HEADINGS = {"ranks": "processes", "GPU-h": "GPU-hours", **dict(FIGURES.values())}
+LONG_HEADINGS = {"GPU-h": "GPU-hours", **dict(FIGURES.values())}
 # How a row was made: below the table of a document, and columns if they are asked for.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
 # Left out of a narrow table, the first one first.
@@ -56,7 +57,7 @@ TEXTS = ("run", "settings", "restarts", "state", "runs", *ORIGINS)  # columns th
 NOTE = (
     "Accuracies are those of the last epoch, as mean ± sample standard deviation over the seeds that have finished "
     "(all, where none has); best is the mean of each run's best epoch. Training time is the sum of a run's epochs, "
-    "wall time includes its restarts, device-hours are those of all its processes, lost work included; all are means. "
+    "wall time includes its restarts, device-hours are those of all its ranks, lost work included; all are means. "
     "Of each seed one run counts. Restarts are summed over all runs."
 )
 
@@ -309,6 +310,7 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
         _figures("wall_seconds", rows, _hours),
         _device_hours(rows),
         _figures("lost_seconds", rows, _hours, shown=any(row.causes() for row in rows)),
+        _figures("peak_memory_bytes", rows, lambda size: f"{size / 2**30:.2f}", shown=False),
         _column("restarts", [_causes(row) for row in rows], [sum(row.causes().values()) for row in rows]),
         _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
         _column("state", states, states, any(row.finished < len(row.members) for row in rows)),

@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> int:
         SpecError: no run matches a pattern.
     """
     root = project_root()
-    names = [run.name for run in find_runs(root, arguments.runs)] if arguments.runs else everything(root)
+    names = everything(root)
+    names = [run.name for run in find_runs(root, arguments.runs, names)] if arguments.runs else names
     uses = disk_use(root, names)
     total = sum(use.total for use in uses)
     if arguments.json:

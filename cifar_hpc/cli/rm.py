@@ -9,19 +9,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_hpc.cli.du import REMOVED, disk_use, size
+from cifar_hpc.cli.du import REMOVED, disk_use, everything, size
 from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
 from cifar_hpc.launch.preflight import why_busy
 from cifar_hpc.runs.events import Cancelled, Failed, Finished, Submitted
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import WriterLock, lock_submission
-from cifar_hpc.runs.paths import SWEEPS, RunPaths, find_runs, project_root, read_points
+from cifar_hpc.runs.paths import SWEEPS, RunPaths, find_runs, is_run_name, project_root, read_points
 from cifar_hpc.runs.queue import jobs_of
+from cifar_hpc.text import counted
 
 DESCRIPTION = """\
 Logs, checkpoints and code snapshot of each run, for good; of a sweep also what
-its runs shared, with its last run. A run that is under way or in the queue is
-refused. Says what would go, and asks, unless --yes is given."""
+its runs shared, with its last run, and whatever a killed rm has left. A run
+that is under way or in the queue is refused. Says what would go, and asks,
+unless --yes is given."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "'dropout-*' try --yes")
 AT_ONCE = 100  # runs, each with three open locks
 
@@ -40,10 +42,15 @@ def main(arguments: argparse.Namespace) -> int:
         SchedulerError: Slurm does not say whether one is.
     """
     root = project_root()
-    runs = find_runs(root, arguments.runs)
+    names = everything(root)
+    left = [name for name in names if name.endswith(REMOVED)]
+    known = [*filter(is_run_name, names), *(name[1:].rsplit(".", 2)[0] for name in left)]
+    found = find_runs(root, arguments.runs, known)
+    runs = [run for run in found if run.logs.exists() or run.checkpoints.exists()]
     _require_free(runs)
-    uses = disk_use(root, [run.name for run in runs])
-    what = f"{len(runs)} run{'s' * (len(runs) != 1)}, {size(sum(use.total for use in uses))}"
+    uses = disk_use(root, [*(run.name for run in runs), *left])
+    what = counted(len(runs), "run") + (f" and {counted(len(left), 'leftover')} of a killed rm" if left else "")
+    what += f", {size(sum(use.total for use in uses))}"
     for use in uses:
         print(f"{use.name}: {size(use.total)}, of which checkpoints {size(use.checkpoints)}")
     if not arguments.yes:
@@ -55,8 +62,9 @@ def main(arguments: argparse.Namespace) -> int:
         if not arguments.yes:
             print("nothing is deleted")
             return 0
-    for left in (path for kind in ("logs", "checkpoints") for path in (root / kind).glob(f".*{REMOVED}")):
-        shutil.rmtree(left, ignore_errors=True)  # of a killed rm
+    for hidden in left:
+        for kind in ("logs", "checkpoints"):
+            shutil.rmtree(root / kind / hidden, ignore_errors=True)
     done = 0
     try:
         for begin in range(0, len(runs), AT_ONCE):

@@ -21,7 +21,7 @@ from cifar_hpc.runs.events import Checkpoint
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.history import History, number_of, time_of
 from cifar_hpc.runs.logs import output_of_start, read_jsonl
-from cifar_hpc.runs.paths import RunPaths, find_run, project_root
+from cifar_hpc.runs.paths import RunPaths, find_run, program, project_root
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.results import read_result
 from cifar_hpc.runs.state import AT_WORK, WAITING, RunState
@@ -155,7 +155,7 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     if memory := _memory(report["peak_memory_bytes"]):
         yield "peak memory", memory
     if report["device_seconds"]:
-        hours, of = report["device_seconds"] / 3600, "GPU" if report["device"] == "gpu" else "process"
+        hours, of = report["device_seconds"] / 3600, "GPU" if report["device"] == "gpu" else "device"
         lost = f"{duration(state.lost_seconds)} lost to restarts"
         yield "used", f"{hours:,.2f} {of}-hours; {lost}" if hours >= 0.01 else f"less than 0.01 {of}-hours; {lost}"
     yield from (("hardware", text) for text in report["hardware"][-1:])
@@ -163,7 +163,7 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     yield from ((label, [printable(report[label])]) for label in ("logs", "checkpoints"))
     commands = {"follow": "tail", "requeue": "requeue", "cancel": "cancel"}
     if state.state in (*AT_WORK, *WAITING):
-        yield from ((label, [f"python -m cifar_hpc {name} {state.run}"]) for label, name in commands.items())
+        yield from ((label, [f"{program()} {name} {state.run}"]) for label, name in commands.items())
     elif report["command"]:
         yield "command", report["command"]
 

@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cifar_hpc.cli.terminal import GAP, Column, display_width, fit, lay_out, least_width, paint, shorten, use_colour
 from cifar_hpc.errors import SchedulerError
-from cifar_hpc.runs.paths import all_runs, find_runs, project_root
+from cifar_hpc.runs.paths import all_runs, find_runs, project_root, sweep_order
 from cifar_hpc.runs.queue import QueuePoller
 from cifar_hpc.runs.state import WAITING, RunState, expected
 from cifar_hpc.text import duration, one_line, printable
@@ -72,7 +72,7 @@ STYLES = {
 }
 URGENCY = tuple(STYLES)
 OLD_SECONDS = 86400.0  # after which a failure is no news
-FAILURES_SHOWN = 3
+REASONS_SHOWN, DETAIL_LINES = 5, 3
 HINT = " HINT: "  # in a reason: what follows is not in the table
 CAUSES = {"submitted": "submitted again"}
 
@@ -112,14 +112,18 @@ class Reader:
         self.queue = QueuePoller(root, QUEUE_SECONDS)
 
     def read(self) -> list[RunState]:
-        """The states in the order of the runs' names.
+        """The states by name, points of a sweep in its order.
 
         Raises:
             SpecError: no run matches a pattern.
         """
         found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
         self.queue.poll()
-        return self.queue.read(found)
+        states = self.queue.read(found)
+        if any(state.sweep for state in states):
+            order = sweep_order(self.root)
+            states.sort(key=lambda state: (state.sweep or state.run, order.get(state.run, 0), state.run))
+        return states
 
 
 def watch(reader: Reader) -> int:
@@ -192,11 +196,15 @@ class Screen:
     def frame(self, width: int, height: int) -> list[str]:
         """The lines for a terminal of this size, at most `height`."""
         states = by_urgency(self.states)
-        room = max(1, height - 2 - bool(self.reader.queue.trouble))  # besides the headings and the notes
-        notes = [shorten(note, width) for note in self._notes(max(0, len(states) - room))]
-        lines = status_lines(states[:room], width, self._coloured)
-        reasons = failures(states[:room], lines, width)
-        return [*lines, *(paint(note, "bold") if self._coloured else note for note in notes), *reasons][:height]
+        room = max(2, height - 1 - bool(self.reader.queue.trouble))  # besides the notes
+        shown = min(len(states), room - 1)
+        lines, cut = table(states[:shown], width, self._coloured)
+        while len(lines) > room and shown > 1:
+            shown -= -((room - len(lines)) // DETAIL_LINES)
+            lines, cut = table(states[:shown], width, self._coloured)
+        notes = [shorten(note, width) for note in self._notes(len(states) - shown)]
+        notes = [paint(note, "bold") if self._coloured else note for note in notes]
+        return [*lines[:room], *notes, *reasons(cut, width)][:height]
 
     def _notes(self, hidden: int) -> list[str]:
         more = f"{hidden} not shown; " if hidden else ""
@@ -213,30 +221,28 @@ class Screen:
 def _print_on_terminal(states: Sequence[RunState]) -> None:
     """Print what fits, with the most urgent runs last, next to the prompt."""
     width = shutil.get_terminal_size().columns
-    lines = status_lines(by_urgency(states, last=True), width, use_colour(sys.stdout))
-    print(*lines, textwrap.fill(summary(states), width), *failures(by_urgency(states), lines, width), sep="\n")
+    lines, cut = table(by_urgency(states, last=True), width, use_colour(sys.stdout))
+    print(*lines, textwrap.fill(summary(states), width), *reasons(by_urgency(cut), width), sep="\n")
 
 
 def by_urgency(states: Sequence[RunState], *, last: bool = False) -> list[RunState]:
-    """States with the most urgent first, or last; by name where they are equally urgent."""
+    """States with the most urgent first, or last; equally urgent ones stay in their order."""
     sign = -1 if last else 1
-    order = {run: key for run, (key, _) in _settings(states).items()}
 
-    def key(state: RunState) -> tuple[Any, ...]:
+    def urgency(state: RunState) -> int:
         old = state.state == "failed" and (state.log_age_seconds or 0.0) > OLD_SECONDS
-        urgency = len(URGENCY) if old else URGENCY.index(state.state)
-        return sign * urgency, state.sweep or state.run, order.get(state.run, []), state.run
+        return sign * (len(URGENCY) if old else URGENCY.index(state.state))
 
-    return sorted(states, key=key)
+    return sorted(states, key=urgency)
 
 
-def _settings(states: Sequence[RunState]) -> dict[str, tuple[list[Any], dict[str, str]]]:
-    """By run of a sweep: a key to sort by, and what tells it from the sweep's other runs, in words by short key."""
+def _settings(states: Sequence[RunState]) -> dict[str, dict[str, str]]:
+    """By run of a sweep: what tells it from the sweep's other runs, in words by short key."""
     sweeps: dict[str, list[RunState]] = {}
     for state in states:
         if state.sweep and state.changed is not None:
             sweeps.setdefault(state.sweep, []).append(state)
-    found: dict[str, tuple[list[Any], dict[str, str]]] = {}
+    found: dict[str, dict[str, str]] = {}
     for points in sweeps.values():
         from cifar_hpc.runs.results import sweep_settings
 
@@ -244,11 +250,11 @@ def _settings(states: Sequence[RunState]) -> dict[str, tuple[list[Any], dict[str
     return found
 
 
-def failures(states: Sequence[RunState], table: Sequence[str], width: int) -> list[str]:
-    """The whole reasons of the first few runs that have failed, if the table has not all of their words."""
-    fresh = [state for state in states if state.state == "failed" and (state.log_age_seconds or 0.0) <= OLD_SECONDS]
-    cut = [state for state in fresh if not any(one_line(state.detail) in line for line in table)]
-    texts = [f"{state.run}: {one_line(state.detail)}" for state in cut[:FAILURES_SHOWN]]
+def reasons(cut: Sequence[RunState], width: int) -> list[str]:
+    """The whole reasons of the first few of the runs whose DETAIL is cut, failures first."""
+    fresh = [state for state in cut if not (state.ended and (state.log_age_seconds or 0.0) > OLD_SECONDS)]
+    fresh.sort(key=lambda state: state.state != "failed")
+    texts = [f"{state.run}: {one_line(state.detail)}" for state in fresh[:REASONS_SHOWN]]
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 
 
@@ -260,24 +266,37 @@ def summary(states: Sequence[RunState]) -> str:
 
 
 def status_lines(states: Sequence[RunState], width: int | None = None, coloured: bool = False) -> list[str]:
-    """The headings and a line for each run.
+    """The lines of `table`."""
+    return table(states, width, coloured)[0]
+
+
+def table(
+    states: Sequence[RunState], width: int | None = None, coloured: bool = False
+) -> tuple[list[str], list[RunState]]:
+    """The headings and a row for each run; and the runs whose DETAIL does not have all of its words.
 
     Args:
-        width: of the terminal, in characters; None for all columns in full.
+        width: of the terminal, in characters; None for all columns in full, each row in one line.
     """
+    cut: list[RunState] = []
     rows = [cells(state) for state in states]
     *columns, detail = (Column(name, [row[name] for row in rows], name in NUMBERS) for name in COLUMNS)
     if settings := _settings(states):
-        columns.insert(1, _changed([settings.get(state.run, ([], {}))[1] for state in states], width))
+        columns.insert(1, _changed([settings.get(state.run, {}) for state in states], width))
     if width is not None:
         longest = max((display_width(text.partition(HINT)[0]) for text in detail.cells), default=0)
         columns = _fitted(columns, width, longest)
         headings = {column.heading for column in columns}
         room = width - least_width(columns) - len(GAP)
         details = [_detail(state, text, headings, room) for state, text in zip(states, detail.cells, strict=True)]
-        detail = Column("DETAIL", details)
+        pairs = zip(states, details, detail.cells, strict=True)
+        cut = [state for state, short, whole in pairs if "…" in short or HINT in whole]
+        fits = all(len(text) <= room for text in details)
+        columns = fit([*columns, Column("DETAIL", details, separator="" if fits else " ")], width, ())
+    else:
+        columns = [*columns, detail]
     styles = [(None if (style := STYLES[state.state]) == "dim" else 1, style) for state in states]
-    return lay_out([*columns, detail], width, [(None, "bold"), *styles] if coloured else ())
+    return lay_out(columns, width, [(None, "bold"), *styles] if coloured else ()), cut
 
 
 def _changed(values: Sequence[dict[str, str]], width: int | None) -> Column:
@@ -318,17 +337,22 @@ def _shortened(names: Column, longest: int) -> Column:
 
 
 def _detail(state: RunState, detail: str, columns: Collection[str], room: int) -> str:
-    """DETAIL with the values that have no column, in fewer words where it is too long."""
+    """DETAIL with the values that have no column, in fewer words where it is too long for a few lines."""
     eta = f"ETA {duration(state.eta_seconds)}" if state.eta_seconds is not None and "ETA" not in columns else ""
     hidden = state.restarts and not state.ended and "RESTARTS" not in columns
     restarts = f"{state.restarts} restart{'s' * (state.restarts > 1)}" if hidden else ""
     detail = detail.partition(HINT)[0]
-    if state.state == "queued" and state.reason and display_width(detail) > room:
+    if state.reason not in (None, "Dependency") and detail.startswith(f"{state.reason}: ") and len(detail) > room:
         start = datetime.fromisoformat(state.start_time) if state.start_time else None
         soon = expected(start, datetime.now(UTC)).removeprefix("starts ")
-        detail = ", ".join(filter(None, (printable(state.reason), soon)))
+        detail = ", ".join(filter(None, (detail.partition(":")[0], soon)))
     parts = (detail, eta, restarts) if state.state in WAITING else (eta, restarts, detail)
-    return ", ".join(filter(None, parts))
+    text = ", ".join(filter(None, parts))
+    if display_width(text) <= room:
+        return text
+    lines = textwrap.wrap(text, max(room, 1), break_long_words=False, break_on_hyphens=False)
+    shown = " ".join(shorten(line, room) for line in lines[:DETAIL_LINES])
+    return shown if len(lines) <= DETAIL_LINES else f"{shown[:-1]}…"
 
 
 def cells(state: RunState) -> dict[str, str]:

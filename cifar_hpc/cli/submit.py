@@ -15,14 +15,13 @@ import contextlib
 import json
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_hpc.cli.parser import SEVERAL, Parser, job_file, note, run_command
-from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError
+from cifar_hpc.errors import RunBusyError, SchedulerError, SpecError, UserError
 
 if TYPE_CHECKING:
     from cifar_hpc.config.spec import Spec
@@ -42,9 +41,9 @@ RESOURCE_FLAGS = (
     ("qos", "Q", "quality of service"),
     ("time", "T", "time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED"),
     ("nodes", "N|MIN-MAX", "nodes; a range or a list such as 1,2,4 lets Slurm choose, the weights do not depend on it"),
-    ("gpus_per_node", "[TYPE:]G", "GPUs, and so processes, on each node"),
-    ("tasks_per_node", "N", "processes on each node (default: one a GPU, or 1)"),
-    ("cpus_per_task", "C", "CPU cores of each process"),
+    ("gpus_per_node", "[TYPE:]G", "GPUs, and so ranks, on each node"),
+    ("tasks_per_node", "N", "ranks (processes that train together) on each node; default: one a GPU, or 1"),
+    ("cpus_per_task", "C", "CPU cores of each rank"),
     ("mem", "M", "memory of a node, such as 32G"),
     ("constraint", "F", "node features"),
     ("exclude", "L", "nodes to avoid"),
@@ -76,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The arguments of submit.py."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("submit.py", description=__doc__, epilog=EPILOG, formatter_class=form)
-    parser.set_defaults(main=_submit)
+    parser.set_defaults(main=_named_by_flags)
     parser.add_argument("job", metavar="JOB.yaml", nargs="?", help="what to train (default: jobs/improved_resnet.yaml)")
     text = "override keys of the job, such as train.epochs=10"
     parser.add_argument("--set", metavar="KEY.PATH=VALUE", dest="overrides", help=text, **SEVERAL)
@@ -111,8 +110,21 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda _: build_parser(), sys.argv[1:] if argv is None else argv, interrupted)
 
 
+def _named_by_flags(arguments: argparse.Namespace) -> int:
+    """Submit. Errors name the flags that were given, not the keys of the spec that these set."""
+    flags = {key: _flag(key) for key, *_ in RESOURCE_FLAGS if getattr(arguments, key) is not None}
+    flags |= {"sbatch": "--sbatch"} if arguments.sbatch else {}
+    try:
+        return _submit(arguments)
+    except UserError as error:
+        key = rf"(?<!--set )\bresources\.({'|'.join(flags)})\b(\.(?=\w))?"
+        words = re.sub(key, lambda found: flags[found[1]] + " " * bool(found[2]), str(error)) if flags else str(error)
+        raise type(error)(words) from None
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from cifar_hpc.launch.submit import preview, submit
+    from cifar_hpc.runs.paths import program
 
     order = _order(arguments)
     run, spec = order.run(order.points[0]), order.points[0].spec
@@ -133,7 +145,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer) if arguments.json else text, flush=True)
     if spec.tracking.tensorboard or spec.tracking.wandb:
         runs = shlex.quote(f"{order.sweep}-*") if order.sweep else run.name
-        note(f"tracking.*: jobs start no tracker. HINT: {_python()} track {runs} --tensorboard DIR, or --wandb online")
+        note(f"tracking.*: jobs start no tracker. HINT: {program()} track {runs} --tensorboard DIR, or --wandb online")
     if outcome.images:
         note(outcome.images)
     if order.on_slurm and not arguments.dry_run and (problem := _about_partition(spec)):
@@ -144,7 +156,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         sys.stdout = sys.stderr  # the answer is complete: what follows is no part of it
-    return follow(run, f"{_python()} tail {run.name}\n{answer['status']}\n{answer['cancel']}", seen)
+    return follow(run, f"{program()} tail {run.name}\n{answer['status']}\n{answer['cancel']}", seen)
 
 
 def _about_partition(spec: Spec) -> str:
@@ -216,17 +228,19 @@ def _start(point: Point, start: Start) -> tuple[Answer, str]:
     resources, epochs = point.spec.resources, point.spec.train.epochs
     most, last = resources.max_nodes * resources.ntasks_per_node, start.processes_before
     now = f"{resources.fewest_tasks}-{most}" if resources.fewest_tasks else str(most)
-    processes = (f"{last} -> " if last and str(last) != now else "") + f"{now} process{'es' * (now != '1')}"
+    ranks = (f"{last} -> " if last and str(last) != now else "") + f"{now} rank{'s' * (now != '1')}"
     place = f"{'continues' if start.step else 'begins again'} from step {start.step}"
     place += "" if start.epoch is None else f", epoch {min(start.epoch + 1, epochs)} of {epochs}"
     damaged = f"; {start.damaged} is newer, but damaged" if start.damaged else ""
     new = not (start.step or last or damaged)
-    words = f"new run: {epochs} epoch{'s' * (epochs != 1)}, {processes}" if new else f"{place}, {processes}{damaged}"
+    words = f"new run: {epochs} epoch{'s' * (epochs != 1)}, {ranks}" if new else f"{place}, {ranks}{damaged}"
     return {"new": new, **vars(start), "epochs": epochs, "processes": most}, words
 
 
 def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answer, str]:
     """(answer for programs, answer for people) to the submission of a single run."""
+    from cifar_hpc.runs.paths import program
+
     if outcome.busy:
         raise RunBusyError(outcome.busy[run.name])
     start, words = _start(order.points[0], outcome.starts[run.name])
@@ -244,22 +258,22 @@ def _run_answer(order: Order, run: RunPaths, outcome: Submission) -> tuple[Answe
     if outcome.job_id is not None:
         answer |= {
             "tail": f"tail -F {shlex.quote(str(run.train_log))}",
-            "status": f"{_python()} status {run.name}",
-            "cancel": f"scancel {outcome.job_id}" if order.on_slurm else f"{_python()} cancel {run.name}",
+            **{name: f"{program()} {name} {run.name}" for name in ("status", "cancel")},
         }
     return {"run": run.name, **start, **answer}, _lines({"run": run.name, "start": words, **answer})
 
 
 def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
     """(answer for programs, answer for people) to the submission of a sweep."""
+    from cifar_hpc.runs.paths import program
+
     job: Answer = {"job_id": outcome.job_id}
     if outcome.folder is not None:
         job |= {
             "cluster": "slurm" if order.on_slurm else "local",
             "logs": str(outcome.folder.logs),
             "runs": str(order.root / "logs" / f"{order.sweep}-*"),
-            "status": f"{_python()} status {shlex.quote(f'{order.sweep}-*')}",
-            "cancel": f"{'scancel' if order.on_slurm else 'kill'} {outcome.job_id}",
+            **{name: f"{program()} {name} {shlex.quote(f'{order.sweep}-*')}" for name in ("status", "cancel")},
         }
     starts = {point.run: _start(point, outcome.starts[point.run]) for point in order.points}
     done, index = "submitted" if outcome.job_id else "to submit", {p.run: n for n, p in enumerate(outcome.submitted)}
@@ -290,15 +304,6 @@ def _sweep_answer(order: Order, outcome: Submission) -> tuple[Answer, str]:
 
 def _lines(answer: Answer) -> str:
     return "\n".join(f"{key:12} {value}" for key, value in answer.items() if value is not None)
-
-
-def _python() -> str:
-    """Beginning of a command line that works in the current folder, with `python` if that is this Python."""
-    from cifar_hpc.runs.paths import PROJECT
-
-    same = shutil.which("python") == sys.executable
-    folder = "" if Path.cwd() == PROJECT else f"cd {shlex.quote(str(PROJECT))} && "
-    return f"{folder}{'python' if same else shlex.quote(sys.executable)} -m cifar_hpc"
 
 
 def _resources(arguments: argparse.Namespace) -> dict[str, Any]:

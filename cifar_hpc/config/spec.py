@@ -164,7 +164,7 @@ class TrainSpec:
     device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
     cpu_threads: int | None = option(
         None,
-        "threads of a process, part of the bits; null: cpus_per_task, or 1 (Slurm), or a fair share",
+        "threads of a rank, part of the bits; null: cpus_per_task, or 1 (Slurm), or a fair share",
         low=1,
         high=4096,
     )
@@ -267,8 +267,8 @@ class ResourcesSpec:
     time: str = option("04:00:00", "time limit in any Slurm form (minutes, HH:MM:SS, D-HH, UNLIMITED, ...)")
     nodes: str = option("1", "N, or MIN-MAX or a list such as 1,2,4 for Slurm to choose")
     gpus_per_node: int | str = option(1, "GPUs on each node, or with their type such as a100:4", low=0, high=4096)
-    tasks_per_node: int | None = option(None, "processes on each node; null is one a GPU, or 1", low=1, high=4096)
-    cpus_per_task: int | None = option(None, "CPU cores of each process", low=1, high=4096)
+    tasks_per_node: int | None = option(None, "ranks on each node; null is one a GPU, or 1", low=1, high=4096)
+    cpus_per_task: int | None = option(None, "CPU cores of each rank", low=1, high=4096)
     mem: str | None = option(None, "memory of a node, such as 32G")
     constraint: str | None = option(None, "node features, as sbatch's --constraint")
     exclude: str | None = option(None, "nodes to avoid")
@@ -368,7 +368,7 @@ def check(spec: Spec) -> Spec:
     if train.compile and train.deterministic:
         raise SpecError(
             "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
-            "of restarts and the number of processes; such a run resumes exactly, but not to the same bits."
+            "of restarts and the number of ranks; such a run resumes exactly, but not to the same bits."
         )
     check_option_names(spec.resources.sbatch)
     check_dependency(spec.resources.dependency)
@@ -417,7 +417,7 @@ def check(spec: Spec) -> Spec:
     ):
         raise SpecError(
             f"resources.gpus_per_node: {shown(gpus)} is not allowed; allowed: an integer >= 0 and <= 4096, or one with "
-            "a type of GPU before it, such as a100:4. A list of types is not, since all processes of a run are alike."
+            "a type of GPU before it, such as a100:4. A list of types is not, since all ranks of a run are alike."
         )
     return spec
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cifar_hpc.errors import SpecError, nearest
+from cifar_hpc.text import shown
 
 MAX_CHARACTERS = 1_000_000
 MAX_VALUES = 10_000  # with each alias counted as what it stands for: a spec has about a hundred
@@ -87,7 +88,8 @@ def parse_yaml(text: str, name: str) -> Any:
     except RecursionError:
         raise SpecError(f"{name}: not readable as YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
-        raise SpecError(f"{name}: not readable as YAML: {' '.join(str(error).split())}") from None
+        words = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line").removesuffix(" ^")
+        raise SpecError(f"{name}: not readable as YAML: {words}") from None
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
@@ -119,14 +121,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         SpecError: names the file; where it is missing, the nearest name beside it.
     """
+    hint = "" if path.suffix in (".yaml", ".yml") else " HINT: a job file is YAML, such as jobs/demo.yaml."
     try:
         with path.open("rb") as file:  # not read_text: /dev/zero has no end
             text = file.read(4 * MAX_CHARACTERS + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read: {reason}." + nearest(path.name, siblings)) from None
-    values = parse_yaml(text, str(path))
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is no text file"
+        reason = "is a folder" if isinstance(error, IsADirectoryError) else reason
+        raise SpecError(f"{path}: {reason}.{nearest(path.name, siblings) or hint}") from None
+    try:
+        values = parse_yaml(text, str(path))
+    except SpecError as error:
+        raise SpecError(f"{error}{hint}") from None
     if values is not None and not isinstance(values, dict):
-        raise SpecError(f"{path}: holds {type(values).__name__}; allowed: a mapping of sections such as train:")
+        kind = "a list" if isinstance(values, list) else f"{shown(values)} alone"
+        raise SpecError(f"{path}: holds {kind}; allowed: a mapping of sections such as train:.{hint}")
     return values or {}

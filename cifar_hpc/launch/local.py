@@ -22,7 +22,9 @@ from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.launch.batch_script import record_submitted, warning_seconds
 from cifar_hpc.launch.preflight import start_of, why_busy
 from cifar_hpc.launch.worker import Task
+from cifar_hpc.runs.events import Cancelled
 from cifar_hpc.runs.frozen_spec import require_frozen
+from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, read_points
 from cifar_hpc.slurm.options import left_out, parse_time
@@ -79,8 +81,11 @@ def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str) -> N
         command: command line of the submission, for the event `submitted`.
     """
     stop = StopFlag().install()
-    waiting, running = list(locks), list[Any]()
+    waiting, running, began = list(locks), list[Any](), time.time()
     while (waiting or running) and not stop.requested:
+        for run in [run for run in waiting if (_cancelled(run) or 0.0) > began]:
+            waiting.remove(run)
+            locks[run].release()
         if waiting and len(running) < parallel:
             run = waiting.pop(0)
             running += _start_point(run, command)
@@ -91,6 +96,10 @@ def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str) -> N
         os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it to every task: the run saves and ends
     while running:
         running = _poll(running)
+
+
+def _cancelled(run: RunPaths) -> float | None:
+    return time_of(History.read(run.events).last_of(Cancelled))
 
 
 def _poll(running: list[Any]) -> list[Any]:

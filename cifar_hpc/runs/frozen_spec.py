@@ -67,8 +67,8 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
         said = ", which the run's first start has fixed" if old is not None else ""
         other = "begin a new run, under another --name, with" if old is not None else "use"
         raise SpecError(
-            f"{tasks} processes are more than train.shards: {train.shards}{said}. HINT: start at most "
-            f"{counted(train.shards, 'process')}, or {other} --set train.shards={tasks}."
+            f"{tasks} ranks are more than train.shards: {train.shards}{said}. HINT: start at most "
+            f"{counted(train.shards, 'rank')}, or {other} --set train.shards={tasks}."
         )
     return check(dataclasses.replace(spec, train=train, data=data))
 

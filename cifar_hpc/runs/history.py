@@ -47,7 +47,7 @@ class Attempt:
     stop_step: where it finished or stopped on a signal; None after any other end.
     begun: whether it was ready to train; until then only its batch script has spoken.
     restart_count: how often Slurm had restarted its job; None where no batch script says that.
-    said: the last event that ends or announces its end; empty where there is none.
+    said: the last event that ends or announces its end; empty where there is none, and in progress.json.
     """
 
     step: int
@@ -62,7 +62,7 @@ class Attempt:
     stop_step: int | None = None
     begun: bool = True
     restart_count: int | None = None
-    said: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def add(self, name: str, row: Row) -> None:
         """Apply an event that came after the start."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from cifar_hpc.errors import RunBusyError, RunFailedError, SpecError, UserError
 from cifar_hpc.files import NotRegularError, open_regular, try_flock
-from cifar_hpc.runs.events import Submitted
-from cifar_hpc.runs.history import History
+from cifar_hpc.runs.events import Cancelled, Submitted
+from cifar_hpc.runs.history import History, time_of
 from cifar_hpc.runs.paths import RunPaths, same_folder
 
 OWNER_BYTES = 10_000
@@ -190,7 +190,7 @@ def lock_submission(folder: Path, what: str) -> RunLock:
         if owner.get("controller"):
             raise RunBusyError(
                 f"{what} is being run by process {owner.get('pid', '?')} on {owner.get('host', '?')}. "
-                "HINT: wait for it, or kill that process, which saves and stops its runs."
+                "HINT: wait for it, or cancel its runs."
             ) from None
         raise RunBusyError(f"{what} is being submitted by another process right now.") from None
     return lock
@@ -273,6 +273,13 @@ def controller_of(paths: RunPaths, history: History) -> int | None:
     except (KeyError, TypeError, ValueError, OSError):  # a damaged line of events.jsonl, a process that has ended
         return None
     return pid if "submitit.local._local" in arguments and str(paths.slurm) in arguments else None
+
+
+def waits_here(paths: RunPaths, history: History) -> bool:
+    """True if the run waits for its turn in a sweep on this machine, and was not cancelled since."""
+    lock = paths.logs / "submit.lock"
+    waits = bool((holder(lock) or {}).get("controller"))
+    return waits and (time_of(history.last_of(Cancelled)) or 0.0) < lock.stat().st_mtime
 
 
 def signal_local(paths: RunPaths, number: signal.Signals) -> bool:

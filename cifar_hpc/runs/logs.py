@@ -23,6 +23,7 @@ KEPT_LINES = 1000
 SAID_AFTER_SECONDS = 2.0
 # The batch script writes such a line to the job's output as it begins: what follows is of that start.
 START_MARK = "== start of job "
+NEWLINE = "\n"
 OUTPUT_BYTES = 20_000  # at the end of an output file
 # Called with the lines of a log as they are written.
 listeners: dict[Path, Callable[[str], object]] = {}
@@ -135,6 +136,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def parse_jsonl(content: bytes) -> list[dict[str, Any]]:
     """The rows in `content`, as `read_jsonl`."""
+    rows: list[dict[str, Any]] = []
+    with suppress(ValueError, RecursionError):  # all at once takes half the time, where all are whole
+        rows = json.loads(f"[{content.decode().removesuffix(NEWLINE).replace(NEWLINE, ',')}]")
+        if len(rows) == content.count(b"\n") and all(isinstance(row, dict) for row in rows):
+            return rows
     rows = []
     for line in content.split(b"\n"):
         try:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +40,13 @@ def project_root() -> Path:
             "folder."
         )
     return root
+
+
+def program() -> str:
+    """Beginning of a command line that works in the current folder, with `python` if that is this Python."""
+    folder = "" if Path.cwd() == PROJECT else f"cd {shlex.quote(str(PROJECT))} && "
+    python = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
+    return f"{folder}{python} -m cifar_hpc"
 
 
 def keep_others_out() -> None:
@@ -154,8 +165,10 @@ def _make(*directories: Path) -> None:
 
 def all_runs(root: Path) -> list[RunPaths]:
     """List the runs that have a spec, by name."""
-    names = (p.parent.name for p in sorted((root / "logs").glob("*/spec.yaml")))
-    return [RunPaths(root, name) for name in names if is_run_name(name)]
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / "logs") as entries:
+        names = [e.name for e in entries if is_run_name(e.name) and os.access(f"{e.path}/spec.yaml", os.F_OK)]
+    return [RunPaths(root, name) for name in sorted(names)]
 
 
 def find_run(root: Path, name: str) -> RunPaths:
@@ -178,19 +191,20 @@ def find_run(root: Path, name: str) -> RunPaths:
     raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}." + nearest(name, names))
 
 
-def find_runs(root: Path, patterns: Sequence[str]) -> list[RunPaths]:
+def find_runs(root: Path, patterns: Sequence[str], more: Sequence[str] = ()) -> list[RunPaths]:
     """Find the runs that match any of `patterns`, each once, by name.
 
     Args:
         patterns: names, as `find_run` takes them, or patterns with *, ? and [...] as in fnmatch(3).
+        more: names to find beside those of runs that are whole.
 
     Raises:
         SpecError: if no run matches a pattern.
     """
-    names = {run.name for run in all_runs(root)} if any(map(is_pattern, patterns)) else set()
+    names = {run.name for run in all_runs(root)}.union(more) if any(map(is_pattern, patterns)) else set()
     found: set[str] = set()
     for pattern in patterns:
-        matching = set(fnmatch.filter(names, pattern)) if is_pattern(pattern) else set()
+        matching = set(fnmatch.filter(names, pattern)) if is_pattern(pattern) else {pattern}.intersection(more)
         found |= matching or {find_run(root, pattern).name}
     return [RunPaths(root, name) for name in sorted(found)]
 
@@ -218,6 +232,18 @@ def read_points(file: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and is_run_name(name) for name in names):
         raise SpecError(f"{file}: holds no list of names of runs. HINT: submit the sweep again.")
     return names
+
+
+def sweep_order(root: Path) -> dict[str, int]:
+    """Places of the points of all sweeps under `root` in the order of their job files, by the run's name."""
+    files = (root / "logs" / SWEEPS).glob("*/[0-9]*/points.json")
+    order: dict[str, int] = {}
+    # A later submission of a sweep has those of its points that had not finished, and new ones.
+    for file in sorted(files, key=lambda file: (file.parts[-3], int(file.parts[-2]))):
+        with contextlib.suppress(SpecError):
+            for name in read_points(file):
+                order.setdefault(name, len(order))
+    return order
 
 
 def same_folder(one: Path, other: Path) -> bool | None:

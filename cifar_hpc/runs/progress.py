@@ -25,13 +25,14 @@ from cifar_hpc.files import NotRegularError, open_regular, read_regular, write_a
 from cifar_hpc.runs import events
 from cifar_hpc.runs.events import STATES, Event, append_event
 from cifar_hpc.runs.frozen_spec import read_frozen
-from cifar_hpc.runs.history import Attempt, History
+from cifar_hpc.runs.history import Attempt, History, number_of
 from cifar_hpc.runs.logs import parse_jsonl, utc_now
 from cifar_hpc.runs.paths import RunPaths
 
 FORMAT = 1
 # Errors from files that are damaged, or not of this project.
 DAMAGE = (UserError, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+CIFAR_IMAGES = 50_000  # to train on
 RECENT_EPOCHS = 5  # from which the time left is estimated
 # An hour without a restart is assumed before anything has been measured.
 PRIOR_UP_SECONDS = 3600.0
@@ -152,6 +153,7 @@ class Progress:
             eta_by_rate: seconds left at the current rate; used before the first epoch has been measured.
         """
         self.epochs, self.log_seconds = spec.train.epochs, spec.train.log_seconds
+        self._take_checkpoint(spec)
         seconds = self.summary.epoch_seconds
         if seconds and resizes(spec):
             epoch = self.summary.epoch
@@ -167,6 +169,15 @@ class Progress:
             return
         restarts = self.history.lost_seconds / (self.history.up_seconds + PRIOR_UP_SECONDS)
         self.eta_seconds = work * (1 + restarts)
+
+    def _take_checkpoint(self, spec: Spec) -> None:
+        """Take the position from the newest checkpoint, if none is known and the spec tells the size of an epoch."""
+        saved = self.history.last_of(events.Checkpoint)
+        images = spec.data.train_size or (CIFAR_IMAGES if spec.data.source.startswith("cifar") else 0)
+        steps = math.ceil((images - (spec.data.holdout or 0)) / spec.train.batch_size)
+        step, epoch, done = (number_of(saved, key) for key in ("step", "epoch", "step_in_epoch"))
+        if self.step == 0 and steps > 0 and step and epoch is not None and done is not None:
+            self.step, self.epoch = int(step), epoch + done / steps
 
     @property
     def saved_epoch(self) -> float | None:
@@ -194,7 +205,7 @@ class Progress:
         return {
             **{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in shown.items()},
             "checkpoint": last if saved else None,
-            "history": {**vars(history), "attempts": [vars(attempt) for attempt in history.attempts]},
+            "history": {**vars(history), "attempts": [{**vars(a), "said": {}} for a in history.attempts]},
             "metrics": vars(summary),
             **{key: getattr(self, key) for key in _SIZES},
             "changed": self.changed,

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from cifar_hpc.runs.events import STARTS
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.history import History, number_of
 from cifar_hpc.runs.logs import read_jsonl
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.paths import RunPaths, sweep_order
+from cifar_hpc.runs.progress import DAMAGE, read_progress
 from cifar_hpc.runs.state import read_state
 from cifar_hpc.slurm.client import QueuedJob
 
@@ -45,7 +47,8 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
-    """The groups of `runs`, in the order of their changed values; then each run whose spec cannot be read, alone.
+    """The groups of `runs`: points of sweeps in their order, others by their changed values; then each run whose spec
+    cannot be read, alone.
 
     Args:
         each: a group for each run, with the seed as one of the keys.
@@ -70,7 +73,14 @@ def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
         Group(tuple(alike), {key: specs[alike[0]].get(key) for key in differing}, tuple(specs[r][SEED] for r in alike))
         for alike in members.values()
     ]
-    groups.sort(key=lambda group: ([sort_key(v) for v in group.changed.values()], group.runs[0].name))
+    order = sweep_order(runs[0].root) if runs else {}
+    groups.sort(
+        key=lambda group: (
+            min(order.get(run.name, len(order)) for run in group.runs),
+            [sort_key(v) for v in group.changed.values()],
+            group.runs[0].name,
+        )
+    )
     return [*groups, *unreadable]
 
 
@@ -121,19 +131,18 @@ def labels(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def sweep_settings(changed: Sequence[Values]) -> list[tuple[list[Any], dict[str, str]]]:
-    """For runs of a sweep, each with its values that differ from the defaults: a key to sort by, and the values that
-    are not the same in all runs, in words by short key; under the empty key where they are many."""
+def sweep_settings(changed: Sequence[Values]) -> list[dict[str, str]]:
+    """For runs of a sweep, each with its values that differ from the defaults: the values that are not the same in all
+    runs, in words by short key; under the empty key where they are many."""
     defaults = flatten(to_plain(Spec()))
     keys = list(dict.fromkeys(key for values in changed for key in values))
     rows = [{key: values.get(key, defaults.get(key)) for key in keys} for values in changed]
     differing = [key for key in keys if any(row[key] != rows[0][key] for row in rows)]
     groups = [Group((), {key: row[key] for key in differing}) for row in rows]
     short = short_keys(differing)
-    words = [{short[key]: in_words(value) for key, value in group.changed.items()} for group in groups]
     if len(differing) > MANY_KEYS:
-        words = [{"": text} for text in settings(groups)]
-    return [([sort_key(v) for v in g.changed.values()], text) for g, text in zip(groups, words, strict=True)]
+        return [{"": text} for text in settings(groups)]
+    return [{short[key]: in_words(value) for key, value in group.changed.items()} for group in groups]
 
 
 def shared_label(groups: Sequence[Group]) -> str:
@@ -186,8 +195,9 @@ class RunResult:
         included, but not what passed before a person submitted it again.
     device_seconds, lost_seconds: as in `History`; None where it has not begun to train.
     device: of its last start, cpu or gpu; None where that is not known.
+    peak_memory_bytes: of the rank that took most: on its GPU, on a CPU in its process.
     restarts: starts after the first, by cause.
-    world_sizes: numbers of processes with which epochs were finished, ascending.
+    world_sizes: numbers of ranks with which epochs were finished, ascending.
     date: when the last epoch was finished, ISO 8601 in UTC.
     hardware, versions: in words, each that its starts had; command: of its last submission.
     """
@@ -211,6 +221,7 @@ class RunResult:
     device_seconds: float | None = None
     lost_seconds: float | None = None
     device: str | None = None
+    peak_memory_bytes: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -296,6 +307,9 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> R
     by_epoch = {row["epoch"]: row for row in rows if _count(row, "epoch") is not None}
     last = by_epoch[max(by_epoch)] if by_epoch else {}
     past = History.of(events)
+    memory: Values = {}
+    with suppress(*DAMAGE):
+        memory = read_progress(run).peak_memory_bytes
     starts = [event for event in events if event.get("event") in STARTS]
     seconds = [value for row in by_epoch.values() if (value := number_of(row, "epoch_seconds")) is not None]
     accuracies = (number_of(row, "test_accuracy", 100) for row in by_epoch.values())
@@ -318,13 +332,14 @@ def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> R
         command=next((text for event in reversed(events) if (text := _text(event.get("command")))), None),
         device_seconds=past.device_seconds if starts else None,
         lost_seconds=past.lost_seconds if starts else None,
+        peak_memory_bytes=max((size for key in memory if (size := _count(memory, key, 1e18))), default=None),
         device=next((device for start in reversed(starts) if (device := _device(start))), None),
     )
 
 
-def _count(row: Mapping[str, Any], key: str) -> int | None:
+def _count(row: Mapping[str, Any], key: str, most: float = 1e9) -> int | None:
     value = row.get(key)
-    return value if type(value) is int and 0 < value < 1e9 else None
+    return value if type(value) is int and 0 < value < most else None
 
 
 def _text(value: Any) -> str | None:

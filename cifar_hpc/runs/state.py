@@ -15,7 +15,7 @@ from cifar_hpc.errors import without_class
 from cifar_hpc.runs import events
 from cifar_hpc.runs.events import FAILURES, Cancelled, Failed, Finished, Hang, Holding, Left, Requeued, Submitted
 from cifar_hpc.runs.history import History, time_of
-from cifar_hpc.runs.lock import controller_of, holder
+from cifar_hpc.runs.lock import controller_of, holder, waits_here
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.requeue import ALIVE
@@ -234,6 +234,9 @@ def _busy(
         return "running", f"on {owner.get('host', '?')}"
     if controller_of(paths, history) is not None:
         return "running", "starting on this machine"
+    here = history.last_of(Submitted).get("scheduler") != "slurm" and history.state.get("event") != Finished.name
+    if here and waits_here(paths, history):
+        return "queued", "waits for its turn on this machine"
     return None
 
 

@@ -242,7 +242,7 @@ class Attempt:
         """Write the beginning of the attempt to train.log and events.jsonl. Rank 0 only."""
         context, launch, log, position = self.context, self.context.launch, self.context.log, trainer.position
         cut = restore_metrics(context.paths.metrics, position.history)
-        where, changed, processes = "started from step 0", {}, counted(launch.world_size, "process")
+        where, changed, ranks = "started from step 0", {}, counted(launch.world_size, "rank")
         if chosen is not None:
             steps = trainer.engine.steps_per_epoch
             where = (
@@ -254,10 +254,10 @@ class Attempt:
             changed = {k: [before[k], v] for k, v in environment.items() if k in before and before[k] != v}
             begun = [attempt.world_size for attempt in History.read(context.paths.events).attempts if attempt.begun]
             if begun and begun[-1] != launch.world_size:
-                processes += f" (before: {begun[-1]})"
+                ranks += f" (before: {begun[-1]})"
         start = f"restart {context.restart}  |  " if context.restart else ""
         job = f"job {launch.job_id}  |  " if launch.job_id else ""
-        lines = [f"run {context.paths.name}  |  {where}", f"{start}{job}host {socket.gethostname()}  |  {processes}"]
+        lines = [f"run {context.paths.name}  |  {where}", f"{start}{job}host {socket.gethostname()}  |  {ranks}"]
         if chosen is None:  # later changes are warnings
             lines[-1] += f", {counted(trainer.engine.layout.shards, 'shard')}"
             lines.append(

@@ -60,10 +60,8 @@ def finished(context: Context, position: Position | None) -> None:
         context.log.line("the run has finished before: nothing to do. HINT: a larger train.epochs goes on from here")
     else:
         last, best = position.history[-1], position.best
-        words = (
-            f"{counted(position.epoch, 'epoch')}, {counted(position.step, 'step')}: "
-            f"test accuracy {last['test_accuracy']:.2f}% (best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
-        )
+        words = f"{counted(position.epoch, 'epoch')}: test {last['test_accuracy']:.2f}% "
+        words += f"(best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
         context.log.line(f"FINISHED {words}")
         context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
     if context.launch.scheduler == "slurm" and context.log.enabled:
@@ -123,12 +121,10 @@ def _log_stop(context: Context, position: Position | None, stored: bool) -> None
     seconds = round(stop.seconds, 3) if stop.seconds is not None else None
     step, epoch = (position.step, position.epoch) if position else (None, None)
     context.emit(Signal(signal=name, seconds=seconds, step=step, epoch=epoch))
-    at = "nothing had been computed yet"
-    if position is not None:
-        place = "is on disk" if stored else "is NOT on disk; the checkpoint before it is used instead"
-        at = f"step {position.step} {place}"
-    after = f", {seconds:.1f} s after the signal" if seconds is not None else ""
-    context.log.line(f"STOPPED by {name}: {at}{after}")
+    at = "nothing had been computed yet" if position is None else f"step {step} is {'' if stored else 'NOT '}on disk"
+    context.log.line(f"STOPPED by {name}: {at}" + (f" after {seconds:.1f} s" if seconds is not None else ""))
+    if position is not None and not stored:
+        context.log.warn("the next start goes on from the checkpoint before that step")
 
 
 def decide_now(context: Context, ending: Ending, quiet: bool = False) -> Decision:
@@ -203,7 +199,7 @@ def _memory_advice(context: Context) -> str:
             where = f"that of {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
     return (
         f"{where}. HINT: lower train.batch_size, or spread the train.shards ({context.spec.train.shards}) over more "
-        f"processes, or {other}."
+        f"ranks, or {other}."
     )
 
 

@@ -129,6 +129,7 @@ class Trainer:
         if not self.context.startup.over:
             self.engine.bad_step.item()  # waits for the device, after the first step only
             self.context.say_first_step(position.step)
+            self._report_position()  # a checkpoint may come before the first line
             self._restart_line_clock()  # it takes many times as long as another, and would spoil the first rate
 
     def _measure(self, seconds: float, now: float) -> None:

@@ -138,6 +138,7 @@ def test_json_is_in_full_and_not_rounded(capsys: pytest.CaptureFixture[str]) -> 
             "shards": 4, "date": "2026-01-01T00:03:00.000Z", "hardware": ["2 × A100"],
             "versions": ["cifar_hpc 0.1.0, torch 2.12.1, cuda 13.0, cudnn 9, bf16"], "command": "submit.py run-c0",
             "device_seconds": 200.0, "lost_seconds": 0, "device": "gpu",
+            "peak_memory_bytes": None,
         }
     ]  # fmt: skip
 

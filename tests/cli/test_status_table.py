@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cifar_hpc.cli import terminal
-from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, failures, status_lines, summary
+from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, reasons, status_lines, summary, table
 from cifar_hpc.runs.state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 
 RUN = RunState("improved_resnet-1a2b3c4d", "running", "on node1", 12, 400, 81.5, 82.25, 9000.5, 18000.0, 3)
@@ -37,13 +37,13 @@ def header(width: int | None) -> list[str]:
 
 
 def test_everything_is_there_in_full_where_nothing_limits_it() -> None:
-    table = status_lines(RUNS)
-    assert table[0].split() == "RUN STATE EPOCH ACC BEST IMG/S ETA RESTARTS RANKS LOG AGE JOB DETAIL".split()
-    assert RUNS[1].run in table[2] and table[2].endswith("y" * 300) and "HINT" in table[2] and "…" not in "".join(table)
+    lines = status_lines(RUNS)
+    assert lines[0].split() == "RUN STATE EPOCH ACC BEST IMG/S ETA RESTARTS RANKS LOG AGE JOB DETAIL".split()
+    assert RUNS[1].run in lines[2] and lines[2].endswith("y" * 300) and "HINT" in lines[2] and "…" not in "".join(lines)
     row = (
         "improved_resnet-1a2b3c4d running 12/400 81.50 82.25 9,000 5h00m 3 (2 preemption, 1 submitted again) 4 7s 1234"
     )
-    assert table[1].split() == f"{row} on node1".split()
+    assert lines[1].split() == f"{row} on node1".split()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -62,25 +62,55 @@ def test_the_most_important_columns_stay() -> None:
 
 
 def test_what_has_lost_its_column_stands_in_detail() -> None:
-    table = status_lines(RUNS, 80)
-    assert table[1].endswith("5h00m  3 restarts, on node1")
-    assert status_lines(RUNS, 70)[1].endswith("12/400  ETA 5h00m, 3 restarts, …")
-    assert table[2].rstrip("…y").endswith("NaN at step 3.")  # without its hint
-    assert table[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
-    assert "until 12:00:00, pre…" in table[4]
+    lines = status_lines(RUNS, 80)
+    assert lines[1].endswith("5h00m  3 restarts, on node1")
+    narrow = status_lines(RUNS, 70)
+    assert narrow[1].endswith("12/400  ETA 5h00m, 3 restarts,") and narrow[2].split() == ["on", "node1"]
+    assert lines[2].endswith("NaN at step 3.")  # without its hint
+    assert lines[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
     assert status_lines(RUNS[2:3], 160)[1].endswith("starts in ~7d00h")
+
+
+# At 80 columns each of these was cut, and with it what a user needs.
+LONG = {
+    "running": ("on node[001-004,017]: starting on this machine", None),
+    "requeued": ("until 12:00:00, requeued by Slurm or a person", None),
+    "stopped": ("killed? it ended without a word; submit again to go on", None),
+    "hung": ("no log line for 12m, on node1", None),
+    "queued": (
+        "Dependency: job 12, of the same name in /scratch/me/a/long/way/to/the/project, must end first",
+        "Dependency",
+    ),
+    "unreadable": ("its files make no sense (SpecError: /scratch/me/a/long/way/to/the/project/logs/a/spec.yaml)", None),
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("state", LONG)
+def test_no_word_of_a_detail_is_lost(state: str, width: int) -> None:
+    detail, reason = LONG[state]
+    states = [run(state=state, detail=detail, reason=reason), *RUNS[:2]]
+    lines, cut = table(states, width)
+    place = lines[0].index("DETAIL")
+    ends = [i for i in range(2, len(lines)) if lines[i][:place].strip()]  # where the next run begins
+    shown = " ".join(line[place:].strip() for line in lines[1 : ends[0]])
+    below = " ".join(" ".join(reasons(cut, width)).split())
+    assert detail in shown or f"{states[0].run}: {detail}" in below
+    assert max(map(len, [*lines, *reasons(cut, width)])) <= width
+    assert detail in shown or width < 120 or state == "unreadable"
 
 
 def test_the_whole_reason_of_a_failure_stands_below_the_table() -> None:
     failed = run(
         run="a", state="failed", detail="no GPU. HINT: look at nvidia-smi " + "there " * 20, log_age_seconds=5.0
     )
-    table = status_lines([failed], 80)
-    below = failures([failed], table, 80)
+    below = reasons(table([failed], 80)[1], 80)
     assert " ".join(" ".join(below).split()) == f"a: {failed.detail.strip()}" and max(map(len, below)) <= 80
-    assert failures([failed], status_lines([failed]), 80) == []  # it is in the table
-    assert failures([dataclasses.replace(failed, log_age_seconds=1e6)], table, 80) == []
-    assert len(failures([failed] * 20, table, 300)) == 3
+    assert table([failed])[1] == []  # it is in the table
+    assert reasons(table([dataclasses.replace(failed, log_age_seconds=1e6)], 80)[1], 80) == []
+    assert len(reasons(table([failed] * 20, 80)[1], 300)) == 5
+    cut = table([run(state="stopped", detail="why " * 30)] * 9 + [failed], 80)[1]
+    assert reasons(cut, 300)[0].startswith("a: no GPU")  # failures come first
 
 
 def test_old_failures_sink() -> None:
@@ -93,10 +123,10 @@ def test_the_points_of_a_sweep_are_told_apart() -> None:
         run(run=f"s-{number}", sweep="s", changed={"train.epochs": 9, **changed})
         for number, changed in enumerate([{"model.dropout": 0.5}, {"model.dropout": 0.1}, {}])
     ]
-    assert [s.run for s in by_urgency([*points, run(run="t")])] == ["s-1", "s-2", "s-0", "t"]
-    table = status_lines(points, 120)
-    assert table[0].split()[:2] == ["RUN", "CHANGED"]
-    assert ["dropout 0.5" in table[1], "dropout 0.1" in table[2], "dropout 0.2" in table[3]] == [True] * 3
+    assert by_urgency([*points, run(run="t")]) == [*points, run(run="t")]
+    lines = status_lines(points, 120)
+    assert lines[0].split()[:2] == ["RUN", "CHANGED"]
+    assert ["dropout 0.5" in lines[1], "dropout 0.1" in lines[2], "dropout 0.2" in lines[3]] == [True] * 3
     assert "CHANGED" not in status_lines([RUN])[0]
 
 
@@ -113,9 +143,10 @@ def test_points_that_differ_in_long_keys_are_told_apart_on_any_terminal() -> Non
         for number, (lr, dropout, decay) in enumerate(values)
     ]
     for width in (80, 120):
-        table = status_lines(points, width)
-        assert "lr, dropout, weight_decay" in table[0] and max(map(len, table)) <= width
-        assert ["0.05, 0.1, 0.0001" in table[1], "0.1, 0.3, 0.0005" in table[8]] == [True] * 2
+        lines = status_lines(points, width)
+        assert "lr, dropout, weight_decay" in lines[0] and max(map(len, lines)) <= width
+        first, last = (next(line for line in lines if line.startswith(point.run)) for point in (points[0], points[7]))
+        assert "0.05, 0.1, 0.0001" in first and "0.1, 0.3, 0.0005" in last
     assert "lr 0.05, dropout 0.1, weight_decay 0.0001" in status_lines(points, 170)[1]
 
 
@@ -124,9 +155,9 @@ def test_columns_without_values_go_before_a_reason_is_cut() -> None:
         run(state="stopped", detail="killed? it ended without a word", eta_seconds=None, images_per_second=None),
         run(run="other", state="not started", detail="never submitted", eta_seconds=None, images_per_second=None),
     ]
-    table = status_lines(states, 80)
-    assert table[1].endswith("killed? it ended without …")
-    assert {"ETA", "IMG/S"}.isdisjoint(table[0].split()) and "ACC" in table[0].split()
+    lines = status_lines(states, 80)
+    assert lines[1].endswith("killed? it ended without a") and lines[2].split() == ["word"]
+    assert {"ETA", "IMG/S"}.isdisjoint(lines[0].split()) and "ACC" in lines[0].split()
 
 
 def test_a_long_name_loses_its_middle() -> None:
@@ -139,7 +170,7 @@ def test_order_and_summary() -> None:
     assert [r.state for r in first] == ["hung", "running", "failed", "queued", "requeued"]
     assert [r.state for r in by_urgency(RUNS, last=True)] == [r.state for r in first][::-1]
     two = [run(run=name) for name in "ba"]
-    assert [r.run for r in by_urgency(two)] == [r.run for r in by_urgency(two, last=True)] == ["a", "b"]
+    assert by_urgency(two) == by_urgency(two, last=True) == two
     assert summary(RUNS) == "5 runs: 1 hung, 1 running, 1 failed, 1 queued, 1 requeued"
     assert summary(two[:1]) == "1 run: 1 running"
 

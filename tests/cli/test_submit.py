@@ -137,7 +137,7 @@ def test_no_gpu_is_requested_for_the_cpu_but_the_tasks_stay(root: Path, capsys: 
         ("resources: {sbatch: {hold: }}\n", "", ["resources.sbatch.hold: None", "allowed: text"]),
         ("resources: {comment: yes}\n", "", ["resources.comment: True", "HINT: put it in quotes"]),
         ('resources: {comment: "a\\nb"}\n', "", ["resources.comment: 'a\\nb'", "on one line, without '\\n'"]),
-        ("{}\n", "--set train.shards=2 --nodes 3", ["3 processes", "train.shards: 2"]),
+        ("{}\n", "--set train.shards=2 --nodes 3", ["3 ranks", "train.shards: 2"]),
         ("- a\n", "", ["job.yaml", "a mapping"]),
         ("a: [\n", "", ["job.yaml", "not readable as YAML", "line"]),
     ],
@@ -358,7 +358,7 @@ def test_a_dry_run_on_this_machine_has_no_script(root: Path, capsys: pytest.Capt
     flags = "--cluster local --dry-run --ntasks-per-node 2 --time 30 --no-requeue --cpus-per-task 1 --name run"
     assert submit.main([*"--set data.source=synthetic train.device=cpu".split(), *flags.split()]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("run          run\nstart        new run: 400 epochs, 2 processes\ncluster      local\n")
+    assert out.startswith("run          run\nstart        new run: 400 epochs, 2 ranks\ncluster      local\n")
     assert "SBATCH" not in out and not root.exists()
 
 
@@ -366,7 +366,7 @@ def test_processes_on_nodes_without_gpus(root: Path, capsys: pytest.CaptureFixtu
     flags = "--set train.device=cpu --gpus-per-node 0 --ntasks-per-node 6 --nodes 1-2 --dry-run"
     assert submit.main(flags.split()) == 0
     out = capsys.readouterr().out
-    assert options(out)["ntasks-per-node"] == "6" and "# start        new run: 400 epochs, 6-12 processes" in out
+    assert options(out)["ntasks-per-node"] == "6" and "# start        new run: 400 epochs, 6-12 ranks" in out
     assert submit.main("--ntasks-per-node 0".split()) == 2
     assert "resources.tasks_per_node: 0 is not allowed" in capsys.readouterr().err
 
@@ -400,23 +400,23 @@ def started(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[s
 
 def test_a_submission_says_where_the_run_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, answer = started(root, capsys)
-    assert words == "new run: 12 epochs, 1 process" and answer["new"] is True
+    assert words == "new run: 12 epochs, 1 rank" and answer["new"] is True
     folder = begun(root)
     words, answer = started(root, capsys)
-    assert words == "continues from step 63, epoch 2 of 12, 2 -> 1 process"
+    assert words == "continues from step 63, epoch 2 of 12, 2 -> 1 rank"
     expected = {"new": False, "step": 63, "epoch": 1, "epochs": 12, "processes": 1, "processes_before": 2}
     assert answer.items() >= expected.items()
 
     (folder / "step_00000063.pt").write_bytes(b"cut")
     words, answer = started(root, capsys)
-    assert words == "continues from step 54, epoch 1 of 12, 2 -> 1 process; step_00000063.pt is newer, but damaged"
+    assert words == "continues from step 54, epoch 1 of 12, 2 -> 1 rank; step_00000063.pt is newer, but damaged"
     assert (answer["step"], answer["damaged"]) == (54, "step_00000063.pt")
     (folder / "index.json").write_text("{")
-    assert started(root, capsys)[0] == "continues from step 63, 2 -> 1 process"
+    assert started(root, capsys)[0] == "continues from step 63, 2 -> 1 rank"
     (folder / "index.json").unlink()
     for path in folder.iterdir():
         path.unlink()
-    assert started(root, capsys)[0] == "begins again from step 0, epoch 1 of 12, 2 -> 1 process"
+    assert started(root, capsys)[0] == "begins again from step 0, epoch 1 of 12, 2 -> 1 rank"
 
 
 def test_a_finished_run_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,9 +67,10 @@ def test_a_screenful_with_what_calls_for_a_look_first(root: Path) -> None:
     screen, terminal, _ = screen_of(root, 80, 10)
     screen.draw()
     shown = terminal.screen()
-    assert len(shown) == 10 and all(len(line) <= 80 for line in shown)
-    assert [line.split()[1] for line in shown[1:5]] == ["running", "failed", "failed", "queued"]
-    assert re.match(rf"\d\d:\d\d:\d\d  {RUNS - 8} not shown; {RUNS} runs: 1 running, ", shown[9])
+    assert len(shown) <= 10 and all(len(line) <= 80 for line in shown)
+    states = [line.split()[1] for line in shown[1:-1] if line.startswith("improved")]
+    assert states == ["running", "failed", "failed", "queued", "requeued"]  # whole rows, of one to three lines
+    assert re.match(rf"\d\d:\d\d:\d\d  {RUNS - len(states)} not shown; {RUNS} runs: 1 running, ", shown[-1])
 
 
 def test_on_a_large_terminal_all_are_shown(root: Path) -> None:
@@ -104,7 +105,7 @@ def test_another_size_is_drawn_anew(root: Path) -> None:
     console.size = ConsoleDimensions(120, 8)
     screen.draw()
     shown = terminal.screen()
-    assert len(shown) == 8 and max(map(len, shown)) > 80
+    assert 7 <= len(shown) <= 8 and max(map(len, shown)) > 80
 
 
 def test_lines_that_are_gone_are_cleared(root: Path) -> None:

@@ -111,7 +111,7 @@ def test_what_is_said_of_more_processes_than_shards(tmp_path: Path) -> None:
         resolve(RunPaths(tmp_path, "old"), load_spec(job), 4, 1)
     (cure,) = overrides_in(str(caught.value))
     assert resolve(RunPaths(tmp_path, "new"), load_spec(job, [cure]), 4, 1).train.shards == 4
-    assert "at most 2 processes" in str(caught.value)
+    assert "at most 2 ranks" in str(caught.value)
     assert resolve(RunPaths(tmp_path, "old"), load_spec(job), 2, 1).train.shards == 2
 
 

@@ -103,8 +103,8 @@ def test_files(tmp_path: Path) -> None:
     assert read_mapping(tmp_path / "demo.yaml") == {}
     for name, message in {
         "dmeo.yaml": r"No such file.*did you mean 'demo\.yaml'",
-        "list.yaml": r"holds list; allowed: a mapping",
-        "binary.yaml": r"not a text file",
+        "list.yaml": r"holds a list; allowed: a mapping",
+        "binary.yaml": r"is no text file",
         "no/such.yaml": r"No such file",
     }.items():
         with pytest.raises(SpecError, match=message):

@@ -77,7 +77,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_a_sweep_is_one_job_array_and_each_point_a_run(project: Project) -> None:
     answer = json.loads(project.submit("--json"))
-    assert len(project.stub.calls()) == 1 and answer["job_id"] == "1" and answer["cancel"] == "scancel 1"
+    assert len(project.stub.calls()) == 1 and answer["job_id"] == "1"
+    assert answer["cancel"].endswith("-m cifar_hpc cancel 'sweep-*'")
     points = answer["points"]
     assert [p["job_id"] for p in points] == ["1_0", "1_1", "1_2", "1_3"] and {p["state"] for p in points} == {
         "submitted"
@@ -243,7 +244,7 @@ def test_a_name_is_that_of_the_sweep_and_begins_those_of_its_runs(project: Proje
         ("--set train.seed=4", ["--set train.seed: the sweep varies train.seed"]),
         ("--set sweep.seeds=0", ["sweep.seeds: 0"]),
         ("--set sweep.grid.resources.time=[1,2]", ["resources.time is not allowed"]),
-        ("--set train.shards=1 --nodes 2", ["2 processes are more than train.shards: 1"]),
+        ("--set train.shards=1 --nodes 2", ["2 ranks are more than train.shards: 1"]),
         ("--set data.source=folder data.root=nowhere", ["nowhere/train"]),
         ("--cluster local --nodes 2", ["resources.nodes: 2 needs Slurm"]),
     ],

@@ -62,7 +62,7 @@ def test_anything_else_is_refused(paths: RunPaths) -> None:
 @pytest.mark.parametrize("shards", [2, None])
 def test_more_processes_than_shards_are_refused(paths: RunPaths, shards: int | None) -> None:
     start(paths, tiny_spec(train={"shards": shards}), 2)
-    with pytest.raises(SpecError, match=r"3 processes are more than train\.shards: 2.*at most 2 .*train\.shards=3"):
+    with pytest.raises(SpecError, match=r"3 ranks are more than train\.shards: 2.*at most 2 .*train\.shards=3"):
         resolve(paths, tiny_spec(train={"shards": shards}), 3, 1)
 
 

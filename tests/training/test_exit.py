@@ -89,7 +89,7 @@ def test_requeue_asks_slurm_with_the_fewest_tasks_and_exits_with_0(slurm: Slurm,
     context, status = stop("slurm")
     assert (status, slurm.requests) == (0, [("requeue", "7", 0, 2, "")])
     assert events(context) == [("signal", None), ("requeued", "signal")]
-    assert "STOPPED by SIGUSR2: step 7 is on disk" in context.paths.train_log.read_text()
+    assert "STOPPED by SIGUSR2: step 7 is on disk after 0.0 s\n" in context.paths.train_log.read_text()
 
 
 def test_leave_exits_with_1_and_allows_fewer_nodes(slurm: Slurm, stop: Callable[..., Any]) -> None:
@@ -189,7 +189,9 @@ def test_stopped_says_where_the_state_is(tmp_path: Path, slurm: Slurm) -> None:
     assert stopped(context, None, stored=True) == stopped(context, Position(step=3), stored=False) == 128 + 15
     log = context.paths.train_log.read_text()
     assert "STOPPED by another rank's signal: nothing had been computed yet" in log
-    assert "step 3 is NOT on disk; the checkpoint before it is used instead" in log
+    assert "STOPPED by another rank's signal: step 3 is NOT on disk\n" in log
+    assert "WARNING the next start goes on from the checkpoint before that step\n" in log
+    assert max(map(len, log.splitlines())) <= 80
 
 
 def test_finished(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_finished(tmp_path: Path) -> None:
     finished(context, Position(epoch=2, step=18, history=[best, {"epoch": 2, "test_accuracy": 50.0}], best=best))
     (event,) = read_jsonl(context.paths.events)
     assert (event["event"], event["step"], event["test_accuracy"], event["best"]) == ("finished", 18, 50.0, best)
-    words = "2 epochs, 18 steps: test accuracy 50.00% (best 60.00% at epoch 1)"
+    words = "2 epochs: test 50.00% (best 60.00% at epoch 1)"
     assert f"FINISHED {words}\n" in context.paths.train_log.read_text()
     finished(context, None)  # a later start finds nothing to do, and tells of nothing
     assert (tmp_path / "told").read_text() == f"finished: {words}\n"

@@ -188,7 +188,7 @@ def alone(rank: int, world: int, root: str, file: bool, present: int) -> str:
 
 @pytest.mark.parametrize("way", ["file", "MASTER_ADDR"])
 def test_ranks_that_never_come_are_named_and_nobody_guesses_why(ranks: Ranks, tmp_path: Path, way: str) -> None:
-    for present, words in enumerate(("of the 3 processes, ranks 1, 2 did not come up within 1 s", "rank ")):
+    for present, words in enumerate(("of the 3 ranks, ranks 1, 2 did not come up within 1 s", "rank ")):
         root = tmp_path / str(present)
         (root / "slurm").mkdir(parents=True)
         said = ranks.run(3, alone, str(root), way == "file", present, group=False)[present]

@@ -86,7 +86,7 @@ def test_stopped_and_moved_between_1_3_4_and_2_ranks(
     assert runs.resumed("moved") == (3, 0, 3)
     runs.finish("moved", 2)
     log = runs.log("moved")
-    for words in ("  |  3 processes, 4 shards\n", "  |  4 processes (before: 3)\n", "  |  2 processes (before: 4)\n"):
+    for words in ("  |  3 ranks, 4 shards\n", "  |  4 ranks (before: 3)\n", "  |  2 ranks (before: 4)\n"):
         assert log.count(words) == 1, "a banner says what is new"
     assert log.count(", python ") == 1, "and nothing that is not"
     assert runs.resumed("moved") == (12, 1, 3)

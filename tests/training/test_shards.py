@@ -41,7 +41,7 @@ def test_bounds_cut_a_batch_into_shards(shards: int, size: int) -> None:
 
 
 def test_more_ranks_than_shards_are_refused() -> None:
-    with pytest.raises(RunFailedError, match=r"3 processes .* 2 shards, .*at most 2 .*train\.shards=3"):
+    with pytest.raises(RunFailedError, match=r"3 ranks .* 2 shards, .*at most 2 .*train\.shards=3"):
         ShardLayout(2, 3, 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cifar_hpc.cli import terminal
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.architecture import architecture_figure
-from cifar_hpc.cli.figures.timeline import MOST_ROWS, timeline_figure
+from cifar_hpc.cli.figures.timeline import MOST_ROWS, fits, timeline_figure
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, UserError, nearest
 from cifar_hpc.runs.frozen_spec import read_frozen
@@ -164,7 +164,8 @@ def figures(
         for run, seed in zip(one.group.runs, one.group.seeds, strict=True)
     }
     rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
-    shown = [(life, own.get(g.runs[0], label)) for g, label in rows if (life := read_timeline(g.runs[0])).end]
+    named = ((g.runs[0], label if fits(label) else g.runs[0].name) for g, label in rows)
+    shown = [(life, own.get(run, label)) for run, label in named if (life := read_timeline(run)).end]
     if shown:
         yield "timeline", timeline_figure([life for life, _ in shown], [label for _, label in shown], left_out)
 

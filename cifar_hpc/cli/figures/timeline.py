@@ -1,5 +1,6 @@
 """Figure of runs in time: waiting, training, checkpoints and interruptions."""
 
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 from cifar_hpc.cli.figures import style
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, Axes, Figure, add_legend, new_figure, shorten
 from cifar_hpc.runs.timeline import LOST, STARTING, TRAINING, WAITING, Timeline
+from cifar_hpc.text import printable
 
 MOST_ROWS = 40
 ROW_HEIGHT, PROGRESS_HEIGHT, AROUND = 0.24, 1.5, style.ABOVE + style.BELOW  # inches
-LABEL_LETTERS = 40
+LABEL_LETTERS, LABEL_LINES = 40, 2
 BAR = 0.5  # of a row's height
 SPANS: dict[str, tuple[str, dict[str, Any]]] = {
     WAITING: ("waiting", {"facecolor": "#f4f4f4", "edgecolor": "#aaaaaa", "hatch": "//////"}),
@@ -41,7 +43,7 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
 
     Args:
         shown: at most MOST_ROWS, each with at least one span or mark.
-        labels: of the rows.
+        labels: of the rows, each in one line or two.
         left_out: number of runs that are not shown, which the figure says.
     """
     alone = len(shown) == 1
@@ -57,7 +59,8 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     more = f"; {left_out} more runs are not shown" if left_out else ""
     since = f"{unit} since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC"
     rows.set(ylim=(len(shown) - 0.4, -0.6), xlabel=since + more)
-    rows.set_yticks([] if alone else range(len(shown)), [] if alone else [shorten(x, LABEL_LETTERS) for x in labels])
+    rows.set_yticks([] if alone else range(len(shown)), [] if alone else [_folded(x) for x in labels])
+    rows.tick_params(axis="y", labelsize="x-small") if any(len(x) > LABEL_LETTERS for x in labels) else None
     rows.tick_params(axis="y", length=0)
     rows.grid(visible=False, axis="y")
     rows.spines["left"].set_visible(False)
@@ -65,6 +68,16 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     names = max((label.get_window_extent().width for label in rows.get_yticklabels()), default=0) / figure.dpi
     add_legend(figure, entries, left=style.LEFT if alone else names + 0.12, gap=0.2)
     return figure
+
+
+def fits(label: str) -> bool:
+    """True if the label of a row needs no more than two lines."""
+    return len(textwrap.wrap(label, LABEL_LETTERS)) <= LABEL_LINES
+
+
+def _folded(label: str) -> str:
+    text = printable(label) if fits(label) else shorten(label, LABEL_LETTERS)
+    return "\n".join(textwrap.wrap(text, LABEL_LETTERS))
 
 
 def _draw_rows(axis: Axes, shown: Sequence[Timeline], begin: float, length: float) -> list[tuple[Any, str, str]]:

@@ -181,7 +181,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, board: RankBoard, stop: Sto
             raise RanksLostError(f"rank {failure.rank} ({failure.host}) failed: {failure.summary}")
         if patience.over():
             raise RanksLostError(
-                f"of the {launch.world_size} processes, {names} did not come up within {RENDEZVOUS_SECONDS} s. "
+                f"of the {launch.world_size} ranks, {names} did not come up within {RENDEZVOUS_SECONDS} s. "
                 "HINT: their own logs are beside this one's, in logs/<run>/slurm; that of rank 0 has srun's words."
             )
         time.sleep(0.05)

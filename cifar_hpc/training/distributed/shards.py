@@ -25,8 +25,8 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.world_size > self.shards:
             raise RunFailedError(
-                f"{self.world_size} processes are more than the run's {counted(self.shards, 'shard')}, fixed at its "
-                f"first start. HINT: start at most {counted(self.shards, 'process')}, or begin a run with --set "
+                f"{self.world_size} ranks are more than the run's {counted(self.shards, 'shard')}, fixed at its "
+                f"first start. HINT: start at most {counted(self.shards, 'rank')}, or begin a run with --set "
                 f"train.shards={self.world_size} (or more) under another --name."
             )
 
