@@ -25,7 +25,7 @@ from cifar_hpc.text import in_latex, in_markdown, one_line, printable, shown
 DESCRIPTION = """\
 A row for each setting, with only the keys in which the runs differ; runs that
 differ in nothing but the seed are one row, mean and standard deviation. --each
-gives every run a row of its own."""
+gives every run a row of its own. Points of a sweep are in its order."""
 EXAMPLES = (
     "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown",
     "'dropout-*' --columns run,wall_seconds --latex",

@@ -29,8 +29,8 @@ from cifar_hpc.text import duration, one_line, printable
 
 DESCRIPTION = """\
 State and its reason, position and newest checkpoint, accuracy, restarts by
-cause, the last epochs, what differs from the defaults of the spec, GPU memory
-and hours, folders, and the lines that follow, requeue or cancel the run. Of a
+cause, the last epochs, what differs from the defaults of the spec, memory,
+hours, folders, and the lines that follow, requeue or cancel the run. Of a
 run that has failed or was killed, the end of its log as well.
 Exit status: 0; 3 Slurm does not answer, so that the files alone are shown."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --json")
@@ -213,4 +213,5 @@ def _memory(by_rank: Any) -> str:
     sizes = [value / GIB for key in by_rank if (value := number_of(by_rank, key, 1e18)) is not None]
     if len(sizes) > 8:
         return f"{min(sizes):.2f} to {max(sizes):.2f} GiB on {len(sizes)} ranks"
-    return f"{', '.join(f'{size:.2f}' for size in sizes)} GiB (ranks 0 to {len(sizes) - 1})" if sizes else ""
+    of = f" (ranks 0 to {len(sizes) - 1})" if len(sizes) > 1 else ""
+    return f"{', '.join(f'{size:.2f}' for size in sizes)} GiB{of}" if sizes else ""

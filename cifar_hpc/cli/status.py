@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DESCRIPTION = """\
-States: queued (with Slurm's reason), running, requeued, hung (no log line for
+States: queued (with the reason), running, requeued, hung (no log line for
 much longer than usual), suspended (by Slurm), stopping (Slurm ends the job),
 finished, failed (with the reason), cancelled, stopped (killed, or gone without
 a message: submit again), not started (never submitted), unreadable (damaged

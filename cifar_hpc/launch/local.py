@@ -73,12 +73,12 @@ def start(folder: RunPaths | SweepPaths, code: Path, locks: Iterable[RunLock], p
     return job_id
 
 
-def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str) -> None:
+def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str, sweep: str | None = None) -> None:
     """Start the points of a sweep while there is room; on SIGTERM stop those that run, and wait until they have ended.
 
     Args:
         locks: the inherited locks of the runs' submissions; each is released when its run has started.
-        command: command line of the submission, for the event `submitted`.
+        command, sweep: command line and folder of the submission, for the event `submitted`.
     """
     stop = StopFlag().install()
     waiting, running, began = list(locks), list[Any](), time.time()
@@ -88,7 +88,7 @@ def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str) -> N
             locks[run].release()
         if waiting and len(running) < parallel:
             run = waiting.pop(0)
-            running += _start_point(run, command)
+            running += _start_point(run, command, sweep)
             locks[run].release()
         else:
             running = _poll(running)
@@ -107,7 +107,7 @@ def _poll(running: list[Any]) -> list[Any]:
     return [job for job in running if not job.done()]
 
 
-def _start_point(run: RunPaths, command: str) -> list[Any]:
+def _start_point(run: RunPaths, command: str, sweep: str | None) -> list[Any]:
     """[submitit's job] of a point; nothing if it need not or cannot start."""
     try:
         if (reason := why_busy(run, {})) is not None:
@@ -115,7 +115,7 @@ def _start_point(run: RunPaths, command: str) -> list[Any]:
         spec = require_frozen(run)
         if start_of(run).finished_epochs >= spec.train.epochs:
             return []
-        job = start_here(run, spec, command)
+        job = start_here(run, spec, command, sweep)
     except (UserError, OSError) as error:
         print(printable(f"{run.name}: not started: {error}"), file=sys.stderr, flush=True)
         return []
@@ -123,11 +123,11 @@ def _start_point(run: RunPaths, command: str) -> list[Any]:
     return [job]
 
 
-def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
+def start_here(run: RunPaths, spec: Spec, command: str, sweep: str | None = None) -> Any:
     """Start a run on this machine from the code snapshot, the current folder, and record it; returns submitit's job.
 
     Args:
-        command: command line of the submission.
+        command, sweep: command line and, of a point, folder of the submission.
     """
     import submitit
 
@@ -141,7 +141,7 @@ def start_here(run: RunPaths, spec: Spec, command: str) -> Any:
         stderr_to_stdout=True,
     )
     job = executor.submit(Task(str(run.root), run.name))
-    record_submitted(run, job.job_id, "local", Path.cwd(), command)
+    record_submitted(run, job.job_id, "local", Path.cwd(), command, sweep=sweep)
     return job
 
 
@@ -163,7 +163,8 @@ def main(arguments: Sequence[str]) -> None:
     for lock in locks:
         lock.sign({"pid": os.getpid(), "host": socket.gethostname(), "controller": True})
     _answer(pipe, str(os.getpid()))
-    run_points(dict(zip(runs, locks[1:], strict=True)), int(parallel), command)
+    where = str(sweep.logs.relative_to(root))
+    run_points(dict(zip(runs, locks[1:], strict=True)), int(parallel), command, where)
 
 
 def _answer(pipe: int, job_id: str) -> None:

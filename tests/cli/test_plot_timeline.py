@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_logs import BEGIN
 
-from cifar_hpc.cli.figures.timeline import in_words, timeline_figure
+from cifar_hpc.cli.figures.timeline import fits, in_words, timeline_figure
 from cifar_hpc.runs.timeline import Mark, Span, Timeline
 
 ZERO = BEGIN.timestamp()
@@ -73,7 +73,7 @@ def test_one_run_has_its_bar_and_its_epochs() -> None:
 
 def test_several_runs_are_rows_on_one_axis_of_time() -> None:
     lives = [life(), life(later=3600 * 5)]
-    figure = timeline_figure(lives, ["seed 0", "x" * 80], left_out=7)
+    figure = timeline_figure(lives, ["seed 0", "x" * 81], left_out=7)
     (axis,) = figure.axes
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert labels[0] == "seed 0"
@@ -82,6 +82,14 @@ def test_several_runs_are_rows_on_one_axis_of_time() -> None:
     assert marks(axis, "finished") == [round(600 / 3600, 3), round(5 + 600 / 3600, 3)]
     assert "preempted: 2" in legend(figure)
     assert not any(text.startswith("checkpoint") for text in legend(figure))
+
+
+def test_a_long_label_takes_two_lines_and_a_longer_one_is_the_name_of_its_run() -> None:
+    label = "lr 0.1, epochs 2, train_size 400, test_size 200, seed 0"
+    assert fits(label) and not fits(label * 2)
+    (axis,) = timeline_figure([life(), life()], [label, "b"]).axes
+    shown = axis.get_yticklabels()[0].get_text()
+    assert shown.split("\n") == ["lr 0.1, epochs 2, train_size 400,", "test_size 200, seed 0"]
 
 
 def test_a_run_of_a_single_moment_can_be_drawn() -> None:

@@ -98,6 +98,21 @@ def test_a_killed_rm_leaves_no_run_that_looks_whole(root: Path, monkeypatch: pyt
     assert inside(root / "checkpoints") == ["a-2"] and inside(root / "logs") == ["a-2"]
 
 
+@pytest.mark.parametrize("what", ["a-*", "a-2"])
+def test_rm_finds_what_a_killed_rm_has_left(root: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    rm._hide(RunPaths(root, "a-1").logs)  # killed before the checkpoints were hidden
+    for folder in (RunPaths(root, "a-2").logs, RunPaths(root, "a-2").checkpoints):  # ... before anything was deleted
+        rm._hide(folder)
+    assert names(root) == ["b"] and inside(root / "checkpoints")[1:] == ["a-1", "b"]
+    capsys.readouterr()
+    assert main(["du", "a-*"]) == 0 and "a-1" in capsys.readouterr().out
+    assert main(["rm", what, "--yes"]) == 0
+    runs = "1 run" if what == "a-*" else "0 runs"
+    assert f"deleted: {runs} and 3 leftovers of a killed rm, " in capsys.readouterr().out
+    assert inside(root / "logs") == ["b"]
+    assert inside(root / "checkpoints") == (["b"] if what == "a-*" else ["a-1", "b"])
+
+
 def test_the_folder_of_a_sweep_goes_with_its_last_run(root: Path) -> None:
     sweep = SweepPaths(root, "a", 1)
     sweep.create()

@@ -17,6 +17,7 @@ from stub_slurm import StubSlurm
 from cifar_hpc.cli import submit
 from cifar_hpc.launch.batch_script import IGNORE_SIGNALS
 from cifar_hpc.runs.lock import RunLock
+from cifar_hpc.runs.paths import program
 from cifar_hpc.slurm.options import left_out
 
 SCRIPT = """\
@@ -116,24 +117,26 @@ def test_no_gpu_is_requested_for_the_cpu_but_the_tasks_stay(root: Path, capsys: 
         ("{}\n", "--set optimizer.lr=.nan", ["optimizer.lr: nan", "a number > 0"]),
         ("{}\n", "--set train.epochs", ["--set train.epochs", "key.path=value"]),
         ("{}\n", "--set data.source=cifar", ["data.source: 'cifar'", "did you mean 'cifar10'"]),
-        ("{}\n", "--time soon", ["resources.time: 'soon'", "D-HH:MM:SS"]),
-        ("{}\n", "--nodes 3-1", ["resources.nodes: '3-1'", "MIN-MAX"]),
-        ("{}\n", "--gpus-per-node two", ["resources.gpus_per_node: 'two'", "an integer"]),
-        ("{}\n", "--gpus-per-node a100:2,v100:2", ["resources.gpus_per_node: 'a100:2,v100:2'", "all processes"]),
-        ("{}\n", "--gpus-per-node 2:4", ["resources.gpus_per_node: '2:4'", "such as a100:4"]),
-        ("{}\n", "--gpus-per-node a100:9999", ["resources.gpus_per_node: 'a100:9999'"]),
-        ("{}\n", "--gpus-per-node 9999", ["resources.gpus_per_node: '9999'", "<= 4096"]),
-        ("{}\n", "--gpus-per-node a100:2 --profile csc-roihu --account a", ["gpus_per_node: 'a100:2'", "gpu:gh200:"]),
+        ("{}\n", "--set resources.nodes=x --time 5", ["resources.nodes: 'x'"]),
+        ("{}\n", "--set resources.nodes=x --nodes 0", ["--nodes: '0'"]),
+        ("{}\n", "--time soon", ["--time: 'soon'", "D-HH:MM:SS"]),
+        ("{}\n", "--nodes 3-1", ["--nodes: '3-1'", "MIN-MAX"]),
+        ("{}\n", "--gpus-per-node two", ["--gpus-per-node: 'two'", "an integer"]),
+        ("{}\n", "--gpus-per-node a100:2,v100:2", ["--gpus-per-node: 'a100:2,v100:2'", "all ranks"]),
+        ("{}\n", "--gpus-per-node 2:4", ["--gpus-per-node: '2:4'", "such as a100:4"]),
+        ("{}\n", "--gpus-per-node a100:9999", ["--gpus-per-node: 'a100:9999'"]),
+        ("{}\n", "--gpus-per-node 9999", ["--gpus-per-node: '9999'", "<= 4096"]),
+        ("{}\n", "--gpus-per-node a100:2 --profile csc-roihu --account a", ["--gpus-per-node: 'a100:2'", "gpu:gh200:"]),
         ("{}\n", "--name a/b", ["--name: 'a/b'"]),
         ("{}\n", "--profile nowhere", ["--profile: 'nowhere'", "default"]),
         ("{}\n", "--sbatch =x", ["--sbatch =x", "KEY=VALUE"]),
-        ("{}\n", "--sbatch out=x", ["resources.sbatch.out", "short for output", "logs/<run>/slurm"]),
-        ("{}\n", "--sbatch job_name=x", ["resources.sbatch: the option 'job_name'", "did you mean 'job-name'"]),
-        ("{}\n", "--sbatch a.b=x", ["resources.sbatch: the option 'a.b'"]),
-        ("{}\n", "--dependency afterok:1?afterok:2", ["resources.dependency: 'afterok:1?afterok:2'", "singleton"]),
+        ("{}\n", "--sbatch out=x", ["--sbatch out", "short for output", "logs/<run>/slurm"]),
+        ("{}\n", "--sbatch job_name=x", ["--sbatch: the option 'job_name'", "did you mean 'job-name'"]),
+        ("{}\n", "--sbatch a.b=x", ["--sbatch: the option 'a.b'"]),
+        ("{}\n", "--dependency afterok:1?afterok:2", ["--dependency: 'afterok:1?afterok:2'", "singleton"]),
         ("{}\n", "--profile ../clusters/default", ["--profile: '../clusters/default' is not in"]),
-        ("{}\n", "--nodes ²", ["resources.nodes: '²'"]),
-        ("{}\n", "--time " + "9" * 400, ["resources.time: '999", "D-HH:MM:SS"]),
+        ("{}\n", "--nodes ²", ["--nodes: '²'"]),
+        ("{}\n", "--time " + "9" * 400, ["--time: '999", "D-HH:MM:SS"]),
         ("resources: {sbatch: {hold: }}\n", "", ["resources.sbatch.hold: None", "allowed: text"]),
         ("resources: {comment: yes}\n", "", ["resources.comment: True", "HINT: put it in quotes"]),
         ('resources: {comment: "a\\nb"}\n', "", ["resources.comment: 'a\\nb'", "on one line, without '\\n'"]),
@@ -151,6 +154,27 @@ def test_bad_input_is_named(
     for word in words:
         assert word in error
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("README.md", b"# A page\n**This: is: no job file**\n", ["not readable as YAML", "in line 2"]),
+        ("notes.txt", b"some words", ["holds 'some words' alone"]),
+        ("model.pt", b"\x80\x02\xff", ["is no text file"]),
+        ("folder", None, ["is a folder."]),
+    ],
+)
+def test_what_is_no_job_file_is_told_what_one_is(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, words: list[str]
+) -> None:
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert submit.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and "<unicode string>" not in error
+    assert error.endswith(" HINT: a job file is YAML, such as jobs/demo.yaml.\n")
+    assert all(word in error for word in words), error
 
 
 def test_missing_job_file_suggests_a_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +358,7 @@ def test_a_reader_that_has_gone_is_no_mistake_of_the_user(
         ("--cluster local --mem 8G", "--mem: has no effect with --cluster local"),
         ("--cluster local --comment x", "--comment: has no effect"),
         ("--cluster local --set resources.qos=a", "--set resources.qos: has no effect"),
-        ("--cluster local --nodes 2", "resources.nodes: 2 needs Slurm"),
+        ("--cluster local --nodes 2", "--nodes: 2 needs Slurm"),
         ("--dry-run --follow", "--follow: not allowed with argument --dry-run"),
         ("--test-only --follow", "--follow: not allowed with argument --test-only"),
         ("--dry-run --test-only", "--test-only: not allowed with argument --dry-run"),
@@ -368,7 +392,7 @@ def test_processes_on_nodes_without_gpus(root: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert options(out)["ntasks-per-node"] == "6" and "# start        new run: 400 epochs, 6-12 ranks" in out
     assert submit.main("--ntasks-per-node 0".split()) == 2
-    assert "resources.tasks_per_node: 0 is not allowed" in capsys.readouterr().err
+    assert "--ntasks-per-node: 0 is not allowed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ new, or from where
@@ -533,7 +557,7 @@ def test_keys_of_trackers_are_answered_at_submission(root: Path, capsys: pytest.
 def test_the_lines_to_type_work_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr("shutil.which", lambda name: sys.executable)
-    assert submit._python() == "python -m cifar_hpc"
+    assert program() == "python -m cifar_hpc"
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    assert submit._python() == f"cd {PROJECT} && {sys.executable} -m cifar_hpc"
+    assert program() == f"cd {PROJECT} && {sys.executable} -m cifar_hpc"

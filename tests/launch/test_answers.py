@@ -131,7 +131,7 @@ def test_a_variable_that_sends_jobs_to_another_cluster_is_refused(
     monkeypatch.setenv(name, "this")
     assert site.submit()[0] == 0 and len(site.stub.calls()) == 1
     status, said = site.submit(JOB, "--sbatch", "clusters=other")
-    assert status == 2 and "resources.sbatch.clusters: would hide the job from status and cancel. HINT: use a" in said
+    assert status == 2 and "--sbatch clusters: would hide the job from status and cancel. HINT: use a" in said
 
 
 def test_an_sbatch_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,11 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.launch import local as launch_local
 from cifar_hpc.launch.local import run_points
 from cifar_hpc.launch.preflight import start_of
-from cifar_hpc.runs.events import Finished, append_event
+from cifar_hpc.runs.events import Cancelled, Finished, append_event
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.lock import RunLock, holder
-from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.history import History
+from cifar_hpc.runs.lock import RunLock, holder, waits_here
+from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths
 from cifar_hpc.training.process import StopFlag
 
@@ -64,7 +65,7 @@ class StandIns:
         monkeypatch.setattr(StopFlag, "install", lambda flag: self.stop)
         self.at_sleep: Callable[[], None] = lambda: None
 
-    def start(self, run: RunPaths, spec: Spec, command: str) -> Job:
+    def start(self, run: RunPaths, spec: Spec, command: str, sweep: str | None) -> Job:
         self.started.append(run.name)
         job = Job(self, run.name)
         self.most = max(self.most, len(self.alive))
@@ -141,6 +142,26 @@ def test_a_stopped_controller_signals_its_points_once_and_starts_no_more(
     assert stand_ins.started == ["job-0", "job-1"] and sorted(stand_ins.told) == [1001, 1002]
 
 
+def test_a_point_that_is_cancelled_while_it_waits_does_not_start(
+    locks: dict[RunPaths, RunLock], stand_ins: StandIns
+) -> None:
+    runs = list(locks)
+    for lock in locks.values():
+        lock.sign({"controller": True})
+    assert waits_here(runs[4], History())
+
+    def cancel() -> None:
+        if stand_ins.started == ["job-0"]:
+            append_event(runs[2].events, Cancelled(by="me"), job_id=None, restart=None, world_size=None)
+            assert not waits_here(runs[2], History.read(runs[2].events))
+
+    append_line(runs[3].events, '{"event": "cancelled", "time": "2026-01-01T00:00:00Z", "by": "me"}')  # long ago
+    stand_ins.at_sleep = cancel
+    run_points(locks, 1, "submit.py sweep.yaml")
+    assert stand_ins.started == ["job-0", "job-1", "job-3", "job-4"]
+    assert [holder(lock.path) for lock in locks.values()] == [None] * 5
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("number", [None, 1])
 def test_a_controller_that_does_not_start_says_why(
@@ -197,7 +218,7 @@ def local(tmp_path: Path) -> Iterator[Local]:
 def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) -> None:
     answer = local.submit()
     first, second, third = (p["run"] for p in answer["points"])
-    assert answer["cancel"] == f"kill {answer['job_id']}"
+    assert answer["cancel"].endswith("-m cifar_hpc cancel 'endless-*'")
     local.wait("the first point", lambda: "started" in local.events(first))
     assert f"being run by process {answer['job_id']}" in local.submit(expect=4)["error"]
 
@@ -209,13 +230,17 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     local.command("-m", "cifar_hpc", "cancel", first)
     local.wait("the second point", lambda: "started" in local.events(second))
     assert local.events(first)[-1] in ("left", "cancelled")
+    (waiting,) = json.loads(local.command("-m", "cifar_hpc", "status", third, "--json"))
+    assert (waiting["state"], waiting["detail"]) == ("queued", "waits for its turn on this machine")
 
-    os.kill(int(answer["job_id"]), signal.SIGTERM)
+    said = local.command("-m", "cifar_hpc", "cancel", "endless-*", "--yes")
+    assert said.startswith(f"run {third} does not start") and f"run {second} saves a checkpoint" in said
     local.wait("the end of the second", lambda: "left" in local.events(second))
     local.wait("the end of the sweep", lambda: not Path(f"/proc/{answer['job_id']}/cmdline").exists())
-    assert local.events(third) == []
+    assert local.events(third) == ["cancelled"]
     submitted = read_jsonl(RunPaths(local.root, second).events)[0]
     (code,) = SweepPaths(local.root, "endless", 1).code.iterdir()
     assert (submitted["event"], submitted["scheduler"], submitted["code"]) == ("submitted", "local", code.name)
+    assert submitted["sweep"] == "logs/sweeps/endless/1"
     assert submitted["command"] == f"submit.py {local.job} --cluster local --json"
     assert start_of(RunPaths(local.root, first)).finished_epochs == 0

@@ -78,7 +78,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_a_sweep_is_one_job_array_and_each_point_a_run(project: Project) -> None:
     answer = json.loads(project.submit("--json"))
     assert len(project.stub.calls()) == 1 and answer["job_id"] == "1"
-    assert answer["cancel"].endswith("-m cifar_hpc cancel 'sweep-*'")
+    assert answer["cancel"].endswith("-m cifar_hpc cancel 'job-*'")
     points = answer["points"]
     assert [p["job_id"] for p in points] == ["1_0", "1_1", "1_2", "1_3"] and {p["state"] for p in points} == {
         "submitted"
@@ -246,7 +246,7 @@ def test_a_name_is_that_of_the_sweep_and_begins_those_of_its_runs(project: Proje
         ("--set sweep.grid.resources.time=[1,2]", ["resources.time is not allowed"]),
         ("--set train.shards=1 --nodes 2", ["2 ranks are more than train.shards: 1"]),
         ("--set data.source=folder data.root=nowhere", ["nowhere/train"]),
-        ("--cluster local --nodes 2", ["resources.nodes: 2 needs Slurm"]),
+        ("--cluster local --nodes 2", ["--nodes: 2 needs Slurm"]),
     ],
 )
 def test_bad_input_is_named_and_nothing_written(project: Project, arguments: str, words: list[str]) -> None:

@@ -188,9 +188,9 @@ def test_stopped_says_where_the_state_is(tmp_path: Path, slurm: Slurm) -> None:
     context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(), StopFlag())
     assert stopped(context, None, stored=True) == stopped(context, Position(step=3), stored=False) == 128 + 15
     log = context.paths.train_log.read_text()
-    assert "STOPPED by another rank's signal: nothing had been computed yet" in log
+    assert "STOPPED by another rank's signal: nothing was computed yet" in log
     assert "STOPPED by another rank's signal: step 3 is NOT on disk\n" in log
-    assert "WARNING the next start goes on from the checkpoint before that step\n" in log
+    assert "WARNING the next start goes on from an older checkpoint\n" in log
     assert max(map(len, log.splitlines())) <= 80
 
 

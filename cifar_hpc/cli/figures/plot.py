@@ -164,8 +164,9 @@ def figures(
         for run, seed in zip(one.group.runs, one.group.seeds, strict=True)
     }
     rows = zip(groups[:MOST_ROWS], labels(groups), strict=False)
-    named = ((g.runs[0], label if fits(label) else g.runs[0].name) for g, label in rows)
-    shown = [(life, own.get(run, label)) for run, label in named if (life := read_timeline(run)).end]
+    named = ((g.runs[0], own.get(g.runs[0], label)) for g, label in rows)
+    named = ((run, label if fits(label) else run.name) for run, label in named)
+    shown = [(life, label) for run, label in named if (life := read_timeline(run)).end]
     if shown:
         yield "timeline", timeline_figure([life for life, _ in shown], [label for _, label in shown], left_out)
 

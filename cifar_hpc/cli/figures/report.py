@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from html import escape
 
 from cifar_hpc import __version__
-from cifar_hpc.cli.compare import NOTE, ORIGINS, all_columns, read_groups
+from cifar_hpc.cli.compare import NOTE, ORIGINS, all_columns, base_in_words, read_groups
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.plot import FIGURES, figures, some
 from cifar_hpc.cli.figures.timeline import CHECKPOINT
@@ -83,7 +83,7 @@ def _page(runs: Sequence[RunPaths]) -> Iterator[str]:
     cells = zip(names, *(column.cells for column in columns), strict=True)
     numbers = {place for place, column in enumerate(columns, 1) if column.right}
     yield "<h2>Results</h2>\n" + _table(["runs", *(column.heading for column in columns)], cells, numbers)
-    yield f"<p>{_text(NOTE)}</p>\n"
+    yield from (f"<p>{_text(words)}</p>\n" for words in (base_in_words(rows), NOTE) if words)
     yield from (f"<p>{_text(f'{g.runs[0].name}: {g.problem}')}</p>\n" for g in groups if g.problem)
     yield "<h2>Curves and timeline</h2>\n"
     series = curves.read_series(groups)
