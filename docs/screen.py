@@ -23,7 +23,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from cifar_hpc.cli.status import by_urgency, status_lines, summary  # noqa: E402
+from cifar_hpc.cli.status import by_urgency, summary, table  # noqa: E402
 from cifar_hpc.runs.paths import RunPaths  # noqa: E402
 from cifar_hpc.runs.progress import read_progress  # noqa: E402
 from cifar_hpc.runs.state import RunState  # noqa: E402
@@ -41,7 +41,7 @@ def screen() -> str:
     """The block of README.md, from the recorded states."""
     # Without the times at which Slurm expects to start a job, of which the time from now would be shown.
     states = [RunState(**{**state, "start_time": None}) for state in json.loads(STATES.read_text())]
-    lines = [COMMAND, *status_lines(states, WIDTH), summary(states)]
+    lines = [COMMAND, *table(states, WIDTH)[0], summary(states)]
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
 

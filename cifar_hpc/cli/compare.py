@@ -254,7 +254,8 @@ def as_latex(columns: Sequence[CompareColumn], below: Sequence[Remark]) -> str:
 
 
 def _values(row: Row, name: str) -> list[Any]:
-    return [row.data] * bool(row.data) if name == "data" else row.all_of(name)
+    own = {"data": [row.data] * bool(row.data), "runs": [member.name for member in row.members]}
+    return own[name] if name in own else row.all_of(name)
 
 
 def _origin_of(row: Row, name: str) -> str:
@@ -314,8 +315,7 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
         _column("restarts", [_causes(row) for row in rows], [sum(row.causes().values()) for row in rows]),
         _column("ranks", [", ".join(map(str, r)) or MISSING for r in ranks], [r or None for r in ranks], ranks_differ),
         _column("state", states, states, any(row.finished < len(row.members) for row in rows)),
-        _origin("runs", [_joined(member.name for member in row.members) for row in rows]),
-        *(_origin(name, [_origin_of(row, name) for row in rows]) for name in ORIGINS),
+        *(_column(name, cells := [_origin_of(r, name) for r in rows], cells, False) for name in ("runs", *ORIGINS)),
     ]
 
 
@@ -348,10 +348,6 @@ def _device_hours(rows: Sequence[Row]) -> CompareColumn:
     column = _figures("device_seconds", rows, lambda seconds: f"{seconds / 3600:.3f}")
     devices = {device for row in rows for device in row.all_of("device")}
     return replace(column, heading="GPU-h") if devices == {"gpu"} else column
-
-
-def _origin(name: str, cells: Sequence[str]) -> CompareColumn:
-    return _column(name, cells, cells, shown=False)
 
 
 def _hours(seconds: float) -> str:

@@ -97,7 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         _print_on_terminal(states)
     else:
-        print(*status_lines(states), sep="\n")
+        print(*table(states)[0], sep="\n")
     if reader.queue.trouble:
         print(f"error: {printable(reader.queue.trouble)}", file=sys.stderr)
         return SchedulerError.exit_code
@@ -140,7 +140,7 @@ def watch(reader: Reader) -> int:
                 if on_terminal:
                     screen.draw()
                 else:
-                    print(*status_lines(screen.states), "", sep="\n", flush=True)
+                    print(*table(screen.states)[0], "", sep="\n", flush=True)
                 screen.wait()
                 screen.read()
     except KeyboardInterrupt:
@@ -263,11 +263,6 @@ def summary(states: Sequence[RunState]) -> str:
     counts = {name: sum(state.state == name for state in states) for name in URGENCY}
     words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return f"{len(states)} run{'s' * (len(states) != 1)}: {words}"
-
-
-def status_lines(states: Sequence[RunState], width: int | None = None, coloured: bool = False) -> list[str]:
-    """The lines of `table`."""
-    return table(states, width, coloured)[0]
 
 
 def table(

@@ -127,14 +127,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
             text = file.read(4 * MAX_CHARACTERS + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is no text file"
-        reason = "is a folder" if isinstance(error, IsADirectoryError) else reason
+        reasons = {IsADirectoryError: "is a folder", UnicodeDecodeError: "is no text file"}
+        reason = reasons.get(type(error)) or f"cannot be read: {getattr(error, 'strerror', error)}"
         raise SpecError(f"{path}: {reason}.{nearest(path.name, siblings) or hint}") from None
     try:
         values = parse_yaml(text, str(path))
     except SpecError as error:
         raise SpecError(f"{error}{hint}") from None
     if values is not None and not isinstance(values, dict):
-        kind = "a list" if isinstance(values, list) else f"{shown(values)} alone"
-        raise SpecError(f"{path}: holds {kind}; allowed: a mapping of sections such as train:.{hint}")
+        raise SpecError(f"{path}: holds {shown(values)}; allowed: a mapping of sections such as train:.{hint}")
     return values or {}

@@ -83,7 +83,9 @@ def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str, swee
     stop = StopFlag().install()
     waiting, running, began = list(locks), list[Any](), time.time()
     while (waiting or running) and not stop.requested:
-        for run in [run for run in waiting if (_cancelled(run) or 0.0) > began]:
+        for run in list(waiting):
+            if (time_of(History.read(run.events).last_of(Cancelled)) or 0.0) < began:
+                continue
             waiting.remove(run)
             locks[run].release()
         if waiting and len(running) < parallel:
@@ -96,10 +98,6 @@ def run_points(locks: dict[RunPaths, RunLock], parallel: int, command: str, swee
         os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it to every task: the run saves and ends
     while running:
         running = _poll(running)
-
-
-def _cancelled(run: RunPaths) -> float | None:
-    return time_of(History.read(run.events).last_of(Cancelled))
 
 
 def _poll(running: list[Any]) -> list[Any]:

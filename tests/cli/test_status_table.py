@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from cifar_hpc.cli import terminal
-from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, reasons, status_lines, summary, table
+from cifar_hpc.cli.status import COLUMNS, URGENCY, by_urgency, cells, reasons, summary, table
 from cifar_hpc.runs.state import AT_WORK, ENDED, UNKNOWN, WAITING, RunState
 
 RUN = RunState("improved_resnet-1a2b3c4d", "running", "on node1", 12, 400, 81.5, 82.25, 9000.5, 18000.0, 3)
 WIDTHS = (20, 40, 60, 80, 100, 120, 160, 300)
+
+
+def status_lines(states: list[RunState], width: int | None = None) -> list[str]:
+    return table(states, width)[0]
 
 
 def run(**changed: Any) -> RunState:

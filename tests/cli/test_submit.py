@@ -160,7 +160,7 @@ def test_bad_input_is_named(
     ("name", "content", "words"),
     [
         ("README.md", b"# A page\n**This: is: no job file**\n", ["not readable as YAML", "in line 2"]),
-        ("notes.txt", b"some words", ["holds 'some words' alone"]),
+        ("notes.txt", b"some words", ["holds 'some words'; allowed: a mapping of sections"]),
         ("model.pt", b"\x80\x02\xff", ["is no text file"]),
         ("folder", None, ["is a folder."]),
     ],

@@ -103,7 +103,7 @@ def test_files(tmp_path: Path) -> None:
     assert read_mapping(tmp_path / "demo.yaml") == {}
     for name, message in {
         "dmeo.yaml": r"No such file.*did you mean 'demo\.yaml'",
-        "list.yaml": r"holds a list; allowed: a mapping",
+        "list.yaml": r"holds \[1\]; allowed: a mapping",
         "binary.yaml": r"is no text file",
         "no/such.yaml": r"No such file",
     }.items():

@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_spec
 from stub_slurm import slurm_time
 
-from cifar_hpc.cli.status import cells, status_lines
+from cifar_hpc.cli.status import cells, table
 from cifar_hpc.runs import state as run_state
 from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.lock import RunLock
@@ -300,7 +300,7 @@ def test_a_number_that_is_none_of_an_accuracy_is_damage(paths: RunPaths) -> None
     paths.metrics.write_text(json.dumps(ROWS[0]).replace("80.0", "9" * 400) + "\n")
     found = read_state(paths, {})
     assert found.state == "unreadable" and "OverflowError" in found.detail
-    status_lines([found])
+    table([found])
 
 
 def test_a_run_never_submitted(paths: RunPaths) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from cifar_hpc.cli.figures import style
 from cifar_hpc.cli.figures.style import COLOURS, DOUBLE_COLUMN, Axes, Figure, add_legend, new_figure, shorten
 from cifar_hpc.runs.timeline import LOST, STARTING, TRAINING, WAITING, Timeline
-from cifar_hpc.text import printable
 
 MOST_ROWS = 40
 ROW_HEIGHT, PROGRESS_HEIGHT, AROUND = 0.24, 1.5, style.ABOVE + style.BELOW  # inches
@@ -59,9 +58,9 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     more = f"; {left_out} more runs are not shown" if left_out else ""
     since = f"{unit} since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC"
     rows.set(ylim=(len(shown) - 0.4, -0.6), xlabel=since + more)
-    rows.set_yticks([] if alone else range(len(shown)), [] if alone else [_folded(x) for x in labels])
-    rows.tick_params(axis="y", labelsize="x-small") if any(len(x) > LABEL_LETTERS for x in labels) else None
-    rows.tick_params(axis="y", length=0)
+    folded = ["\n".join(textwrap.wrap(shorten(x, LABEL_LINES * LABEL_LETTERS), LABEL_LETTERS)) for x in labels]
+    rows.set_yticks([] if alone else range(len(shown)), [] if alone else folded)
+    rows.tick_params(axis="y", length=0, labelsize=5.5 if any("\n" in label for label in folded) else 7)
     rows.grid(visible=False, axis="y")
     rows.spines["left"].set_visible(False)
     rows.margins(x=0.01)
@@ -73,11 +72,6 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
 def fits(label: str) -> bool:
     """True if the label of a row needs no more than two lines."""
     return len(textwrap.wrap(label, LABEL_LETTERS)) <= LABEL_LINES
-
-
-def _folded(label: str) -> str:
-    text = printable(label) if fits(label) else shorten(label, LABEL_LETTERS)
-    return "\n".join(textwrap.wrap(text, LABEL_LETTERS))
 
 
 def _draw_rows(axis: Axes, shown: Sequence[Timeline], begin: float, length: float) -> list[tuple[Any, str, str]]:
