@@ -1,4 +1,10 @@
-"""python -m cifar_hpc cancel: cancel the jobs of runs."""
+"""python -m cifar_hpc cancel: cancel the jobs of runs.
+
+The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
+the queue, also out of a sweep's job array. The same submission again goes on
+from the checkpoint. One run that cannot be cancelled does not keep the others
+from it; the exit status is the worst one.
+"""
 
 import argparse
 import contextlib
@@ -19,11 +25,6 @@ from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import HIDDEN, ON_CLUSTER, QueuedJob
 from cifar_hpc.text import counted, printable
 
-DESCRIPTION = """\
-The job gets SIGTERM, saves, and is not requeued; a waiting one is taken out of
-the queue, also out of a sweep's job array. The same submission again goes on
-from the checkpoint. One run that cannot be cancelled does not keep the others
-from it; the exit status is the worst one."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a", "'dropout-*' --yes")
 
 

@@ -1,4 +1,9 @@
-"""python -m cifar_hpc compare: a table of runs. Runs that differ only in their seed share a row."""
+"""python -m cifar_hpc compare: a table of runs. Runs that differ only in their seed share a row.
+
+A row for each setting, with only the keys in which the runs differ; runs that
+differ in nothing but the seed are one row, mean and standard deviation. --each
+gives every run a row of its own. Points of a sweep are in its order.
+"""
 
 import argparse
 import csv
@@ -22,10 +27,6 @@ from cifar_hpc.runs.queue import ANSWER_SECONDS, jobs_of
 from cifar_hpc.runs.results import BASE, MANY_KEYS, Group, Row, sort_key, varied_keys
 from cifar_hpc.text import in_latex, in_markdown, one_line, printable, shown
 
-DESCRIPTION = """\
-A row for each setting, with only the keys in which the runs differ; runs that
-differ in nothing but the seed are one row, mean and standard deviation. --each
-gives every run a row of its own. Points of a sweep are in its order."""
 EXAMPLES = (
     "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown",
     "'dropout-*' --columns run,wall_seconds --latex",

@@ -1,8 +1,14 @@
 """python -m cifar_hpc completion SHELL: a script that makes bash or zsh complete these commands, through shtab.
 
-Four spellings are completed: `cifar_hpc` (a shell function that the script defines, which works from any folder),
-`python -m cifar_hpc`, `submit.py` and `python submit.py`. The shell itself finds runs, profiles and partitions: Tab
-starts no Python.
+bash, in ~/.bashrc:   source <(python -m cifar_hpc completion bash)
+zsh, in ~/.zshrc,
+after compinit:       eval "$(python -m cifar_hpc completion zsh)"
+
+(with the path of this Python in place of `python`, where it is not on PATH.)
+Tab then completes commands, options, job files, profiles, partitions, runs and
+the keys of --set, after `python -m cifar_hpc`, `python submit.py`,
+`./submit.py` and `cifar_hpc`. The last one is a shell function that this
+defines: the same commands from any folder.
 """
 
 import argparse
@@ -16,19 +22,10 @@ from cifar_hpc.config.io import flatten, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.paths import PROJECT
 
-DESCRIPTION = """\
-bash, in ~/.bashrc:   source <(python -m cifar_hpc completion bash)
-zsh, in ~/.zshrc,
-after compinit:       eval "$(python -m cifar_hpc completion zsh)"
-
-(with the path of this Python in place of `python`, where it is not on PATH.)
-Tab then completes commands, options, job files, profiles, partitions, runs and
-the keys of --set, after `python -m cifar_hpc`, `python submit.py`,
-`./submit.py` and `cifar_hpc`. The last one is a shell function that this
-defines: the same commands from any folder."""
 EXAMPLES = ("bash", "zsh")
 
-# Shell functions in completion.bash and completion.zsh that complete an argument, by its metavar.
+# Shell functions in completion.bash and completion.zsh that complete an argument, by its metavar. They find runs and
+# profiles themselves: Tab starts no Python.
 COMPLETERS = {
     **dict.fromkeys(("RUN", "PATTERN"), "_cifar_hpc_runs"),
     "RUN|FILE": "_cifar_hpc_runs_and_files",

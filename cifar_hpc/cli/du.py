@@ -1,4 +1,8 @@
-"""python -m cifar_hpc du: disk use of runs."""
+"""python -m cifar_hpc du: disk use of runs.
+
+Biggest first. A file with several names (hard links) is counted once. Without
+names: all runs, the sweeps' shared folders, and what a killed rm has left.
+"""
 
 import argparse
 import json
@@ -13,9 +17,6 @@ from cifar_hpc.cli.terminal import Column, lay_out
 from cifar_hpc.runs.paths import SWEEPS, RunPaths, find_runs, is_run_name, project_root
 from cifar_hpc.runs.queue import THREADS
 
-DESCRIPTION = """\
-Biggest first. A file with several names (hard links) is counted once. Without
-names: all runs, the sweeps' shared folders, and what a killed rm has left."""
 EXAMPLES = ("", "'dropout-*' --json")
 REMOVED = ".removed"  # end of the hidden name of a folder that rm deletes
 

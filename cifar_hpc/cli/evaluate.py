@@ -1,4 +1,10 @@
-"""python -m cifar_hpc evaluate: accuracy and confusion matrix of a run's model."""
+"""python -m cifar_hpc evaluate: accuracy and confusion matrix of a run's model.
+
+Runs the test images through a checkpoint, or others that have labels (--data).
+Prints accuracy and loss, the accuracy of each class, and which classes are
+taken for which (with more than ten, the number of images and the class that
+most of the others were taken for); --out draws the confusion matrix.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +29,6 @@ if TYPE_CHECKING:
     from cifar_hpc.data.datasets import LabelledImages
     from cifar_hpc.training.trained_model import TrainedModel
 
-DESCRIPTION = """\
-Runs the test images through a checkpoint, or others that have labels (--data).
-Prints accuracy and loss, the accuracy of each class, and which classes are
-taken for which (with more than ten, the number of images and the class that
-most of the others were taken for); --out draws the confusion matrix."""
 EXAMPLES = (
     "improved_resnet-1a2b3c4d",
     "checkpoints/improved_resnet-1a2b3c4d/best.pt --data ~/cifar-10 --json",

@@ -1,4 +1,10 @@
-"""python -m cifar_hpc export: a run's model as safetensors, with a card that says how to load it."""
+"""python -m cifar_hpc export: a run's model as safetensors, with a card that says how to load it.
+
+Writes the weights as safetensors, which hold tensors and text and no code,
+with spec, accuracy and versions in the metadata. Beside it: a .py file that
+loads them with torch alone, anywhere and without this project, and a model
+card.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +36,6 @@ if TYPE_CHECKING:
 
     from cifar_hpc.training.trained_model import TrainedModel
 
-DESCRIPTION = """\
-Writes the weights as safetensors, which hold tensors and text and no code,
-with spec, accuracy and versions in the metadata. Beside it: a .py file that
-loads them with torch alone, anywhere and without this project, and a model
-card."""
 EXAMPLES = ("improved_resnet-1a2b3c4d --out model.safetensors",)
 
 WRITTEN_BY = "Written by `python -m cifar_hpc export`"

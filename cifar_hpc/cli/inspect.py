@@ -1,4 +1,9 @@
-"""python -m cifar_hpc inspect: verify a checkpoint and print its contents."""
+"""python -m cifar_hpc inspect: verify a checkpoint and print its contents.
+
+The sums are those of the fast weights, the slow weights, momentum and
+BatchNorm buffers: two runs computed the same if and only if they agree. Exit
+status 1 where the file is damaged; the message says what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,6 @@ from cifar_hpc.text import printable
 if TYPE_CHECKING:
     from cifar_hpc.training.checkpoints.format import TrainingState
 
-DESCRIPTION = """\
-The sums are those of the fast weights, the slow weights, momentum and
-BatchNorm buffers: two runs computed the same if and only if they agree. Exit
-status 1 where the file is damaged; the message says what is wrong with it."""
 SHOWN = ("step", "epoch", "step_in_epoch", "updates", "best", "environment", "digest", "spec")
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --step 3910 --json")
 

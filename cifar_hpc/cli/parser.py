@@ -2,7 +2,7 @@
 
 A command is a module of this package with
 
-    DESCRIPTION                the text of its --help
+    a docstring                whose first line is for readers of the code; the rest is the text of its --help
     EXAMPLES                   arguments of examples, such as "jobs/demo.yaml --name try"
     add_arguments(parser)
     main(arguments) -> int     which returns the exit status
@@ -116,7 +116,8 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         parser = parsers.add_parser(name, help=line, formatter_class=form)
         if argv is None or name in argv:
             command = import_module(f"cifar_hpc.cli.{path}")
-            parser.description = f"{textwrap.fill(f'{line[0].upper()}{line[1:]}.', 79)}\n\n{command.DESCRIPTION}"
+            text = (command.__doc__ or "").partition("\n\n")[2].strip()
+            parser.description = f"{textwrap.fill(f'{line[0].upper()}{line[1:]}.', 79)}\n\n{text}"
             lines = [f"python -m cifar_hpc {name} {example}" for example in command.EXAMPLES]
             folded = (textwrap.wrap(line, 75, break_long_words=False, break_on_hyphens=False) for line in lines)
             parser.epilog = "\n  ".join(["examples:", *(" \\\n      ".join(parts) for parts in folded)])

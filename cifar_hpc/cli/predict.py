@@ -1,4 +1,10 @@
-"""python -m cifar_hpc predict: the class of each image, as a CSV that a competition takes."""
+"""python -m cifar_hpc predict: the class of each image, as a CSV that a competition takes.
+
+Writes a CSV with the columns ID and Labels, one row per image in the order of
+the input, and says the accuracy where the input has labels: class folders,
+or labels in the file. A CIFAR pickle is read without executing anything in it.
+--out - writes to standard output, and all else to standard error.
+"""
 
 import argparse
 import csv
@@ -21,11 +27,6 @@ RESIZED = (
     "the middle (bicubic, antialiased)."
 )
 
-DESCRIPTION = """\
-Writes a CSV with the columns ID and Labels, one row per image in the order of
-the input, and says the accuracy where the input has labels: class folders,
-or labels in the file. A CIFAR pickle is read without executing anything in it.
---out - writes to standard output, and all else to standard error."""
 EXAMPLES = (
     "improved_resnet-1a2b3c4d images/ --out labels.csv",
     "improved_resnet-1a2b3c4d cifar_test_nolabels.pkl --out labels.csv --weights fast",

@@ -1,4 +1,11 @@
-"""python -m cifar_hpc requeue: have runs start again, from a checkpoint and without Slurm's delay."""
+"""python -m cifar_hpc requeue: have runs start again, from a checkpoint and without Slurm's delay.
+
+A running job saves a checkpoint, goes back into the queue and may start again
+at once; the command waits for that, and Ctrl-C ends only the waiting. A local
+run saves and starts again. A job that Slurm has requeued waits about two
+minutes (BeginTime), and a held one until it is released: after this both may
+start at once.
+"""
 
 import argparse
 import signal
@@ -21,12 +28,6 @@ from cifar_hpc.slurm import client
 from cifar_hpc.slurm.client import QueuedJob
 from cifar_hpc.text import printable
 
-DESCRIPTION = """\
-A running job saves a checkpoint, goes back into the queue and may start again
-at once; the command waits for that, and Ctrl-C ends only the waiting. A local
-run saves and starts again. A job that Slurm has requeued waits about two
-minutes (BeginTime), and a held one until it is released: after this both may
-start at once."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a", "'dropout-*' --yes")
 POLL_SECONDS = 1.0
 BY_ITSELF = "goes back into the queue all the same, and starts by itself after about two minutes"

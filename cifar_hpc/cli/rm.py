@@ -1,4 +1,10 @@
-"""python -m cifar_hpc rm: delete runs."""
+"""python -m cifar_hpc rm: delete runs.
+
+Logs, checkpoints and code snapshot of each run, for good; of a sweep also what
+its runs shared, with its last run, and whatever a killed rm has left. A run
+that is under way or in the queue is refused. Says what would go, and asks,
+unless --yes is given.
+"""
 
 import argparse
 import contextlib
@@ -19,11 +25,6 @@ from cifar_hpc.runs.paths import SWEEPS, RunPaths, find_runs, is_run_name, proje
 from cifar_hpc.runs.queue import jobs_of
 from cifar_hpc.text import counted
 
-DESCRIPTION = """\
-Logs, checkpoints and code snapshot of each run, for good; of a sweep also what
-its runs shared, with its last run, and whatever a killed rm has left. A run
-that is under way or in the queue is refused. Says what would go, and asks,
-unless --yes is given."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "'dropout-*' try --yes")
 AT_ONCE = 100  # runs, each with three open locks
 

@@ -1,4 +1,11 @@
-"""python -m cifar_hpc show: everything that is known of one run, on one screen."""
+"""python -m cifar_hpc show: everything that is known of one run, on one screen.
+
+State and its reason, position and newest checkpoint, accuracy, restarts by
+cause, the last epochs, what differs from the defaults of the spec, memory,
+hours, folders, and the lines that follow, requeue or cancel the run. Of a
+run that has failed or was killed, the end of its log as well.
+Exit status: 0; 3 Slurm does not answer, so that the files alone are shown.
+"""
 
 import argparse
 import json
@@ -27,12 +34,6 @@ from cifar_hpc.runs.results import read_result
 from cifar_hpc.runs.state import AT_WORK, WAITING, RunState
 from cifar_hpc.text import duration, one_line, printable
 
-DESCRIPTION = """\
-State and its reason, position and newest checkpoint, accuracy, restarts by
-cause, the last epochs, what differs from the defaults of the spec, memory,
-hours, folders, and the lines that follow, requeue or cancel the run. Of a
-run that has failed or was killed, the end of its log as well.
-Exit status: 0; 3 Slurm does not answer, so that the files alone are shown."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --json")
 EPOCHS, RESTARTS, LOG_LINES = 5, 5, 10  # the last ones, on the screen
 ASKED = ("time", "nodes", "gpus_per_node")  # shown if they are as usual, too

@@ -1,4 +1,16 @@
-"""python -m cifar_hpc status: a line for each run; with --watch a screen that is updated in place."""
+"""python -m cifar_hpc status: a line for each run; with --watch a screen that is updated in place.
+
+States: queued (with the reason), running, requeued, hung (no log line for
+much longer than usual), suspended (by Slurm), stopping (Slurm ends the job),
+finished, failed (with the reason), cancelled, stopped (killed, or gone without
+a message: submit again), not started (never submitted), unreadable (damaged
+files), unknown (Slurm does not answer).
+
+One call of squeue serves all runs, and a second one asks for the jobs of
+others; none is needed where there is no Slurm.
+In a pipe each run is one plain line, --json is for programs. Exit status: 0, 2
+bad arguments, 3 Slurm does not answer, so that the files alone are shown.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +40,6 @@ from cifar_hpc.text import duration, one_line, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-DESCRIPTION = """\
-States: queued (with the reason), running, requeued, hung (no log line for
-much longer than usual), suspended (by Slurm), stopping (Slurm ends the job),
-finished, failed (with the reason), cancelled, stopped (killed, or gone without
-a message: submit again), not started (never submitted), unreadable (damaged
-files), unknown (Slurm does not answer).
-
-One call of squeue serves all runs, and a second one asks for the jobs of
-others; none is needed where there is no Slurm.
-In a pipe each run is one plain line, --json is for programs. Exit status: 0, 2
-bad arguments, 3 Slurm does not answer, so that the files alone are shown."""
 EXAMPLES = ("", "'dropout-*' --watch", "improved_resnet-1a2b3c4d --json")
 
 READ_SECONDS = 3.0  # between two reads of --watch

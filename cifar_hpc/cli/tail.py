@@ -1,4 +1,9 @@
-"""python -m cifar_hpc tail, and submit.py --follow: a run's log and its state in the queue, until the run ends."""
+"""python -m cifar_hpc tail, and submit.py --follow: a run's log and its state in the queue, until the run ends.
+
+Prints train.log from its beginning, and new lines until the run ends. A run
+that has not started yet is waited for. Ctrl-C ends this command, not the run.
+`tail -F logs/RUN/train.log` shows the same lines.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +29,6 @@ from cifar_hpc.text import duration, printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-DESCRIPTION = """\
-Prints train.log from its beginning, and new lines until the run ends. A run
-that has not started yet is waited for. Ctrl-C ends this command, not the run.
-`tail -F logs/RUN/train.log` shows the same lines."""
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --epochs")
 
 LOG_SECONDS = 0.5

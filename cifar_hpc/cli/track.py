@@ -1,8 +1,12 @@
 """python -m cifar_hpc track: runs in TensorBoard or Weights & Biases, from their metrics.jsonl.
 
-It runs on the login node or at home, where the internet is; the job is not involved. Each call writes all epochs from
-the first on, in place of those of an earlier call, and does so again when a run resumes from an older checkpoint. So no
-epoch is shown twice.
+Reads metrics.jsonl here, on the login node, where the internet is; the job is
+not involved. Follows runs until they end, and shows finished ones. Each call
+shows all epochs from the first on, in place of those that an earlier call has
+shown, so no epoch is there twice. Ctrl-C ends the tracking, not the run.
+
+Needs the packages of requirements-trackers.txt. Offline W&B runs are written
+to logs/RUN/tracking/wandb.
 """
 
 import argparse
@@ -25,14 +29,6 @@ from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
 from cifar_hpc.runs.queue import QueuePoller
 
-DESCRIPTION = """\
-Reads metrics.jsonl here, on the login node, where the internet is; the job is
-not involved. Follows runs until they end, and shows finished ones. Each call
-shows all epochs from the first on, in place of those that an earlier call has
-shown, so no epoch is there twice. Ctrl-C ends the tracking, not the run.
-
-Needs the packages of requirements-trackers.txt. Offline W&B runs are written
-to logs/RUN/tracking/wandb."""
 EXAMPLES = ("improved_resnet-1a2b3c4d --tensorboard ~/tensorboard", "'dropout-*' --wandb online --project lab")
 
 SCALARS = {  # name in the tracker: field of metrics.jsonl; steps are epochs

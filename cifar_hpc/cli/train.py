@@ -1,4 +1,15 @@
-"""python -m cifar_hpc train: training without a scheduler, in one process, under torchrun or under srun."""
+"""python -m cifar_hpc train: training without a scheduler, in one process, under torchrun or under srun.
+
+Trains in this process, without submitit; several processes under torchrun
+or srun train together. The same command again goes on from the newest good
+checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU and
+the first Ctrl-C save a checkpoint and stop.
+
+Prints the lines of logs/RUN/train.log, which is written beside spec.yaml,
+metrics.jsonl and events.jsonl; checkpoints go into checkpoints/RUN/. Exit
+status: 0 finished, 1 failed, 2 bad spec or arguments, 4 the run is being
+trained already, 128 + N stopped by signal N.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +33,6 @@ if TYPE_CHECKING:
     from cifar_hpc.runs.paths import RunPaths
     from cifar_hpc.training.attempt import Attempt
 
-DESCRIPTION = """\
-Trains in this process, without submitit; several processes under torchrun
-or srun train together. The same command again goes on from the newest good
-checkpoint, with the same bits. SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU and
-the first Ctrl-C save a checkpoint and stop.
-
-Prints the lines of logs/RUN/train.log, which is written beside spec.yaml,
-metrics.jsonl and events.jsonl; checkpoints go into checkpoints/RUN/. Exit
-status: 0 finished, 1 failed, 2 bad spec or arguments, 4 the run is being
-trained already, 128 + N stopped by signal N."""
 EXAMPLES = (
     "jobs/demo.yaml --set train.epochs=2",
     "jobs/improved_resnet.yaml --set data.source=synthetic train.device=cpu --name try",

@@ -99,7 +99,7 @@ def test_a_run_that_was_submitted_since_the_queue_was_read_has_not_stopped(root:
 
 
 def test_the_manual_knows_every_state() -> None:
-    words = " ".join(status.DESCRIPTION.split())
+    words = " ".join(str(status.__doc__).split())
     assert all(re.search(rf"\b{state}\b", words) for state in URGENCY) and "3 Slurm does not answer" in words
 
 

@@ -1,6 +1,16 @@
 """python -m cifar_hpc doctor: problems that runs would meet here, and what to do about them.
 
-With --job it submits a job as runs are submitted, waits for it, and removes all of it unless there was a problem.
+Each line is ok, a warning or a problem, with what was found and what to do.
+Without --job nothing is submitted.
+
+--job submits one small job the way runs are submitted, and checks in every
+task: Python and packages, GPUs, file system and locks, images, all-reduce
+between the tasks (NCCL or gloo), requeueing, signals. It leaves nothing
+behind, unless there is a problem: then what the job printed is kept. Ctrl-C
+cancels it.
+
+Exit status: 0 no problem (warnings are none), 1 a problem, 2 bad arguments.
+--json prints a list of {check, status, found, advice}.
 """
 
 import argparse
@@ -30,18 +40,6 @@ from cifar_hpc.runs.requeue import ALIVE
 from cifar_hpc.slurm import client
 from cifar_hpc.text import counted, one_line, printable
 
-DESCRIPTION = """\
-Each line is ok, a warning or a problem, with what was found and what to do.
-Without --job nothing is submitted.
-
---job submits one small job the way runs are submitted, and checks in every
-task: Python and packages, GPUs, file system and locks, images, all-reduce
-between the tasks (NCCL or gloo), requeueing, signals. It leaves nothing
-behind, unless there is a problem: then what the job printed is kept. Ctrl-C
-cancels it.
-
-Exit status: 0 no problem (warnings are none), 1 a problem, 2 bad arguments.
---json prints a list of {check, status, found, advice}."""
 EXAMPLES = (
     "",
     "--profile mycluster --account lab --job",

@@ -1,4 +1,11 @@
-"""python -m cifar_hpc plot: figures of runs, into files or in the terminal."""
+"""python -m cifar_hpc plot: figures of runs, into files or in the terminal.
+
+Draws accuracy, loss, learning rate and timeline (waiting, training,
+preemptions), each as PNG and SVG; the architecture where the runs differ in
+its shape or --only asks for it. Several runs share the axes; runs that differ
+in nothing but the seed become one curve, the mean of those that have finished,
+in a band of one sample standard deviation; restarts are marked.
+"""
 
 import argparse
 import shutil
@@ -23,12 +30,6 @@ from cifar_hpc.runs.timeline import read_timeline
 from cifar_hpc.text import printable
 from cifar_hpc.text import shown as quoted
 
-DESCRIPTION = """\
-Draws accuracy, loss, learning rate and timeline (waiting, training,
-preemptions), each as PNG and SVG; the architecture where the runs differ in
-its shape or --only asks for it. Several runs share the axes; runs that differ
-in nothing but the seed become one curve, the mean of those that have finished,
-in a band of one sample standard deviation; restarts are marked."""
 EXAMPLES = (
     "improved_resnet-1a2b3c4d",
     "'dropout-*' --only accuracy,loss --format pdf --no-restarts",

@@ -1,4 +1,9 @@
-"""python -m cifar_hpc report: runs in one HTML file: results, figures, spec, restarts, hardware and last log lines."""
+"""python -m cifar_hpc report: runs in one HTML file: results, figures, spec, restarts, hardware and last log lines.
+
+To send to an adviser or colleague: the table of compare, the figures of plot,
+restarts, hardware and versions, what differs from the default spec, and the
+last lines of each log. The file needs no server and no internet.
+"""
 
 import argparse
 import re
@@ -22,10 +27,6 @@ from cifar_hpc.runs.results import Group, Row, group_runs, labels
 from cifar_hpc.runs.timeline import read_timeline
 from cifar_hpc.text import printable
 
-DESCRIPTION = """\
-To send to an adviser or colleague: the table of compare, the figures of plot,
-restarts, hardware and versions, what differs from the default spec, and the
-last lines of each log. The file needs no server and no internet."""
 EXAMPLES = ("improved_resnet-1a2b3c4d --out report.html", "'dropout-*' --out dropout.html")
 
 LOG_LINES = 30
