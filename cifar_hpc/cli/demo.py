@@ -16,7 +16,6 @@ from cifar_hpc.runs.paths import PROJECT, RunPaths, project_root
 
 RUN = "demo"
 PREEMPT_AFTER_EPOCH = 2
-PATIENCE_SECONDS = 1800
 
 
 def main() -> int:
@@ -30,7 +29,9 @@ def main() -> int:
     submit = [sys.executable, "submit.py", "jobs/demo.yaml", "--cluster", "local", "--name", RUN, "--follow"]
     _say(" ".join(["python", *submit[1:]]))
     with subprocess.Popen(submit, cwd=PROJECT) as follower:
-        if _wait_for_epoch(paths, follower):
+        while follower.poll() is None and len(read_jsonl(paths.metrics)) < PREEMPT_AFTER_EPOCH:
+            time.sleep(0.2)
+        if follower.poll() is None:
             time.sleep(3)  # into the middle of the next epoch
             _say("preempting it now: SIGUSR2, as from a scheduler that needs the machine")
             signal_local(paths, signal.SIGUSR2)
@@ -39,15 +40,6 @@ def main() -> int:
         print(f"error: the demo's run did not finish; see {paths.train_log} and {paths.slurm}", file=sys.stderr)
         return status
     return _report(paths)
-
-
-def _wait_for_epoch(paths: RunPaths, follower: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while follower.poll() is None and time.monotonic() < deadline:
-        if len(read_jsonl(paths.metrics)) >= PREEMPT_AFTER_EPOCH:
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def _report(paths: RunPaths) -> int:

@@ -1,7 +1,6 @@
 """Output of commands: colours (https://no-color.org), tables fitted to the width of a terminal, checks of --out."""
 
 import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat, zip_longest
@@ -133,11 +132,12 @@ def shorten(text: str, width: int, keep_end: int = 0) -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns of a terminal that the text takes (Unicode Standard Annex 11)."""
-    if text.isascii():
+    """Columns of a terminal that the text takes."""
+    if text.isascii():  # nearly always: without the time to import rich
         return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def output_file(text: str, suffix: str = "") -> Path:

@@ -161,7 +161,7 @@ def on_slurm(cluster: str, spec: Spec, flags: dict[str, str]) -> bool:
     answers = cluster != "local" and client.answers()
     for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS") if answers else ():
         value = os.environ.get(name)
-        if value and value != client.setting("ClusterName"):  # some sites name their only cluster
+        if value and value != client.config().get("ClusterName"):  # some sites name their only cluster
             hint = "HINT: unset it, or submit on a login node of that cluster"
             raise SpecError(f"{name}: {shown(value)} would hide the job from status and cancel. {hint}.")
     meant = {key: f"resources.{key}" for key in SLURM_ONLY if getattr(spec.resources, key)} | flags

@@ -350,7 +350,7 @@ def squeue_jobs(ids: Sequence[str], timeout_seconds: float = 30) -> dict[str, Qu
 def hides_jobs() -> bool:
     """True if squeue may not show jobs of other users here."""
     try:
-        return "jobs" in setting("PrivateData").split(",")
+        return "jobs" in config().get("PrivateData", "").split(",")
     except SchedulerError:
         return True
 
@@ -359,18 +359,18 @@ def hides_jobs() -> bool:
 def cluster_name() -> str:
     """Name of the cluster whose Slurm answers here; empty if it does not answer."""
     with contextlib.suppress(SchedulerError):
-        return setting("ClusterName")
+        return config().get("ClusterName", "")
     return ""
 
 
-def setting(name: str) -> str:
-    """A value of Slurm's configuration; empty if it has none.
+def config() -> dict[str, str]:
+    """Slurm's configuration, by the names of `scontrol show config`.
 
     Raises:
         SchedulerError: Slurm does not answer.
     """
-    found = re.search(rf"^{name}\s*= *(.*)", command(["scontrol", "show", "config"]), re.MULTILINE)
-    return found[1].strip() if found else ""
+    text = command(["scontrol", "show", "config"])
+    return {key: value.strip() for key, value in re.findall(r"^(\w+)\s*= ?(.*)$", text, re.MULTILINE)}
 
 
 def _queued(line: str) -> QueuedJob:

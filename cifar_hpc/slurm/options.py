@@ -12,19 +12,15 @@ RESERVED = {
     "chdir": "the code snapshot, where jobs run,",
     "cpus-per-task": "--cpus-per-task",
     "dependency": "--dependency",
-    "error": "logs/<run>/slurm",
+    **dict.fromkeys(("error", "open-mode", "output"), "logs/<run>/slurm"),
     "job-name": "--name",
     "no-requeue": "--no-requeue",
     "nodes": "--nodes",
     "ntasks": "--nodes and --ntasks-per-node",
-    "ntasks-per-node": "--ntasks-per-node",
-    "open-mode": "logs/<run>/slurm",
-    "output": "logs/<run>/slurm",
-    "parsable": "--json",
-    "quiet": "--json",
+    **dict.fromkeys(("ntasks-per-node", "tasks-per-node"), "--ntasks-per-node"),
+    **dict.fromkeys(("parsable", "quiet"), "--json"),
     "requeue": "resources.requeue",
     "signal": "resources.warning_seconds",
-    "tasks-per-node": "--ntasks-per-node",
     "test-only": "--test-only",
     "time": "--time",
     "wait": "--follow",
@@ -65,8 +61,7 @@ def left_out(environment: Iterable[str], here: bool = False) -> list[str]:
 
 # Options that would put the job where squeue does not show it, and what to use instead.
 OUT_OF_SIGHT = {
-    "cluster-constraint": "a login node of that cluster",
-    "clusters": "a login node of that cluster",
+    **dict.fromkeys(("cluster-constraint", "clusters"), "a login node of that cluster"),
     "uid": "that user's own account",
 }
 

@@ -170,8 +170,7 @@ class SlurmChecks:
     @cached_property
     def config(self) -> Mapping[str, str]:
         """`scontrol show config`."""
-        text = client.command(["scontrol", "show", "config"])
-        return {key: value.strip() for key, value in re.findall(r"^(\w+)\s*= ?(.*)$", text, re.MULTILINE)}
+        return client.config()
 
     @cached_property
     def partitions(self) -> Mapping[str, Mapping[str, str]]:

@@ -316,7 +316,23 @@ class Agreement:
             UserError, Interrupted: on every rank, if `work` raises one.
             RanksLostError: on the others, if it raises anything else, for which rank 0 has the traceback.
         """
-        return self._on_rank_0(work, share=True)
+        if self._group is None:
+            return work()
+        box: list[Any] = [None, None]
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                box[0] = work()
+            except Exception as raised:
+                error = box[1] = raised
+        if error is not None and not isinstance(error, (UserError, Interrupted)):  # which may not be possible to send
+            box[1] = RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
+        dist.broadcast_object_list(box, 0, group=self._group)
+        if isinstance(box[1], UserError):
+            box[1].everywhere = True
+        if box[1] is not None:
+            raise error or box[1]
+        return box[0]  # type: ignore[no-any-return]
 
     def rank_0_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the other ranks; each gets its own result.
@@ -324,8 +340,9 @@ class Agreement:
         Raises:
             Exception: what `work` raises; what it raises on rank 0 ends every rank, as in `from_rank_0`.
         """
-        own = self._on_rank_0(work, share=False)
-        return own if self._group is None or dist.get_rank() == 0 else work()
+        own: list[T] = []
+        self.from_rank_0(lambda: own.append(work()))
+        return own[0] if own else work()
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order."""
@@ -352,24 +369,3 @@ class Agreement:
             work.wait()
             agreed = max(agreed, Request(int(value)))
         return agreed
-
-    def _on_rank_0(self, work: Callable[[], T], share: bool) -> T:
-        """Run `work` on rank 0. Its error ends every rank; its result is sent to the others if they `share` it."""
-        if self._group is None:
-            return work()
-        result, error = None, None
-        if dist.get_rank() == 0:
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-        sent = error
-        if error is not None and not isinstance(error, (UserError, Interrupted)):  # which may not be possible to send
-            sent = RanksLostError(f"rank 0 failed: {type(error).__name__}: {error}")
-        box: list[Any] = [result if share else None, sent]
-        dist.broadcast_object_list(box, 0, group=self._group)
-        if isinstance(box[1], UserError):
-            box[1].everywhere = True
-        if box[1] is not None:
-            raise error or box[1]
-        return result if dist.get_rank() == 0 else box[0]  # type: ignore[return-value]
