@@ -57,7 +57,7 @@ def test_the_spec_of_a_run_that_others_train_or_submit_is_not_touched(
 
 
 def test_the_spec_is_frozen_under_the_locks(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def freeze(paths: RunPaths, _: object) -> None:
+    def freeze(paths: RunPaths, *_: object) -> None:
         assert all(holder(path) is not None for path in (paths.logs / "submit.lock", paths.owner, paths.lock))
         raise SpecError("seen")
 
