@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cifar_hpc.cli.terminal import paint, use_colour
-from cifar_hpc.errors import SchedulerError
 from cifar_hpc.files import NotRegularError, open_regular
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
-from cifar_hpc.runs.queue import ANSWER_SECONDS, QueuePoller
+from cifar_hpc.runs.queue import QueuePoller
 from cifar_hpc.runs.state import RunState
-from cifar_hpc.slurm.client import QueuedJob, jobs_ahead
 from cifar_hpc.text import duration, printable
 
 if TYPE_CHECKING:
@@ -32,9 +30,8 @@ if TYPE_CHECKING:
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --epochs")
 
 LOG_SECONDS = 0.5
-# The queue and the lock are read less often than the log, and the jobs of other users still less often: thousands of
-# followers must not load the controller.
-STATE_SECONDS, AHEAD_SECONDS = 5.0, 30.0
+# The queue and the lock are read less often than the log: thousands of followers must not load the controller.
+STATE_SECONDS = 5.0
 REPEAT_SECONDS = 600.0  # after which details that have changed, such as the expected start, are reported again
 # A file server may be away for a moment: so many reads in a row must fail before a log, or a run, is given up.
 LOG_FAILURES, STATE_FAILURES = 60, 6
@@ -313,9 +310,7 @@ class StateFollower:
         self.paths = paths
         self.state: RunState | None = None
         self.queue = queue or QueuePoller(paths.root, interval=0.0)
-        self._ahead: int | None = None
-        self._next_poll = self._next_ahead = 0.0
-        self._failures = 0
+        self._next_poll, self._failures = 0.0, 0
         self._reported, self._reported_kind, self._reported_at = "", ("", ""), 0.0
 
     def poll(self) -> RunState | None:
@@ -324,9 +319,7 @@ class StateFollower:
             return None
         self.queue.poll()
         (self.state,) = self.queue.read([self.paths], stale=False)
-        jobs = None if self.queue.trouble else self.queue.jobs
         self._failures = self._failures + 1 if self.state.state == "unreadable" else 0
-        self._count_ahead((jobs or {}).get(self.paths.name))
         self._next_poll = time.monotonic() + STATE_SECONDS
         return self.state
 
@@ -336,9 +329,8 @@ class StateFollower:
         return self.state is not None and self.state.ended and not 0 < self._failures < STATE_FAILURES
 
     def words(self, state: RunState) -> str:
-        """`queued: Priority: other jobs go first, 3 jobs ahead of it`; printable."""
-        ahead = "" if self._ahead is None else f", {self._ahead} job{'s' * (self._ahead != 1)} ahead of it"
-        return printable(f"{state.state}: {state.detail}{ahead}")
+        """`queued: Priority: other jobs go first`; printable."""
+        return printable(f"{state.state}: {state.detail}")
 
     def news(self, state: RunState) -> str:
         """`words`, if the log does not show that state and it was not reported yet; else an empty string."""
@@ -351,12 +343,3 @@ class StateFollower:
             self._reported, self._reported_kind, self._reported_at = words, kind, now
             return words
         return ""
-
-    def _count_ahead(self, job: QueuedJob | None) -> None:
-        if job is None or self.state is None or self.state.reason not in ("Priority", "Resources"):
-            self._ahead = None
-        elif time.monotonic() >= self._next_ahead:
-            self._ahead = None
-            with contextlib.suppress(SchedulerError):
-                self._ahead = jobs_ahead(job, ANSWER_SECONDS)
-            self._next_ahead = time.monotonic() + AHEAD_SECONDS

@@ -306,8 +306,6 @@ _QUEUE_LINE = re.compile(r"([^|]*)\|(.*?)\|([A-Z_]+)" + r"\|([^|]*)" * 5 + r"\|(
 ON_CLUSTER = " on cluster "  # in the user of a job that is not of the cluster here
 HIDDEN = "HIDDEN"  # state of a job that its user has recorded and that Slurm does not show to others
 IDS_A_CALL = 1000  # arguments have a limit
-# Jobs with such a reason do not compete for nodes.
-_NOT_COMPETING = ("BeginTime", "Dependency", "JobHeld")
 
 
 @cache
@@ -378,26 +376,6 @@ def _queued(line: str) -> QueuedJob:
     if match is None:  # to leave out a job would be to say that it is gone
         raise SchedulerError(f"squeue does not answer: it printed {line[:200]!r}, where a line of a job should be.")
     return QueuedJob(*match.groups())
-
-
-def jobs_ahead(job: QueuedJob, timeout_seconds: float = 30) -> int | None:
-    """The number of waiting jobs of its partition, of any user, that go before a waiting one; None if not known.
-
-    Those go first that have a higher priority, or the same and a lower number; not counted are those that are held or
-    wait for something else than nodes. Backfilling may let a job overtake others, and a site may hide others' jobs.
-
-    Raises:
-        SchedulerError: Slurm does not answer.
-    """
-    lines = _squeue("%i|%Q|%r", timeout_seconds, "--states=PENDING", f"--partition={job.partition}")
-    waiting = [line.split("|", 2) for line in lines if line.count("|") >= 2]
-    order = {i: (-int(rank), *map(int, re.findall("[0-9]+", i))) for i, rank, _ in waiting if rank.isdigit()}
-    if job.job_id not in order:
-        return None
-    competing = [job_id for job_id, _, reason in waiting if job_id in order and not reason.startswith(_NOT_COMPETING)]
-    ahead = sum(order[other] < order[job.job_id] for other in competing)
-    # The reason says that some go first; where none is shown, only the user's own are.
-    return None if ahead == 0 and job.reason == "Priority" else ahead
 
 
 def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[str]:

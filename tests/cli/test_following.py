@@ -142,15 +142,12 @@ def test_rows_that_are_computed_again_are_not_repeated(tmp_path: Path) -> None:
 
 
 class Queue:
-    """A queue that holds at most one job, and others before it."""
+    """A queue that holds at most one job."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.job: QueuedJob | None = None
-        self.ahead: int | None = 3
-        self.silent_about_others = False
-        self.silent, self.asked, self.counted = False, 0, 0
+        self.silent, self.asked = False, 0
         monkeypatch.setattr(run_queue, "queue", self._queue)
-        monkeypatch.setattr(tail, "jobs_ahead", self._ahead)
         monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
 
     def holds(self, state: str, reason: str = "None", start: str = "N/A") -> None:
@@ -161,12 +158,6 @@ class Queue:
         if self.silent:
             raise SchedulerError("no answer")
         return {"run": self.job} if self.job else {}
-
-    def _ahead(self, job: QueuedJob, timeout_seconds: float) -> int | None:
-        self.counted += 1
-        if self.silent_about_others:
-            raise SchedulerError("no answer")
-        return self.ahead
 
 
 @pytest.fixture
@@ -190,8 +181,7 @@ def news(states: StateFollower) -> str:
 
 def test_each_reason_is_said_once(queue: Queue, states: StateFollower) -> None:
     queue.holds("PENDING", "Priority")
-    assert news(states) == "queued: Priority: other jobs go first, 3 jobs ahead of it"
-    queue.ahead = 2
+    assert news(states) == "queued: Priority: other jobs go first"
     assert news(states) == ""
     queue.holds("PENDING", "Resources")
     assert news(states).startswith("queued: Resources: no room yet")
@@ -207,30 +197,13 @@ def test_each_reason_is_said_once(queue: Queue, states: StateFollower) -> None:
 def test_what_has_changed_is_said_again_after_a_while(
     queue: Queue, states: StateFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail, "AHEAD_SECONDS", 0.0)
     queue.holds("PENDING", "Priority")
-    assert news(states) != ""
-    queue.ahead = 1
+    before = news(states)
+    queue.holds("PENDING", "Priority", slurm_time("2999-01-01T10:00:00"))
+    assert news(states) == ""
     monkeypatch.setattr(tail, "REPEAT_SECONDS", 0.0)
-    assert news(states) == "queued: Priority: other jobs go first, 1 job ahead of it"
+    assert news(states) not in ("", before)
     assert news(states) == ""  # nothing has changed
-
-
-def test_others_jobs_are_counted_only_now_and_then(queue: Queue, states: StateFollower) -> None:
-    queue.holds("PENDING", "Priority")
-    for _ in range(5):
-        states.poll()
-    assert queue.counted == 1
-    queue.holds("PENDING", "JobHeldUser")
-    assert "ahead" not in news(states)
-
-
-def test_what_slurm_did_not_tell_of_others_is_not_asked_at_once_again(queue: Queue, states: StateFollower) -> None:
-    queue.holds("PENDING", "Priority")
-    queue.silent_about_others = True
-    for _ in range(5):
-        assert "ahead" not in news(states)
-    assert queue.counted == 1
 
 
 def test_a_silent_slurm_is_left_in_peace_for_a_while(

@@ -37,7 +37,6 @@ class World:
         self.then: list[Callable[[], object]] = []
         monkeypatch.setenv("CIFAR_HPC_ROOT", str(root))
         monkeypatch.setattr(run_queue, "queue", lambda *_: self.jobs)
-        monkeypatch.setattr(tail, "jobs_ahead", lambda *_: 2)
         monkeypatch.setattr(tail, "STATE_SECONDS", 0.0)
         monkeypatch.setattr("cifar_hpc.cli.tail.time.sleep", lambda _: self.then.pop(0)())
         self.event("submitted", scheduler="slurm", job_id="7")
@@ -79,7 +78,7 @@ def test_from_the_queue_to_the_end(world: World, capsys: pytest.CaptureFixture[s
     lines = ["== run run  |  started from step 0", PROGRESS, DONE, "== run run  |  resumed", "FINISHED"]
     assert captured.out.splitlines() == lines
     assert captured.err.splitlines() == [
-        "[queued: Resources: no room yet, 2 jobs ahead of it]",
+        "[queued: Resources: no room yet]",
         "[requeued: until 2026-01-01 10:00:00, preempted]",
     ]
 

@@ -77,8 +77,8 @@ def test_what_is_waited_for_stands_in_place_of_the_bar() -> None:
     seen = Seen(80)
     with seen.screen as screen:
         assert seen.below() == "submitted"
-        screen.state(state("queued"), "queued: Priority: other jobs go first, 3 jobs ahead of it")
-        assert seen.below() == "queued: Priority: other jobs go first, 3 jobs ahead of it"
+        screen.state(state("queued"), "queued: Priority: other jobs go first")
+        assert seen.below() == "queued: Priority: other jobs go first"
         screen.state(state("running", 7200.0), "running: on n1")
         assert seen.below() == "running: on n1  ETA 2h00m"
         screen.line(PROGRESS)

@@ -53,9 +53,6 @@ def test_why_jobs_wait_and_for_how_long(lab: Lab, short: str) -> None:
             return all(s["state"] == "queued" and s["start_time"] and "starts in ~" in s["detail"] for s in states)
 
         until("both are expected to start", expected, lambda: first.report() + second.report())
-        jobs = queue(lab.root)
-        assert [slurm.jobs_ahead(jobs[run.name]) for run in (first, second)] == [0, 1]
-        assert slurm.jobs_ahead(jobs[held.name]) == 2  # held jobs come last, and those that do not compete do not count
         for run in (first, second, held, after):
             lab.command("cancel", run.name)
     until("the jobs are gone", lambda: not {first.job_id, held.job_id} & set(lab.queued()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -188,40 +187,10 @@ def test_a_singleton_that_waits_for_another_folders_job_says_so(fake: Path) -> N
     assert queue(fake / "mine")["b"].why == "Dependency: another job of this run must end first"
 
 
-WAITING = slurm.QueuedJob("9", "a", "PENDING", "Priority", "N/A", "", "gpu,long", "(null)", "/a")
-QUEUE = (
-    "12|900|Priority",  # came later, and goes first
-    "8|500|Resources",
-    "9|500|Priority",
-    "10|500|Priority",
-    "7_1|500|JobArrayTaskLimit",
-    "7_2|500|JobArrayTaskLimit",
-    "5|900|Dependency",
-    "6|0|JobHeldUser",
-    "4|900|BeginTime",
-    "3|400|Priority",
-    "no line of ours",
-)
-
-
-def test_jobs_ahead(fake: Path) -> None:
-    lines = "\n".join(f"echo '{line}'" for line in QUEUE)
-    program(fake, "squeue", f"echo \"$@\" >> '{fake}/asked'\n{lines}")
-    assert slurm.jobs_ahead(WAITING) == 4  # 12, 8 and both tasks
-    (call,) = asked(fake)
-    assert "--states=PENDING --partition=gpu,long" in call
-    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12", reason="Resources")) == 0
-    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="12")) is None  # those that go first are not shown
-    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="7_2")) == 2
-    assert slurm.jobs_ahead(dataclasses.replace(WAITING, job_id="11")) is None
-
-
-def test_queue_and_jobs_ahead_do_not_wait_for_a_slow_squeue(fake: Path) -> None:
+def test_queue_does_not_wait_for_a_slow_squeue(fake: Path) -> None:
     program(fake, "squeue", "exec sleep 60")
     with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
         queue(fake, timeout_seconds=0.2)
-    with pytest.raises(SchedulerError, match=r"did not answer within 0\.2 s"):
-        slurm.jobs_ahead(WAITING, timeout_seconds=0.2)
 
 
 def test_command_ignores_the_users_own_settings_of_slurms_commands(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
