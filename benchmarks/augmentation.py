@@ -17,9 +17,10 @@ from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_par
 from benchmarks.peers.data import TRAIN_TRANSFORM
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment.kernels import CIFAR10_MEAN, CIFAR10_STD, DRAWS
+from cifar_hpc.data.augment.kernels import DRAWS
 from cifar_hpc.data.augment.pipeline import augment
 from cifar_hpc.data.datasets import Dataset
+from cifar_hpc.data.info import CIFAR10_MEAN, CIFAR10_STD, DatasetInfo
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.training.distributed.shards import ShardLayout
@@ -87,7 +88,7 @@ def _works(images: Tensor) -> dict[str, Callable[[], Tensor]]:
     pictures = list(images.permute(0, 2, 3, 1).contiguous().numpy())
     tensors = _v2()
     return {
-        OURS: lambda: augment(images, uniform(key, samples, DRAWS), config),
+        OURS: lambda: augment(images, uniform(key, samples, DRAWS), config, DatasetInfo()),
         PIL: lambda: torch.stack([TRAIN_TRANSFORM(Image.fromarray(picture)) for picture in pictures]),
         V2: lambda: torch.stack([tensors(image) for image in images]),
     }

@@ -18,6 +18,7 @@ from benchmarks.measure import ROOT, Row
 from cifar_hpc.config.spec import AugmentConfig
 from cifar_hpc.data.augment import kernels
 from cifar_hpc.data.augment import pipeline as augment
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.randomness import Stream, mix, uniform
 
 STEPS = 12  # two syncs of Lookahead
@@ -44,11 +45,11 @@ def _augmentation(bench: Bench) -> list[Row]:
     config, key = AugmentConfig(), mix(0, Stream.AUGMENT, 0, 0)
     draws, there = uniform(key, samples, kernels.DRAWS), uniform(key, samples.to(bench.device), kernels.DRAWS)
     moved, moved_there = (
-        _moved(pixels, kernels.sample_parameters(draws.to(pixels.device), config), config).cpu()
+        _moved(pixels, kernels.sample_parameters(draws.to(pixels.device), config, 32), config).cpu()
         for pixels in (images, images.to(bench.device))
     )
-    whole = augment.augment(images, draws, config)
-    whole_there = augment.augment(images.to(bench.device), draws.to(bench.device), config).cpu()
+    whole = augment.augment(images, draws, config, DatasetInfo())
+    whole_there = augment.augment(images.to(bench.device), draws.to(bench.device), config, DatasetInfo()).cpu()
     furthest = float((whole - whole_there).abs().max())
     exact = int((whole != whole_there).sum())
     return [
@@ -65,8 +66,8 @@ def _augmentation(bench: Bench) -> list[Row]:
 
 
 def _moved(images: Tensor, sampled: kernels.Parameters, config: AugmentConfig) -> Tensor:
-    plan = kernels.make_plan(sampled, config, sorted_by_hue=False)
-    return kernels.move(images, plan, torch.empty(4, len(images), 32, 32, device=images.device))
+    plan = kernels.make_plan(sampled, config, images.shape[3], sorted_by_hue=False)
+    return kernels.move(images, plan, torch.empty(4, len(images), *images.shape[2:], device=images.device))
 
 
 def no_syncs(bench: Bench, report: Report) -> None:

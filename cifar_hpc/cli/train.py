@@ -51,6 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install(interactive=True)
     startup = Stopwatch()
     from cifar_hpc.config.io import load_spec, run_name
+    from cifar_hpc.config.spec import check
     from cifar_hpc.data.sources import source_of, with_size
     from cifar_hpc.runs.frozen_spec import freeze, resolve
     from cifar_hpc.runs.lock import lock_submission
@@ -60,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
     spec = load_spec(path, arguments.overrides, project_root())
     paths = RunPaths(project_root(), check_run_name(arguments.name or run_name(path.stem, spec)))
     launch, threads = launch_of(os.environ, paths.slurm / "rendezvous")
-    spec = dataclasses.replace(spec, data=with_size(spec.data, paths.root))
+    spec = check(dataclasses.replace(spec, data=with_size(spec.data, paths.root)))
     spec = resolve(paths, spec, launch.world_size, spec.resources.cpus_per_task or threads)
 
     with Screen(paths, enabled=launch.rank == 0) as screen:

@@ -395,7 +395,7 @@ def check(spec: Spec) -> Spec:
         ("augment.crop_padding", spec.augment.crop_padding, size - 1),
     ):
         if value > most:
-            raise SpecError(f"{key}: {value} is not allowed; allowed: at most {most}, as data.image_size is {size}.")
+            raise SpecError(f"{key}: {value} is not allowed; allowed: at most {most}, by data.image_size ({size}).")
     if spec.resizing.delay + spec.resizing.finetune > 1:
         raise SpecError(
             f"resizing.delay: {spec.resizing.delay:g} and resizing.finetune: {spec.resizing.finetune:g} are more than "

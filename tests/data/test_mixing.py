@@ -31,17 +31,17 @@ def draws_for(count: int, seed: int = 0) -> Tensor:
     return uniform(mix(seed, Stream.MIX), torch.arange(count), M.MIXING_DRAWS)
 
 
-def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(count: int, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels, draws."""
-    images = uniform(1, torch.arange(count), 3072).view(count, 3, 32, 32) * 4 - 2
+    images = uniform(1, torch.arange(count), 3 * size**2).view(count, 3, size, size) * 4 - 2
     return images, torch.arange(count) % 10, draws_for(count)
 
 
-def authors_box(share: float, row: int, column: int) -> tuple[int, int, int, int]:
+def authors_box(share: float, row: int, column: int, size: int) -> tuple[int, int, int, int]:
     """rand_bbox of CutMix's authors: from and to a row, from and to a column."""
-    cut = int(32 * math.sqrt(1.0 - share))
+    cut = int(size * math.sqrt(1.0 - share))
     edges = (row - cut // 2, row + cut // 2, column - cut // 2, column + cut // 2)
-    top, bottom, left, right = (min(max(edge, 0), 32) for edge in edges)
+    top, bottom, left, right = (min(max(edge, 0), size) for edge in edges)
     return top, bottom, left, right
 
 
@@ -50,7 +50,7 @@ def mixed_plainly(images: Tensor, draws: Tensor, config: MixingConfig) -> tuple[
     order = sorted(range(len(draws)), key=lambda n: float(draws[n, 0]))
     after = dict(zip(order, order[1:] + order[:1], strict=True))
     shares = {alpha: symmetric_beta(draws[:, 3], alpha).tolist() for alpha in (config.mixup, config.cutmix) if alpha}
-    results, weights = [], []
+    results, weights, size = [], [], images.shape[3]
     for n, (_, mixed, method, _, row, column) in enumerate(draws.tolist()):
         own, other, weight = images[n], images[after[n]], 1.0
         cut = config.cutmix > 0 and (config.mixup == 0 or method < 0.5)
@@ -58,10 +58,10 @@ def mixed_plainly(images: Tensor, draws: Tensor, config: MixingConfig) -> tuple[
         if mixed >= config.probability:
             pass
         elif cut:
-            top, bottom, left, right = authors_box(lam, int(row * 32), int(column * 32))
+            top, bottom, left, right = authors_box(lam, int(row * size), int(column * size), size)
             own = own.clone()
             own[:, top:bottom, left:right] = other[:, top:bottom, left:right]
-            weight = 1 - (bottom - top) * (right - left) / 1024
+            weight = 1 - (bottom - top) * (right - left) / size**2
         else:
             own, weight = lam * own + (1 - lam) * other, lam
         results.append(own)
@@ -69,9 +69,10 @@ def mixed_plainly(images: Tensor, draws: Tensor, config: MixingConfig) -> tuple[
     return torch.stack(results), [after[n] for n in range(len(draws))], weights
 
 
+@pytest.mark.parametrize("size", [32, 48, 64, 96])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_mixing_equals_the_papers_formulas(config: MixingConfig) -> None:
-    images, labels, draws = batch(300)
+def test_mixing_equals_the_papers_formulas(config: MixingConfig, size: int) -> None:
+    images, labels, draws = batch(300, size)
     before = images.clone()
     got = M.mix_batch(images, labels, draws, config)
     expected, after, weights = mixed_plainly(images, draws, config)
@@ -84,8 +85,9 @@ def test_mixing_equals_the_papers_formulas(config: MixingConfig) -> None:
     assert torch.equal(got.images[whole], images[whole]) and bool((got.weight[whole] == 1).all())
 
 
-def test_cutmix_copies_pixels_to_the_bit() -> None:
-    images, labels, draws = batch(300)
+@pytest.mark.parametrize("size", [32, 48, 64, 96])
+def test_cutmix_copies_pixels_to_the_bit(size: int) -> None:
+    images, labels, draws = batch(300, size)
     assert torch.equal(M.mix_batch(images, labels, draws, CUTMIX).images, mixed_plainly(images, draws, CUTMIX)[0])
 
 
@@ -98,13 +100,15 @@ def test_the_weight_is_the_share_of_the_own_image(config: MixingConfig) -> None:
     torch.testing.assert_close(got.images.mean(dim=(1, 2, 3)), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_boxes_are_those_of_the_authors() -> None:
-    share = torch.cat([1 - (torch.arange(33) / 32).square(), uniform(3, torch.arange(467), 1)[:, 0]])
-    place = uniform(4, torch.arange(500), 2)
-    outside = M.outside_boxes(share, place)
-    for n in range(500):
-        top, bottom, left, right = authors_box(float(share[n]), *(place[n] * 32).int().tolist())
-        expected = torch.ones(1, 32, 32)
+@pytest.mark.parametrize("size", [4, 32, 33, 64, 1024])
+def test_boxes_are_those_of_the_authors(size: int) -> None:
+    count = 500 if size < 1024 else 20
+    share = torch.cat([1 - (torch.arange(33) / 32).square(), uniform(3, torch.arange(467), 1)[:, 0]])[-count:]
+    place = uniform(4, torch.arange(count), 2)
+    outside = M.outside_boxes(share, place, size)
+    for n in range(count):
+        top, bottom, left, right = authors_box(float(share[n]), *(place[n] * size).int().tolist(), size)
+        expected = torch.ones(1, size, size)
         expected[:, top:bottom, left:right] = 0
         assert torch.equal(outside[n], expected), n
 
@@ -135,7 +139,7 @@ def test_any_other_sample_is_as_likely_a_partner() -> None:
 def test_each_sample_takes_one_or_the_other_with_equal_chance(probability: float) -> None:
     count = 20_000
     config = dataclasses.replace(BOTH, mixup=1.0, probability=probability)
-    pixels, weight = M.sample_shares(draws_for(count), config)
+    pixels, weight = M.sample_shares(draws_for(count), config, 32)
     pixels = pixels.flatten(1)
     in_two = ((pixels == 0) | (pixels == 1)).all(1)
     whole = weight == 1
@@ -148,7 +152,7 @@ def test_each_sample_takes_one_or_the_other_with_equal_chance(probability: float
 
 def test_draws_of_one_method_do_not_move_those_of_the_other() -> None:
     draws = draws_for(1000)
-    both, mixup, cutmix = (M.sample_shares(draws, c)[1] for c in (BOTH, MIXUP, CUTMIX))
+    both, mixup, cutmix = (M.sample_shares(draws, c, 32)[1] for c in (BOTH, MIXUP, CUTMIX))
     cut = draws[:, 2] < 0.5
     assert torch.equal(both, torch.where(cut, cutmix, mixup))
 

@@ -13,6 +13,7 @@ from cifar_hpc.config.spec import AugmentConfig
 from cifar_hpc.data import synthetic
 from cifar_hpc.data.augment import kernels
 from cifar_hpc.data.augment import pipeline as A
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.synthetic import CLASSES, make_synthetic
 from cifar_hpc.randomness import Stream, mix, permutation, uniform
 
@@ -143,12 +144,14 @@ def test_a_small_network_learns_it_under_augmentation(data: Data) -> None:
     for step in range(steps):
         samples = order[step * batch : (step + 1) * batch]
         draws = uniform(mix(0, Stream.AUGMENT, step), samples, kernels.DRAWS)
-        loss = nn.functional.cross_entropy(net(A.augment(train[samples], draws, config)), labels[samples])
+        loss = nn.functional.cross_entropy(
+            net(A.augment(train[samples], draws, config, DatasetInfo())), labels[samples]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     net.eval()
     with torch.no_grad():
-        accuracy = float((net(A.normalize(test)).argmax(1) == test_labels).float().mean())
+        accuracy = float((net(A.normalize(test, DatasetInfo())).argmax(1) == test_labels).float().mean())
     assert accuracy > 0.85, accuracy

@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_a_plain_loop_and_nothing_moves(sections: dict[
         buffer.copy_(result.buffers[name])
     model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(normalize(part)) for part in engine.data.test_images.split(64)])
+        logits = torch.cat([model(normalize(part, engine.data.info)) for part in engine.data.test_images.split(64)])
     labels = engine.data.test_labels
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5)
     assert result.accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())

@@ -14,6 +14,7 @@ from helpers import build_model
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import from_plain
 from cifar_hpc.data.augment.pipeline import normalize
+from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.training.trained_model import load_trained, noted
@@ -62,7 +63,7 @@ def test_the_weights_are_those_of_a_model_put_together_by_hand(root: Path, weigh
             parameter.copy_(value)
         for name, buffer in model.named_buffers():
             buffer.copy_(state["slow_buffers" if weights == "slow" else "buffers"][name])
-        expected = model(normalize(IMAGES))
+        expected = model(normalize(IMAGES, DatasetInfo()))
     trained = load_trained(root, "tiny", weights)
     assert trained.weights == weights
     assert (trained.logged is not None) == (weights == "slow")
