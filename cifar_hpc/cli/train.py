@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install(interactive=True)
     startup = Stopwatch()
     from cifar_hpc.config.io import load_spec, run_name
-    from cifar_hpc.config.spec import check
+    from cifar_hpc.config.validate import check
     from cifar_hpc.data.sources import source_of, with_size
     from cifar_hpc.runs.frozen_spec import freeze, resolve
     from cifar_hpc.runs.lock import lock_submission

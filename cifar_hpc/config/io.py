@@ -14,8 +14,9 @@ import yaml
 
 from cifar_hpc.config import user_code
 from cifar_hpc.config.fields import build, nearest_key, option
-from cifar_hpc.config.spec import NotifySpec, ResourcesSpec, Spec, check
+from cifar_hpc.config.spec import NotifySpec, ResourcesSpec, Spec
 from cifar_hpc.config.user_code import is_file
+from cifar_hpc.config.validate import check
 from cifar_hpc.config.yaml_loader import Dumper, parse_yaml, read_mapping
 from cifar_hpc.errors import SpecError, nearest
 from cifar_hpc.files import expand_path, read_regular

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_hpc.config.io import HERE, Site
-from cifar_hpc.config.spec import Spec, check
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
+from cifar_hpc.config.validate import check
 from cifar_hpc.errors import DoubtError, RunBusyError, SpecError
 from cifar_hpc.files import remove_leftovers, write_atomic
 from cifar_hpc.launch import local, preflight

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from cifar_hpc.config.fields import build
-from cifar_hpc.config.spec import BUILT_IN, ModelSpec, Spec, check
+from cifar_hpc.config.spec import BUILT_IN, ModelSpec, Spec
+from cifar_hpc.config.validate import check
 from cifar_hpc.errors import SpecError
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.models.standalone import Model, assemble
@@ -48,6 +49,6 @@ def load_exported(file: str | Path) -> Model:
         words = one_line(f"{type(error).__name__}: {error}")[:300]
         raise SpecError(f"{file}: is not what `python -m cifar_hpc export` writes ({words}).") from None
     raise SpecError(
-        f"{file}: its network, {one_line(network)[:200]}, is code of its own. HINT: `load` of the model.py beside it "
+        f"{file}: its network, {one_line(network)[:200]}, is code of its own. HINT: `from model import load`, beside it, "
         "runs that code."
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cifar_hpc.config import user_code
 from cifar_hpc.config.io import HERE, check_resumable, from_plain, to_yaml, user_files
-from cifar_hpc.config.spec import Spec, check
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.validate import check
 from cifar_hpc.config.yaml_loader import read_mapping
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic

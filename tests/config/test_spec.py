@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from helpers import tiny_spec
 
-from cifar_hpc.config.spec import ResourcesSpec, Spec, check
+from cifar_hpc.config.spec import ResourcesSpec, Spec
+from cifar_hpc.config.validate import check
 from cifar_hpc.errors import SpecError
 
 
