@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cifar_hpc.cli.terminal import paint, use_colour
 from cifar_hpc.files import NotRegularError, open_regular
@@ -22,7 +22,10 @@ from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_run, project_root
 from cifar_hpc.runs.queue import QueuePoller
 from cifar_hpc.runs.state import RunState
-from cifar_hpc.text import printable
+from cifar_hpc.text import duration, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --epochs")
 
@@ -36,6 +39,8 @@ _REPORTED = ("queued", "requeued", "hung", "suspended", "unknown")  # states tha
 _DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 LINES = {  # kind of a line of train.log: (style of `paint`, beginning of the line)
     "banner": ("bold cyan", r"={20}|== "),
+    "progress": ("", rf"{_DATE}epoch \d+/\d+ step "),
+    "phase": ("", rf"{_DATE}(?:evaluating: |epoch \d+: measuring )"),  # of an epoch's end
     "epoch": ("green", rf"(?:{_DATE})?epoch +\d+(?:/\d+ DONE)?  train loss "),
     "trouble": ("bold red", rf"{_DATE}(?:FAILED|HUNG|OUT OF MEMORY|not requeued)|---- "),
     "warning": ("yellow", rf"{_DATE}WARNING |WARNING "),
@@ -44,6 +49,11 @@ LINES = {  # kind of a line of train.log: (style of `paint`, beginning of the li
     "other": ("", ""),
 }
 NOTE_STYLE = "yellow"
+LEAST_BAR, MOST_BAR = 8, 40  # characters
+PROGRESS = re.compile(
+    r"[-0-9]{10} [:0-9]{8} epoch (?P<epoch>\d{1,9}/\d{1,9}) step (?P<step>\d{1,9})/(?P<steps>\d{1,9})  "
+    r"(?P<loss>loss \S+)  (?P<speed>\S{1,30}?)(?:\.\d*)? img/s  run ETA (?P<eta>(?:\d{1,9}[dhms]){1,2})$"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Follow a run from its beginning; exit status 0 if it finished, 1 if it ended in any other way."""
     paths = find_run(project_root(), arguments.run)
     log = EpochFollower(paths.metrics) if arguments.epochs else LogFollower(paths.train_log)
-    return _follow_to_end(paths, log)
+    return _follow_to_end(paths, log, PlainView())
 
 
 def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
@@ -66,7 +76,10 @@ def follow(paths: RunPaths, hint: str, begin: int = 0) -> int:
     """
     log = LogFollower(paths.train_log, begin)
     try:
-        return _follow_to_end(paths, log)
+        if not sys.stdout.isatty():
+            return _follow_to_end(paths, log, PlainView())
+        with LiveView() as view:
+            return _follow_to_end(paths, log, view)
     except KeyboardInterrupt:
         print(f"\nthe run goes on without you; to come back or to cancel it:\n{hint}", flush=True)
         return 0
@@ -77,7 +90,7 @@ def kind_of_line(line: str) -> str:
     return next(kind for kind, (_, beginning) in LINES.items() if re.match(beginning, line))
 
 
-class View:
+class PlainView:
     """Lines on standard output and notes on standard error, in colours on a terminal."""
 
     def __init__(self) -> None:
@@ -92,9 +105,96 @@ class View:
         note = f"[{text}]"
         print(paint(note, NOTE_STYLE) if self._colour_notes else note, file=sys.stderr, flush=True)
 
+    def state(self, state: RunState, words: str) -> None:
+        """Show the state, after each time it was read. Here notes have what matters."""
 
-def _follow_to_end(paths: RunPaths, log: LogFollower) -> int:
-    states, view, failures = StateFollower(paths), View(), 0
+
+def eta_seconds(progress: re.Match[str]) -> int:
+    """The time left in a line that matches PROGRESS."""
+    seconds = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * seconds[unit] for number, unit in re.findall(r"(\d+)([dhms])", progress["eta"]))
+
+
+class LiveView(PlainView):
+    """The log, and below it a progress bar of the epoch, or the state of the run. It is redrawn only after changes."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = console or Console(highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._progress: re.Match[str] | None = None
+        self._eta: float | None = None
+        self._words = "submitted"
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        self._draw()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def line(self, text: str) -> None:
+        """Move the bar by a line of progress; print any other line above it."""
+        kind = kind_of_line(text)
+        if kind == "progress":
+            self._progress = PROGRESS.match(text)
+            if self._eta is None and self._progress is not None:
+                self._eta = eta_seconds(self._progress)
+        elif kind == "phase":
+            self._progress, self._words = None, text[len("2026-01-01 00:00:00 ") :]
+        else:
+            if kind in ("epoch", "banner", "stop", "good", "trouble"):
+                self._progress = None
+            self._print(text, LINES[kind][0])
+        self._draw()
+
+    def note(self, text: str) -> None:
+        """Print a message that is not in the log above the bar."""
+        self._print(f"[{text}]", NOTE_STYLE)
+
+    def state(self, state: RunState, words: str) -> None:
+        """Show the state in place of a missing bar. Its time left replaces the log's, which ignores restarts."""
+        self._words = words
+        if state.eta_seconds is not None:
+            self._eta = state.eta_seconds
+        if state.state != "running":
+            self._progress = None
+        self._draw()
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+    def _draw(self) -> None:
+        self._live.update(self._renderable(), refresh=True)
+
+    def _renderable(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        progress = self._progress
+        if progress is None:
+            left = f"  ETA {duration(self._eta)}" if self._eta is not None else ""
+            return Text(f"{self._words}{left}", "yellow", no_wrap=True, overflow="ellipsis")
+        before = f"epoch {progress['epoch']} "
+        step, steps = int(progress["step"]), int(progress["steps"])
+        speed, eta = f"{progress['speed']} img/s", f"ETA {duration(self._eta)}"
+        parts = [f" {step}/{steps}", progress["loss"], speed, eta]
+        while (room := self._console.width - len(before) - len("  ".join(parts)) - 1) < LEAST_BAR and len(parts) > 2:
+            parts.pop(-2)
+        grid = Table.grid()
+        cells: list[RenderableType] = [Text(before, no_wrap=True)]
+        if room >= LEAST_BAR:
+            cells.append(ProgressBar(total=steps, completed=step, width=min(room, MOST_BAR)))
+        grid.add_row(*cells, Text("  ".join(parts), no_wrap=True, overflow="ellipsis"))
+        return grid
+
+
+def _follow_to_end(paths: RunPaths, log: LogFollower, view: PlainView) -> int:
+    states, failures = StateFollower(paths), 0
     with contextlib.closing(log):
         while True:
             # The state is read before the log, so that the last lines before the end are still shown.
@@ -112,6 +212,7 @@ def _follow_to_end(paths: RunPaths, log: LogFollower) -> int:
             for line in log.rest() if ended else lines:
                 view.line(line)
             if state is not None:
+                view.state(state, states.words(state))
                 if news := states.news(state):
                     view.note(news)
                 if ended:

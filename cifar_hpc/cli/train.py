@@ -25,7 +25,7 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 from cifar_hpc.cli.parser import SEVERAL, job_file
-from cifar_hpc.cli.tail import View
+from cifar_hpc.cli.tail import LEAST_BAR, MOST_BAR, PlainView
 from cifar_hpc.runs.logs import listeners
 from cifar_hpc.training.process import StopFlag, Stopwatch, launch_of
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from cifar_hpc.runs.paths import RunPaths
     from cifar_hpc.training.attempt import Attempt
 
-LEAST_BAR, MOST_BAR = 8, 40  # characters
 EXAMPLES = (
     "jobs/demo.yaml --set train.epochs=2",
     "jobs/improved_resnet.yaml --set data.source=synthetic train.device=cpu --name try",
@@ -96,7 +95,7 @@ class Screen(threading.Thread):
         super().__init__(daemon=True)
         self.attempt: Attempt | None = None
         self.moves = True  # the output, when a line was last printed
-        self._paths, self._enabled, self._view = paths, enabled, View()
+        self._paths, self._enabled, self._view = paths, enabled, PlainView()
         self._lines: Queue[str | None] = Queue()
         self._bar = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 

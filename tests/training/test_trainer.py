@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, Ranks, tiny_engine, tiny_spec
 
+from cifar_hpc.cli.tail import PROGRESS
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.runs.events import Checkpoint, Event
 from cifar_hpc.runs.logs import read_jsonl
@@ -329,5 +329,4 @@ def test_progress_lines_come_every_log_seconds(tmp_path: Path) -> None:
     lines = [line for line in run.log().splitlines() if " run ETA " in line]
     assert [line.partition(" step ")[2].partition(" ")[0] for line in lines] == ["2/3", "3/3"], "the first one warms up"
     assert " evaluating: 20/20 test images" in run.log()
-    progress = re.compile(r"[-\d]+ [:\d]+ epoch \d+/\d+ step \d+/\d+  loss \S+  \S+ img/s  run ETA (\d+[dhms]){1,2}$")
-    assert max(map(len, lines)) <= 80 and all(progress.match(line) for line in lines)
+    assert max(map(len, lines)) <= 80 and all(PROGRESS.match(line) for line in lines)
