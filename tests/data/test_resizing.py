@@ -10,7 +10,7 @@ import torchvision.transforms.v2.functional as V
 from helpers import tiny_engine, tiny_spec
 from torch import Tensor
 
-from cifar_hpc.config.schedule import epochs_left, training_size
+from cifar_hpc.config.schedule import epochs_left, resizes, training_size
 from cifar_hpc.data.augment.mixing import resize
 from cifar_hpc.errors import SpecError
 from cifar_hpc.tensorfile import digest
@@ -43,6 +43,25 @@ def test_sizes(epochs: int, keys: dict[str, Any], expected: list[int]) -> None:
     assert sizes(epochs, **keys) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "initial", "increment", "expected"),
+    [
+        (48, 24, 4, [24] * 5 + [32, 36, 44, 48, 48]),
+        (64, 32, 16, [32] * 5 + [48, 48, 64, 64, 64]),
+        (96, 48, 1, [48] * 5 + [60, 72, 84, 96, 96]),
+        (96, 48, 96, [48] * 5 + [96] * 5),
+        (96, 96, 4, [96] * 10),
+        (16, 8, 4, [8] * 5 + [12, 12, 16, 16, 16]),
+    ],
+)
+def test_sizes_up_to_that_of_the_data(size: int, initial: int, increment: int, expected: list[int]) -> None:
+    resizing = {"initial": initial, "increment": increment}
+    spec = tiny_spec(data={"image_size": size}, resizing=resizing, train={"epochs": 10})
+    assert [training_size(spec, epoch) for epoch in range(10)] == expected
+    assert resizes(spec) == (initial < size)
+    assert epochs_left(spec, 0) == sum(one**2 for one in expected) / initial**2
+
+
 def test_shares_of_the_epochs_are_not_cut_by_floating_point() -> None:
     assert 0.29 * 100 < 29
     assert sizes(100, delay=0.29, finetune=0.71) == [16] * 29 + [32] * 71
@@ -58,23 +77,26 @@ def test_the_epochs_left_count_by_their_pixels() -> None:
     assert epochs_left(tiny_spec(train={"epochs": 4}), 1.5) == 2.5
 
 
-def images(count: int = 7) -> Tensor:
-    noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def images(count: int = 7, whole: int = 32) -> Tensor:
+    noise = torch.randn(count, 3, whole, whole, generator=torch.Generator().manual_seed(1))
     return noise.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", [4, 16, 20, 23, 28])
-def test_pixels_are_torchvisions(size: int) -> None:
-    expected = V.resize(images().contiguous(), [size, size], antialias=True)
-    small = resize(images(), size)
+@pytest.mark.parametrize(
+    ("whole", "size"),
+    [*((32, size) for size in (4, 16, 20, 23, 28)), (48, 24), (48, 44), (64, 32), (64, 40), (96, 48), (96, 92)],
+)
+def test_pixels_are_torchvisions(whole: int, size: int) -> None:
+    expected = V.resize(images(whole=whole).contiguous(), [size, size], antialias=True)
+    small = resize(images(whole=whole), size)
     torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-6)
     assert small.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", [16, 20, 28])
-def test_an_image_does_not_depend_on_its_batch(size: int) -> None:
-    alone = torch.cat([resize(images()[n : n + 1], size) for n in range(7)])
-    assert torch.equal(resize(images(), size), alone)
+@pytest.mark.parametrize(("whole", "size"), [(32, 16), (32, 20), (32, 28), (48, 36), (64, 40), (96, 52)])
+def test_an_image_does_not_depend_on_its_batch(whole: int, size: int) -> None:
+    alone = torch.cat([resize(images(whole=whole)[n : n + 1], size) for n in range(7)])
+    assert torch.equal(resize(images(whole=whole), size), alone)
 
 
 def test_whole_images_are_left_as_they_are() -> None:
@@ -118,13 +140,37 @@ def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smal
     ("sections", "words"),
     [
         ({"resizing": {"delay": 0.9}}, r"resizing\.delay: 0\.9 and resizing\.finetune: 0\.2 are more than all epochs"),
-        ({"resizing": {"initial": 33}}, r"resizing\.initial: 33 is not allowed; allowed: an integer >= 4 and <= 32"),
+        (
+            {"resizing": {"initial": 33}},
+            r"resizing\.initial: 33 is not allowed; allowed: at most 32, by data\.image_size",
+        ),
+        ({"resizing": {"increment": 33}}, r"resizing\.increment: 33 is not allowed; allowed: at most 32, by"),
+        (
+            {"resizing": {"initial": 1025}},
+            r"resizing\.initial: 1025 is not allowed; allowed: an integer >= 4 and <= 1024",
+        ),
+        (
+            {"data": {"image_size": 48}, "resizing": {"initial": 49}},
+            r"resizing\.initial: 49 is not allowed; allowed: at most 48, by data\.image_size \(48\)",
+        ),
+        (
+            {"data": {"image_size": 8}, "augment": {"crop_padding": 8}},
+            r"augment\.crop_padding: 8 is not allowed; allowed: at most 7, by data\.image_size \(8\)",
+        ),
+        (
+            {
+                "data": {"image_size": 4},
+                "augment": {"crop_padding": 3},
+                "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "widths": [64] * 3},
+            },
+            r"model\.widths: 3 layers are not allowed; allowed: at most 2.*4x4 pixels.*HINT: .*data\.image_size",
+        ),
         (
             {
                 "resizing": {"initial": 4},
                 "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "widths": [64] * 3},
             },
-            r"model\.widths: 3 layers are not allowed; allowed: at most 2.*4x4 pixels.*HINT: give resizing\.initial",
+            r"model\.widths: 3 layers are not allowed; allowed: at most 2.*4x4 pixels.*HINT: resizing\.initial",
         ),
     ],
 )
