@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cifar_hpc.config.fields import MAX_TEXT, describe
 from cifar_hpc.config.io import check_resumable, from_plain, load_spec, nested, run_name, to_plain, to_yaml
-from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.spec import IMAGE_SIZE, LEAST_WIDTH, OPTIMIZERS, TARGET_KEYS, Spec
 from cifar_hpc.config.yaml_loader import parse_yaml
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import replacing
@@ -143,12 +143,14 @@ def values(field: Field) -> st.SearchStrategy[Any]:
     return st.none() | plain if field.null else plain
 
 
+# Keys that need files of a user's own, and those that are filled in from them: see tests/training/test_own_networks.py.
+OF_FILES = {f"model.{key}" for key in TARGET_KEYS} | {f"data.{key}" for key in ("target", "args", "code")}
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
-    """Any spec: some keys are drawn, and what contradicts them is taken away."""
-    drawn = {f.key: draw(values(f)) for f in FIELDS if draw(st.booleans())}
-    least = {"model.width_multiplier": 1.0, "optimizer.momentum": 0.9, "resizing.initial": None}
-    given: dict[str, Any] = {**drawn, "model.widths": [max(4, w) for w in drawn.get("model.widths", [4, 5, 6])]}
+    """Any spec without a user's own files: some keys are drawn, and those that contradict them are moved to fit."""
+    given: dict[str, Any] = {f.key: draw(values(f)) for f in FIELDS if f.key not in OF_FILES and draw(st.booleans())}
     for key, other in {
         "checkpoint.every_minutes": "checkpoint.every", "checkpoint.every_steps": "checkpoint.every_minutes",
         "data.holdout": "data.test_size",
@@ -159,21 +161,30 @@ def specs(draw: st.DrawFn) -> Spec:
         given["checkpoint.every_steps"] = None
     if given.get("train.compile"):
         given["train.deterministic"] = False
-    for key, value in least.items():
-        if not draw(st.booleans()):
-            given[key] = value
+    name = given.get("optimizer.name", "sgd")
+    for other in (key for one, (_, keys) in OPTIMIZERS.items() if one != name for key in keys):
+        given.pop(f"optimizer.{other}", None)
+    if given.get("optimizer.momentum") == 0:
+        given["optimizer.nesterov"] = False
     given["train.batch_size"] = max(given.get("train.batch_size") or 128, given.get("train.shards") or 1)
     given["schedule.warmup_epochs"] = min(given.get("schedule.warmup_epochs", 0), given.get("train.epochs", 400) / 2)
     given["resizing.finetune"] = min(given.get("resizing.finetune", 0.2), 1 - given.get("resizing.delay", 0.5))
+    size = given.get("data.image_size") or IMAGE_SIZE
+    for key, usual, most in (
+        ("resizing.initial", None, size), ("resizing.increment", 4, size), ("augment.crop_padding", 4, size - 1),
+    ):  # fmt: skip
+        if given.get(key, usual) is not None:
+            given[key] = min(given.get(key, usual), most)
+    layers = min(3, ((given.get("resizing.initial") or size) - 1).bit_length())
+    given["model.blocks"] = given.get("model.blocks", [3, 3, 3])[:layers]
+    scale = given["model.width_multiplier"] = max(given.get("model.width_multiplier", 1.0), LEAST_WIDTH / 100_000)
+    least = math.ceil(LEAST_WIDTH / scale)
+    given["model.widths"] = [max(least, width) for width in given.get("model.widths", [4, 5, 6])][:layers]
     plain: dict[str, Any] = {}
     for key, value in given.items():
         section, _, name = key.partition(".")
         plain.setdefault(section, {})[name] = value
-    try:
-        return from_plain(plain)
-    except SpecError:  # one of the rarer contradictions
-        plain["model"], plain["optimizer"], plain["resizing"] = {}, {}, {}
-        return from_plain(plain)
+    return from_plain(plain)
 
 
 def same(one: Spec, two: Spec) -> bool:
