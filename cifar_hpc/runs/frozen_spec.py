@@ -7,7 +7,7 @@ from cifar_hpc.config import user_code
 from cifar_hpc.config.io import HERE, check_resumable, from_plain, to_yaml, user_files
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.validate import check
-from cifar_hpc.config.yaml_loader import read_mapping
+from cifar_hpc.config.yaml_loader import read_sections
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.history import History
@@ -25,7 +25,7 @@ def read_frozen(paths: RunPaths) -> Spec | None:
         return None
     if not paths.spec.is_file():  # reading a FIFO would wait for a writer
         raise SpecError(f"{paths.spec}: is no regular file. HINT: find out who put it there, and remove it.")
-    return from_plain(read_mapping(paths.spec))
+    return from_plain(read_sections(paths.spec))
 
 
 def require_frozen(paths: RunPaths) -> Spec:

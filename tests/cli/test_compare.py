@@ -22,7 +22,8 @@ from cifar_hpc.config.io import from_plain, merge, nested
 from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.frozen_spec import freeze
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.logs import append_line
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 from cifar_hpc.runs.results import Row, group_runs, read_rows, short_keys
 from cifar_hpc.text import in_latex
 
@@ -103,6 +104,38 @@ def test_one_row_for_all_seeds_of_a_setting(capsys: pytest.CaptureFixture[str]) 
         "    0.3    2/3  96.00 ± 1.41   96.00    86.00   2-3/3   0:01:30  0:01:40  0.056  0:00:00  0             1 stopped",  # noqa: E501
         "    0.5      1  92.00          92.00    82.00     3/3   0:01:30  0:01:40  0.056  0:00:00  0             finished",  # noqa: E501
     ]
+
+
+def test_points_of_a_sweep_are_in_its_order_unless_they_are_sorted(
+    make: Make, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dropout in (0.1, 0.3, 0.5, 0.9):
+        make(f"run-{dropout}", [50.0, 100 * dropout], model__dropout=dropout)
+    for number, names in ((1, ["run-0.5", "run-0.1"]), (2, ["run-0.1", "run-0.3"])):  # the second has a new point
+        sweep = SweepPaths(root, "run", number)
+        sweep.create()
+        write_points(sweep, names)
+    order = ["0.5", "0.1", "0.3", "0.9"]
+    assert [line.split()[0] for line in shown(capsys, "run-*").splitlines()[1:]] == order
+    assert [line.split()[1] for line in shown(capsys, "run-*", "--each").splitlines()[1:]] == order
+    for run in ("run-0.5", "run-0.1", "run-0.3"):
+        event = {"event": "submitted", "scheduler": "local", "sweep": "logs/sweeps/run/2"}
+        append_line(RunPaths(root, run).events, json.dumps(event))
+    assert main(["status", "--json"]) == 0
+    states = json.loads(capsys.readouterr().out)
+    assert [state["run"].removeprefix("run-") for state in states] == order
+    assert [line.split()[0] for line in shown(capsys, "run-*", "--sort=dropout").splitlines()[1:]] == sorted(order)
+
+
+def test_peak_memory_is_that_of_the_rank_that_took_most(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make("run", [50.0])
+    shown(capsys, "run")  # writes progress.json
+    found = json.loads(run.progress.read_text())
+    run.progress.write_text(json.dumps(found | {"peak_memory_bytes": {"0": 1 << 30, "1": 3 << 29}}))
+    (row,) = json.loads(shown(capsys, "run", "--json"))["rows"]
+    assert row["peak_memory_bytes"] == {"mean": 3 << 29, "std": None, "count": 1}
+    assert shown(capsys, "run", "--columns", "peak_memory_bytes").splitlines() == ["mem GiB", "   1.50"]
+    assert "peak_memory_bytes_mean" in shown(capsys, "run", "--csv").splitlines()[0]
 
 
 @pytest.mark.usefixtures("sweep")

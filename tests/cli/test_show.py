@@ -94,6 +94,9 @@ def test_restarts_stand_with_their_causes_and_times(root: Path) -> None:
     assert lines[first + 1].strip() == "... 7 earlier ones"
     assert lines[first + 6].split(maxsplit=2)[2] == "timeout, from step 71953 on 4 ranks"
     assert f"python -m cifar_hpc cancel {running}" in lines[-1]
+    with pytest.MonkeyPatch.context() as patch:  # pasted in any other folder, it works as well
+        patch.chdir(root)
+        assert shown(root, running)[-1].split(maxsplit=1)[1].startswith(f"cd {PROJECT} && ")
 
 
 def test_memory_by_rank(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import tiny_spec
 
+from cifar_hpc.config import yaml_loader
 from cifar_hpc.config.io import (
     check_resumable,
     differences,
@@ -21,7 +24,7 @@ from cifar_hpc.config.io import (
     to_yaml,
 )
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.config.yaml_loader import parse_yaml, read_mapping
+from cifar_hpc.config.yaml_loader import parse_yaml, read_mapping, read_sections
 from cifar_hpc.errors import SpecError
 from cifar_hpc.runs.paths import check_run_name, project_root
 
@@ -324,3 +327,36 @@ def test_home_and_variables_in_the_path_of_the_images(tmp_path: Path, monkeypatc
     assert project_root() == Path("/home/me/runs")
     monkeypatch.setenv("CIFAR_HPC_ROOT", "/a $HOME")
     assert project_root() == Path("/a $HOME")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        to_yaml(tiny_spec(), "A spec.\nOf two lines."),
+        "", "# only a comment\n", "a: {b: 1}\nc: [2]\n", "a:\n- 1\nb: |\n  text\n\n  c: 3\nd: 1e4\n",
+        "a: 1\na: 2\n", "a: 1\nA: 2\n", "  a: 1\n", "---\na: 1\n", "- 1\n", "words\n", "words\nand more\n",
+        "a: [1,\nb: 2\n", "a: &x 1\nb: *x\n", "{a: 1,\nb: 2}\n", "a: 'x\n\n  b: 1'\nc: 2\n", "a: 'x\nb: 1'\nc: 2\n",
+        "\ufeffa: 1\n", "a: 1\n...\nb: 2\n",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_read_by_sections_is_what_it_is_as_a_whole(tmp_path: Path, text: str) -> None:
+    def outcome(read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(path)
+        except SpecError as error:
+            return str(error)
+
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    assert outcome(read_sections) == outcome(read_sections) == outcome(read_mapping)
+
+
+def test_equal_sections_of_many_files_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.yaml").write_text(to_yaml(tiny_spec(train={"seed": 1}), "One."))
+    (tmp_path / "two.yaml").write_text(to_yaml(tiny_spec(train={"seed": 2}), "Two."))
+    parsed: list[str] = []
+    parse = functools.lru_cache(lambda text, name: parsed.append(text) or parse_yaml(text, name))
+    monkeypatch.setattr(yaml_loader, "_parsed", parse)
+    one, two = read_sections(tmp_path / "one.yaml"), read_sections(tmp_path / "two.yaml")
+    assert (one["train"]["seed"], two["train"]["seed"]) == (1, 2)
+    assert len(parsed) == len(one) + 1 and parsed[-1].startswith("train:")

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from cifar_hpc.runs.logs import (
     TrainLog,
     append_line,
     metrics_text,
+    parse_jsonl,
     read_jsonl,
     restore_metrics,
     utc_now,
@@ -233,3 +235,19 @@ def test_no_log_is_writable_to_all(tmp_path: Path) -> None:
     paths = list(tmp_path.rglob("*"))
     assert len(paths) == 5
     assert [p for p in paths if p.stat().st_mode & 0o002] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('{"a": 1}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
+        ('{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]),
+        ('{"a": 1}\n\n{"b"', [{"a": 1}]),
+        ('{"a": [1\n2]}\n{"b": 2}\n', [{"b": 2}]),  # two halves that would be one row
+        ('{"a": 1},{"b": 2}\n', []),  # two rows in one line
+        ('[1]\n{"b": 2}\n', [{"b": 2}]),
+        ("", []),
+    ],
+)
+def test_rows_are_lines(text: str, rows: list[Any]) -> None:
+    assert parse_jsonl(text.encode()) == rows

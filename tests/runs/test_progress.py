@@ -21,6 +21,7 @@ from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import EpochSummary, Progress, read_progress, record_event, update_progress
+from cifar_hpc.runs.state import read_state
 
 ROW: dict[str, Any] = {
     "epoch": 1, "step": 9, "train_loss": 2.0, "train_accuracy": 30.0, "test_accuracy": 40.0, "lr": 0.1,
@@ -229,3 +230,38 @@ def test_a_spec_that_is_gone_leaves_the_epochs_open(paths: RunPaths) -> None:
     paths.spec.unlink()
     found = read_progress(paths)
     assert (found.epochs, found.log_seconds, found.eta_seconds) == (0, None, None)
+
+
+CHECKPOINT = {"event": "checkpoint", "file": "step_00000004.pt", "step": 4, "epoch": 0, "step_in_epoch": 4, "bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "position"),
+    [({"train_size": 264}, 4 / 9), ({"train_size": 264, "holdout": 40, "test_size": None}, 4 / 7),
+     ({"source": "cifar10", "train_size": None}, 4 / 1563), ({"train_size": None}, None)],
+)  # fmt: skip
+def test_the_first_checkpoint_before_any_line_of_progress_is_a_position(
+    tmp_path: Path, data: dict[str, Any], position: float | None
+) -> None:
+    run = RunPaths(tmp_path, "run")
+    run.create()
+    freeze(run, tiny_spec(data=data))
+    append_line(run.events, START)
+    append_line(run.events, json.dumps(CHECKPOINT))
+    assert read_progress(run).saved_epoch == position and read_progress(run).step == (4 if position else 0)
+    assert read_state(run, {}).position == (position or 0.0)
+    run.progress.unlink()
+    append_line(run.metrics, json.dumps(ROW))  # what is measured counts
+    assert read_progress(run).saved_epoch == 4 / 9
+
+
+def test_a_checkpoint_that_is_written_in_the_first_epoch_is_a_position_at_once(tmp_path: Path) -> None:
+    run, spec = RunPaths(tmp_path, "run"), tiny_spec()
+    run.create()
+    freeze(run, spec)
+    append_line(run.events, START)
+    update_progress(run, spec, step=1, epoch=1 / 9)  # after the first step
+    record_event(
+        run, Checkpoint(file="x", step=4, epoch=0, step_in_epoch=4, bytes=1), spec, job_id="7", restart=0, world_size=2
+    )
+    assert written(run)["checkpoint"]["epoch"] == pytest.approx(4 / 9)
