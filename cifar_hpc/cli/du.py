@@ -56,14 +56,10 @@ def main(arguments: argparse.Namespace) -> int:
         rows = [asdict(use) | {"total": use.total} for use in uses]
         print(json.dumps({"runs": rows, "total": total}, indent=1))
         return 0
-    cells = [[use.name, *map(size, (use.total, use.checkpoints, use.code, use.logs))] for use in uses]
-    sums = [sum(column) for column in zip(*((u.total, u.checkpoints, u.code, u.logs) for u in uses), strict=True)]
-    cells.append([f"all {len(uses)}", *map(size, sums or [0] * 4)])
-    headings = ("run", "total", "checkpoints", "code", "logs")
-    columns = [
-        Column(heading, column, heading != "run")
-        for heading, column in zip(headings, zip(*cells, strict=True), strict=True)
-    ]
+    columns = [Column("run", [*(use.name for use in uses), f"all {len(uses)}"])]
+    for part in ("total", "checkpoints", "code", "logs"):
+        counts = [getattr(use, part) for use in uses]
+        columns.append(Column(part, [size(count) for count in (*counts, sum(counts))], right=True))
     print(*lay_out(columns), sep="\n")
     return 0
 

@@ -32,7 +32,7 @@ from cifar_hpc.runs.paths import RunPaths, find_run, program, project_root
 from cifar_hpc.runs.progress import DAMAGE, Progress, read_progress
 from cifar_hpc.runs.results import read_result
 from cifar_hpc.runs.state import AT_WORK, WAITING, RunState
-from cifar_hpc.text import duration, one_line, printable
+from cifar_hpc.text import counted, duration, one_line, printable
 
 EXAMPLES = ("improved_resnet-1a2b3c4d", "improved_resnet-1a2b3c4d --json")
 EPOCHS, RESTARTS, LOG_LINES = 5, 5, 10  # the last ones, on the screen
@@ -136,10 +136,8 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     if state.test_accuracy is not None:
         yield "accuracy", f"{row['ACC']}% after epoch {state.epoch}, best {row['BEST']}%"
     if state.state == "running" and state.images_per_second is not None and state.world_size:
-        yield (
-            "speed",
-            f"{row['IMG/S']} images/s on {state.world_size} ranks; last line of the log {row['LOG AGE']} ago",
-        )
+        ranks = counted(state.world_size, "rank")
+        yield "speed", f"{row['IMG/S']} images/s on {ranks}; last line of the log {row['LOG AGE']} ago"
     if state.eta_seconds is not None:
         yield "ETA", f"{row['ETA']}, at {datetime.fromtimestamp(time.time() + state.eta_seconds):%Y-%m-%d %H:%M}"
     yield "restarts", row["RESTARTS"]
@@ -162,9 +160,10 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
     yield from (("hardware", text) for text in report["hardware"][-1:])
     yield from (("versions", text) for text in report["versions"][-1:])
     yield from ((label, [printable(report[label])]) for label in ("logs", "checkpoints"))
-    commands = {"follow": "tail", "requeue": "requeue", "cancel": "cancel"}
     if state.state in (*AT_WORK, *WAITING):
-        yield from ((label, [f"{program()} {name} {state.run}"]) for label, name in commands.items())
+        commands = {"follow": "tail", "requeue": "requeue", "cancel": "cancel"}
+        known = commands if state.job_id else ("follow", "cancel")  # nothing to requeue in a point that waits here
+        yield from ((label, [f"{program()} {commands[label]} {state.run}"]) for label in known)
     elif report["command"]:
         yield "command", report["command"]
 
@@ -186,7 +185,7 @@ def _restarts(starts: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         f"{_moment(start['time'])}  {CAUSES.get(start['cause'], start['cause'])}"
         + (", not begun to train" if start["step"] is None else f", from step {start['step']}")
-        + (f" on {start['world_size']} ranks" if start["world_size"] else "")
+        + (f" on {counted(start['world_size'], 'rank')}" if start["world_size"] else "")
         for start in starts[1:]
     ]
     earlier = len(lines) - RESTARTS

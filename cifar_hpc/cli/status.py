@@ -25,6 +25,7 @@ import textwrap
 import time
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -120,11 +121,13 @@ class Reader:
         """
         found = find_runs(self.root, self.runs) if self.runs else all_runs(self.root)
         self.queue.poll()
-        states = self.queue.read(found)
-        if any(state.sweep for state in states):
-            order = sweep_order(self.root)
-            states.sort(key=lambda state: (state.sweep or state.run, order.get(state.run, 0), state.run))
-        return states
+        order = sweep_order(self.root)
+        # A point that waits on this machine has not been submitted yet.
+        states = [
+            replace(state, sweep=order[state.run][0]) if state.user is None and state.run in order else state
+            for state in self.queue.read(found)
+        ]
+        return sorted(states, key=lambda state: (state.sweep or state.run, order.get(state.run, ("", 0)), state.run))
 
 
 def watch(reader: Reader) -> int:

@@ -234,15 +234,15 @@ def read_points(file: Path) -> list[str]:
     return names
 
 
-def sweep_order(root: Path) -> dict[str, int]:
-    """Places of the points of all sweeps under `root` in the order of their job files, by the run's name."""
+def sweep_order(root: Path) -> dict[str, tuple[str, int]]:
+    """Sweep and place in the order of its job file, by the run's name, of the points of all sweeps under `root`."""
     files = (root / "logs" / SWEEPS).glob("*/[0-9]*/points.json")
-    order: dict[str, int] = {}
+    order: dict[str, tuple[str, int]] = {}
     # A later submission of a sweep has those of its points that had not finished, and new ones.
     for file in sorted(files, key=lambda file: (file.parts[-3], int(file.parts[-2]))):
         with contextlib.suppress(SpecError):
             for name in read_points(file):
-                order.setdefault(name, len(order))
+                order.setdefault(name, (file.parts[-3], len(order)))
     return order
 
 

@@ -75,7 +75,7 @@ def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
     ]
     order = sweep_order(runs[0].root) if runs else {}
     groups.sort(key=lambda group: ([sort_key(v) for v in group.changed.values()], group.runs[0].name))
-    groups.sort(key=lambda group: min(order.get(run.name, len(order)) for run in group.runs))
+    groups.sort(key=lambda group: min(order[run.name][1] if run.name in order else len(order) for run in group.runs))
     return [*groups, *unreadable]
 
 

@@ -121,8 +121,10 @@ def _log_stop(context: Context, position: Position | None, stored: bool) -> None
     seconds = round(stop.seconds, 3) if stop.seconds is not None else None
     step, epoch = (position.step, position.epoch) if position else (None, None)
     context.emit(Signal(signal=name, seconds=seconds, step=step, epoch=epoch))
-    at = "nothing was computed yet" if position is None else f"step {step} is {'' if stored else 'NOT '}on disk"
-    context.log.line(f"STOPPED by {name}: {at}" + (f" after {seconds:.1f} s" if seconds is not None else ""))
+    at = f"step {step} is {'' if stored else 'NOT '}on disk" + (
+        f" after {seconds:.1f} s" if seconds is not None else ""
+    )
+    context.log.line(f"STOPPED by {name}: {at if position else 'nothing was computed yet'}")
     if position is not None and not stored:
         context.log.warn("the next start goes on from an older checkpoint")
 

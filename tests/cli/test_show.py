@@ -13,7 +13,7 @@ from helpers import PROJECT
 
 from benchmarks.many_runs import KINDS, make_runs
 from cifar_hpc.__main__ import main
-from cifar_hpc.cli.show import describe, screen
+from cifar_hpc.cli.show import _restarts, describe, screen
 from cifar_hpc.cli.status import Reader
 from cifar_hpc.runs.paths import RunPaths, all_runs
 
@@ -93,6 +93,8 @@ def test_restarts_stand_with_their_causes_and_times(root: Path) -> None:
     first = next(number for number, line in enumerate(lines) if line.startswith("restarts"))
     assert lines[first + 1].strip() == "... 7 earlier ones"
     assert lines[first + 6].split(maxsplit=2)[2] == "timeout, from step 71953 on 4 ranks"
+    start = {"time": None, "cause": "timeout", "step": 5, "world_size": 1}
+    assert _restarts([start, start]) == ["at an unknown time  timeout, from step 5 on 1 rank"]
     assert f"python -m cifar_hpc cancel {running}" in lines[-1]
     with pytest.MonkeyPatch.context() as patch:  # pasted in any other folder, it works as well
         patch.chdir(root)

@@ -232,6 +232,9 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     assert local.events(first)[-1] in ("left", "cancelled")
     (waiting,) = json.loads(local.command("-m", "cifar_hpc", "status", third, "--json"))
     assert (waiting["state"], waiting["detail"]) == ("queued", "waits for its turn on this machine")
+    assert waiting["sweep"] == "endless"
+    lines = local.command("-m", "cifar_hpc", "show", third).splitlines()
+    assert lines[-2].startswith("follow ") and lines[-1].startswith("cancel ")  # there is nothing to requeue
 
     said = local.command("-m", "cifar_hpc", "cancel", "endless-*", "--yes")
     assert said.startswith(f"run {third} does not start") and f"run {second} saves a checkpoint" in said
