@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from batch_scripts import options, run_with_stub_srun
 from helpers import leftovers
+from PIL import Image
 from stub_slurm import StubSlurm
 
 from cifar_hpc.cli import submit
@@ -253,6 +254,18 @@ def test_bad_input_is_named_and_nothing_written(project: Project, arguments: str
     error = project.submit(*arguments.split(), expect=2)
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert not project.root.exists() and project.stub.calls() == []
+
+
+def test_the_size_of_a_folders_images_is_frozen_with_each_point(project: Project) -> None:
+    for split in ("train", "test"):
+        for name in ("daisy", "rose"):
+            (project.root / "flowers" / split / name).mkdir(parents=True)
+            Image.new("RGB", (48, 48)).save(project.root / "flowers" / split / name / "0.png")
+    points = project.points("--set", "data.source=folder", "data.root=flowers")
+    specs = [read_frozen(project.run(point)) for point in points]
+    assert [spec.data.image_size for spec in specs if spec] == [48] * 4
+    project.stub.end()
+    assert project.points("--set", "data.source=folder", "data.root=flowers")[0]["run"] == points[0]["run"]
 
 
 def test_too_few_open_files_are_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
