@@ -44,6 +44,16 @@ def expand_path(text: str, key: str) -> str:
         raise SpecError(f"{key}: {shown(text)} names no user. HINT: of a folder with such a name, ./ first.") from None
 
 
+def make_again(root: Path, folder: Path) -> None:
+    """Make a folder of a run again, if it is gone; never its root, which may have been renamed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root.stat()
+    folder.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """os.open for regular files only: it neither hangs on a FIFO, nor writes through a symbolic link.
 

@@ -140,7 +140,8 @@ def why_busy(paths: RunPaths, jobs: Mapping[str, QueuedJob | None]) -> str | Non
     if job is not None:
         whose = f"{job.user}'s job" if job.user else "job"
         hint = f"HINT: {cancel}" if not job.user else f"HINT: ask {job.user} to run {cancel}"
-        return f"{run} already in the queue as {whose} {job.job_id} ({job.state}). {hint}"
+        where = "" if Path(job.directory).is_relative_to(paths.root) else f", which works in {job.directory}"
+        return f"{run} already in the queue as {whose} {job.job_id} ({job.state}){where}. {hint}"
     if controller := controller_of(paths, History.read(paths.events)):
         return f"{run} already running on this machine as job {controller}."
     return None

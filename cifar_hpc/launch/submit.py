@@ -145,7 +145,7 @@ def _split_finished(order: Order) -> tuple[list[Point], Submission]:
     """(points with epochs left, outcome if none of them is submitted)."""
     starts = _each(lambda point: preflight.start_of(order.run(point)), order.points)
     pairs = list(zip(order.points, starts, strict=True))
-    done = {p.run: s.finished_epochs for p, s in pairs if s.finished_epochs >= p.spec.train.epochs}
+    done = {p.run: s.finished_epochs for p, s in pairs if s.finished_epochs == p.spec.train.epochs}
     left = [point for point in order.points if point.run not in done]
     return left, Submission({point.run: start for point, start in pairs}, finished=done)
 

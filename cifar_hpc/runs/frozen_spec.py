@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from cifar_hpc.config import user_code
 from cifar_hpc.config.io import HERE, check_resumable, from_plain, to_yaml, user_files
@@ -10,6 +11,7 @@ from cifar_hpc.config.validate import check
 from cifar_hpc.config.yaml_loader import read_sections
 from cifar_hpc.errors import SpecError
 from cifar_hpc.files import write_atomic
+from cifar_hpc.runs.events import Checkpoint
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.text import counted
@@ -48,14 +50,19 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
         cpu_threads: threads of a process; likewise.
 
     Raises:
-        SpecError: if the run was started under a spec that computes something else, or has fewer shards than tasks.
+        SpecError: if the run was started under a spec that computes something else, has done more epochs than `spec`
+            has, or has fewer shards than tasks.
     """
     # Nothing is fixed by a submission that was killed half-way, or whose job never got as far as training.
-    begun = any(attempt.begun for attempt in History.read(paths.events).attempts)
-    begun = begun or any(paths.checkpoints.glob("step_*"))
-    old = read_frozen(paths) if begun else None
-    if old is not None:
+    history = History.read(paths.events)
+    begun = any(attempt.begun for attempt in history.attempts)
+    old = read_frozen(paths) if begun or any(paths.checkpoints.glob("step_*")) else None
+    # Where the logs were lost, a frozen spec under which no start got that far may be a wrong one, of which each start
+    # tells by the checkpoints.
+    if old is not None and (begun or not history.attempts):
         check_resumable(old, spec, paths.name)
+    saved = history.last_of(Checkpoint)
+    check_epochs(spec, paths.name, saved.get("epoch"), saved.get("step_in_epoch"))
     fixed = (old or spec).train
     train = dataclasses.replace(
         spec.train,
@@ -72,6 +79,26 @@ def resolve(paths: RunPaths, spec: Spec, tasks: int, cpu_threads: int) -> Spec:
             f"{counted(train.shards, 'rank')}, or {other} --set train.shards={tasks}."
         )
     return check(dataclasses.replace(spec, train=train, data=data))
+
+
+def check_epochs(spec: Spec, run: str, epoch: Any, step_in_epoch: Any) -> None:
+    """Refuse a spec of fewer epochs than the run has done, the one under way included.
+
+    Args:
+        epoch, step_in_epoch: of the newest checkpoint, as far as they are known.
+
+    Raises:
+        SpecError: says how many epochs are done.
+    """
+    if not (isinstance(epoch, int) and isinstance(step_in_epoch, int)):
+        return
+    done = counted(epoch, "epoch") + (f" and {counted(step_in_epoch, 'step')}" if step_in_epoch else "")
+    least = epoch + (step_in_epoch > 0)
+    if spec.train.epochs < least:
+        raise SpecError(
+            f"train.epochs: {spec.train.epochs} is not allowed; allowed: {least} or more, since run {run} has done "
+            f"{done}. HINT: another --name for a run of fewer epochs."
+        )
 
 
 def freeze(paths: RunPaths, spec: Spec, job_folder: Path = HERE) -> None:

@@ -63,12 +63,20 @@ class RunLock:
         """Take the lock again if its file was deleted or replaced, so that other processes find it; true if so.
 
         Raises:
+            RunFailedError: the file was moved, with its folder or the whole root; says where it is now.
             RunBusyError: another process has been faster; names it.
             SpecError: as `acquire`.
         """
         before = self.descriptor
         with contextlib.suppress(OSError):  # of a file system that is in trouble: later
             if before is not None and not self._is_at_path(before):
+                if os.fstat(before).st_nlink:  # it exists under another name
+                    now = Path(f"/proc/self/fd/{before}").readlink().parent
+                    raise RunFailedError(
+                        f"{self.path.parent} was moved or renamed under this process, to {now}; the process ends, "
+                        "since it would write the run's files to two places. HINT: submit the run again from its new "
+                        "place; it goes on from the newest checkpoint there."
+                    )
                 self.acquire(self.owner)
                 os.close(before)
                 return True
@@ -160,11 +168,11 @@ class WriterLock:
         """Take a lock again whose file was deleted or replaced; returns the paths of those.
 
         Raises:
-            RunFailedError: another process has been faster.
+            RunFailedError: another process has been faster, or the files were moved.
         """
         try:
             return [lock.path for lock in self.locks if lock.renew()]
-        except UserError as error:
+        except (RunBusyError, SpecError) as error:
             raise RunFailedError(f"{error} The lock of this process was deleted or replaced, so it ends.") from None
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cifar_hpc.files import DIRECTORY_MODE, NotRegularError, open_regular, read_regular, write_atomic
+from cifar_hpc.files import NotRegularError, make_again, open_regular, read_regular, write_atomic
 from cifar_hpc.text import printable
 
 # Lines of one log that are kept for later; beyond it the oldest are only on standard error.
@@ -62,7 +62,7 @@ def complain(text: str) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    make_again(path.parents[2], path.parent)  # <root>/logs/<run>
     descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
@@ -178,7 +178,7 @@ def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
         OSError: the file cannot be written.
     """
     wanted = metrics_text(rows).encode()
-    path.parent.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    make_again(path.parents[2], path.parent)  # <root>/logs/<run>
     try:
         present = read_regular(path)
     except FileNotFoundError:

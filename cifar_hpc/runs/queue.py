@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import SWEEPS, RunPaths, array_points, is_run_name, same_folder
 from cifar_hpc.runs.state import UNKNOWN, RunState, read_state
@@ -31,19 +32,27 @@ def queue(root: Path, timeout_seconds: float = 30) -> dict[str, QueuedJob]:
     jobs: dict[str, QueuedJob] = {}
     for job in queued:
         folder, index = folders[job.directory], job.job_id.partition("_")[2]
-        # Not the job's name: a user may have renamed the job.
-        name = folder.name if Path(job.directory).parent.name == "code" else ""
-        points, ours = sweeps[folder]
+        # A user may have changed the job's name, or the folder that Slurm shows (scontrol update).
+        in_code = Path(job.directory).parent.name == "code"
+        name = folder.name if in_code else job.name
+        (points, ours), logs = sweeps[folder], folder.parent
         if index.isdigit() and int(index) < len(points):
-            name = points[int(index)]
-        elif is_run_name(name):
+            name, logs = points[int(index)], folder.parents[2]
+        elif in_code and is_run_name(name):
             ours = same_folder(root / "logs" / name, folder)
-        # A folder that is not found under its name here (an automounter's) is known by the job that the run recorded.
-        ours = ours or (ours is None and History.read(RunPaths(root, name).events).job_id == job.job_id)
+        # In another folder (an automounter's name of it, or a root that was renamed meanwhile) it is the job that the
+        # run has recorded, unless this root is a copy: the original has recorded the submission as well.
+        ours = ours or (_recorded(root / "logs", name, job) and not _recorded(logs, name, job))
         # Beside its job a run may have an old one, which somebody has requeued by hand: the one that runs counts.
         if ours and (name not in jobs or jobs[name].waits):
             jobs[name] = dataclasses.replace(job, name=name, behind=_behind(job, folder, queued))
     return jobs
+
+
+def _recorded(logs: Path, name: str, job: QueuedJob) -> bool:
+    """True if the run `name` has recorded that it was submitted, and this job as its last one."""
+    history = History.read(logs / name / "events.jsonl") if is_run_name(name) else History()
+    return history.job_id == job.job_id and bool(history.last_of(Submitted))
 
 
 def _behind(job: QueuedJob, folder: Path, queued: Iterable[QueuedJob]) -> str:
@@ -89,9 +98,9 @@ def look_again(states: Sequence[RunState], timeout_seconds: float = ANSWER_SECON
 
 
 def _works_for(job: QueuedJob, run: str) -> bool:
-    """True if a job works in the folder of a run or of a sweep, by its name: Slurm may give a number a second time."""
+    """True if a job works in the folder of a run or of a sweep, or has its name: Slurm may give a number twice."""
     folder = Path(job.directory).parent.parent
-    return folder.name == run or folder.parent.parent.name == SWEEPS
+    return run in (folder.name, job.name) or folder.parent.parent.name == SWEEPS
 
 
 class QueuePoller:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from cifar_hpc.config import user_code
 from cifar_hpc.errors import RanksLostError, RunBusyError, SchedulerError, UserError
+from cifar_hpc.files import make_again
 from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
 from cifar_hpc.runs.history import History
@@ -302,7 +303,7 @@ class FailureReporter:
         while not claim.exists() and time.monotonic() < end:
             time.sleep(0.05)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_again(self.context.paths.root, folder)
             claim.touch(0o644, exist_ok=False)
         except FileExistsError:
             return False

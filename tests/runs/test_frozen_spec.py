@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,45 @@ def test_checkpoints_alone_show_that_a_run_has_begun(paths: RunPaths) -> None:
     (paths.checkpoints / "step_00000001.pt").touch()
     with pytest.raises(SpecError, match=r"train\.seed: 0 -> 1"):
         resolve(paths, tiny_spec(train={"seed": 1}), 1, 1)
+
+
+def test_a_wrong_spec_under_which_no_start_trained_does_not_keep_out_the_right_one(paths: RunPaths) -> None:
+    """The logs were lost while the run was in the queue; then a wrong spec was submitted, whose start refused it."""
+    wrong, right = tiny_spec(train={"seed": 1, "shards": 2}), tiny_spec(train={"shards": None})
+    (paths.checkpoints / "step_00000001.pt").touch()
+    freeze(paths, resolve(paths, wrong, 2, 1))
+    submitted = Submitted(scheduler="slurm", code="c", command="python submit.py")
+    for event in (submitted, Attempted(restart_count=0, nodes="n")):
+        append_event(paths.events, event, job_id="7", restart=None, world_size=None)
+    resolved = resolve(paths, right, 1, 1)
+    assert (resolved.train.seed, resolved.train.shards) == (0, 2)  # the number that is known, not that of this start
+    start(paths, resolved, 1)
+    with pytest.raises(SpecError, match=r"train\.seed: 0 -> 1"):
+        resolve(paths, wrong, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("step_in_epoch", "epochs", "words"),
+    [
+        (0, 5, None),
+        (0, 4, "train.epochs: 4 is not allowed; allowed: 5 or more, since run demo-1 has done 5 epochs. HINT: another"),
+        (9, 6, None),
+        (9, 5, "train.epochs: 5 is not allowed; allowed: 6 or more, since run demo-1 has done 5 epochs and 9 steps."),
+        (None, 1, None),  # a line that makes no sense: the start reads it in the checkpoint
+    ],
+)
+def test_fewer_epochs_than_are_done_are_refused(
+    paths: RunPaths, step_in_epoch: int | None, epochs: int, words: str | None
+) -> None:
+    start(paths, tiny_spec(train={"epochs": 40}), 1)
+    saved = {"event": "checkpoint", "file": "a", "step": 109, "epoch": 5, "step_in_epoch": step_in_epoch, "bytes": 1}
+    append_line(paths.events, json.dumps(saved))
+    less = tiny_spec(train={"epochs": epochs})
+    if words is None:
+        assert resolve(paths, less, 1, 1).train.epochs == epochs
+    else:
+        with pytest.raises(SpecError, match=re.escape(words)):
+            resolve(paths, less, 1, 1)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -234,6 +234,20 @@ def test_the_holder_of_a_deleted_lock_takes_it_again(tmp_path: Path, replaced: b
     assert holder(run.lock) is None and holder(run.owner) is None
 
 
+@pytest.mark.parametrize("what", ["", "logs", "logs/run", "checkpoints/run"])
+def test_the_holder_of_a_lock_that_was_moved_ends_and_makes_no_folder(tmp_path: Path, what: str) -> None:
+    run = RunPaths(tmp_path / "root", "run")
+    run.create()
+    lock, moved = WriterLock(run), tmp_path / "the new place"
+    lock.acquire({"job_id": "5"})
+    (run.root / what).rename(moved)
+    words = r"run was moved or renamed under this process, to .*/the new place.*goes on from the newest checkpoint"
+    with pytest.raises(RunFailedError, match=words):
+        lock.renew()
+    assert not (run.root / what).exists()
+    lock.release()
+
+
 def test_a_lock_that_is_deleted_while_it_is_taken_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.errors import SchedulerError
+from cifar_hpc.launch.preflight import why_busy
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
 from cifar_hpc.runs.queue import queue
 from cifar_hpc.slurm import client as slurm
@@ -157,6 +158,44 @@ def test_a_folder_is_known_under_another_path(fake: Path) -> None:
     shutil.copy(fake / "root" / "logs" / "b" / "events.jsonl", fake / "copy" / "logs" / "b")
     program(fake, "squeue", f"echo '8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/root/logs/b/code/2e'")
     assert queue(fake / "copy") == {} and list(queue(fake / "root")) == ["b"]
+
+
+@pytest.mark.parametrize("place", ["{old}/logs/b/code/2e", "/tmp"])
+def test_a_job_in_another_folder_is_the_runs_own_if_the_run_has_recorded_it(fake: Path, place: str) -> None:
+    """The root was renamed while the job ran, which has made the old one again; or `scontrol update WorkDir=/tmp`."""
+    old, new = RunPaths(fake / "old", "b"), RunPaths(fake / "new", "b")
+    for run in (old, new):
+        run.create()
+    submitted = '{"event": "submitted", "job_id": "8"}\n'
+    new.events.write_text(submitted)
+    old.events.write_text('{"event": "checkpoint", "job_id": "8"}\n')
+    line = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{place.format(old=old.root)}"
+    program(fake, "squeue", f"echo '{line}'")
+    jobs = queue(new.root)
+    assert jobs["b"].job_id == "8"
+    reason = f"run b is already in the queue as job 8 (RUNNING), which works in {place.format(old=old.root)}. HINT: "
+    assert (why_busy(new, jobs) or "").startswith(reason)
+    program(fake, "squeue", f"echo '{line.replace('8|', '9|')}'")
+    assert queue(new.root) == {}  # a job of that name, which another project may have
+    program(fake, "squeue", f"echo '{line}'")
+    if "old" in place:  # the original of a copied project has recorded the submission, too
+        old.events.write_text(submitted)
+        assert queue(new.root) == {} and list(queue(old.root)) == ["b"]
+
+
+def test_a_sweep_whose_root_was_renamed_is_known_by_the_recorded_jobs(fake: Path) -> None:
+    for root in ("old", "new"):
+        sweep = SweepPaths(fake / root, "s", 1)
+        sweep.create()
+        write_points(sweep, ["s-0", "s-1"])
+        RunPaths(fake / root, "s-1").create()
+    submitted, old = '{"event": "submitted", "job_id": "8_1"}\n', RunPaths(fake / "old", "s-1")
+    RunPaths(fake / "new", "s-1").events.write_text(submitted)
+    line = f"8_1|s:sweep|RUNNING|None|N/A|n1|gpu|(null)|{fake}/old/logs/sweeps/s/1/code/2e"
+    program(fake, "squeue", f"echo '{line}'; echo '{line}' | sed s/8_1/8_0/")
+    assert {name: job.job_id for name, job in queue(fake / "new").items()} == {"s-1": "8_1"}
+    old.events.write_text(submitted)
+    assert queue(fake / "new") == {} and sorted(queue(old.root)) == ["s-0", "s-1"]
 
 
 def test_a_sweeps_folder_is_known_under_another_path(fake: Path) -> None:

@@ -53,8 +53,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
-        (self.root / "job.yaml").write_text(yaml.safe_dump(JOB))
+        self.write({})
         self.logs, self.checkpoints = self.root / "logs" / "run", self.root / "checkpoints" / "run"
+
+    def write(self, changed: dict[str, Any]) -> None:
+        (self.root / "job.yaml").write_text(yaml.safe_dump(merge(JOB, changed)))
 
     def start(self, faults: faulty.Faults | None = None, out: Path | None = None) -> int:
         return faulty.start(self.root, "run", faults or {}, out)
@@ -269,6 +272,41 @@ def test_a_folder_of_logs_that_is_removed(run: Run, reference: dict[str, Any]) -
     assert run.result() == reference
     assert "train.log was gone; it is made again" in run.log
     assert [e["epoch"] for e in run.events("evaluated")] == [3, 4]
+
+
+def test_a_root_that_is_renamed_is_not_made_again_and_the_run_goes_on_in_its_new_place(
+    run: Run, reference: dict[str, Any]
+) -> None:
+    new = run.root.with_name("new")
+    run.write({"train": {"log_seconds": 0.001}})
+    assert run.start({7: partial(run.root.rename, new)}, new.parent / "out") == 1
+    assert not run.root.exists()
+    words = f"{run.logs} was moved or renamed under this process, to {new}/logs/run; the process ends, since it would"
+    assert (
+        words.replace("/logs/run was", "/checkpoints/run was").replace("logs/run;", "checkpoints/run;")
+        in (new.parent / "out").read_text()
+    )
+    moved = Run(new)
+    assert moved.start() == 0, moved.output
+    assert moved.result() == reference
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["at the submission", "at the start"])
+def test_fewer_epochs_than_are_done_finish_no_run(run: Run, known: bool) -> None:
+    """In the fourth epoch. Without its events a submission does not know how far the run is, but its start does."""
+    run.write({"train": {"epochs": 40}})
+    assert run.start({10: partial(os.kill, 0, signal.SIGTERM)}) == 128 + signal.SIGTERM
+    if not known:
+        (run.logs / "events.jsonl").unlink()
+    run.write({"train": {"epochs": 3}})
+    assert run.start() == 2
+    words = "train.epochs: 3 is not allowed; allowed: 4 or more, since run run has done 3 epochs and 2 steps. HINT: "
+    assert words in run.output and (words in run.log) == (not known)
+    assert run.events("finished") == [] and [e["again"] for e in run.events("failed")] == [False] * (not known)
+    run.write({"train": {"epochs": 4}})
+    assert run.start() == 0 and [row["epoch"] for row in read_jsonl(run.logs / "metrics.jsonl")] == [1, 2, 3, 4]
+    (finished,) = run.events("finished")
+    assert (finished["epoch"], finished["step"]) == (4, 12)
 
 
 # ------------------------------------------------------------------ slow storage

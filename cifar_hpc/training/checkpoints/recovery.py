@@ -12,6 +12,7 @@ from typing import Any
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.files import open_regular, remove_leftovers, try_flock
 from cifar_hpc.runs.events import Checkpoint, Fallback, Mended
+from cifar_hpc.runs.frozen_spec import check_epochs
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.tensorfile import BadFileError
@@ -72,6 +73,7 @@ def choose(context: Context) -> Choice | None:
 
     Raises:
         RunFailedError: there are, or were, checkpoints and none is good.
+        SpecError: the run has done more epochs than its spec has.
     """
     directory = context.paths.checkpoints
     tidy_logs(context.paths)
@@ -82,6 +84,7 @@ def choose(context: Context) -> Choice | None:
     if found is None:
         _check_new(context)
         return None
+    check_epochs(context.spec, context.paths.name, found.state.epoch, found.state.step_in_epoch)
     for path, reason in found.bad:
         aside = set_aside(path)
         context.emit(Fallback(file=path.name, moved_to=aside.name, reason=reason, restored_from=None))

@@ -19,7 +19,7 @@ from cifar_hpc.config.io import check_resumable, from_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.files import (
-    DIRECTORY_MODE,
+    make_again,
     read_regular,
     remove_leftovers,
     replacing,
@@ -382,7 +382,7 @@ class CheckpointStore:
 
     def _write_file(self, snapshot: _Snapshot) -> None:
         if not self.directory.is_dir():
-            self.directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+            make_again(self.directory.parents[1], self.directory)
             self.warn(f"{self.directory} was gone; it is made again. The checkpoints that were in it are lost")
         path = self.directory / snapshot.name
         with replacing(path) as file:
