@@ -35,7 +35,8 @@ from cifar_hpc.training.process import Launch, StopFlag
 def context(tmp_path: Path) -> Context:
     paths = RunPaths(tmp_path, "run")
     paths.create()
-    return Context(paths, BLANK, Launch(), StopFlag())
+    spec = dataclasses.replace(BLANK, train=dataclasses.replace(BLANK.train, epochs=9))
+    return Context(paths, spec, Launch(), StopFlag())
 
 
 def events(context: Context, *kinds: str) -> list[dict[str, Any]]:
