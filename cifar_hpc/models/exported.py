@@ -49,6 +49,6 @@ def load_exported(file: str | Path) -> Model:
         words = one_line(f"{type(error).__name__}: {error}")[:300]
         raise SpecError(f"{file}: is not what `python -m cifar_hpc export` writes ({words}).") from None
     raise SpecError(
-        f"{file}: its network, {one_line(network)[:200]}, is code of its own. HINT: `from model import load`, beside it, "
-        "runs that code."
+        f"{file}: its network, {one_line(network)[:200]}, is code of its own. HINT: `from model import load`, beside "
+        "it, runs that code."
     )
