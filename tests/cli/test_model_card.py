@@ -20,6 +20,9 @@ CARD = {
     "data": "CIFAR-10's test images",
     "parameters": "4903082",
     "classes": json.dumps(["cat", "a|b`c\n# d"] + ["x"] * 8),
+    "image_size": "32",
+    "network": "improved_resnet:ImprovedResNet",
+    "code": "0011",
     "mean": "[0.5]",
     "std": "[0.2]",
     "spec": json.dumps({"model": {"blocks": [3, 3, 3]}}),
@@ -75,3 +78,12 @@ def test_bars_go_from_the_least_to_the_largest() -> None:
     assert sparkline([1, 2, 8]) == "▁▂█"
     assert sparkline([5, 5]) == "▁▁"
     assert len(sparkline(list(range(1000)))) == 60
+
+
+def test_a_users_network_is_named_with_what_it_needs() -> None:
+    own = {**CARD, "network": "mine:Net|", "image_size": "48", "classes": '["a", "b"]'}
+    text = model_card("m.safetensors", "abc", own, [])
+    assert "The network mine:Net\\|, for images of 48x48 pixels" in text and "[B, 2]" in text
+    assert "`model.py` and the folder `model_code/0011`" in text and "torch.zeros(1, 3, 48, 48" in text
+    text = model_card("m.safetensors", "abc", {**own, "network": "torchvision.models:resnet18", "code": ""}, [])
+    assert "`model.py` and torchvision;" in text
