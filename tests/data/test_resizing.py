@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as V
 from helpers import tiny_engine, tiny_spec
 from torch import Tensor
 
 from cifar_hpc.config.schedule import epochs_left, resizes, training_size
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.mixing import resize
 from cifar_hpc.errors import SpecError
 from cifar_hpc.tensorfile import digest
@@ -104,6 +107,16 @@ def test_whole_images_are_left_as_they_are() -> None:
     assert resize(whole, 32) is whole
 
 
+def engine_of(spec: Spec) -> Engine:
+    """An engine with synthetic images, drawn larger."""
+    engine = tiny_engine(spec)
+    larger = {
+        name: F.interpolate(getattr(engine.data, name), spec.data.size) for name in ("train_images", "test_images")
+    }
+    engine.data = dataclasses.replace(engine.data, **larger)
+    return engine
+
+
 def seen(engine: Engine, epoch: int) -> torch.Size:
     shapes = []
     hook = engine.model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
@@ -113,16 +126,26 @@ def seen(engine: Engine, epoch: int) -> torch.Size:
     return shapes[0]
 
 
+@pytest.mark.parametrize(("whole", "expected"), [(32, (16, 16, 24, 32)), (64, (16, 16, 40, 64))])
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
-def test_training_sees_images_of_the_epochs_size(mixing: dict[str, float]) -> None:
-    engine = tiny_engine(tiny_spec(resizing={"initial": 16}, mixing=mixing, train={"epochs": 4}))
-    assert [tuple(seen(engine, epoch)[1:]) for epoch in range(4)] == [(3, s, s) for s in (16, 16, 24, 32)]
-
-
-def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smaller() -> None:
-    engine = tiny_engine(
-        tiny_spec(resizing={"initial": 16}, lookahead={"enabled": False, "bn_batches": 2}, train={"epochs": 2})
+def test_training_sees_images_of_the_epochs_size(
+    mixing: dict[str, float], whole: int, expected: tuple[int, ...]
+) -> None:
+    spec = tiny_spec(
+        resizing={"initial": 16},
+        mixing=mixing,
+        train={"epochs": 4},
+        data={"image_size": whole},
+        augment={"trivial": True},
     )
+    engine = engine_of(spec)
+    assert [tuple(seen(engine, epoch)[1:]) for epoch in range(4)] == [(3, s, s) for s in expected]
+
+
+@pytest.mark.parametrize("whole", [32, 48])
+def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smaller(whole: int) -> None:
+    lookahead, data = {"enabled": False, "bn_batches": 2}, {"image_size": whole}
+    engine = engine_of(tiny_spec(resizing={"initial": 16}, lookahead=lookahead, data=data, train={"epochs": 2}))
     for step in range(4):
         engine.step(0, step, step, torch.arange(32) + 32 * step)
     running = digest(engine.buffers())
@@ -131,7 +154,7 @@ def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smal
     first, last = (evaluate(engine, epoch, lambda text: False) for epoch in (0, 1))
     hook.remove()
     assert first is not None and last is not None
-    assert set(shapes) == {32}
+    assert set(shapes) == {whole}
     assert digest(engine.buffers()) == running == digest(last.buffers)
     assert digest(first.buffers) != running
 

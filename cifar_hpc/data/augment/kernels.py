@@ -212,9 +212,10 @@ def _sources(p: Parameters, config: AugmentConfig, size: int) -> tuple[Tensor, T
 def move(images: Tensor, plan: Plan, scratch: Tensor) -> Tensor:
     """Pad, crop, flip and rotate in one lookup; equal to torchvision's (tensors, nearest pixel, fill 0).
 
-    Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which a CPU does with fused
+    Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which most CPUs do with fused
     multiply-adds) and grid_sample, both without their scaling where that is a power of two. The fused step is done
-    as an exact product and a sum in float64: a matrix product would depend on the BLAS and on TF32 settings.
+    as an exact product and a sum in float64: a matrix product would depend on the BLAS and on TF32 settings, as
+    torchvision's result does where a source is in the middle between two pixels but for float32's roundings.
 
     Args:
         images: uint8 [B, 3, S, S].

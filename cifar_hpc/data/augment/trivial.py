@@ -117,7 +117,7 @@ def _matrix(operation: Operation, magnitude: float, size: int) -> list[float]:
 def _sources(matrices: Tensor, size: int) -> Tensor:
     """The pixel that each pixel shows, or size * size where that has none; int64 [B, size * size].
 
-    Repeats torchvision's roundings, as `kernels.move` does.
+    Repeats torchvision's roundings, as `kernels.move` does; it says where torchvision's depend on the machine.
 
     Args:
         matrices: float32 [B, 6], the last row of each is in halves of the picture where these are no power of two.
