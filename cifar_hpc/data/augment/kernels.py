@@ -112,7 +112,7 @@ class Plan(NamedTuple):
 
     Attributes:
         across, down: the two summands of each pixel's source, float64 (float32 without a rotation) [2, B, 1, S] and
-            [2, B, S, 1]: rows, then columns, from the picture's centre, in pixels over `unit_of(S)`.
+            [2, B, S, 1]: rows, then columns, in pixels from the picture's centre.
         low, high: the sources that show a pixel, float32 [2, B, 1, 1].
         scale, start: index of a pixel = sum of source * scale + start; float32 [2, B, 1, 1] and [1, B, 1, 1].
         image, luma, mean: weights of the image, its luma and the luma's mean at each of T turns, float32 [T, B, 1, 1].
@@ -167,24 +167,14 @@ def channels(device: torch.device, info: DatasetInfo) -> Channels:
     return Channels(*map(torch.stack, filled))
 
 
-def unit_of(size: int) -> float:
-    """Half a picture where that is no power of two, else 1; in pixels.
-
-    Torchvision computes a rotation in halves of the picture. Only a power of two scales without rounding.
-    """
-    return 1.0 if size & (size - 1) == 0 else size / 2
-
-
 def centred(size: int, device: torch.device) -> Tensor:
     """The places of a row's pixels from its middle, float32 [size]."""
     return torch.arange(size, dtype=torch.float32, device=device) - (size / 2 - 0.5)
 
 
 def pixels_(place: Tensor, size: int) -> Tensor:
-    """Turn float32 places from the picture's centre, over `unit_of(size)`, into whole pixels, in place."""
-    unit = unit_of(size)
-    place.add_(size / 2 / unit)
-    return (place if unit == 1 else place.mul_(unit)).sub_(0.5).round_()
+    """Turn float32 places from the picture's centre into whole pixels, in place."""
+    return place.add_(size / 2).sub_(0.5).round_()
 
 
 def _sources(p: Parameters, config: AugmentConfig, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -200,8 +190,7 @@ def _sources(p: Parameters, config: AugmentConfig, size: int) -> tuple[Tensor, T
     dtype = torch.float64 if config.rotation > 0 else torch.float32
     line = centred(size, p.angle.device)
     radians = p.angle.double() * (-math.pi / 180)
-    unit = torch.full((1,), unit_of(size), dtype=torch.float32, device=line.device)  # as in unit_
-    cosine, sine = (radians.cos().float() / unit)[:, None], (radians.sin().float() / unit)[:, None]
+    cosine, sine = radians.cos().float()[:, None], radians.sin().float()[:, None]
     across = torch.stack([line * -sine, line * cosine]).to(dtype)
     down = line.to(dtype) * torch.stack([cosine, sine]).to(dtype)
     # float32 holds these small integers exactly.
@@ -213,9 +202,9 @@ def move(images: Tensor, plan: Plan, scratch: Tensor) -> Tensor:
     """Pad, crop, flip and rotate in one lookup; equal to torchvision's (tensors, nearest pixel, fill 0).
 
     Repeats the roundings of torchvision's _gen_affine_grid (a matrix product, which most CPUs do with fused
-    multiply-adds) and grid_sample, both without their scaling where that is a power of two. The fused step is done
-    as an exact product and a sum in float64: a matrix product would depend on the BLAS and on TF32 settings, as
-    torchvision's result does where a source is in the middle between two pixels but for float32's roundings.
+    multiply-adds) and grid_sample, but for their scaling by half a picture. The fused step is done as an exact
+    product and a sum in float64. Where a source is in the middle between two pixels but for float32's roundings,
+    torchvision's choice depends on the size, the BLAS and TF32 settings; this one on nothing.
 
     Args:
         images: uint8 [B, 3, S, S].

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cifar_hpc.data.augment.kernels import centred, exact_mean, pixels_, unit_of
+from cifar_hpc.data.augment.kernels import centred, exact_mean, pixels_
 
 _LEVELS = 256
 BINS = 31  # magnitudes that an operation has
@@ -81,7 +81,7 @@ def tables(size: int, device: torch.device) -> Tables:
     masks = [256 - 2 ** (8 - int(abs(m))) if op is Operation.POSTERIZE else 255 for op, m in cases]
     thresholds = [math.ceil(abs(m)) if op is Operation.SOLARIZE else 256 for op, m in cases]
     moves = [_matrix(op, m, size) for op, m in cases if op <= LAST_MOVE]
-    matrices = torch.tensor(moves, dtype=torch.float32, device="cpu").div_(unit_of(size))
+    matrices = torch.tensor(moves, dtype=torch.float32, device="cpu")
     if size <= LARGEST_TABLE:
         matrices = torch.cat([_sources(some, size).to(torch.int16) for some in matrices.split(BINS)])
     made = Tables(
@@ -117,10 +117,10 @@ def _matrix(operation: Operation, magnitude: float, size: int) -> list[float]:
 def _sources(matrices: Tensor, size: int) -> Tensor:
     """The pixel that each pixel shows, or size * size where that has none; int64 [B, size * size].
 
-    Repeats torchvision's roundings, as `kernels.move` does; it says where torchvision's depend on the machine.
+    Repeats torchvision's roundings as far as `kernels.move` does.
 
     Args:
-        matrices: float32 [B, 6], the last row of each is in halves of the picture where these are no power of two.
+        matrices: float32 [B, 6], as `_matrix` makes them.
     """
     line = centred(size, matrices.device)
     down, weights = line.double()[:, None], matrices[:, :, None, None]
