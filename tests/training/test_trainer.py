@@ -13,9 +13,10 @@ from helpers import ENVIRONMENT, Ranks, tiny_engine, tiny_spec
 
 from cifar_hpc.cli.tail import PROGRESS
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.runs.events import Checkpoint, Event
+from cifar_hpc.runs.events import Checkpoint, Event, append_event
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs.progress import read_progress
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training import trainer as training
 from cifar_hpc.training.checkpoints.format import TrainingState
@@ -101,6 +102,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("whole"))
     assert run.train()
     return run
+
+
+def test_a_kill_before_the_first_line_of_progress_leaves_a_position(tmp_path: Path) -> None:
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    run = Run(tmp_path)  # lines come every minute
+    run.after_step(2, killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    found = read_progress(run.paths)
+    assert (found.step, found.epoch) == (1, pytest.approx(1 / STEPS))  # the first step; no line came after it
+    saved = Checkpoint(file="step_00000002.pt", step=2, epoch=0, step_in_epoch=2, bytes=1)
+    append_event(run.paths.events, saved, job_id=None, restart=0, world_size=1)
+    assert read_progress(run.paths).saved_epoch == pytest.approx(2 / STEPS)
 
 
 def test_train_ends_with_every_epoch_on_disk(whole: Run) -> None:
