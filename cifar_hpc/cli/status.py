@@ -36,7 +36,7 @@ from cifar_hpc.errors import SchedulerError
 from cifar_hpc.runs.paths import all_runs, find_runs, project_root, sweep_order
 from cifar_hpc.runs.queue import QueuePoller
 from cifar_hpc.runs.state import WAITING, RunState, expected
-from cifar_hpc.text import duration, one_line, printable
+from cifar_hpc.text import counted, duration, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -266,7 +266,7 @@ def summary(states: Sequence[RunState]) -> str:
     """`24 runs: 3 running, 2 queued, 19 finished`."""
     counts = {name: sum(state.state == name for state in states) for name in URGENCY}
     words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{len(states)} run{'s' * (len(states) != 1)}: {words}"
+    return f"{counted(len(states), 'run')}: {words}"
 
 
 def table(
@@ -339,7 +339,7 @@ def _detail(state: RunState, detail: str, columns: Collection[str], room: int) -
     """DETAIL with the values that have no column, in fewer words where it is too long for a few lines."""
     eta = f"ETA {duration(state.eta_seconds)}" if state.eta_seconds is not None and "ETA" not in columns else ""
     hidden = state.restarts and not state.ended and "RESTARTS" not in columns
-    restarts = f"{state.restarts} restart{'s' * (state.restarts > 1)}" if hidden else ""
+    restarts = counted(state.restarts, "restart") if hidden else ""
     detail = detail.partition(HINT)[0]
     if state.reason not in (None, "Dependency") and detail.startswith(f"{state.reason}: ") and len(detail) > room:
         start = datetime.fromisoformat(state.start_time) if state.start_time else None

@@ -125,7 +125,7 @@ def test_runs_of_one_seed_are_one_line_and_a_note(root: Path, capsys: pytest.Cap
     make(root, "a", [10, 20])
     make(root, "b", [10, 30])
     assert main(["plot", "*", "--only", "accuracy,timeline"]) == 0
-    assert capsys.readouterr().err == "NOTE not drawn, since another run of the same settings and seed is: b\n"
+    assert capsys.readouterr().err == "note: not drawn, since another run of the same settings and seed is: b\n"
     words = words_of(root / "figures/accuracy.svg")
     assert "test: 20.00% at epoch 2" in words
     assert "standard deviation" not in words
@@ -208,8 +208,8 @@ def test_not_all_of_too_many_models_are_drawn(
     out, err = capsys.readouterr()
     assert out.count("architecture") == 2
     assert err.splitlines() == [
-        "NOTE the runs have 2 different models, of which 1 are drawn",
-        "NOTE the timeline shows the first 1 runs of 2",
+        "note: the runs have 2 different models, of which 1 are drawn",
+        "note: the timeline shows the first 1 runs of 2",
     ]
     assert "1 more runs are not shown" in words_of(root / "figures/timeline.svg")
 
@@ -223,14 +223,16 @@ def test_without_pytorch_all_but_the_architecture_is_drawn(
     assert main(["plot", "a", "--only", "loss,architecture"]) == 0
     out, err = capsys.readouterr()
     assert [Path(path).stem for path in out.splitlines()][::2] == ["loss"]
-    assert err.startswith("NOTE the architecture is left out, since drawing it takes PyTorch, which does not load here")
+    assert err.startswith(
+        "note: the architecture is left out, since drawing it takes PyTorch, which does not load here"
+    )
 
 
 def test_runs_that_have_nothing_yet_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(root, "a", [10])
     make(root, "b", [])
     assert main(["plot", "*"]) == 0
-    assert capsys.readouterr().err == "NOTE no epoch is finished yet in b\n"
+    assert capsys.readouterr().err == "note: no epoch is finished yet in b\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--terminal"]])
@@ -265,7 +267,7 @@ def test_a_damaged_spec_costs_the_architecture_only(root: Path, capsys: pytest.C
     assert main(["plot", "a"]) == 0
     out, err = capsys.readouterr()
     assert [Path(path).stem for path in out.splitlines()][::2] == FIGURES
-    assert "NOTE a: its spec cannot be read" in err
+    assert "note: a: its spec cannot be read" in err
     assert "\x1b" not in err
 
 

@@ -11,7 +11,6 @@ import argparse
 import shutil
 import string
 import sys
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -21,6 +20,7 @@ from cifar_hpc.cli import terminal
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.architecture import architecture_figure
 from cifar_hpc.cli.figures.timeline import MOST_ROWS, fits, timeline_figure
+from cifar_hpc.cli.parser import note
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SpecError, UserError, nearest
 from cifar_hpc.runs.frozen_spec import read_frozen
@@ -75,17 +75,17 @@ def main(arguments: argparse.Namespace) -> int:
         series = [one._replace(members=tuple(m._replace(restarts=()) for m in one.members)) for one in series]
     for group in groups:
         if group.problem:
-            _note(f"{group.runs[0].name}: its spec cannot be read: {group.problem}")
+            note(f"{group.runs[0].name}: its spec cannot be read: {group.problem}")
     shown = {member.run for one in series for member in one.members}
     others = {run.name: curves.read_curves(run).done for run in found if run not in shown}
     if again := [name for name, done in others.items() if done]:
-        _note(f"not drawn, since another run of the same settings and seed is: {some(again)}")
+        note(f"not drawn, since another run of the same settings and seed is: {some(again)}")
     if empty := [name for name, done in others.items() if not done]:
         words = f"no epoch is finished yet in {some(empty)}"
         if not shown:
             hint = f"HINT: python -m cifar_hpc status {' '.join(empty[:3])}"
             raise UserError(f"{words}, so there is nothing to draw. {hint}")
-        _note(words)
+        note(words)
     if arguments.terminal:
         size = shutil.get_terminal_size()
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
@@ -129,13 +129,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _note(text: str) -> None:
-    text = f"NOTE {printable(text)}"
-    if sys.stderr.isatty():
-        text = textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-    print(text, file=sys.stderr, flush=True)
-
-
 def figures(
     runs: Sequence[RunPaths], series: Sequence[curves.Series], only: Sequence[str]
 ) -> Iterator[tuple[str, style.Figure]]:
@@ -157,7 +150,7 @@ def figures(
         return
     groups = group_runs(runs, each=True)
     if left_out := max(0, len(groups) - MOST_ROWS):
-        _note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
+        note(f"the timeline shows the first {MOST_ROWS} runs of {len(groups)}")
     own = {
         run: one.label + (f", seed {seed}" if len(one.group.runs) > 1 else "")
         for one in series
@@ -184,14 +177,14 @@ def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tup
     if len(shapes) == 1 and not asked:
         return
     if len(shapes) > MOST_ARCHITECTURES:
-        _note(f"the runs have {len(shapes)} different models, of which {MOST_ARCHITECTURES} are drawn")
+        note(f"the runs have {len(shapes)} different models, of which {MOST_ARCHITECTURES} are drawn")
     for run, spec in list(shapes.values())[:MOST_ARCHITECTURES]:
         try:
             from cifar_hpc.training.trained_model import dataset_info
 
             figure = architecture_figure(spec.model, dataset_info(run, spec), run.user_code)
         except ImportError as error:
-            _note(f"the architecture is left out, since drawing it takes PyTorch, which does not load here: {error}")
+            note(f"the architecture is left out, since drawing it takes PyTorch, which does not load here: {error}")
             return
         yield ("architecture" if len(models) == 1 else f"architecture-{run.name}"), figure
 
