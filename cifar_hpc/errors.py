@@ -1,6 +1,7 @@
 """Errors that a user can fix: one message, no traceback, a fixed exit code."""
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -65,7 +66,9 @@ def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error), UserError.exit_code
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = ". HINT: make room; python -m cifar_hpc du shows what the runs take" * full
+        return f"{error.filename}: {error.strerror}{hint}" if error.filename else str(error), UserError.exit_code
     tracker = str(error.name).partition(".")[0] in ("tensorboard", "wandb")
     hint = "pip install -r requirements-trackers.txt" if tracker else "make setup && . .venv/bin/activate"
     message = f"the Python package '{error.name}' is not installed for {sys.executable}. HINT: {hint}"

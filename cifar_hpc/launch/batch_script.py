@@ -145,7 +145,7 @@ def slurm_executor(
     parameters = slurm_parameters(paths, spec, site)
     parameters |= {
         "dependency": in_script(dependency or None),
-        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu", LINK],
+        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu; unset IFS PYTHONSAFEPATH", LINK],
         "teardown": ["hpc_end $?", ")"],
     }
     if array:

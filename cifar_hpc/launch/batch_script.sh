@@ -19,8 +19,13 @@ hpc_end() { # STATUS of the tasks
   if [ "$1" -ne 0 ] || [[ $last && ! $last =~ $hpc_ends ]]; then
     (cd "$SLURM_SUBMIT_DIR" && hpc_epilog "$1") || hpc_no_python "$1"
   fi
-  kill -WINCH $$
-  exit "$1"
+  kill -WINCH "$$"
+  # Sites list exit statuses in RequeueExit, as 1 or 1-5, after which Slurm requeues a job whatever its run has decided.
+  [ "$1" -eq 0 ] || exit "$(scontrol show config 2> /dev/null | awk -F '[ =,]+' -v s="$1" '/^RequeueExit / {
+    for (found = n = 1; found && n < 126; n++) { found = 0
+      for (i = 2; i <= NF; i++) if (split($i, r, "-") && s >= r[1] + 0 && s <= r[split($i, r, "-")] + 0) found = 1
+      if (found) s = s % 125 + 1 } } END { print s }')"
+  exit 0
 }
 hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
   local again=false action="not requeued" output=$hpc_slurm/${hpc_job}_0_log.out
@@ -43,7 +48,7 @@ hpc_no_python() { # STATUS; the run must neither be lost nor start for ever
 umask o-w
 trap : HUP INT TERM USR1 USR2
 trap hpc_said=1 WINCH
-trap 'n=$?; [ -n "$hpc_said" ] || (hpc_end $n); exit $n' EXIT
+trap 'n=$?; [ -n "$hpc_said" ] || { (hpc_end "$n"); n=$?; }; exit "$n"' EXIT
 FIND_CODE
 hpc_run=RUN
 hpc_event attempt "\"restart_count\": $hpc_restarts, \"nodes\": \"$hpc_nodes\""

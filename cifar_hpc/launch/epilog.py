@@ -76,9 +76,9 @@ class Epilog:
         if last and not failed and last["event"] != Requeued.name:
             return
         if not self._has_nodes():
-            if not last and not self.attempt.begun and int((self.job or {}).get("Restarts") or 0) <= restart_count():
-                words = f"JobState={(self.job or {}).get('JobState')}: cancelled, or its node is going; not requeueing"
-                self._act(Decision("leave", "ended", words), "")
+            job = self.job or {}
+            if not last and not self.attempt.begun and int(job.get("Restarts") or 0) <= restart_count():
+                self._act(requeue.without_nodes(job))
             return
         try:
             self.spec = require_frozen(self.paths)
@@ -107,8 +107,11 @@ class Epilog:
         error, text = f"before training began (exit status {status})", ""
         ending = Ending("busy")  # as a rank would have said: another process holds the run, and writes its logs
         if self.attempt.begun:
-            error = f"all processes were killed (exit status {status})"
-            text = f"{error}. HINT: out of memory? See --mem, and what sacct -j {self.job_id} says"
+            how, why = ("were killed", "out of memory? See --mem,")
+            if 0 < int(status) < 128:
+                how, why = "ended without a word", f"a full disk? See df {self.paths.logs},"
+            error = f"all processes {how} (exit status {status})"
+            text = f"{error}. HINT: {why} and what sacct -j {self.job_id} says"
             ending = Ending("killed", step=step)
         elif holder(self.paths.lock) is None:
             lines = self._last_lines()

@@ -214,7 +214,9 @@ def _undone_on_refusal(folder: RunPaths | SweepPaths, runs: Sequence[RunPaths]) 
         yield
     except DoubtError:
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(folder.logs)  # where writing has failed, Python does not name a file
         for run, content in zip(runs, specs, strict=True):
             if content is None:
                 run.spec.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -43,16 +44,33 @@ def append_line(path: Path, line: str) -> None:
     written, the line goes to standard error, and is kept for the next call.
     """
     with _lock:
-        waiting = _kept[path]
-        waiting.append(line := printable(line))
-        try:
-            while waiting:
-                _append(path, waiting[0] + "\n")
-                waiting.popleft()
-        except OSError as error:
-            complain(f"{path}: {error.strerror}; the line was: {line}")
+        _kept[path].append(line := printable(line))
+        if (trouble := _write_kept(path)) is not None:
+            complain(f"{path}: {trouble.strerror}; the line was: {line}")
         if path in listeners:
             listeners[path](line)
+
+
+def _write_kept(path: Path) -> OSError | None:
+    waiting = _kept[path]
+    try:
+        while waiting:
+            _append(path, waiting[0] + "\n")
+            waiting.popleft()
+    except OSError as error:
+        return error
+    return None
+
+
+def write_rest(patience_seconds: float, pause_seconds: float) -> None:
+    """Write the lines that are kept, before this process ends; try again for so long."""
+    end = time.monotonic() + patience_seconds
+    while True:
+        with _lock:
+            rest = [path for path in _kept if _write_kept(path) is not None]
+        if not rest or time.monotonic() > end:
+            return
+        time.sleep(pause_seconds)
 
 
 def complain(text: str) -> None:

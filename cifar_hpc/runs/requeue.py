@@ -133,6 +133,14 @@ def _who_requeued(job: Mapping[str, str]) -> str:
     return "requeued by Slurm or a person (scontrol requeue, or preempted without grace time)"
 
 
+def without_nodes(job: Mapping[str, str]) -> Decision:
+    """Leave a job that has no nodes any more: Slurm has put it back into the queue, or it is being ended."""
+    state = job.get("JobState")
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        return Decision("leave", "requeued", f"JobState={state}: {_who_requeued(job)}")
+    return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
+
+
 def used_up_here(history: History) -> bool:
     """True if submitit's local controller will not start the run again."""
     return sum(history.requeues_since_submission.values()) >= LOCAL_REQUEUES
@@ -160,7 +168,7 @@ def _after_signal(
     too_late = job.get("Reason") == "TimeLimit"  # the warning came before Python could hear it; a requeue is accepted
     if state not in ALIVE and not too_late:
         # scontrol requeue would succeed here and bring back a job that somebody has cancelled.
-        return Decision("leave", "ended", f"JobState={state}: cancelled, or its node is going; not requeueing")
+        return without_nodes(job)
     end, preempted = parse_instant(job.get("EndTime")), _preempted(job)
     near_end = end is not None and (end - now).total_seconds() <= spec.resources.warning_seconds + EARLY_SECONDS
     by = "" if preempted or too_late else _requested_by(ending, history, now)

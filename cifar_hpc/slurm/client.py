@@ -20,11 +20,10 @@ SLURM_DELAY_SECONDS = 121
 # A node refuses a start of a job in the very second in which it ended the job's last one ("Job credential revoked"),
 # and Slurm then gives the job up for good: FAILED (measured with Slurm 22.05). One more for clocks that differ.
 RELEASE_SECONDS = 2
-# Time until the next question after one that Slurm did not answer, for which squeue itself takes ten.
-SILENT_SECONDS = 30.0
+SILENT_SECONDS = 30.0  # until the next question after one that Slurm did not answer, for which squeue takes ten
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
-# Words of failures in which Slurm may have done what it was asked, or will once it is reached again.
+# Words of failures in which Slurm may have done what it was asked, or will do so.
 NO_CONTACT = re.compile(r"(?i)timed? ?out|not answer|contact|connect|communic|zero bytes|transmi|receiv|unexpected")
 # Options of Slurm's commands by environment variable: the cluster, which jobs are shown or cancelled, and how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
@@ -197,8 +196,6 @@ def parse_instant(text: str | None) -> datetime | None:
 
 
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-
-
 # Reasons of squeue(1), JOB REASON CODES, and https://slurm.schedmd.com/job_reason_codes.html, in words. The code itself
 # always comes first, so that it can be looked up; one that is not known here has no words.
 _WORDS = {
@@ -388,8 +385,13 @@ def _squeue(fields: str, timeout_seconds: float, *options: str) -> list[str]:
         if _unconfigured(error):
             return []
         raise
-    # A site's wrapper may print lines of its own.
-    return [line for line in text.splitlines() if re.match(r"[0-9]+[^|\s]*\|", line)]
+    lines: list[str] = []
+    for line in text.split("\n"):  # a site's wrapper may print lines of its own, a job's name may hold line breaks
+        if re.match(r"[0-9]+[^|\s]*\|", line):
+            lines.append(line)
+        elif lines and lines[-1].count("|") < fields.count("|"):
+            lines[-1] += f" {line}"
+    return lines
 
 
 def _unconfigured(error: SchedulerError) -> bool:

@@ -23,7 +23,7 @@ from cifar_hpc.files import make_again
 from cifar_hpc.runs import requeue
 from cifar_hpc.runs.events import FAILURES, STARTS, Failed, Finished, Hang, Holding, Left, Signal
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now
+from cifar_hpc.runs.logs import append_line, read_jsonl, utc_now, write_rest
 from cifar_hpc.runs.requeue import Decision, Ending
 from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue
 from cifar_hpc.text import counted, printable
@@ -65,6 +65,7 @@ def finished(context: Context, position: Position | None) -> None:
         words += f"(best {best['test_accuracy']:.2f}% at epoch {best['epoch']})"
         context.log.line(f"FINISHED {words}")
         context.emit(Finished(step=position.step, epoch=position.epoch, test_accuracy=last["test_accuracy"], best=best))
+        write_rest(requeue.PATIENCE_SECONDS, requeue.ASK_AGAIN_SECONDS)  # the run must be known to have finished
     if context.launch.scheduler == "slurm" and context.log.enabled:
         forbid_requeue(context.launch.job_id or "")
     if position is not None and context.log.enabled:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ from stub_slurm import StubSlurm
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli import requeue as command_requeue
 from cifar_hpc.cli import submit
-from cifar_hpc.launch import batch_script
+from cifar_hpc.launch import batch_script, snapshot
 from cifar_hpc.runs.lock import RunLock
 from cifar_hpc.runs.logs import append_line, read_jsonl
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, all_runs
@@ -118,6 +120,59 @@ def test_what_sbatch_answers(site: Site, text: str, body: str, known: str) -> No
     if known == "known":
         assert (folder.slurm / "1_submission.sh").exists()
         assert site.submit(text)[0] == (0 if text is SWEEP else 4) and site.stub.queued() == queued
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+@pytest.mark.parametrize("text", [JOB, SWEEP], ids=["run", "sweep"])
+def test_the_job_of_a_root_that_was_renamed_is_still_the_runs_own(
+    site: Site, monkeypatch: pytest.MonkeyPatch, text: str, made_again: bool
+) -> None:
+    assert site.submit(text)[0] == 0
+    queued, new, runs = site.stub.queued(), site.root.with_name("new"), all_runs(site.root)
+    site.root.rename(new)
+    if made_again:  # by a job of an older version that goes on there
+        for run in runs:
+            run.create()
+            append_line(run.events, '{"event": "checkpoint", "job_id": "1"}')
+    for file in new.glob("logs/*/events.jsonl"):  # long ago
+        file.write_text(re.sub(r'"time": "[^"]*"', '"time": "2026-01-01T00:00:00.000Z"', file.read_text()))
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(new))
+    assert set(site.states().values()) == {"queued"}
+    status, said = site.submit(text)
+    assert status == (4 if text is JOB else 0) and site.stub.queued() == queued, said
+    assert f"(PENDING), which works in {site.root}/logs/" in said
+
+
+def test_fewer_epochs_than_are_done_are_refused_before_anything_changes(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.stub.end()
+    events = RunPaths(site.root, "run").events
+    append_line(events, '{"event": "checkpoint", "job_id": "1", "step": 500, "epoch": 5, "step_in_epoch": 0}')
+    for _ in ("under way", "finished"):
+        before = sorted((path, path.stat().st_mtime_ns) for path in site.root.rglob("*"))
+        for epochs in (1, 4):
+            status, said = site.submit(JOB, "--set", f"train.epochs={epochs}")
+            assert (
+                status == 2 and f"error: train.epochs: {epochs} is not allowed; allowed: 5 or more, since run" in said
+            )
+        assert sorted((path, path.stat().st_mtime_ns) for path in site.root.rglob("*")) == before
+        append_line(events, '{"event": "finished", "job_id": "1", "step": 500, "epoch": 5}')
+    status, said = site.submit(JOB, "--set", "train.epochs=5")
+    assert status == 0 and "run run has finished all 5 epochs; nothing to do." in said and not site.stub.queued()
+    status, said = site.submit(JOB, "--set", "train.epochs=8")
+    assert status == 0 and len(site.stub.queued()) == 1, said
+
+
+@pytest.mark.parametrize("text", [JOB, SWEEP], ids=["run", "sweep"])
+def test_a_full_disk_is_named(site: Site, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshot, "_write", full)
+    status, said = site.submit(text)
+    folder = site.root / "logs" / ("run" if text is JOB else "sweeps/run/1")
+    hint = "HINT: make room; python -m cifar_hpc du shows what the runs take"
+    assert status == 2 and f"error: {folder}: No space left on device. {hint}\n" in said
 
 
 @pytest.mark.parametrize("name", ["SLURM_CLUSTERS", "SBATCH_CLUSTERS"])

@@ -74,10 +74,10 @@ class Site:
         for row in rows:
             append_line(self.paths.events, json.dumps(row))
 
-    def end(self, what: str = "run") -> list[dict[str, Any]]:
+    def end(self, what: str = "run", status: int = 137) -> list[dict[str, Any]]:
         """What is new in events.jsonl after the batch script's last line."""
         before = len(read_jsonl(self.paths.events))
-        assert main([str(self.paths.root), what, "137"]) == 0
+        assert main([str(self.paths.root), what, str(status)]) == 0
         return read_jsonl(self.paths.events)[before:]
 
     def requests(self) -> list[str]:
@@ -98,6 +98,14 @@ def test_epilog_reports_a_killed_attempt_as_a_failure_and_requeues_it(site: Site
     assert site.requests() == ["requeue 7"]
     assert "FAILED: all processes were killed (exit status 137)" in site.paths.train_log.read_text()
     assert site.end() == []  # all has been said
+
+
+def test_epilog_calls_nothing_killed_that_ended_by_itself(site: Site) -> None:
+    site.freeze()
+    site.happened(START, SAVED)
+    failed, _ = site.end(status=1)
+    assert failed["error"] == "all processes ended without a word (exit status 1)"
+    assert f"(exit status 1). HINT: a full disk? See df {site.paths.logs}, and" in site.paths.train_log.read_text()
 
 
 @pytest.mark.parametrize("last", [FAILED | {"again": False}, *({"event": e} for e in ("finished", "hang", "signal"))])
@@ -169,6 +177,25 @@ def test_epilog_leaves_a_job_that_is_being_ended(site: Site, state: str) -> None
     site.happened(START, SAVED)
     site.job(state)
     assert site.end() == [] and site.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        ("PENDING Reason=launch_failed_requeued_held", "requeued", "JobState=PENDING: requeued by Slurm or a person"),
+        ("COMPLETING", "ended", "JobState=COMPLETING: cancelled, or its node is going; not requeueing"),
+    ],
+)
+def test_a_start_whose_job_slurm_has_put_back_was_not_cancelled(
+    site: Site, state: str, reason: str, words: str
+) -> None:
+    """slurmctld was away while srun wanted to start the tasks, and then holds the job without counting a restart."""
+    site.freeze()
+    site.happened(ATTEMPT)
+    site.job(state)
+    (left,) = site.end()
+    assert (left["event"], left["reason"], site.requests()) == ("left", reason, [])
+    assert left["explanation"].startswith(words) and words in site.paths.train_log.read_text()
 
 
 def test_epilog_reports_the_failure_where_slurm_does_not_answer(site: Site) -> None:

@@ -154,6 +154,29 @@ def test_what_a_rank_has_reported_is_left(script: Script) -> None:
     assert (status, names(rows), script.requests()) == (0, ["attempt", "started", "finished"], [])
 
 
+@pytest.mark.parametrize(
+    ("listed", "status"), [("1", 2), ("1-3,5", 4), ("(null)", 1), ("0,2,7-9", 1), ("1-4,200", 5), ("5,1,2", 3)]
+)
+@pytest.mark.parametrize("setup", ["true", "exit 1"])
+def test_a_site_that_requeues_by_exit_status_starts_no_run_that_has_failed(
+    script: Script, listed: str, status: int, setup: str
+) -> None:
+    """RequeueExit in slurm.conf; RequeueExitHold alone is harmless, since a held job starts nothing."""
+    config = f"RequeueExit             = {listed}\nRequeueExitHold         = 1-255"
+    script.stub("scontrol", SCONTROL.replace("show)", f"show) [ $2 != config ] || echo '{config}';", 1))
+    assert script.end(setup)[0] == status
+    script.srun("exit 0")
+    assert script.end()[0] == 0
+
+
+@pytest.mark.parametrize("left", ["IFS=0123456789", "export PYTHONSAFEPATH=1"])
+def test_what_a_setup_leaves_behind_breaks_neither_the_tasks_nor_the_epilog(script: Script, left: str) -> None:
+    script.srun(f'{shlex.quote(sys.executable)} -c "import cifar_hpc" && echo found; exit 1')
+    status, rows = script.end(left)
+    assert (status, names(rows)) == (1, ["attempt", "failed", "requeued"]) and "found" in script.log()
+    assert rows[1]["error"] == "before training began (exit status 1): found"
+
+
 def test_a_site_srun_that_hides_the_status_of_killed_tasks_loses_no_run(script: Script) -> None:
     row = json.dumps({"event": "started", "job_id": "7", "restart": 0, "step": 0, "world_size": 2})
     events = shlex.quote(str(script.run_paths.events))

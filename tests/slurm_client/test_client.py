@@ -95,6 +95,17 @@ def test_queue_behind_a_banner_and_beside_names_with_bars(fake: Path) -> None:
     assert (other.name, other.state, other.directory) == ("a|b c", "PENDING", "/x|y")
 
 
+@pytest.mark.parametrize("name", ["my\njob", "a\n\n|b\n", "uni\x85x", "\u2028", "two\n5 users"])
+def test_a_name_with_line_breaks_hides_no_job(fake: Path, name: str) -> None:
+    """That of a job of another project; the lines of a site's own stand around."""
+    ours = f"8|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e"
+    (fake / "lines").write_text(f"hello\n3|{name}|PENDING|None|N/A||gpu|(null)|/x\n{ours}\nbye\n")
+    program(fake, "squeue", f"cat '{fake}/lines'")
+    assert {name: job.directory for name, job in queue(fake).items()} == {"b": f"{fake}/logs/b/code/2e"}
+    other, _ = slurm.squeue()
+    assert (other.job_id, other.state, other.directory) == ("3", "PENDING", "/x")
+
+
 def test_jobs_by_id_in_batches(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "IDS_A_CALL", 2)
     line = f"5_1|b|RUNNING|None|N/A|n1|gpu|(null)|{fake}/logs/b/code/2e|alice"

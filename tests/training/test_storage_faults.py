@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faulty
@@ -25,6 +27,7 @@ from helpers import PROJECT, TINY, leftovers
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import merge
+from cifar_hpc.runs import logs
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.checkpoints.store import candidates, newest_good
@@ -272,6 +275,26 @@ def test_a_folder_of_logs_that_is_removed(run: Run, reference: dict[str, Any]) -
     assert run.result() == reference
     assert "train.log was gone; it is made again" in run.log
     assert [e["epoch"] for e in run.events("evaluated")] == [3, 4]
+
+
+def test_a_run_whose_last_events_find_no_room_waits_until_they_are_written(run: Run, reference: dict[str, Any]) -> None:
+    """Else its job would have finished, and its run be taken for one that was killed."""
+    assert run.start({"evaluate:3": partial(hide_until_the_end, run.logs / "events.jsonl")}) == 0, run.output
+    assert run.result() == reference
+    assert "waits for room" in run.output
+
+
+def hide_until_the_end(file: Path) -> None:
+    """Put a folder in the place of a file, until the process waits before another try."""
+
+    def pause(seconds: float) -> None:
+        print("waits for room", flush=True)
+        file.rmdir()
+        file.with_name("away").rename(file)
+
+    file.rename(file.with_name("away"))
+    file.mkdir()
+    logs.time = SimpleNamespace(monotonic=time.monotonic, sleep=pause)  # type: ignore[attr-defined]
 
 
 def test_a_root_that_is_renamed_is_not_made_again_and_the_run_goes_on_in_its_new_place(
