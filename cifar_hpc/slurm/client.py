@@ -23,7 +23,7 @@ RELEASE_SECONDS = 2
 SILENT_SECONDS = 30.0  # until the next question after one that Slurm did not answer, for which squeue takes ten
 # Slurm signals a job's whole process tree; a scontrol that dies of its own requeue's SIGTERM would look like a refusal.
 _IGNORE_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
-# Words of failures in which Slurm may have done what it was asked, or will do so.
+# Words of failures in which Slurm may have done what it was asked, or will once it is reached again.
 NO_CONTACT = re.compile(r"(?i)timed? ?out|not answer|contact|connect|communic|zero bytes|transmi|receiv|unexpected")
 # Options of Slurm's commands by environment variable: the cluster, which jobs are shown or cancelled, and how.
 _OPTIONS = re.compile("(?:SQUEUE|SINFO|SCONTROL|SCANCEL)_|SLURM_CLUSTERS$")
@@ -196,6 +196,8 @@ def parse_instant(text: str | None) -> datetime | None:
 
 
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
 # Reasons of squeue(1), JOB REASON CODES, and https://slurm.schedmd.com/job_reason_codes.html, in words. The code itself
 # always comes first, so that it can be looked up; one that is not known here has no words.
 _WORDS = {

@@ -329,6 +329,14 @@ def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
 
 
 @pytest.mark.process
+def test_it_is_found_where_python_leaves_its_folder_out(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(PROJECT / "submit.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: submit.py"), done.stderr
+
+
+@pytest.mark.process
 def test_help_is_served_without_torch() -> None:
     code = "import sys, cifar_hpc.cli.submit as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'submitit', 'rich', 'yaml'} & set(sys.modules)"
