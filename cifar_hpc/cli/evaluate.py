@@ -202,19 +202,20 @@ def measure(trained: TrainedModel, data: LabelledImages) -> tuple[float, float, 
     import torch
     import torch.nn.functional as F
 
-    from cifar_hpc.training.evaluation import BATCH
+    from cifar_hpc.training.evaluation import evaluation_batch
     from cifar_hpc.training.trained_model import batches
 
     count, smoothing = len(data.labels), trained.spec.train.label_smoothing
-    sums = torch.zeros(-(-count // BATCH), 2, dtype=torch.float64)
+    size = evaluation_batch(trained.info.image_size)
+    sums = torch.zeros(-(-count // size), 2, dtype=torch.float64)
     predicted = torch.empty(count, dtype=torch.int64)
     labels = data.labels.to(trained.device)
     for first, logits in batches(trained, lambda first, last: data.images[first:last], count, "evaluating"):
-        part = labels[first : first + BATCH]
+        part = labels[first : first + size]
         found = logits.argmax(1)
-        sums[first // BATCH, 0] = F.cross_entropy(logits, part, label_smoothing=smoothing, reduction="sum").cpu()
-        sums[first // BATCH, 1] = (found == part).sum().cpu()
-        predicted[first : first + BATCH] = found.cpu()
+        sums[first // size, 0] = F.cross_entropy(logits, part, label_smoothing=smoothing, reduction="sum").cpu()
+        sums[first // size, 1] = (found == part).sum().cpu()
+        predicted[first : first + size] = found.cpu()
     loss, correct = (float(value) for value in sums.sum(0))
     return 100 * correct / count, loss / count, confusion(data.labels, predicted, len(data.classes))
 

@@ -14,9 +14,14 @@ from cifar_hpc.randomness import Stream, mix, permutation
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.optim import restored
 
-BATCH = 500
+_PIXELS = 500 * 32 * 32  # of a batch
 # Called between batches on every rank, with a text for the log. True if all ranks stop.
 Between = Callable[[str], bool]
+
+
+def evaluation_batch(image_size: int) -> int:
+    """Return the number of test images in a batch: 500 of 32x32 pixels, fewer of larger ones."""
+    return min(500, max(1, _PIXELS // image_size**2))
 
 
 def evaluated_kind(spec: Spec) -> str:
@@ -111,18 +116,19 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
 def _test_sums(engine: Engine, between: Between) -> Tensor | None:
     """Return the summed loss and correct predictions over the test set, float64 [2] on the host; None after a stop."""
     images, labels, layout = engine.data.test_images, engine.data.test_labels, engine.layout
-    batches = -(-len(images) // BATCH)
+    size = evaluation_batch(engine.data.info.image_size)
+    batches = -(-len(images) // size)
     table = torch.zeros(batches, 2, dtype=torch.float64, device=engine.device)
     for first in range(0, batches, layout.world_size):
         batch = first + layout.rank
         if batch < batches:
-            rows = slice(batch * BATCH, (batch + 1) * BATCH)
+            rows = slice(batch * size, (batch + 1) * size)
             pixels = normalize(images[rows], engine.data.info)
             with engine.autocast():
                 logits = engine.model(pixels)
             table[batch, 0] = engine.loss_sum(logits, labels[rows])
             table[batch, 1] = (logits.argmax(1) == labels[rows]).sum()
-        if between(f"evaluating: {min(len(images), (first + layout.world_size) * BATCH)}/{len(images)} test images"):
+        if between(f"evaluating: {min(len(images), (first + layout.world_size) * size)}/{len(images)} test images"):
             return None
     if layout.world_size > 1:
         dist.all_reduce(table)

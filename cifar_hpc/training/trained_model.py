@@ -33,7 +33,7 @@ from cifar_hpc.text import printable, shown
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
-from cifar_hpc.training.evaluation import BATCH, evaluated_kind
+from cifar_hpc.training.evaluation import evaluated_kind, evaluation_batch
 
 _LOGGED = ("epoch", "test_accuracy", "test_loss")
 
@@ -280,9 +280,10 @@ def batches(
         what: the first word of the progress line.
     """
     said = time.monotonic()
-    for first in range(0, count, BATCH):
-        yield first, trained.logits(read(first, min(first + BATCH, count)))
+    size = evaluation_batch(trained.info.image_size)
+    for first in range(0, count, size):
+        yield first, trained.logits(read(first, min(first + size, count)))
         now = time.monotonic()
         if now - said >= SAY_SECONDS:
-            print(f"{what}: {min(first + BATCH, count):,} of {count:,} images", file=sys.stderr, flush=True)
+            print(f"{what}: {min(first + size, count):,} of {count:,} images", file=sys.stderr, flush=True)
             said = now

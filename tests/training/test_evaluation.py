@@ -107,7 +107,7 @@ def test_the_last_incomplete_batch_is_used(monkeypatch: pytest.MonkeyPatch) -> N
     engine = trained({})  # 100 test images
     figures = []
     for size in (100, 64, 33, 1000):
-        monkeypatch.setattr(evaluation, "BATCH", size)
+        monkeypatch.setattr(evaluation, "_PIXELS", size * 32 * 32)
         result = done(evaluate(engine, 0, go_on))
         figures.append((round(result.loss, 4), result.accuracy))
     assert len(set(figures)) == 1
@@ -117,7 +117,7 @@ def test_the_last_incomplete_batch_is_used(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("when", [1, 2, 4])
 def test_it_can_be_left_between_batches_and_restores_all(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "BATCH", 40)
+    monkeypatch.setattr(evaluation, "_PIXELS", 40 * 32 * 32)
     engine = trained({})
     before, said = state(engine), []
 
@@ -145,7 +145,7 @@ def test_an_error_in_the_middle_restores_all() -> None:
 
 
 def evaluated(rank: int, world: int, sections: dict[str, Any]) -> tuple[float, float, str]:
-    evaluation.BATCH = 30  # four batches, the last of 10 images
+    evaluation._PIXELS = 30 * 32 * 32  # four batches, the last of 10 images
     result = done(evaluate(trained(sections, rank, world), 0, go_on))
     return result.loss, result.accuracy, digest(result.buffers)
 
