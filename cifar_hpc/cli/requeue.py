@@ -18,7 +18,7 @@ from cifar_hpc.errors import RunFailedError, SchedulerError, SpecError
 from cifar_hpc.runs.events import RequeueRequested
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.history import History
-from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local
+from cifar_hpc.runs.lock import controller_of, holder_pid, signal_local, waits_here
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import record_event
 from cifar_hpc.runs.queue import jobs_of
@@ -55,7 +55,8 @@ def _request(run: RunPaths, job: QueuedJob | None, asked: dict[str, tuple[RunPat
     if job is not None and job.waits:
         return _release(run, job)
     if job is None and holder_pid(run.lock) is None:
-        raise SpecError(f"{name}: has no job in the queue and no process here. HINT: submit it again to go on.")
+        gone = "has no job in the queue and no process here. HINT: submit it again to go on."
+        raise SpecError(f"{name}: {'waits for its turn on this machine.' if waits_here(run, history) else gone}")
     reasons = {
         "is a process of `train`, which nothing would start again": job is None and not controller_of(run, history),
         f"the local executor restarts a job at most {LOCAL_REQUEUES} times": job is None and used_up_here(history),

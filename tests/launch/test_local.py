@@ -233,6 +233,7 @@ def test_points_run_one_after_the_other_and_stop_with_the_sweep(local: Local) ->
     (waiting,) = json.loads(local.command("-m", "cifar_hpc", "status", third, "--json"))
     assert (waiting["state"], waiting["detail"]) == ("queued", "waits for its turn on this machine")
     assert waiting["sweep"] == "endless"
+    local.command("-m", "cifar_hpc", "requeue", third, expect=2)
     lines = local.command("-m", "cifar_hpc", "show", third).splitlines()
     assert lines[-2].startswith("follow ") and lines[-1].startswith("cancel ")  # there is nothing to requeue
 
