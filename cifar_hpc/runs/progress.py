@@ -173,7 +173,8 @@ class Progress:
     def _take_checkpoint(self, spec: Spec) -> None:
         """Take the position from the newest checkpoint, if none is known and the spec tells the size of an epoch."""
         saved = self.history.last_of(events.Checkpoint)
-        images = spec.data.train_size or (CIFAR_IMAGES if spec.data.source.startswith("cifar") else 0)
+        cifar = spec.data.source.startswith("cifar") and not spec.data.in_root
+        images = spec.data.train_size or (CIFAR_IMAGES if cifar else 0)
         steps = math.ceil((images - (spec.data.holdout or 0)) / spec.train.batch_size)
         step, epoch, done = (number_of(saved, key) for key in ("step", "epoch", "step_in_epoch"))
         if self.step == 0 and steps > 0 and step and epoch is not None and done is not None:

@@ -265,3 +265,18 @@ def test_a_checkpoint_that_is_written_in_the_first_epoch_is_a_position_at_once(t
         run, Checkpoint(file="x", step=4, epoch=0, step_in_epoch=4, bytes=1), spec, job_id="7", restart=0, world_size=2
     )
     assert written(run)["checkpoint"]["epoch"] == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "epoch"), [({}, 5 / 391), ({"source": "cifar100"}, 5 / 391), ({"target": "mine.py:load"}, 0)]
+)
+def test_a_position_within_the_first_epoch_needs_the_number_of_images(
+    tmp_path: Path, data: dict[str, Any], epoch: float
+) -> None:
+    """Of images from a user's function, only the job knows it."""
+    run = RunPaths(tmp_path, "run")
+    run.create()
+    run.spec.write_text(json.dumps({"data": data, "train": {"batch_size": 128}}))
+    append_line(run.events, START)
+    emit(run, Checkpoint(file="step_00000005.pt", step=5, epoch=0, step_in_epoch=5, bytes=1))
+    assert read_progress(run).epoch == pytest.approx(epoch)

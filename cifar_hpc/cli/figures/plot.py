@@ -173,7 +173,7 @@ def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tup
         if spec := read_frozen(run):
             model = spec.model if spec.model.target else replace(spec.model, **NO_SHAPE)
             models.add(repr(spec.model))
-            shapes.setdefault(repr((model, spec.data.source, spec.data.size)), (run, spec))
+            shapes.setdefault(repr((model, spec.data.label)), (run, spec))
     if len(shapes) == 1 and not asked:
         return
     if len(shapes) > MOST_ARCHITECTURES:
