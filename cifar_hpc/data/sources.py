@@ -33,7 +33,7 @@ class Source:
     """A kind of images. Methods take the section `data`, and the project's root, where a relative data.root starts.
 
     downloads: `fetch` brings missing images.
-    names: of the classes in runs of earlier versions, all of which had ten.
+    names: of the classes where no checkpoint holds them, as in `class_names`.
     measured: the mean and deviation of the channels are those of its training images, and not CIFAR-10's.
     """
 
@@ -75,10 +75,10 @@ class Source:
 class CifarSource(Source):
     """CIFAR-10 or CIFAR-100, as torchvision keeps it in data.root."""
 
-    downloads, names = True, CIFAR10
+    downloads = True
 
-    def __init__(self, name: str) -> None:
-        self.name, self.measured = name, name != "cifar10"
+    def __init__(self, name: str, names: tuple[str, ...], measured: bool) -> None:
+        self.name, self.names, self.measured = name, names, measured
 
     @property
     def cifar(self) -> Cifar:
@@ -129,9 +129,9 @@ class FolderSource(Source):
         return read_folder(data, root, progress)
 
     def classes(self, data: DataSpec, root: Path) -> tuple[str, ...]:
-        for folder in (root / data.root / "train", root / data.root / "test"):
+        for folder in (root / data.root / "train", root / data.root / "test", root / data.root):
             with contextlib.suppress(SpecError):
-                if len(names := class_folders(folder)) == len(UNKNOWN):
+                if len(names := class_folders(folder)) > 1:
                     return tuple(names)
         return UNKNOWN
 
@@ -173,8 +173,8 @@ class TargetSource(Source):
 
 
 SOURCES: dict[str, Source] = {
-    "cifar10": CifarSource("cifar10"),
-    "cifar100": CifarSource("cifar100"),
+    "cifar10": CifarSource("cifar10", CIFAR10, measured=False),
+    "cifar100": CifarSource("cifar100", tuple(f"class {label}" for label in range(100)), measured=True),
     "folder": FolderSource(),
     "synthetic": SyntheticSource(),
 }
@@ -215,5 +215,5 @@ def check_sizes(data: DataSpec, train: int, test: int) -> tuple[int, int]:
 
 
 def class_names(data: DataSpec, root: Path) -> tuple[str, ...]:
-    """Names of the classes of a run of an earlier version; "class 0" and so on where its folder no longer exists."""
+    """Names of the classes of a run whose checkpoints do not hold them; "class 0" and so on if they are unknown."""
     return source_of(data).classes(data, root)

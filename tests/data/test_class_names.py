@@ -21,4 +21,9 @@ def test_each_source_has_its_names(tmp_path: Path) -> None:
     (tmp_path / "images" / "test" / "file").touch()
     assert class_names(folder, tmp_path) == tuple("abcdefghij")
     (tmp_path / "images" / "train").mkdir()
-    assert class_names(folder, tmp_path) == tuple("abcdefghij"), "train has not ten"
+    assert class_names(folder, tmp_path) == tuple("abcdefghij"), "train has none"
+    (tmp_path / "flowers" / "rose").mkdir(parents=True)
+    assert class_names(DataSpec(source="folder", root="flowers"), tmp_path) == UNKNOWN
+    (tmp_path / "flowers" / "daisy").mkdir()
+    assert class_names(DataSpec(source="folder", root="flowers"), tmp_path) == ("daisy", "rose")
+    assert len(class_names(DataSpec(source="cifar100"), tmp_path)) == 100
