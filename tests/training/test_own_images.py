@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from helpers import leftovers
 from PIL import Image
 from processes import Runs
 
+from cifar_hpc import tensorfile
 from cifar_hpc.__main__ import main
+from cifar_hpc.data.info import CIFAR10_MEAN, CIFAR10_STD
+from cifar_hpc.files import replacing
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
@@ -90,6 +94,24 @@ def test_killed_and_moved_it_ends_in_the_same_bits_and_is_evaluated(
     assert (info.image_size, len(info.classes)) == (size, classes)
     assert main(["evaluate", case]) == 0
     assert "the same as logged after epoch 2" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_keeps_the_mean_that_it_began_with(runs: Runs) -> None:
+    """Its checkpoints hold no facts of the images, and it took CIFAR-10's mean for all of them."""
+    words = ("data.source=folder", "data.root=small", *ALL)
+    for number in range(264):
+        draw(runs.root / "small" / "train" / f"flower {number % 10}" / f"{number}.png", (32, 32), number % 3)
+    shutil.copytree(runs.root / "small" / "train", runs.root / "small" / "test")
+    runs.kill("earlier", 1, *words, interrupt="SIGKILL@step:11")
+    for path in (runs.root / "checkpoints" / "earlier").glob("*.pt"):
+        content = tensorfile.load(path)
+        assert content.pop("dataset")["mean"] != CIFAR10_MEAN
+        with replacing(path) as file:
+            tensorfile.save(tensorfile.seal(content), file)
+    runs.finish("earlier", 1, *words)
+    assert [row["event"] for row in runs.events("earlier", "resumed")] == ["resumed"]
+    info = load_trained(runs.root, "earlier", "slow").info
+    assert (info.mean, info.std) == (CIFAR10_MEAN, CIFAR10_STD) and info.classes[9] == "flower 9"
 
 
 def test_a_checkpoint_of_another_target_runs_no_code(
