@@ -191,14 +191,11 @@ def decode(files: Sequence[Path], size: int | None = None) -> Tensor:
     Raises:
         SpecError: as `read_image` and `pixels`.
     """
+    import numpy as np
     import torch
 
-    side = size or IMAGE_SIZE
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     with warnings.catch_warnings(action="ignore"):
-        for number, path in enumerate(files):
-            images[number] = torch.from_numpy(pixels(path, read_image(path, size), size))
-    return images
+        return torch.from_numpy(np.stack([pixels(path, read_image(path, size), size) for path in files]))
 
 
 def pixels(path: Path, content: bytes, size: int | None) -> NDArray[Any]:

@@ -6,7 +6,6 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, ClassVar
@@ -110,12 +109,7 @@ def _of_files(files: Sequence[Path], left_out: int, size: int | None, ids: Seque
         if name in seen:
             raise SpecError(f"{path}: has the same ID as {seen[name].name}. HINT: rename one of them.")
         seen[name] = path
-    read = partial(_read_files, files, size)
-    return ImageInput(list(seen), read, left_out, files=files)
-
-
-def _read_files(files: Sequence[Path], size: int | None, first: int, last: int) -> Tensor:
-    return decode(files[first:last], size)
+    return ImageInput(list(seen), lambda first, last: decode(files[first:last], size), left_out, files=files)
 
 
 def _natural(name: str) -> list[Any]:

@@ -60,8 +60,7 @@ def load_target(data: DataSpec, root: Path, folder: Path | None) -> Dataset:
         images = _images(values[f"{split}_images"], data.size, f"{what}: {split}_images")
         labels = _labels(values[f"{split}_labels"], len(images), len(classes), f"{what}: {split}_labels")
         tensors += [images, labels]
-    for images, split in ((tensors[0], "train"), (tensors[2], "test")):
-        if not len(images) and not (split == "test" and data.holdout):
+        if not len(images) and (split == "train" or data.holdout is None):
             raise SpecError(f"{what}: {split}_images holds no image. HINT: data.holdout=N tests on N training images.")
     return Dataset(*tensors, info=DatasetInfo(classes))
 
@@ -76,17 +75,13 @@ def _tensor(value: Any, where: str) -> Tensor:
         raise SpecError(f"{where}: is {type(value).__name__}; allowed: an array of numpy, or a tensor.") from None
 
 
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _images(value: Any, size: int, where: str) -> Tensor:
     """uint8 [N, 3, size, size]."""
     images = _tensor(value, where)
     shape = list(images.shape)
     if images.dtype != torch.uint8:
         hint = "(255 * images).astype('uint8')" if images.dtype.is_floating_point else "images.astype('uint8')"
-        raise SpecError(f"{where}: is {_kind(images)}; allowed: uint8, from 0 to 255. HINT: return {hint}.")
+        raise SpecError(f"{where}: is {images.dtype}; allowed: uint8, from 0 to 255. HINT: return {hint}.")
     if images.ndim == 4 and shape[3] == 3 != shape[1]:
         images = images.permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
@@ -102,7 +97,7 @@ def _labels(value: Any, count: int, classes: int, where: str) -> Tensor:
     if labels.ndim != 1 or len(labels) != count:
         raise SpecError(f"{where}: has the shape {list(labels.shape)}; allowed: [{count}], a label for each image.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise SpecError(f"{where}: is {_kind(labels)}; allowed: whole numbers.")
+        raise SpecError(f"{where}: is {labels.dtype}; allowed: whole numbers.")
     labels = labels.to(torch.int64)
     low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)
     if not 0 <= low <= high < classes:
