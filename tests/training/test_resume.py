@@ -169,7 +169,8 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_computes_it_again(
     assert len(runs.events("lost-its-end", "finished")) == 2
 
 
-def test_bf16_under_torchrun_and_killed(runs: Runs, look: Any) -> None:
+def test_bf16_under_torchrun_and_killed(runs: Runs, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # with which DDP itself crashes
     bf16 = "train.amp=bf16"
     runs.finish("bf16", 1, bf16)
     runs.stop("bf16-moved", 2, bf16, interrupt="SIGTERM@step:6/1", torchrun=True)

@@ -145,6 +145,8 @@ def connect(
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     for name in OUR_OWN_WATCH:
         os.environ.setdefault(name, "0")
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # with which PyTorch crashes as DDP is made (2.14)
+        dist.set_debug_level(dist.DebugLevel.INFO)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
