@@ -108,9 +108,7 @@ def test_control_characters_are_refused_by_key_and_value(key: str, before: str, 
     for flag in (f"--{key}={before}{control}{after}", f"--sbatch=comment={before}{control}{after}"):
         status, script, error = dry_run(flag, root="/r")
         assert (status, script) == (2, "")
-        assert error.startswith(
-            f"error: resources.{key}: " if flag.startswith(f"--{key}=") else "error: resources.sbatch"
-        )
+        assert error.startswith(f"error: --{key}: " if flag.startswith(f"--{key}=") else "error: --sbatch comment: ")
         assert "control characters" in error and error.count("\n") == 1 and "\x1b" not in error
 
 
