@@ -58,8 +58,8 @@ TEXTS = ("run", "settings", "restarts", "state", "runs", *ORIGINS)  # columns th
 NOTE = (
     "Accuracies are those of the last epoch, as mean ± sample standard deviation over the seeds that have finished "
     "(all, where none has); best is the mean of each run's best epoch. Training time is the sum of a run's epochs, "
-    "wall time includes its restarts, device-hours are those of all its ranks, lost work included; all are means. "
-    "Of each seed one run counts. Restarts are summed over all runs."
+    "wall time includes its restarts, device-hours are those of all its ranks, starting and lost work included; all "
+    "are means. Of each seed one run counts. Restarts are summed over all runs."
 )
 
 

@@ -184,7 +184,7 @@ def _restarts(starts: Sequence[Mapping[str, Any]]) -> list[str]:
     """When the run was started again and why, and from which step it went on."""
     lines = [
         f"{_moment(start['time'])}  {CAUSES.get(start['cause'], start['cause'])}"
-        + (", not begun to train" if start["step"] is None else f", from step {start['step']}")
+        + (", not training yet" if start["step"] is None else f", from step {start['step']}")
         + (f" on {counted(start['world_size'], 'rank')}" if start["world_size"] else "")
         for start in starts[1:]
     ]

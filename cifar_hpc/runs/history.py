@@ -47,6 +47,7 @@ class Attempt:
     stop_step: where it finished or stopped on a signal; None after any other end.
     begun: whether it was ready to train; until then only its batch script has spoken.
     restart_count: how often Slurm had restarted its job; None where no batch script says that.
+    startup: seconds from the beginning of its process until it was ready.
     said: the last event that ends or announces its end; empty where there is none, and in progress.json.
     """
 
@@ -62,6 +63,7 @@ class Attempt:
     stop_step: int | None = None
     begun: bool = True
     restart_count: int | None = None
+    startup: float = 0.0
     said: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def add(self, name: str, row: Row) -> None:
@@ -164,6 +166,7 @@ class History:
             restart = len(self.attempts)
         ranks, count = (n if isinstance(n, int) else None for n in (size, count))
         new = Attempt(step_of(row), restart, job_id, ranks, time, time, time, begun=begun, restart_count=count)
+        new.startup = startup_of(row)
         if not announced:
             self.last.pop(events.RequeueRequested.name, None)
         self.attempts.append(new)
@@ -207,12 +210,12 @@ class History:
 
     @property
     def device_seconds(self) -> float:
-        """Time of all processes, each with its GPU or its share of the CPU, from each start to its last sign of life.
+        """Time of all processes, each with its GPU or its share of the CPU, from its beginning to its last event.
 
-        Work that was lost counts, queueing does not.
+        Starting and work that was lost count, queueing does not.
         """
         sizes: Iterable[int] = (max(0, min(a.world_size or 0, 10**6)) for a in self.attempts)  # a file may say anything
-        times = (_seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) for a in self.attempts)
+        times = (_seconds(a.start, max(a.heard or 0.0, a.end or 0.0)) + a.startup for a in self.attempts)
         return float(sum(map(mul, sizes, times)))
 
     @property
@@ -264,6 +267,12 @@ def number_of(row: Row, key: str, most: float = 1e12) -> float | None:
     """A field that is a number between 0 and `most`; None for anything else."""
     value: Any = row.get(key)
     return float(value) if type(value) in (int, float) and 0 <= value <= most else None
+
+
+def startup_of(row: Row) -> float:
+    """Seconds that a start took; 0 where its event does not say it."""
+    startup = row.get("startup")
+    return (number_of(startup, "total", 1e6) if isinstance(startup, dict) else None) or 0.0
 
 
 def step_of(row: Row) -> int:

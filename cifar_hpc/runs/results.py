@@ -130,7 +130,8 @@ def sweep_settings(changed: Sequence[Values]) -> list[dict[str, str]]:
     """For runs of a sweep, each with its values that differ from the defaults: the values that are not the same in all
     runs, in words by short key; under the empty key where they are many."""
     defaults = flatten(to_plain(Spec()))
-    keys = list(dict.fromkeys(key for values in changed for key in values))
+    found = {key for values in changed for key in values}
+    keys = [key for key in dict.fromkeys([*defaults, *sorted(found)]) if key in found]  # whatever the order of runs
     rows = [{key: values.get(key, defaults.get(key)) for key in keys} for values in changed]
     differing = [key for key in keys if any(row[key] != rows[0][key] for row in rows)]
     groups = [Group((), {key: row[key] for key in differing}) for row in rows]

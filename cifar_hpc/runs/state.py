@@ -233,7 +233,8 @@ def _busy(
     if owner is not None:
         return "running", f"on {owner.get('host', '?')}"
     if controller_of(paths, history) is not None:
-        return "running", "starting on this machine"
+        over = history.state.get("event") in (Finished.name, Cancelled.name, *FAILURES)
+        return "running", f"{'ending' if over else 'starting'} on this machine"
     here = history.last_of(Submitted).get("scheduler") != "slurm" and history.state.get("event") != Finished.name
     if here and waits_here(paths, history):
         return "queued", "waits for its turn on this machine"

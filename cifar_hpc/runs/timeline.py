@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from cifar_hpc.runs import events as e
 from cifar_hpc.runs.events import FAILURES, STARTS
-from cifar_hpc.runs.history import Row, number_of, time_of
+from cifar_hpc.runs.history import Row, number_of, startup_of, time_of
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 
 WAITING, STARTING, TRAINING, LOST = "waiting", "starting", "training", "lost"
 NOTHING = ""  # before the first event, and after an end until somebody submits again
-MOST_SECONDS = 1e6  # of a start, and of an epoch
+MOST_SECONDS = 1e6  # of an epoch
 # The years 2000 to 2099 in seconds since 1970: other times are damage, and would leave nothing to be seen of the rest.
 EARLIEST, LATEST = 946_684_800, 4_102_444_800
 _REASONS = {"preemption": "preempted", "requested": "requeued", "requeued": "requeued", "timeout": "timeout"}
@@ -151,9 +151,7 @@ class _Reader:
         if step is not None:
             kept = max(moment for safe, moment in self.safe.items() if safe <= step)
             self.timeline.spans = [part for span in self.timeline.spans for part in _cut(span, kept)]
-        startup = row.get("startup")
-        seconds = number_of(startup, "total", MOST_SECONDS) if isinstance(startup, dict) else None
-        begin = max(at - (seconds or 0.0), self.since)
+        begin = max(at - startup_of(row), self.since)
         self._begin(STARTING, begin)
         if row["event"] == e.Resumed.name or self.timeline.progress:
             self._mark("restart", begin)

@@ -176,6 +176,8 @@ class Trainer:
             return False
         row = self._row(sums, result, time.monotonic() - began)
         best = self._complete_epoch(row)
+        if not self.context.startup.over:
+            self.context.startup.lap("evaluation")  # which a stop had interrupted: no part of the first step
         if self.store is not None:
             self._report_epoch(row)
         epoch = self.position.epoch

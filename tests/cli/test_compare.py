@@ -295,6 +295,11 @@ def test_hours_are_of_the_device(make: Make, capsys: pytest.CaptureFixture[str])
     # Two processes, for 5 s and for 90 s; from the requeue to the next start 5 s.
     assert (row["device_seconds"]["mean"], row["lost_seconds"]["mean"]) == (190.0, 5.0)
     assert shown(capsys, "gpu", "--columns", "device_seconds").split() == ["GPU-h", "0.053"]
+    slow = make("slow", [80.0])
+    started = '"event": "started"'
+    slow.events.write_text(slow.events.read_text().replace(started, started + ', "startup": {"total": 20}'))
+    (row,) = json.loads(shown(capsys, "slow", "--json"))["rows"]
+    assert row["device_seconds"]["mean"] == 2 * (100.0 + 20.0), "starting takes the GPUs, too"
     cpu = make("cpu", [80.0])
     cpu.events.write_text(cpu.events.read_text().replace('"threads": null', '"threads": 1'))
     assert shown(capsys, "cpu", "--columns", "device_seconds").split() == ["device-h", "0.056"]

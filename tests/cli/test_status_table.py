@@ -148,10 +148,19 @@ def test_points_that_differ_in_long_keys_are_told_apart_on_any_terminal() -> Non
     ]
     for width in (80, 120):
         lines = status_lines(points, width)
-        assert "lr, dropout, weight_decay" in lines[0] and max(map(len, lines)) <= width
+        assert "dropout, lr, weight_decay" in lines[0] and max(map(len, lines)) <= width
         first, last = (next(line for line in lines if line.startswith(point.run)) for point in (points[0], points[7]))
-        assert "0.05, 0.1, 0.0001" in first and "0.1, 0.3, 0.0005" in last
-    assert "lr 0.05, dropout 0.1, weight_decay 0.0001" in status_lines(points, 170)[1]
+        assert "0.1, 0.05, 0.0001" in first and "0.3, 0.1, 0.0005" in last
+    assert "dropout 0.1, lr 0.05, weight_decay 0.0001" in status_lines(points, 170)[1]
+
+
+def test_the_keys_of_a_sweep_keep_their_order_as_its_points_go_on() -> None:
+    points = [
+        run(run=f"s-{number}", sweep="s", changed=changed)
+        for number, changed in enumerate([{"train.seed": 1}, {"model.activation": "relu", "train.seed": 2}])
+    ]
+    assert "activation leaky_relu, seed 1" in status_lines(points, 170)[1]
+    assert "activation leaky_relu, seed 1" in status_lines(points[::-1], 170)[2]
 
 
 def test_columns_without_values_go_before_a_reason_is_cut() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -312,3 +314,24 @@ def test_no_number_that_json_does_not_know_is_printed(paths: RunPaths) -> None:
     plain = read_state(paths, job("RUNNING")).plain()
     assert plain["test_accuracy"] is None and plain["eta_seconds"] is None
     json.dumps(plain, allow_nan=False)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("last", "detail"),
+    [
+        ({"event": "requeued", "reason": "signal"}, "starting on this machine"),
+        ({"event": "finished"}, "ending on this machine"),
+        ({"event": "failed", "error": "x"}, "ending on this machine"),
+    ],
+)
+def test_a_local_controller_without_a_process_starts_one_or_ends(
+    paths: RunPaths, last: dict[str, Any], detail: str
+) -> None:
+    name = f"submitit.local._local {paths.slurm}".split()
+    with subprocess.Popen([sys.executable, "-c", "input()", *name], stdin=subprocess.PIPE) as controller:
+        submitted = {"event": "submitted", "scheduler": "local", "job_id": str(controller.pid)}
+        events(paths, submitted, {"event": "started"}, last)
+        found = read_state(paths, {})
+        controller.communicate(b"\n")
+    assert (found.state, found.detail) == ("running", detail)

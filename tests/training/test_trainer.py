@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,11 @@ def test_resume_after_a_stop_during_the_evaluation_gives_the_same_bits(tmp_path:
     assert (state.step, state.epoch, state.step_in_epoch, state.history) == (STEPS, 0, STEPS, ""), "no row yet"
     second = Run(tmp_path)
     second.resume()
+    evaluating, delay = second.engine.share_buffers, 0.5
+    second.engine.share_buffers = lambda: (time.sleep(delay), evaluating())[1]  # type: ignore[method-assign]
     assert second.train()
     assert second.bits() == whole.bits()
+    assert second.context.startup.seconds["evaluation"] >= delay, "which is no part of the first step"
 
 
 # ------------------------------------------------------------ checkpoints
