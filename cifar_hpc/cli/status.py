@@ -284,7 +284,10 @@ def table(
         columns.insert(1, _changed([settings.get(state.run, {}) for state in states], width))
     if width is not None:
         longest = max((display_width(text.partition(HINT)[0]) for text in detail.cells), default=0)
-        columns = _fitted(columns, width, longest)
+        full = max(
+            (display_width(_detail(s, x, (), width)) for s, x in zip(states, detail.cells, strict=True)), default=0
+        )
+        columns = _fitted(columns, width, longest, min(full, LEAST_DETAIL))
         headings = {column.heading for column in columns}
         room = width - least_width(columns) - len(GAP)
         details = [_detail(state, text, headings, room) for state, text in zip(states, detail.cells, strict=True)]
@@ -311,14 +314,15 @@ def _changed(values: Sequence[dict[str, str]], width: int | None) -> Column:
     return Column(shorten(column.heading, most), [shorten(text, most) for text in column.cells])
 
 
-def _fitted(columns: Sequence[Column], width: int, wanted: int) -> list[Column]:
+def _fitted(columns: Sequence[Column], width: int, wanted: int, least: int) -> list[Column]:
     """The columns that leave room for DETAIL, with shorter cells if needed.
 
     Args:
         wanted: width of DETAIL in full, for a third of the line at most columns are left out that are empty or among
             the first SPARE of DROPPED.
+        least: width that DETAIL gets in any case.
     """
-    fitted, room = list(columns), width - LEAST_DETAIL - len(GAP)
+    fitted, room = list(columns), width - least - len(GAP)
     fitted[0] = _shortened(fitted[0], max(len("improved_resnet-01234567"), width // 5))
     some = width - min(wanted, width // 3) - len(GAP)
     if least_width(fitted) > some:

@@ -1,7 +1,7 @@
 """A trained network and its weights, without the project that trained them. Needs torch alone; Pillow for files.
 
 python model.py                       what the model is
-python model.py cat.png dog.jpg       the class of each image, resized to the model's size where needed
+python model.py cat.png dog.jpg       the class of each image; photographs are cut to a square, and resized
 
 import torch
 from model import load
@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,17 @@ def main(words: list[str]) -> None:
         print(*(f"{key:14}{model.card[key]}" for key in keys if key in model.card), sep="\n")
         return
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     side = model.image_size
     for file in files:
         try:
-            image = Image.open(file).convert("RGB")
+            image: Image.Image = Image.open(file)
+            with suppress(Exception):  # damaged EXIF data, which many photographs have
+                image = ImageOps.exif_transpose(image)
+            image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
         except (OSError, ValueError) as error:
             sys.exit(f"{file}: {error}")
-        image = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
         with torch.no_grad():
             shares = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).softmax(1)[0]
         best = int(shares.argmax())

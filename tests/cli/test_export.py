@@ -105,6 +105,21 @@ def test_the_code_beside_the_weights_classifies_image_files(root: Path, tmp_path
     assert first.startswith(f"one.png: {CLASSES[best]} (") and second.startswith("two.png: ")
 
 
+def test_the_code_beside_the_weights_takes_photographs_as_training_does(root: Path, tmp_path: Path) -> None:
+    exported(tmp_path)
+    square = own_images(load_trained(root, "tiny", "slow").spec.data, root).images[0].permute(1, 2, 0).numpy()
+    wide = np.zeros((32, 72, 3), np.uint8)
+    wide[:, 20:52] = square
+    Image.fromarray(square).save(tmp_path / "one.png")
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    turned = Image.fromarray(np.rot90(square))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    shown = alone(tmp_path, "model.py", "one.png", "wide.png", "turned.png")
+    assert len({line.partition(": ")[2] for line in shown}) == 1, shown
+
+
 def test_the_code_beside_the_weights_is_the_same_network(root: Path, tmp_path: Path) -> None:
     path, *_ = exported(tmp_path)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)

@@ -163,6 +163,18 @@ def test_the_keys_of_a_sweep_keep_their_order_as_its_points_go_on() -> None:
     assert "activation leaky_relu, seed 1" in status_lines(points[::-1], 170)[2]
 
 
+def test_accuracy_has_room_beside_the_keys_of_a_sweep() -> None:
+    points = [
+        run(
+            run=f"s-{number:08x}", sweep="s", changed={"model.activation": name, "train.seed": number}, state="finished"
+        )
+        for number, name in enumerate(["relu", "leaky_relu"])
+    ]
+    done = [dataclasses.replace(point, detail="5m43s ago", eta_seconds=None) for point in points]
+    lines = status_lines(done, 72)
+    assert "ACC" in lines[0].split() and lines[1].endswith("5m43s ago") and len(lines) == 3
+
+
 def test_columns_without_values_go_before_a_reason_is_cut() -> None:
     states = [
         run(state="stopped", detail="killed? it ended without a word", eta_seconds=None, images_per_second=None),
