@@ -157,3 +157,8 @@ def test_the_figures_have_the_same_bits_for_every_number_of_ranks(ranks: Ranks, 
     alone = ranks.run(1, evaluated, sections, group=False)
     for world in (2, 3, 4):
         assert ranks.run(world, evaluated, sections) == alone * world
+
+
+@pytest.mark.parametrize(("size", "count"), [(16, 500), (32, 500), (48, 222), (224, 10), (1024, 1)])
+def test_a_batch_of_large_images_is_smaller(size: int, count: int) -> None:
+    assert evaluation.evaluation_batch(size) == count
