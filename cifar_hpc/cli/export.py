@@ -216,7 +216,7 @@ def metadata(trained: TrainedModel) -> dict[str, str]:
         "image_size": str(info.image_size),
         "mean": json.dumps(info.mean),
         "std": json.dumps(info.std),
-        "model": json.dumps(state.spec["model"]),
+        "model": json.dumps(public["model"]),
         "spec": json.dumps(public),
         "cifar_hpc": __version__,
         "torch": str(torch.__version__),

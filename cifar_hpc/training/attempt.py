@@ -146,9 +146,8 @@ class Attempt:
                     f"not go with epochs of {each} steps. HINT: move the file away."
                 )
             trainer.resume(state)
-        elif (
-            spec.model.init_from is not None
-        ):  # after the first gradient, which is under the same weights in each attempt
+        elif spec.model.init_from is not None:
+            # After the first gradient, which each attempt computes under the same weights.
             init_from(engine, spec.model, context.log.line)
         context.startup.lap("model")
         context.heart.beat("the first step", trainer.position.step)
