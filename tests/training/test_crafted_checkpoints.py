@@ -19,8 +19,11 @@ import torch
 from helpers import BLANK, PROJECT, blank_state, snapshot, tiny_engine, tiny_spec
 
 from cifar_hpc import tensorfile
+from cifar_hpc.__main__ import main
 from cifar_hpc.cli import inspect
+from cifar_hpc.config.io import from_plain
 from cifar_hpc.errors import RunFailedError
+from cifar_hpc.runs.frozen_spec import freeze
 from cifar_hpc.runs.logs import metrics_text, read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.tensorfile import BadFileError, seal
@@ -70,6 +73,7 @@ def momentum(content: dict[str, Any]) -> Any:
 
 ONE = torch.zeros(1)
 GROUP = ("optimizer", "inner", "param_groups", 0)
+DATASET = {"classes": list("abcdefghij"), "image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 FIELDS: list[tuple[Edit, str]] = [
     # Shapes that copy_ would spread over all weights.
     (put("model", "head.weight", value=ONE), r"model\.head\.weight: torch\.float32 \[1\] .*; .* \[10,"),
@@ -137,6 +141,18 @@ FIELDS: list[tuple[Edit, str]] = [
     (put("spec", "model", value=7), "its spec: model: 7"),
     (put("spec", value=7), "its spec: "),
     (put("spec", 7, value=7), "its spec: 7: unknown key"),
+    (put("spec", "optimizer", "name", value="adamw"), r"optimizer\.inner\.state\.0: 'step' is missing"),
+    # What it says of its images.
+    (put("dataset", value=7), "dataset: is not a mapping"),
+    (put("dataset", value={**DATASET, "more": 1}), "dataset: is not a mapping"),
+    (put("dataset", value={**DATASET, "mean": [0.5]}), "dataset: is not a mapping"),
+    (put("dataset", value={**DATASET, "classes": "abcdefghij"}), "dataset: is not a mapping"),
+    (put("dataset", value={**DATASET, "classes": [*"abcdefghi", ONE]}), r"dataset\.classes\.9: "),
+    (put("dataset", value={**DATASET, "classes": ["a", "b"]}), r"model\.head\.weight: "),
+    (put("dataset", value={**DATASET, "std": [0.5, 0.5, 0.0]}), "dataset: image_size or std is not above 0"),
+    (put("dataset", value={**DATASET, "std": [0.5, 0.5, float("nan")]}), r"dataset\.std\.2: nan"),
+    (put("dataset", value={**DATASET, "image_size": True}), r"dataset\.image_size: True"),
+    (put("dataset", value={**DATASET, "image_size": 0}), "dataset: image_size or std is not above 0"),
 ]  # fmt: skip
 
 
@@ -418,3 +434,32 @@ def test_a_file_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
     ):
         choose(Context(paths, BLANK, Launch(), StopFlag()))
     assert (paths.checkpoints / "step_00000006.pt").exists()
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+@pytest.mark.parametrize("place", ["elsewhere", "a run of its name", "a run with another target"])
+def test_code_that_a_file_names_is_not_run(
+    tmp_path: Path, content: dict[str, Any], section: str, place: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Only what the run's own spec names is run, and a checkpoint is not part of that."""
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(tmp_path))
+    trace = tmp_path / "trace"
+
+    def edit(content: dict[str, Any]) -> None:
+        content["spec"][section] = {"target": "os:system", "args": {"command": f"touch {trace}"}}
+        content["dataset"] = DATASET
+
+    paths = RunPaths(tmp_path, "run")
+    paths.create()
+    spec = {**content["spec"], section: {"target": "torchvision.models:resnet18"} if section == "model" else {}}
+    if place == "a run with another target":
+        freeze(paths, from_plain(spec))
+    path = write(tmp_path if place == "elsewhere" else paths.checkpoints, content, edit)
+    for command in ("evaluate", "export", "predict", "inspect"):
+        more = {"export": ["--out", str(tmp_path / "x.safetensors")], "predict": [str(path), "--out", "-"]}.get(
+            command, []
+        )
+        needs = command == "evaluate" or (section == "model" and command != "inspect")
+        assert main([command, str(path), *more]) in ((2,) if needs else (0, 1, 2)), command
+        assert "Traceback" not in capsys.readouterr().err
+    assert not trace.exists()

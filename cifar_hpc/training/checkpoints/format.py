@@ -263,6 +263,8 @@ def _check_dataset(value: Any) -> None:
         for number, part in enumerate(value[key]):
             _check(part, form, f"dataset.{key}.{number}")
     _check(value["image_size"], int, "dataset.image_size")
+    if value["image_size"] < 1 or min(value["std"]) <= 0:
+        raise BadFileError("dataset: image_size or std is not above 0")
 
 
 def _check(value: Any, form: Any, where: str) -> None:
