@@ -92,7 +92,7 @@ class Trainer:
                 self.save(queue=True)
                 self.stored = self._wait_until_stored() is None
                 return False
-        self._report_position()
+        self.context.lock.renew()  # the folders may have been moved since the last report
         self._finish()
         return True
 
