@@ -329,7 +329,9 @@ def test_a_local_controller_without_a_process_starts_one_or_ends(
     paths: RunPaths, last: dict[str, Any], detail: str
 ) -> None:
     name = f"submitit.local._local {paths.slurm}".split()
-    with subprocess.Popen([sys.executable, "-c", "input()", *name], stdin=subprocess.PIPE) as controller:
+    command = [sys.executable, "-c", "print(flush=True); input()", *name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as controller:
+        assert controller.stdout is not None and controller.stdout.readline()  # from then on /proc has its command line
         submitted = {"event": "submitted", "scheduler": "local", "job_id": str(controller.pid)}
         events(paths, submitted, {"event": "started"}, last)
         found = read_state(paths, {})
