@@ -63,7 +63,7 @@ class Plan:
 def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int]]) -> Iterator[None]:
     """Carries out `plan` in this process; `cuts` gets the sizes of DDP's buckets, a list for each step."""
     step, hook, shard_gradient = Engine.step, ShardReducer._hook, Engine._shard_gradient
-    ddp, loss_sum, test_batch = engine.DistributedDataParallel, Engine.loss_sum, evaluation.BATCH
+    ddp, loss_sum, test_batch = engine.DistributedDataParallel, Engine.loss_sum, evaluation._PIXELS
 
     def stepping(self: Engine, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
         cuts.append([])
@@ -84,7 +84,7 @@ def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int
     Engine.step, Engine._shard_gradient = stepping, overflowing  # type: ignore[method-assign]
     ShardReducer._hook = hooked  # type: ignore[method-assign]
     engine.DistributedDataParallel = functools.partial(ddp, bucket_cap_mb=BUCKET_MB)  # type: ignore[misc,assignment]
-    evaluation.BATCH = TEST_BATCH
+    evaluation._PIXELS = TEST_BATCH * 32 * 32
     attempt_module.Agreement = lambda world, **_: Agreement(world, lag)  # type: ignore[assignment,misc]
     try:
         yield
@@ -93,7 +93,7 @@ def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int
         Engine.step, Engine._shard_gradient = step, shard_gradient  # type: ignore[method-assign]
         ShardReducer._hook = hook  # type: ignore[method-assign]
         engine.DistributedDataParallel = ddp  # type: ignore[misc]
-        evaluation.BATCH = test_batch
+        evaluation._PIXELS = test_batch
 
 
 def start(
