@@ -199,7 +199,9 @@ class ExactLayers:
     def set_key(self, key: int | Tensor, device: torch.device) -> None:
         """Make the next forward pass's masks a function of `key`, in [-2**63, 2**63), or int64 [] on the device."""
         if self._keyed:
-            keys = words(torch.as_tensor(key, dtype=torch.int64, device=device), len(self._keyed))
+            if not isinstance(key, Tensor):
+                key = torch.full((), key, dtype=torch.int64, device=device)  # no copy from the host, which would wait
+            keys = words(key, len(self._keyed))
             for layer, own in zip(self._keyed, keys.unbind(), strict=True):
                 layer.key, layer.calls = own, 0
 
