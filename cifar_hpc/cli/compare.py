@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+from cifar_hpc.cli.status import CAUSES
 from cifar_hpc.cli.terminal import PLAIN, Column, Style, fit, lay_out, paint, use_colour
 from cifar_hpc.config.io import in_words
 from cifar_hpc.errors import SchedulerError, SpecError, nearest
@@ -399,7 +400,7 @@ def _causes(row: Row) -> str:
     """Restarts of all runs of a row by cause, such as `3 preemption, 1 failure`."""
     if not any(member.epoch or member.restarts for member in row.members):
         return MISSING
-    return ", ".join(f"{count} {one_line(cause)}" for cause, count in row.causes().items()) or "0"
+    return ", ".join(f"{count} {CAUSES.get(cause, one_line(cause))}" for cause, count in row.causes().items()) or "0"
 
 
 def _state(row: Row) -> str:

@@ -371,7 +371,7 @@ def cells(state: RunState) -> dict[str, str]:
         "ACC": _percent(state.test_accuracy),
         "BEST": _percent(state.best_accuracy),
         "IMG/S": "-"
-        if state.images_per_second is None or state.state != "running"
+        if state.images_per_second is None or state.state != "running" or not state.world_size  # it is starting
         else f"{state.images_per_second:,.0f}",
         "ETA": duration(state.eta_seconds),
         "RESTARTS": f"{state.restarts}" + (f" ({by_cause})" if causes else ""),

@@ -185,7 +185,9 @@ def differences(old: Spec, new: Spec) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new)."""
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
     keys = sorted(before.keys() | after.keys())
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+    pairs = {k: (before.get(k), after.get(k)) for k in keys}
+    # A mapping that is empty in one of them only, such as model.args: its keys tell the difference.
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1] and pair not in ((None, {}), ({}, None))}
 
 
 def covered(key: str, prefixes: Iterable[str]) -> bool:

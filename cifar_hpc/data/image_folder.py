@@ -55,10 +55,11 @@ def list_split(folder: Path, key: str = "data.root") -> tuple[list[Path], list[i
         SpecError: where the folder, a class or an image is missing.
     """
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        missing = folder if folder.parent.is_dir() else folder.parent
+        siblings = [p.name for p in missing.parent.iterdir()] if missing.parent.is_dir() else []
         raise SpecError(
-            f"{key}: {folder} is no folder; a folder source needs train/<class>/* and test/<class>/*, or "
-            f"data.holdout and <class>/*.{nearest(folder.name, siblings)}"
+            f"{key}: {missing} is no folder; a folder source needs train/<class>/* and test/<class>/*, or "
+            f"data.holdout and <class>/*.{nearest(missing.name, siblings)}"
         )
     classes = class_folders(folder)
     files: list[Path] = []

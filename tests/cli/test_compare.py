@@ -289,6 +289,13 @@ def test_runs_of_one_seed_with_other_results_are_told(make: Make, capsys: pytest
     assert "warning: one: runs of seed 7 have different results (other hardware?)" in capsys.readouterr().err
 
 
+def test_a_submission_again_is_called_so_as_in_show(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make("run", [80.0])
+    first, start, end = run.events.read_text().splitlines()
+    run.events.write_text("\n".join([first, start, first, start.replace("started", "resumed"), end]) + "\n")
+    assert shown(capsys, "run", "--columns", "restarts").splitlines()[-1].strip() == "1 submitted again"
+
+
 def test_hours_are_of_the_device(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make("gpu", [80.0], preempted=1)
     (row,) = json.loads(shown(capsys, "gpu", "--json"))["rows"]

@@ -54,7 +54,7 @@ def test_one_run_has_its_bar_and_its_epochs() -> None:
     assert marks(below, "restart") == [round(320 / 60, 3)]
     assert marks(below, "failed") == [7.5]
     assert marks(below, "finished") == [10]
-    assert below.get_xlabel() == "minutes since 2026-01-02 03:00 UTC"
+    assert below.get_xlabel() == "minutes since 2026-01-02 03:00:00 UTC"
     drawn = [list(map(float, line.get_ydata())) for line in above.get_lines() if line.get_gid() == "progress"]
     assert drawn == [[0, 2], [2, 4], [3]]
     assert above.get_ylabel() == "epochs done"

@@ -175,6 +175,11 @@ def test_accuracy_has_room_beside_the_keys_of_a_sweep() -> None:
     assert "ACC" in lines[0].split() and lines[1].endswith("5m43s ago") and len(lines) == 3
 
 
+def test_a_run_that_starts_again_has_no_speed_yet() -> None:
+    assert cells(run(world_size=2))["IMG/S"] == "9,000"
+    assert cells(run(world_size=None))["IMG/S"] == "-"
+
+
 def test_columns_without_values_go_before_a_reason_is_cut() -> None:
     states = [
         run(state="stopped", detail="killed? it ended without a word", eta_seconds=None, images_per_second=None),

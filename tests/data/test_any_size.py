@@ -292,8 +292,9 @@ def other_classes(folder: Path) -> None:
         (one_class, "train has 1 class folder; allowed: 2 or more"),
         (other_classes, "differ; only in train: rose; only in test: roses"),
         (lambda folder: (folder / "train").rename(folder / "tain"), "train is no folder.*did you mean 'tain'"),
+        (lambda folder: folder.rename(folder.with_name("fotos")), "images is no folder"),
     ],
-    ids=["one", "other", "typo"],
+    ids=["one", "other", "typo", "gone"],
 )
 def test_what_is_wrong_in_a_layout_is_named(tmp_path: Path, spoil: Callable[[Path], Any], words: str) -> None:
     spoil(make(tmp_path))

@@ -101,7 +101,7 @@ def no_split(root: Path) -> Path:
 
 def no_folder(root: Path) -> Path:
     (root / "images").rename(root / "image")
-    return root / "images" / "train"
+    return root / "images"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def no_folder(root: Path) -> Path:
         (other_class, "differ; only in train: class4; only in test: klass4"),
         (empty_class, "holds no image"),
         (no_split, "is no folder; .*did you mean 'tests'"),
-        (no_folder, "is no folder"),
+        (no_folder, "images is no folder; .*did you mean 'image'"),
     ],
 )
 def test_what_is_wrong_in_a_folder_is_named(root: Path, spoil: Any, message: str) -> None:

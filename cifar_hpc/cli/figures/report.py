@@ -16,6 +16,7 @@ from cifar_hpc.cli.compare import NOTE, ORIGINS, all_columns, base_in_words, rea
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.plot import FIGURES, figures, some
 from cifar_hpc.cli.figures.timeline import CHECKPOINT
+from cifar_hpc.cli.status import CAUSES
 from cifar_hpc.cli.terminal import output_file
 from cifar_hpc.config.io import flatten, in_words, to_plain, to_yaml
 from cifar_hpc.config.spec import Spec
@@ -140,7 +141,8 @@ def _life(row: Row) -> Iterator[tuple[str, str]]:
         marks = sorted((at, kind) for kind, at in read_timeline(run).marks if kind != CHECKPOINT)
         moments = [f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC {kind}" for at, kind in marks]
         yield run.name, "\n".join(moments) or "nothing yet"
-    yield "restarts by cause", ", ".join(f"{count} {cause}" for cause, count in row.causes().items()) or "none"
+    causes = [f"{count} {CAUSES.get(cause, cause)}" for cause, count in row.causes().items()]
+    yield "restarts by cause", ", ".join(causes) or "none"
     for name in ORIGINS:
         yield name, "\n".join([row.data] if name == "data" else row.all_of(name)) or "-"
 

@@ -56,7 +56,8 @@ def timeline_figure(shown: Sequence[Timeline], labels: Sequence[str], left_out: 
     if alone:
         _draw_progress(axes[0], shown[0], begin, length)
     more = f"; {left_out} more runs are not shown" if left_out else ""
-    since = f"{unit} since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC"
+    exact = "%Y-%m-%d %H:%M:%S" if unit in ("seconds", "minutes") else "%Y-%m-%d %H:%M"
+    since = f"{unit} since {datetime.fromtimestamp(begin, UTC):{exact}} UTC"
     rows.set(ylim=(len(shown) - 0.4, -0.6), xlabel=since + more)
     folded = ["\n".join(textwrap.wrap(shorten(x, LABEL_LINES * LABEL_LETTERS), LABEL_LETTERS)) for x in labels]
     rows.set_yticks([] if alone else range(len(shown)), [] if alone else folded)
