@@ -141,13 +141,13 @@ def display_width(text: str) -> int:
 
 
 def output_file(text: str, suffix: str = "") -> Path:
-    """The file of --out, which may exist; of a symbolic link its target.
+    """The file of --out, which may exist; of a symbolic link its target. A missing folder is created.
 
     Args:
         suffix: required end of its name.
 
     Raises:
-        SpecError: its suffix differs, it is no regular file, or its folder is missing or not writable.
+        SpecError: its suffix differs, it is no regular file, or its folder cannot be created or is not writable.
     """
     path = Path(text)
     if not text.endswith(suffix) or path.name in ("", suffix):
@@ -159,7 +159,7 @@ def output_file(text: str, suffix: str = "") -> Path:
         raise SpecError(f"--out: {text} cannot be written: {error}.") from None
     if mode is not None and not path.is_file():
         raise SpecError(f"--out: {path} is no regular file but {kind_of(mode)}; allowed: a file.")
-    _check_folder(path.parent)
+    output_folder(str(path.parent))
     return path
 
 
@@ -174,12 +174,6 @@ def output_folder(text: str) -> Path:
         path.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"--out: {path} cannot be made: {error.strerror}; allowed: a folder.") from None
-    _check_folder(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SpecError(f"--out: the folder {path} is not writable by you.")
     return path
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise SpecError(f"--out: there is no folder {folder}. HINT: mkdir -p it first.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SpecError(f"--out: the folder {folder} is not writable by you.")

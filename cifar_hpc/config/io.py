@@ -204,7 +204,7 @@ def check_resumable(old: Spec, new: Spec, run: str) -> None:
     # A value that is only resolved at the first start (null) agrees with whatever it became.
     resolved = ("train.shards", "train.cpu_threads", "data.image_size")
     fatal = [
-        f"  {k}: {a!r} -> {b!r}"
+        f"  {k}: {a!r} -> {b!r}" + " (a file of the target was edited)" * k.endswith(".code")
         for k, (a, b) in differences(old, new).items()
         if not covered(k, MAY_CHANGE) and not (k in resolved and b is None)
     ]

@@ -187,8 +187,8 @@ def find_run(root: Path, name: str) -> RunPaths:
     if begun:
         some = ", ".join(begun[:10]) + (", ..." if len(begun) > 10 else "")
         raise SpecError(f"{name}: {len(begun)} runs begin so: {some}. HINT: more of the name, or '{name}*' for all.")
-    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else ".") if names else "none yet."
-    raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; runs: {known}" + nearest(name, names))
+    known = ", ".join([*names[:10], *["..."] * (len(names) > 10)]) or "none yet"
+    raise SpecError(f"{shown(name)}: no such run under {root / 'logs'}; there are: {known}." + nearest(name, names))
 
 
 def find_runs(root: Path, patterns: Sequence[str], more: Sequence[str] = ()) -> list[RunPaths]:

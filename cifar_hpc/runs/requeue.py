@@ -147,7 +147,9 @@ def used_up_here(history: History) -> bool:
 
 
 def _after_signal_without_slurm(ending: Ending, spec: Spec, history: History, now: datetime) -> Decision:
-    if ending.scheduler is None or ending.received is signal.SIGTERM or not spec.resources.requeue:
+    if ending.scheduler is None:
+        return Decision("leave", "stopped", "run the same command again to go on from here")
+    if ending.received is signal.SIGTERM or not spec.resources.requeue:
         return Decision("leave", "stopped", "not requeued; submit the same again to go on from here")
     if used_up_here(history):
         limit = f"not requeued: the local executor restarts a job at most {LOCAL_REQUEUES} times"

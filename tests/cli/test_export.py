@@ -330,7 +330,7 @@ def test_a_users_mistakes_are_named_and_nothing_is_lost(root: Path, tmp_path: Pa
         ("tiny", "README.safetensors", "README.md, where the card would go, is there already and is no card"),
         ("tiny", "x.safetensors", "model.py, where the code would go, is there already and is no code"),
         ("tiny", "model.pt", "ends with .safetensors"),
-        ("tiny", "none/model.safetensors", "there is no folder"),
+        ("tiny", "README.md/model.safetensors", "README.md cannot be made: File exists"),
     ]:
         assert main(["export", run, "--out", str(tmp_path / out)]) == 2
         assert words in capsys.readouterr().err

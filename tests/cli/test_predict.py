@@ -97,8 +97,8 @@ def test_a_failure_leaves_the_file_as_it_was(
     ]:
         assert main(["predict", arguments[0], str(tmp_path / arguments[1]), "--out", str(out)]) == 2
         assert words in capsys.readouterr().err
-    assert main(["predict", "tiny", str(tmp_path / "x.npy"), "--out", str(tmp_path / "no" / "x.csv")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert main(["predict", "tiny", str(tmp_path / "x.npy"), "--out", str(tmp_path / "x.npy" / "x.csv")]) == 2
+    assert "x.npy cannot be made: File exists" in capsys.readouterr().err
 
     def fail(*_: Any) -> Any:
         raise RunFailedError("the model's outputs are NaN")

@@ -153,7 +153,10 @@ def test_runs_without_an_epoch_have_a_report(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("report.pdf", "allowed: a file name that ends with .html"), ("no/report.html", "HINT: mkdir -p it first")],
+    [
+        ("report.pdf", "allowed: a file name that ends with .html"),
+        ("logs/a/spec.yaml/report.html", "spec.yaml cannot be made: File exists"),
+    ],
 )
 def test_a_file_that_cannot_be_is_refused(
     root: Path, capsys: pytest.CaptureFixture[str], out: str, message: str

@@ -114,6 +114,7 @@ def test_files_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert output_file("new.csv") == tmp_path / "new.csv"
     assert output_file("old.csv", ".csv") == old
     assert output_file("link.csv") == old  # so that the link stays one
+    assert output_file("none/deep/x.csv").parent.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,8 @@ def test_files_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("/dev/null", "is no regular file but a device"),
         (".", "not allowed"),
         ("", "not allowed"),
-        ("none/x.csv", r"there is no folder .*none. HINT: mkdir -p"),
-        ("file/x.csv", "there is no folder"),
+        ("file/x.csv", "file cannot be made: File exists; allowed: a folder"),
+        ("file/in/x.csv", "in cannot be made: Not a directory"),
         ("folder", "is no regular file but a directory"),
         ("fifo", "is no regular file but a FIFO"),
         ("circle", "cannot be written|no regular file"),

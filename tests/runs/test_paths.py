@@ -40,7 +40,7 @@ def test_runs_are_found_once_and_by_name(root: Path, patterns: list[str], found:
 
 @pytest.mark.parametrize("pattern", ["drpout-1", "x*", "[", "../*", "sweeps", "", "."])
 def test_a_pattern_without_a_run_is_an_error_that_names_it(root: Path, pattern: str) -> None:
-    with pytest.raises(SpecError, match=r"no such run under .*; runs: dropout-1, dropout-2, wide-1"):
+    with pytest.raises(SpecError, match=r"no such run under .*; there are: dropout-1, dropout-2, wide-1"):
         find_runs(root, ["wide-1", pattern])
 
 

@@ -175,7 +175,7 @@ def test_only_a_job_that_has_its_nodes_is_ever_requeued(state: str) -> None:
         ("local", None, LOCAL_REQUEUES - 1, "requeue", "the local executor starts the run again"),
         ("local", signal.SIGUSR1, LOCAL_REQUEUES, "leave", "restarts a job at most 5 times"),
         ("local", signal.SIGTERM, 0, "leave", "submit the same again"),
-        (None, signal.SIGUSR2, 0, "leave", "submit the same again"),
+        (None, signal.SIGUSR2, 0, "leave", "the same command again"),
     ],
 )
 def test_decide_after_a_signal_without_slurm(

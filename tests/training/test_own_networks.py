@@ -149,7 +149,9 @@ def test_code_that_has_changed_is_another_run_and_never_reaches_this_one(runs: R
     (runs.root / "layers.py").write_text(LAYERS + "\n# another line\n")
     try:
         assert runs.start("edited", 1, *words, "optimizer.lr=0.02") == [2]
-        assert "model.code: '" in runs.output("edited") and "give the new run another --name" in runs.output("edited")
+        assert "(a file of the target was edited)" in runs.output(
+            "edited"
+        ) and "give the new run another --name" in runs.output("edited")
         copy = next((runs.root / "logs" / "edited" / "code" / "user").glob("*/layers.py"))
         copy.write_text(LAYERS + "# modified\n")
     finally:
