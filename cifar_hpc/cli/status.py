@@ -56,6 +56,7 @@ NUMBERS = ("EPOCH", "ACC", "BEST", "IMG/S", "ETA", "RANKS", "LOG AGE")
 DROPPED = ("RANKS", "JOB", "LOG AGE", "IMG/S", "BEST", "RESTARTS", "ETA", "ACC")
 SPARE = 4  # so many of them are left out before a reason is cut
 LEAST_DETAIL, LEAST_NAME = 20, 12  # characters that a reason, and a run's name, get on any terminal
+NARROW_DETAIL = 13  # a reason that needs more lines is better than no ACC
 # From the most to the least urgent.
 STYLES = {
     "hung": "bold red",
@@ -330,7 +331,11 @@ def _fitted(columns: Sequence[Column], width: int, wanted: int, least: int) -> l
         fitted[restarts] = Column("RESTARTS", [cell.partition(" ")[0] for cell in fitted[restarts].cells])
     empty = [column.heading for column in columns if column.heading in DROPPED and set(column.cells) == {"-"}]
     fitted = fit(fitted, some, [*empty, *DROPPED[:SPARE]])
-    fitted = fit(fitted, room, DROPPED)
+    *others, accuracy = DROPPED
+    fitted = fit(fitted, room, others)
+    narrow = room + max(0, least - NARROW_DETAIL)
+    room = narrow if least_width(fitted) <= narrow else room
+    fitted = fit(fitted, room, [accuracy])
     over = least_width(fitted) - room
     return [_shortened(fitted[0], max(LEAST_NAME, fitted[0].width - over)), *fitted[1:]] if over > 0 else fitted
 

@@ -158,7 +158,7 @@ class LiveView(PlainView):
     def state(self, state: RunState, words: str) -> None:
         """Show the state in place of a missing bar. Its time left replaces the log's, which ignores restarts."""
         self._words = words
-        if state.eta_seconds is not None:
+        if state.eta_seconds is not None or state.ended:
             self._eta = state.eta_seconds
         if state.state != "running":
             self._progress = None

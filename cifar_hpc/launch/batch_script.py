@@ -233,7 +233,7 @@ def _job_id(paths: RunPaths | SweepPaths, script: Path, code: Path) -> str:
     try:
         answer = client.command(["sbatch", str(script)], SBATCH_SECONDS, folder=code)
     except SchedulerError as error:
-        words = " ".join(str(error).partition(" was refused: ")[2].split()) or str(error)
+        words = "; ".join(str(error).partition(" was refused: ")[2].splitlines()) or str(error)
         if shutil.which("sbatch") is None or (_REFUSED.search(words) and not client.NO_CONTACT.search(words)):
             hint = ARRAY_HINT if isinstance(paths, SweepPaths) and "job array" in words else ""
             raise SchedulerError(f"sbatch refused the job: {words}{hint}{_unused_hint()}") from None

@@ -223,7 +223,7 @@ class Engine:
             problem = f"the weights became NaN or infinite by update {self.updates}"
         if problem is not None:
             hint = "HINT: lower optimizer.lr, or set train.amp=fp32."
-            error = RunFailedError(f"{problem}. The checkpoints so far are kept. {hint}")
+            error = RunFailedError(f"{problem}. Any earlier checkpoints are kept. {hint}")
             error.everywhere = True  # all ranks have the same bad step and the same weights
             raise error
 

@@ -68,8 +68,8 @@ def test_the_most_important_columns_stay() -> None:
 def test_what_has_lost_its_column_stands_in_detail() -> None:
     lines = status_lines(RUNS, 80)
     assert lines[1].endswith("5h00m  3 restarts, on node1")
-    narrow = status_lines(RUNS, 70)
-    assert narrow[1].endswith("12/400  ETA 5h00m, 3 restarts,") and narrow[2].split() == ["on", "node1"]
+    narrow = status_lines(RUNS, 62)
+    assert narrow[1].endswith("12/400  ETA 5h00m, 3") and narrow[2].split() == ["restarts,", "on", "node1"]
     assert lines[2].endswith("NaN at step 3.")  # without its hint
     assert lines[3].endswith("Priority, in ~7d00h")  # the explanation goes before the time does
     assert status_lines(RUNS[2:3], 160)[1].endswith("starts in ~7d00h")
@@ -173,6 +173,9 @@ def test_accuracy_has_room_beside_the_keys_of_a_sweep() -> None:
     done = [dataclasses.replace(point, detail="5m43s ago", eta_seconds=None) for point in points]
     lines = status_lines(done, 72)
     assert "ACC" in lines[0].split() and lines[1].endswith("5m43s ago") and len(lines) == 3
+    long = dataclasses.replace(done[0], state="stopped", detail="killed? it ended without a word")
+    lines = status_lines([*done, long], 72)
+    assert "ACC" in lines[0].split() and lines[3].endswith("killed? it ended") and len(lines) == 5
 
 
 def test_a_run_that_starts_again_has_no_speed_yet() -> None:

@@ -186,7 +186,7 @@ def test_missing_job_file_suggests_a_name(root: Path, tmp_path: Path, capsys: py
 def test_missing_data_is_named_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--cluster local --set train.device=cpu data.source=folder data.root=images".split()
     assert submit.main(arguments) == 2
-    assert str(root / "images" / "train") in capsys.readouterr().err
+    assert f"data.root: {root / 'images'} is no folder" in capsys.readouterr().err
     assert not root.exists()
 
 
@@ -309,7 +309,9 @@ def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
 ) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    words = f"echo 'sbatch: error: invalid partition' >&2; env > {programs}/seen; exit 1"
+    words = (
+        f"printf 'sbatch: error: invalid partition\\nsbatch: error: it failed\\n' >&2; env > {programs}/seen; exit 1"
+    )
     for name, body in (("sbatch", words), ("squeue", "exit 0")):
         program = programs / name
         program.write_text(f"#!/bin/sh\n{body}\n")
@@ -320,7 +322,7 @@ def test_sbatch_that_refuses_is_quoted_and_leaves_no_job(
     monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
     assert submit.main("--set data.source=synthetic --name run".split()) == 3
     captured = capsys.readouterr()
-    assert captured.err.count("sbatch: error: invalid partition") == 1 and captured.out == ""
+    assert captured.err.count("sbatch: error: invalid partition; sbatch: error: it failed") == 1 and captured.out == ""
     assert "HINT: SBATCH_ACCOUNT of the environment is not used" in captured.err
     seen = (programs / "seen").read_text()
     assert "SBATCH_ACCOUNT" not in seen and str(programs) in seen

@@ -87,6 +87,8 @@ def test_what_is_waited_for_stands_in_place_of_the_bar() -> None:
         assert seen.below().startswith("epoch 3/400") and seen.below().endswith("ETA 1h00m")
         screen.state(state("requeued"), "requeued: until 10:00:00, preempted")
         assert seen.below().startswith("requeued: until 10:00:00, preempted")
+        screen.state(state("cancelled"), "cancelled: by me")
+        assert seen.below() == "cancelled: by me"
 
 
 def test_nothing_is_taken_for_markup_and_nothing_long_wraps() -> None:
