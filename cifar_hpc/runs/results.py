@@ -69,8 +69,10 @@ def group_runs(runs: Sequence[RunPaths], *, each: bool = False) -> list[Group]:
     members: defaultdict[str, list[RunPaths]] = defaultdict(list)
     for run in sorted(specs, key=lambda run: (specs[run][SEED], run.name)):
         members[run.name if each else repr([specs[run].get(key) for key in differing])].append(run)
+    # Other networks have other files anyway.
+    shown = [key for key in differing if key.replace(".code", ".target") not in differing or not key.endswith(".code")]
     groups = [
-        Group(tuple(alike), {key: specs[alike[0]].get(key) for key in differing}, tuple(specs[r][SEED] for r in alike))
+        Group(tuple(alike), {key: specs[alike[0]].get(key) for key in shown}, tuple(specs[r][SEED] for r in alike))
         for alike in members.values()
     ]
     order = sweep_order(runs[0].root) if runs else {}
@@ -160,7 +162,7 @@ def _values(run: RunPaths) -> Values:
         raise UserError(f"{run.spec}: is not there. HINT: a run that was never submitted has none.")
     values = flatten(to_plain(spec))
     ignored = tuple(k for k in NO_DIFFERENCE if not (k == "data.root" and spec.data.in_root))
-    return {key: value for key, value in values.items() if not covered(key, ignored)}
+    return {key: value for key, value in values.items() if not covered(key, ignored) and value != {}}
 
 
 def sort_key(value: Any) -> tuple[int, list[Any]]:

@@ -22,7 +22,7 @@ def make(tmp_path: Path) -> Make:
     def run(name: str, **sections: dict[str, Any]) -> RunPaths:
         paths = RunPaths(tmp_path, name)
         paths.create()
-        freeze(paths, tiny_spec(**sections))
+        freeze(paths, tiny_spec(**sections), tmp_path)
         return paths
 
     return run
@@ -172,3 +172,23 @@ def test_a_run_that_cannot_be_read_has_no_settings(make: Make) -> None:
     groups = group_runs([*runs, make("other")])
     assert [settings(groups)[n] for n, group in enumerate(groups) if group.problem] == [""]
     assert [labels(groups)[n] for n, group in enumerate(groups) if group.problem] == ["run-0"]
+
+
+def test_networks_differ_by_their_names_and_arguments(make: Make, tmp_path: Path) -> None:
+    plain = {"blocks": [3, 3, 3], "dropout": 0.2, "width_multiplier": 1.0}  # as the defaults are
+    nets = {"one": ({}, "0011"), "two": ({"width": 8}, "2233"), "three": ({"width": 8}, "4455")}
+    targets = {"one": "a.py:A", "two": "b.py:B", "three": "b.py:B"}
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("class A: pass\nclass B: pass\n")
+    runs = {
+        name: make(name, model={**plain, "target": targets[name], "args": args, "code": code})
+        for name, (args, code) in nets.items()
+    }
+    assert [group.changed for group in group_runs([runs["one"], runs["two"]])] == [
+        {"model.target": "a.py:A", "model.args.width": None},
+        {"model.target": "b.py:B", "model.args.width": 8},
+    ]
+    assert [group.changed for group in group_runs([runs["two"], runs["three"]])] == [
+        {"model.code": "2233"},
+        {"model.code": "4455"},
+    ]
