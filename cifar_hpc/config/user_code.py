@@ -18,6 +18,7 @@ from cifar_hpc.errors import RunFailedError, SpecError
 from cifar_hpc.files import DIRECTORY_MODE, expand_path, write_atomic
 from cifar_hpc.text import one_line, shown
 
+_TAKEN = {*sys.stdlib_module_names, "cifar_hpc", "numpy", "torch", "torchvision"}  # importing these finds others
 _TARGET = re.compile(r"(?P<place>[^:\0]+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
 
 
@@ -47,7 +48,7 @@ def collect(target: str, folder: Path, key: str) -> dict[str, bytes]:
         key: the spec's key that names the target, for messages.
 
     Raises:
-        SpecError: a file cannot be read or is no Python, or does not define the name.
+        SpecError: a file cannot be read, imported by its name or parsed, or does not define the target's name.
     """
     place, _, name = target.rpartition(":")
     path = Path(os.path.abspath(folder / expand_path(place, key)))  # noqa: PTH100 - links stay as they are
@@ -70,6 +71,13 @@ def collect(target: str, folder: Path, key: str) -> dict[str, bytes]:
         if file == path:
             _check_name(tree, name.partition(".")[0], f"{key}: {shown(target)}: {file}")
         left += [part for part in _imported(tree, file, roots) if part.is_relative_to(base)]
+    for file in found:
+        parts = file.relative_to(_package_root(file)).with_suffix("").parts
+        if parts[0] in _TAKEN or "." in parts[-1]:
+            raise SpecError(
+                f"{key}: {file} is not allowed; allowed: names without a dot, and none of a module of Python, "
+                "torch, torchvision, numpy or cifar_hpc, which would be imported in its place. HINT: rename it."
+            )
     return {file.relative_to(base).as_posix(): content for file, content in sorted(found.items())}
 
 
@@ -151,8 +159,14 @@ def load(target: str, code: str | None, folder: Path, key: str) -> Any:
             value = getattr(value, part)
     except (SpecError, RunFailedError):
         raise
-    except Exception as error:
-        raise RunFailedError(explain(error, folder, f"{key}: {shown(target)} cannot be loaded")) from None
+    except (Exception, SystemExit) as error:  # argparse outside of `if __name__ == "__main__"` exits
+        hint = ""
+        if isinstance(error, ImportError):
+            hint = (
+                ". HINT: jobs have the files beside it and beside the job file, and what is installed for "
+                f"{sys.executable}; relative imports need an __init__.py, which may be empty, in their folder."
+            )
+        raise RunFailedError(explain(error, folder, f"{key}: {shown(target)} cannot be loaded") + hint) from None
     return value
 
 
@@ -198,7 +212,8 @@ def explain(error: BaseException, folder: Path, what: str) -> str:
         folder: above the folders of copies.
     """
     line = line_of(error, folder)
-    return f"{what}: {line + ': ' if line else ''}{type(error).__name__}: {one_line(str(error))[:500]}"
+    words = one_line(str(error))[:500]
+    return f"{what}: {line + ': ' if line else ''}{type(error).__name__}{': ' + words if words else ''}"
 
 
 def line_of(error: BaseException, folder: Path) -> str:

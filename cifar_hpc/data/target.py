@@ -41,7 +41,7 @@ def load_target(data: DataSpec, root: Path, folder: Path | None) -> Dataset:
     try:
         taken = inspect.signature(function).parameters
         found = function(**{key: value for key, value in offered.items() if key in taken} | data.args)
-    except Exception as error:  # the user's code raises anything
+    except (Exception, SystemExit) as error:  # the user's code raises anything
         raise RunFailedError(user_code.explain(error, folder, what)) from None
     values = dict(zip(KEYS, found, strict=False)) if isinstance(found, tuple) and len(found) == len(KEYS) else found
     if not isinstance(values, dict) or values.keys() != {*KEYS}:

@@ -62,7 +62,7 @@ def _build_target(spec: ModelSpec, info: DatasetInfo, code: Path) -> nn.Module:
             network.train()
     except RunFailedError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         hint = " HINT: model.args are its arguments; classes, num_classes and image_size are given where it takes them."
         raise RunFailedError(user_code.explain(error, code, f"{where} cannot be built") + "." + hint) from None
     if not any(parameter.requires_grad for parameter in network.parameters()):

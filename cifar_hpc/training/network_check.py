@@ -59,7 +59,7 @@ def check_network(network: nn.Module, exact: ExactLayers, images: Tensor, classe
             _check_logits(logits, len(images), classes, training)
     except RunFailedError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise RunFailedError(user_code.explain(error, code, f"model.target: a forward pass of {what} fails")) from None
     for name, buffer in network.named_buffers():
         if not torch.equal(buffer, buffers[name]):
