@@ -182,12 +182,8 @@ def report_of(error: BaseException, context: Context) -> Report:
         any(w in words for w in _LOST) or (isinstance(error, dist.DistError) and "NCCL error" not in words)
     ):
         cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
-    if (
-        cause == "error"
-        and not isinstance(error, UserError)
-        and (line := user_code.line_of(error, context.paths.user_code))
-    ):
-        summary, text = f"{line}: {summary}"[:500], f"{line}\n{text}"
+    elif line := user_code.line_of(error, context.paths.user_code):
+        summary = text = f"{line}: {summary}"[:500]  # without the lines of this project
     rank, host = context.launch.rank, socket.gethostname()
     bad_node = requeue.broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
     step, retryable = context.heart.step, retryable or bool(bad_node)
