@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from cifar_hpc.errors import RunFailedError, SpecError
@@ -214,6 +215,14 @@ def explain(error: BaseException, folder: Path, what: str) -> str:
     line = line_of(error, folder)
     words = one_line(str(error))[:500]
     return f"{what}: {line + ': ' if line else ''}{type(error).__name__}{': ' + words if words else ''}"
+
+
+def frames_of(error: BaseException, folder: Path) -> TracebackType | None:
+    """Return the part of an error's traceback that begins in user files below `folder`, without the callers' frames."""
+    frames = error.__traceback__
+    while frames is not None and not frames.tb_frame.f_code.co_filename.startswith(f"{folder}/"):
+        frames = frames.tb_next
+    return frames
 
 
 def line_of(error: BaseException, folder: Path) -> str:

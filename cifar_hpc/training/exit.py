@@ -183,7 +183,8 @@ def report_of(error: BaseException, context: Context) -> Report:
     ):
         cause, text = "lost", f"lost contact with another rank ({type(error).__name__}: {words})"  # no traceback
     elif line := user_code.line_of(error, context.paths.user_code):
-        summary = text = f"{line}: {summary}"[:500]  # without the lines of this project
+        error.__traceback__ = user_code.frames_of(error, context.paths.user_code)
+        summary, text = f"{line}: {summary}"[:500], f"{line}\n{''.join(traceback.format_exception(error))}"
     rank, host = context.launch.rank, socket.gethostname()
     bad_node = requeue.broken_node(words, os.environ.get("SLURMD_NODENAME")) if cause == "error" else ""
     step, retryable = context.heart.step, retryable or bool(bad_node)

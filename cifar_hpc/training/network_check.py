@@ -107,10 +107,16 @@ def _check_logits(logits: Any, count: int, classes: int, training: bool) -> None
     what = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if not isinstance(logits, Tensor) or logits.shape != (count, classes) or not logits.is_floating_point():
         mode = "training" if training else "evaluation"
+        hint = (
+            "it is told the number of classes as `classes` or `num_classes` where it takes one of them; else set it in "
+            "model.args"
+            if isinstance(logits, Tensor)
+            else "return the logits alone, in both modes; an auxiliary head has no loss here, so leave it out, as by "
+            "model.args={aux_logits: false} where the network has this argument"
+        )
         raise RunFailedError(
             f"model.target: in {mode} mode the network gives {what} for {count} images of {classes} classes; allowed: "
-            f"floating-point logits [{count}, {classes}]. HINT: it is told the number of classes as `classes` or "
-            "`num_classes` where it takes one of them; else set it in model.args."
+            f"floating-point logits [{count}, {classes}]. HINT: {hint}."
         )
 
 

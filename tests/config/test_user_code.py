@@ -102,3 +102,22 @@ def test_errors_of_importing_name_the_line(tmp_path: Path, text: str, message: s
     _write(tmp_path, {name: f"{text}\nmake = 1\n"})
     with pytest.raises(RunFailedError, match=rf"^model.target: .* cannot be loaded: {name}, {message}"):
         _load(tmp_path, f"{name}:make")
+
+
+def test_files_of_two_runs_may_have_the_same_names(tmp_path: Path) -> None:
+    text = "from twin_utils import width\ndef make(): return width\n"
+    for folder, width in (("one", 1), ("two", 2), ("one", 1)):
+        _write(tmp_path / folder, {"twin.py": text, "twin_utils.py": f"width = {width}\n"})
+        assert _load(tmp_path / folder, "twin.py:make")() == width  # type: ignore[operator]
+
+
+def test_copies_that_are_missing_or_modified_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, {"copied.py": "def make(): return 3\n"})
+    files = user_code.collect("copied.py:make", tmp_path, KEY)
+    copies, code = tmp_path / "copies", user_code.digest_of(files)
+    with pytest.raises(SpecError, match="is missing"):
+        user_code.load("copied.py:make", code, copies, KEY)
+    user_code.write(files, copies)
+    (copies / code / "copied.py").write_text("def make(): return 4\n")
+    with pytest.raises(SpecError, match="has been modified"):
+        user_code.load("copied.py:make", code, copies, KEY)

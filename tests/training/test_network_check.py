@@ -174,6 +174,19 @@ def test_logits_of_another_shape_are_refused() -> None:
         check(Net(nn.Identity(), head=1000))
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_auxiliary_outputs_are_refused_and_not_taken_for_another_number_of_classes(kind: type) -> None:
+    class Auxiliary(Net):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            return kind([logits, logits]) if self.training else logits
+
+    words = rf"in training mode the network gives a {kind.__name__} for .*HINT: return the logits alone, in both modes"
+    with pytest.raises(RunFailedError, match=words) as raised:
+        check(Auxiliary(nn.Identity()))
+    assert "num_classes" not in str(raised.value)
+
+
 def test_parameters_without_a_gradient_are_named() -> None:
     network = Net(nn.Identity())
     network.spare = nn.Linear(2, 2)
