@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from cifar_hpc.errors import RunFailedError, SpecError
-from cifar_hpc.files import DIRECTORY_MODE, expand_path, write_atomic
+from cifar_hpc.files import DIRECTORY_MODE, expand_path, read_regular, write_atomic
 from cifar_hpc.text import one_line, shown
 
 _TAKEN = {*sys.stdlib_module_names, "cifar_hpc", "numpy", "torch", "torchvision"}  # importing these finds others
@@ -62,7 +62,7 @@ def collect(target: str, folder: Path, key: str) -> dict[str, bytes]:
         if file in found:
             continue
         try:
-            found[file] = file.read_bytes()
+            found[file] = read_regular(file)
             tree = ast.parse(found[file], file.name)
         except OSError as error:
             raise SpecError(f"{key}: {shown(target)}: {file} cannot be read: {error.strerror}.") from None

@@ -1,5 +1,6 @@
 """The files of a user's own network: which are found, which names are refused, and how errors in them read."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,9 @@ def test_copies_that_are_missing_or_modified_are_refused(tmp_path: Path) -> None
     (copies / code / "copied.py").write_text("def make(): return 4\n")
     with pytest.raises(SpecError, match="has been modified"):
         user_code.load("copied.py:make", code, copies, KEY)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(SpecError, match=r"pipe\.py cannot be read: "):
+        user_code.collect("pipe.py:make", tmp_path, KEY)
