@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TESTS, Ranks
+from helpers import TESTS, Ranks, leftovers
 from processes import Runs
 
+from cifar_hpc.__main__ import main
+from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.training.process import STOP_SIGNALS
 
 # A shell without job control lets what it runs in the background ignore SIGINT, and so would every test's children.
@@ -123,3 +126,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         running = None
+
+
+@pytest.fixture
+def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Runs, str], dict[str, Any]]:
+    """Reads what must not depend on how a run of two epochs came to its end."""
+
+    def sums(runs: Runs, name: str) -> dict[str, Any]:
+        monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
+        capsys.readouterr()
+        assert main(["inspect", name, "--json"]) == 0
+        rows = read_jsonl(runs.root / "logs" / name / "metrics.jsonl")
+        assert [row["epoch"] for row in rows] == [1, 2] and leftovers(runs.root) == []
+        figures = [(row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
+        return {"figures": figures, **json.loads(capsys.readouterr().out)["sums"]}
+
+    return sums

@@ -246,7 +246,7 @@ def test_a_name_is_that_of_the_sweep_and_begins_those_of_its_runs(project: Proje
         ("--set sweep.seeds=0", ["sweep.seeds: 0"]),
         ("--set sweep.grid.resources.time=[1,2]", ["resources.time is not allowed"]),
         ("--set train.shards=1 --nodes 2", ["2 ranks are more than train.shards: 1"]),
-        ("--set data.source=folder data.root=nowhere", ["nowhere/train"]),
+        ("--set data.source=folder data.root=nowhere", ["nowhere is no folder"]),
         ("--cluster local --nodes 2", ["--nodes: 2 needs Slurm"]),
     ],
 )

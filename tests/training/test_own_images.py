@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import leftovers
 from PIL import Image
 from processes import Runs
 
@@ -20,7 +17,6 @@ from cifar_hpc.__main__ import main
 from cifar_hpc.data.info import CIFAR10_MEAN, CIFAR10_STD
 from cifar_hpc.files import replacing
 from cifar_hpc.runs.frozen_spec import require_frozen
-from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.training import trained_model
 from cifar_hpc.training.trained_model import load_trained
@@ -51,9 +47,8 @@ def draw(path: Path, size: tuple[int, int], label: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    runs = Runs(tmp_path_factory.mktemp("images"))
+@pytest.fixture(scope="module", autouse=True)
+def files(runs: Runs) -> None:
     (runs.root / "mine.py").write_text(MINE)
     for number in range(264):
         label = number % 3
@@ -61,23 +56,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         draw(runs.root / "photos" / f"flower {label}" / f"{number}.jpg", (40 + number % 7, 30), label)
         if number < 40:
             draw(runs.root / "flowers" / "test" / f"flower {label}" / f"{number}.png", (28, 28), label)
-    yield runs
-    for process in runs.processes:
-        process.kill()
-
-
-@pytest.fixture
-def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def sums(runs: Runs, name: str) -> dict[str, Any]:
-        monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
-        capsys.readouterr()
-        assert main(["inspect", name, "--json"]) == 0
-        rows = read_jsonl(runs.root / "logs" / name / "metrics.jsonl")
-        assert [row["epoch"] for row in rows] == [1, 2] and leftovers(runs.root) == []
-        figures = [(row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
-        return {"figures": figures, **json.loads(capsys.readouterr().out)["sums"]}
-
-    return sums
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import leftovers
 from processes import Runs
 
 from cifar_hpc.__main__ import main
-from cifar_hpc.runs.logs import read_jsonl
 
 NETWORKS = '''
 import torch
@@ -82,28 +78,10 @@ CASES = {
 BUILT_IN = ("model.blocks=[3, 3, 3]", "model.dropout=0.2", "model.width_multiplier=1.0")  # as the defaults are
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    runs = Runs(tmp_path_factory.mktemp("own"))
+@pytest.fixture(scope="module", autouse=True)
+def files(runs: Runs) -> None:
     (runs.root / "mine.py").write_text(NETWORKS)
     (runs.root / "layers.py").write_text(LAYERS)
-    yield runs
-    for process in runs.processes:
-        process.kill()
-
-
-@pytest.fixture
-def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def sums(runs: Runs, name: str) -> dict[str, Any]:
-        monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
-        capsys.readouterr()
-        assert main(["inspect", name, "--json"]) == 0
-        rows = read_jsonl(runs.root / "logs" / name / "metrics.jsonl")
-        assert [row["epoch"] for row in rows] == [1, 2] and leftovers(runs.root) == []
-        figures = [(row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
-        return {"figures": figures, **json.loads(capsys.readouterr().out)["sums"]}
-
-    return sums
 
 
 @pytest.mark.parametrize("case", CASES)
