@@ -16,6 +16,7 @@ from helpers import TESTS, Ranks, leftovers
 from processes import Runs
 
 from cifar_hpc.__main__ import main
+from cifar_hpc.runs import logs
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.training.process import STOP_SIGNALS
 
@@ -25,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def global_switches() -> Iterator[None]:
-    """Switches of PyTorch and handlers of signals are back in place after each test."""
+    """Switches of PyTorch, handlers of signals and kept lines of logs are as before after each test."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT, signal.SIGINT)}
     yield
@@ -33,6 +34,7 @@ def global_switches() -> Iterator[None]:
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    logs._kept.clear()  # lines that a test's full disk has refused; the next run to finish would wait for them
 
 
 @pytest.fixture(scope="session")
