@@ -169,7 +169,7 @@ def _facts(state: RunState, report: Report) -> Iterator[tuple[str, str | Sequenc
 
 
 def _checkpoint(state: RunState, saved: Mapping[str, Any] | None) -> str:
-    """Where the next start goes on from, and how old that is."""
+    """The checkpoint that the next start goes on from, and its age."""
     if state.state == "finished":
         return ""
     if saved is None:
@@ -181,7 +181,7 @@ def _checkpoint(state: RunState, saved: Mapping[str, Any] | None) -> str:
 
 
 def _restarts(starts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """When the run was started again and why, and from which step it went on."""
+    """Time, cause and step of each restart."""
     lines = [
         f"{_moment(start['time'])}  {CAUSES.get(start['cause'], start['cause'])}"
         + (", not training yet" if start["step"] is None else f", from step {start['step']}")
