@@ -140,7 +140,7 @@ def train_ours(images: int, after_step: Callable[[], None], batch: int, threads:
         order = permutation(spec.train.seed, epoch, images).to(device)
         for step in range(engine.steps_per_epoch):
             done = epoch * engine.steps_per_epoch + step
-            engine.step(epoch, step, done, order[step * batch : (step + 1) * batch])
+            engine.step(epoch, step, done, order)
             after_step()
 
 

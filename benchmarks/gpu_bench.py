@@ -119,8 +119,7 @@ class Steps:
 
     def __call__(self) -> None:
         epoch, step = divmod(self.done, self.in_epoch)
-        first = step * self.batch
-        self.engine.step(epoch, step, self.done, self._order[first : first + self.batch])
+        self.engine.step(epoch, step, self.done, self._order)
         self.done += 1
 
 

@@ -91,7 +91,7 @@ def bucket_sizes(engine: Engine) -> list[int]:
     engine.ddp.register_comm_hook(None, hook)
     for step in range(2):
         sizes.append([])
-        engine.step(0, step, step, torch.arange(engine.spec.train.batch_size, device=engine.device))
+        engine.step(0, 0, step, torch.arange(engine.spec.train.batch_size, device=engine.device))
     return sizes[-1]
 
 

@@ -94,6 +94,13 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
+def mix_each(keys: Tensor, value: int) -> Tensor:
+    """Return `mix(key, value)` of each key, int64 [B] in [0, 2**63)."""
+    state = _finalise_tensor(_finalise_tensor(keys) + _GAMMA_S)
+    state = _finalise_tensor(state + _signed(_GAMMA + _finalise(value)))
+    return (state >> 1) & (_MASK64 >> 1)
+
+
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
     """The order in which an epoch visits the data set.
 
@@ -118,8 +125,8 @@ def uniform(key: int | Tensor, samples: Tensor, draws: int) -> Tensor:
     """Uniform numbers, each a pure function of (key, sample, draw): a batch may be split in any way.
 
     Args:
-        key: int in [-2**63, 2**63), usually `mix(seed, Stream.AUGMENT, epoch, step)`; or the same as an int64
-            tensor of no dimensions on the samples' device (a CUDA graph would freeze a Python int).
+        key: int in [-2**63, 2**63), usually `mix(seed, Stream.AUGMENT, epoch, step)`; or an int64 tensor on the
+            samples' device: of no dimensions, or [B] for a key of each sample.
         samples: int64 [B], indices into the data set, on any device.
         draws: how many numbers a sample gets; a larger value only appends columns.
 

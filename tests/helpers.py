@@ -72,6 +72,13 @@ def tiny_engine(spec: Spec, rank: int = 0, world: int = 1) -> Engine:
     return Engine(spec, CPU, ShardLayout(spec.train.shards or world, world, rank), data, spec.train.amp)
 
 
+def take_steps(engine: Engine, first: int, last: int, epoch: int = 0) -> None:
+    """Take steps `first` to `last` - 1 of an epoch that visits the images in the order in which they are."""
+    order = torch.arange(len(engine.data.train_images))
+    for step in range(first, last):
+        engine.step(epoch, step, epoch * engine.steps_per_epoch + step, order)
+
+
 ENVIRONMENT = {"amp": "fp32", "cuda": None, "device": "cpu", "torch": "2"}
 # A run of one block without Lookahead, whose largest weights lie in the middle of the file.
 BLANK = tiny_spec(

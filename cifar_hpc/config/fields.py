@@ -132,6 +132,8 @@ def _to_type(value: Any, hint: Any) -> Any:
             return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else _text(value)
         return _to_type(value, kind)
     if origin is Literal:
+        if isinstance(value, bool) and "on" in arguments:  # as which YAML reads on and off
+            return "on" if value else "off"
         if value in arguments and not isinstance(value, bool):
             return value
         raise ValueError

@@ -157,6 +157,9 @@ class TrainSpec:
     seed: int = option(0, "all randomness is a function of it", low=0, high=INT32)
     deterministic: bool = option(True, "deterministic kernels only (the same bits need them)")
     compile: bool = option(False, "compile the model with torch.compile")
+    graph: Literal["auto", "on", "off"] = option(
+        "auto", "on: on one GPU, launch steps as CUDA graphs, which keep the bits; auto is off so far"
+    )
     device: str = option("auto", "auto (CUDA, or the CPU where no GPU was asked for) | cuda | cuda:N | cpu")
     cpu_threads: int | None = option(
         None,

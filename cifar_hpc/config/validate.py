@@ -52,6 +52,9 @@ def check(spec: Spec) -> Spec:
             "train.compile: true needs train.deterministic: false, since what is compiled when depends on the history "
             "of restarts and the number of ranks; such a run resumes exactly, but not to the same bits."
         )
+    if train.graph == "on" and (train.compile or train.amp == "fp16"):
+        other = "train.compile: true" if train.compile else "train.amp: fp16"
+        raise SpecError(f"train.graph: on does not go with {other}. HINT: train.graph: off.")
     check_option_names(spec.resources.sbatch)
     check_dependency(spec.resources.dependency)
     for name, (_, options) in OPTIMIZERS.items():

@@ -149,12 +149,18 @@ class ShardBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     update_statistics = True
+    calls = 0  # since `set_update_statistics`; `count_batches` adds them to num_batches_tracked, of all layers at once
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and not self.update_statistics:
-            self._check_input_dim(input)  # type: ignore[no-untyped-call]
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return super().forward(input)
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum
+        if not self.training or (self.update_statistics and (mean is None or momentum is None)):
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if not self.update_statistics:
+            mean, variance, momentum = None, None, 0.0
+        else:
+            self.calls += 1
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, True, momentum or 0.0, self.eps)
 
 
 # By PyTorch's own `forward`: a class that has another one is not swapped.
@@ -213,7 +219,13 @@ class ExactLayers:
     def set_update_statistics(self, update: bool) -> None:
         """Switch the updates of BatchNorm's running statistics in the next forward passes in training mode."""
         for module in self.norms:
-            module.update_statistics = update
+            module.update_statistics, module.calls = update, 0
+
+    def count_batches(self) -> None:
+        """Count the batches since `set_update_statistics` in num_batches_tracked: one operation for all layers."""
+        counts = [(n.num_batches_tracked, n.calls) for n in self.norms if n.calls and n.num_batches_tracked is not None]
+        if counts:
+            torch._foreach_add_(*map(list, zip(*counts, strict=True)))
 
 
 def make_exact(network: nn.Module) -> ExactLayers:

@@ -256,11 +256,12 @@ class Attempt:
                 ranks += f" (before: {begun[-1]})"
         start = f"restart {context.restart}  |  " if context.restart else ""
         job = f"job {launch.job_id}  |  " if launch.job_id else ""
+        graphs = ", CUDA graphs" if trainer.engine.graphs is not None else ""
         lines = [f"run {context.paths.name}  |  {where}", f"{start}{job}host {socket.gethostname()}  |  {ranks}"]
         if chosen is None:  # later changes are warnings
             lines[-1] += f", {counted(trainer.engine.layout.shards, 'shard')}"
             lines.append(
-                f"{environment['device']}, {environment['amp']}  |  cifar_hpc {__version__}, "
+                f"{environment['device']}, {environment['amp']}{graphs}  |  cifar_hpc {__version__}, "
                 f"torch {torch.__version__}, python {platform.python_version()}"
             )
         log.banner(lines)
@@ -271,6 +272,11 @@ class Attempt:
                 f"this is not the environment of the checkpoint, so the bits {'' if 'gradient' in changed else 'may '}"
                 "differ from here: "
                 + "; ".join(one_line(f"{k}: {old} -> {new}")[:300] for k, (old, new) in changed.items())
+            )
+        if context.spec.train.graph == "on" and not graphs:
+            log.warn(
+                "train.graph: on has no effect here: it takes one process with a GPU, and bf16 or fp32. The steps are "
+                "taken without graphs, and the bits are the same."
             )
         if self.differences:
             log.warn(

@@ -14,21 +14,31 @@ from cifar_hpc.config.io import HERE
 from cifar_hpc.config.schedule import learning_rate, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.kernels import DRAWS
-from cifar_hpc.data.augment.mixing import MIXING_DRAWS, Mixed, mix_batch, mixed_correct, mixed_loss, resize
+from cifar_hpc.data.augment.mixing import Mixed, mix_batch, mixed_correct, mixed_loss, resize
 from cifar_hpc.data.augment.pipeline import augment, normalize
 from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.exact import make_exact
 from cifar_hpc.models.network import build_network, put, to_channels_last
-from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.randomness import Stream, mix_each, uniform
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.distributed.shards import ShardLayout, ShardReducer
+from cifar_hpc.training.graph import StepGraphs, capturable
+from cifar_hpc.training.inputs import InputQueue, StepInputs
 from cifar_hpc.training.network_check import check_gradients, check_network
-from cifar_hpc.training.optim import Lookahead, WeightAverage, build_optimizer
+from cifar_hpc.training.optim import (
+    Lookahead,
+    WeightAverage,
+    build_optimizer,
+    load_plain_state,
+    plain_state,
+    set_rate,
+)
 
 NO_BAD_STEP = 2**62
+BUCKET_MB = 4  # five buckets of the built-in network, whose sums overlap the backward pass; DDP's own 25 make two
 # GradScaler starts at 2**16 and halves at an overflow. Only gradients that are NaN at any scale get it down to here.
 LEAST_SCALE = 2.0**-24
 
@@ -48,6 +58,8 @@ class Engine:
         exact: the layers of the network that give the same bits for any number of ranks.
         sums: float64 [shards, 2], this epoch's summed loss and correct predictions; zero for other ranks' shards.
         bad_step: int64 [], the first step whose loss was NaN or infinite.
+        rate: learning rate of the last update.
+        graphs: CUDA graphs of steps; None where all steps are eager.
     """
 
     def __init__(
@@ -75,18 +87,28 @@ class Engine:
         self.ddp: DistributedDataParallel | None = None
         self.reducer: ShardReducer | None = None
         if layout.world_size > 1:
-            self.ddp = DistributedDataParallel(self.model, device_ids=[device.index] if device.type == "cuda" else None)
+            self.ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=BUCKET_MB,
+                gradient_as_bucket_view=True,  # no copies from gradients to buckets and back
+            )
             self.ddp.broadcast_buffers = False  # newer versions of PyTorch have another name for it as an argument
             self.reducer = ShardReducer(self.ddp, layout)
 
-        self.updates = 0
-        self.optimizer = build_optimizer(self.model, spec)
+        self.updates, self.rate = 0, spec.optimizer.lr
+        fused = capturable(device, amp)
+        self.optimizer = build_optimizer(self.model, spec, fused)
         getattr(self.optimizer, "inner", self.optimizer).register_step_post_hook(self._count_update)
         decay = spec.ema.decay
-        self.average = WeightAverage(list(self.model.parameters()), decay) if decay is not None else None
+        self.average = WeightAverage(list(self.model.parameters()), decay, fused) if decay is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
+        self._inputs = InputQueue(spec, layout, data, self.augmented)
+        # With several ranks the steps are eager, and have the same bits.
+        whole = fused and layout.world_size == 1
+        self.graphs = StepGraphs(self) if whole and spec.train.graph == "on" else None
 
     def _count_update(self, *_: object) -> None:
         self.updates += 1  # GradScaler skips step() at an overflow, so skipped steps do not count
@@ -97,20 +119,38 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.amp == "bf16" else torch.float16)
 
-    def step(self, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
-        """Make one update from the global batch `rows`, int64 [B] indices of training images on the device."""
-        rate = learning_rate(self.spec, epoch, self.updates, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+    def step(self, epoch: int, step_in_epoch: int, global_step: int, order: Tensor) -> None:
+        """Make one update from a global batch.
+
+        Args:
+            order: int64 [N] on the device, the order of the training images in this epoch.
+        """
+        inputs = self._inputs.take(epoch, step_in_epoch, global_step, order)
+        self.rate = learning_rate(self.spec, epoch, self.updates, self.steps_per_epoch)
+        set_rate(self.optimizer, self.rate)
+        if self.average is not None:
+            self.average.set_weight(self.updates + 1)
         if not self.model.training:
             self.model.train()
+        side = training_size(self.spec, epoch)
+        if self.graphs is None or inputs.batch < self.spec.train.batch_size:
+            self.compute(inputs, side)
+        else:
+            self.graphs.step(inputs, side)
+
+    def compute(self, inputs: StepInputs, side: int) -> None:
+        """Do all of a step that a CUDA graph may hold: it starts the same operations with the same numbers each time.
+
+        Args:
+            side: height and width of the images to train on, in pixels.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
         mine = self.layout.mine
         for shard in mine:
             kept = self.reducer is not None and shard != mine[-1]
             context = self.ddp.no_sync() if self.ddp is not None and kept else contextlib.nullcontext()
             with context:
-                self._shard_gradient(epoch, step_in_epoch, global_step, shard, rows)
+                self._shard_gradient(inputs, shard, side)
             if self.reducer is not None and kept:
                 self.reducer.keep()
         if self.reducer is not None:
@@ -119,29 +159,30 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None and self.updates > before:
-            self.average.update(self.updates)
+            self.average.update()
 
-    def _shard_gradient(self, epoch: int, step: int, global_step: int, shard: int, rows: Tensor) -> None:
-        seed, smoothing = self.spec.train.seed, self.spec.train.label_smoothing
-        indices = rows[self.layout.bounds(shard, len(rows))]
-        images = self.augmented(indices, mix(seed, Stream.AUGMENT, epoch, step))
-        labels = self.data.train_labels[indices]
+    def _shard_gradient(self, inputs: StepInputs, shard: int, side: int) -> None:
+        smoothing, mine = self.spec.train.label_smoothing, self.layout.mine
+        first = self.layout.bounds(mine[0], inputs.batch).start
+        bounds = self.layout.bounds(shard, inputs.batch)
+        rows = slice(bounds.start - first, bounds.stop - first)
+        images, labels = inputs.images[rows], inputs.labels[rows]
         mixed: Mixed | None = None
-        if self.spec.mixing.on:  # with images of the same shard, so that no rank needs those of another
-            draws = uniform(mix(seed, Stream.MIX, epoch, step), indices, MIXING_DRAWS)
-            mixed = mix_batch(images, labels, draws, self.spec.mixing)
+        if inputs.draws is not None:  # with images of the same shard, so that no rank needs those of another
+            mixed = mix_batch(images, labels, inputs.draws[rows], self.spec.mixing)
             images = mixed.images
-        images = resize(images, training_size(self.spec, epoch))
-        self.exact.set_key(mix(seed, Stream.DROPOUT, epoch, step, shard), self.device)
+        images = resize(images, side)
+        self.exact.set_key(inputs.numbers[shard - mine[0]], self.device)
         self.exact.set_update_statistics(shard == 0)
         with self.autocast():
             logits = (self.ddp or self.model)(images)
+        self.exact.count_batches()
         loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
-        self.scaler.scale(loss / len(rows)).backward()
+        self.scaler.scale(loss / inputs.batch).backward()
         if any(parameter.grad is None for _, parameter in self._own_trainable):
             names = [name for name, parameter in self._own_trainable if parameter.grad is None]
             raise RunFailedError(
-                f"model.target: {', '.join(names[:3])} got no gradient in step {global_step + 1}. HINT: each "
+                f"model.target: {', '.join(names[:3])} got no gradient in step {int(inputs.numbers[-1])}. HINT: each "
                 "trainable parameter must take part in each forward pass; multiply by 0 in place of leaving it out."
             )
         with torch.no_grad():
@@ -151,15 +192,22 @@ class Engine:
             right = (logits.argmax(1) == labels).sum() if mixed is None else mixed_correct(logits, mixed)
             self.sums[shard, 1] += right
             if self.amp != "fp16":
-                bad = torch.where(finite, NO_BAD_STEP, global_step + 1)
-                self.bad_step = torch.minimum(self.bad_step, bad)
+                bad = torch.where(finite, NO_BAD_STEP, inputs.numbers[-1])
+                torch.minimum(self.bad_step, bad, out=self.bad_step)
 
-    def augmented(self, indices: Tensor, key: int) -> Tensor:
-        """Return augmented, normalised training images [B, 3, S, S], channels_last."""
+    def augmented(self, indices: Tensor, key: int | Tensor) -> Tensor:
+        """Return augmented, normalised training images [B, 3, S, S], channels_last.
+
+        Args:
+            indices: int64 [B].
+            key: of all of them, or of each, int64 [B].
+        """
+        if isinstance(key, int):
+            key = torch.full((1,), key, dtype=torch.int64, device=self.device)
         draws = uniform(key, indices, DRAWS)
         images = self.data.train_images.index_select(0, indices)  # [indices] takes 20 times as long on a CPU
         if self.spec.augment.trivial:
-            images = trivial_augment(images, uniform(mix(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
+            images = trivial_augment(images, uniform(mix_each(key, Stream.TRIVIAL), indices, TRIVIAL_DRAWS))
         return augment(images, draws, self.spec.augment, self.data.info)
 
     def first_gradient(self) -> str | None:
@@ -258,7 +306,7 @@ class Engine:
         return {
             "model": dict(self.model.named_parameters()),
             "buffers": self.buffers(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_state(self.optimizer, self.rate),
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
             **({} if self.average is None else {"average": self.average.average}),
@@ -275,7 +323,7 @@ class Engine:
             put(self.model, {**state.model, **state.buffers})
         except ValueError as error:
             raise RunFailedError(f"the checkpoint is not of {self.spec.model.target}: {error}") from None
-        self.optimizer.load_state_dict(state.optimizer)
+        self.rate = load_plain_state(self.optimizer, state.optimizer)
         if self.average is not None:
             assert state.average is not None
             self.average.load(state.average)

@@ -4,7 +4,7 @@ Lookahead: Zhang et al. 2019 (arXiv:1907.08610). Averages: Polyak and Juditsky 1
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -25,17 +25,24 @@ class SGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def build_inner(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> Optimizer:
     """Return the optimizer of `spec` over all parameters of `model`, with weight decay on all or on layers only.
 
     Parameters of one dimension are BatchNorm's and biases. A group of their own without decay would change the order of
     parameters, in which checkpoints hold the optimizer's state and slow weights.
+
+    Args:
+        fused: an update is one kernel, and the rate a tensor on the device, so that a CUDA graph may hold it. The bits
+            are not those of separate operations.
     """
     name, options = OPTIMIZERS[spec.name]
     decay = spec.weight_decay if spec.decay_all else 0.0
     kind: type[Optimizer] = {"SGD": SGD, "AdamW": torch.optim.AdamW}[name]
-    given = {key: getattr(spec, key) for key in options}
-    optimizer = kind(model.parameters(), lr=spec.lr, weight_decay=decay, **given)  # type: ignore[call-arg]
+    given: dict[str, Any] = {"lr": spec.lr, **{key: getattr(spec, key) for key in options}}
+    if fused:
+        rate = torch.full((), spec.lr, dtype=torch.float32, device=next(model.parameters()).device)
+        given |= {"lr": rate, "fused": True, **({"capturable": True} if name == "AdamW" else {})}
+    optimizer = kind(model.parameters(), weight_decay=decay, **given)  # type: ignore[call-arg]
     layers: list[Tensor] = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
     if not spec.decay_all and spec.weight_decay > 0 and layers:
 
@@ -51,10 +58,48 @@ def build_inner(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
     return optimizer
 
 
-def build_optimizer(model: nn.Module, spec: Spec) -> Optimizer:
-    """Return the optimizer of a run, and Lookahead around it where the spec says so."""
-    inner, look = build_inner(model, spec.optimizer), spec.lookahead
+def build_optimizer(model: nn.Module, spec: Spec, fused: bool = False) -> Optimizer:
+    """Return the optimizer of a run, and Lookahead around it where the spec says so; `fused` as in `build_inner`."""
+    inner, look = build_inner(model, spec.optimizer, fused), spec.lookahead
     return Lookahead(inner, look.k, look.alpha) if look.enabled else inner
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of the next updates, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+_UNFUSED = {"fused": None, "capturable": False}
+
+
+def plain_state(optimizer: Optimizer, rate: float) -> dict[str, Any]:
+    """Return the state for a checkpoint: the same form on every device.
+
+    Args:
+        rate: the learning rate of the last update, which may be a tensor here.
+    """
+    state = optimizer.state_dict()
+    inner = state.get("inner", state)
+    for group in inner["param_groups"]:
+        group |= {"lr": rate, **{key: value for key, value in _UNFUSED.items() if key in group}}
+    return state
+
+
+def load_plain_state(optimizer: Optimizer, state: Mapping[str, Any]) -> float:
+    """Copy a state that `plain_state` has made, maybe on another device, and return its rate.
+
+    The options stay those of the spec, and of this device.
+    """
+    inner, own = state.get("inner", state), optimizer.state_dict()
+    mixed = {"state": inner["state"], "param_groups": own.get("inner", own)["param_groups"]}
+    optimizer.load_state_dict({**state, "inner": mixed} if "inner" in state else mixed)
+    rate: float = inner["param_groups"][0]["lr"]
+    set_rate(optimizer, rate)
+    return rate
 
 
 class Lookahead(Optimizer):
@@ -100,10 +145,16 @@ class Lookahead(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the fast weights and, at every k-th update, sync."""
         loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        sync = self.syncs_next
         self.counter += 1
-        if self.counter % self.k == 0:
+        if sync:
             self._sync()
         return loss
+
+    @property
+    def syncs_next(self) -> bool:
+        """Return whether the next update is followed by a sync."""
+        return (self.counter + 1) % self.k == 0
 
     def _sync(self) -> None:
         fast = self._parameters()
@@ -179,20 +230,36 @@ class WeightAverage:
     Args:
         parameters: of the model, which an optimizer changes.
         decay: share of the average that an update keeps, in (0, 1).
+        fused: the weight of the next update is a tensor, so that a CUDA graph may hold the update.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], decay: float, fused: bool = False) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), not {decay}")
         self.decay = decay
         self._parameters = list(parameters)
         self.average = [p.detach().clone() for p in self._parameters]
+        self._weight: float | Tensor = 0.0
+        if fused:
+            self._weight = torch.zeros((), device=self._parameters[0].device)
+
+    def set_weight(self, updates: int) -> None:
+        """Set the weight of the next update, which is number `updates`, counted from 1."""
+        weight = 1 - min(self.decay, (1 + updates) / (10 + updates))
+        if isinstance(self._weight, Tensor):
+            self._weight.fill_(weight)
+        else:
+            self._weight = weight
 
     @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Include the weights after update number `updates`, counted from 1."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_add_(self.average, torch._foreach_sub(self._parameters, self.average), alpha=1 - decay)
+    def update(self) -> None:
+        """Include the weights as they are now, with the weight that `set_weight` has set."""
+        change = torch._foreach_sub(self._parameters, self.average)
+        if isinstance(self._weight, Tensor):
+            torch._foreach_mul_(change, self._weight)
+            torch._foreach_add_(self.average, change)
+        else:  # rounds once
+            torch._foreach_add_(self.average, change, alpha=self._weight)
 
     @torch.no_grad()
     def load(self, average: Sequence[Tensor]) -> None:

@@ -121,9 +121,8 @@ class Trainer:
         return True
 
     def _step(self, order: Tensor) -> None:
-        position, batch = self.position, self.spec.train.batch_size
-        first = position.step_in_epoch * batch
-        self.engine.step(position.epoch, position.step_in_epoch, position.step, order[first : first + batch])
+        position = self.position
+        self.engine.step(position.epoch, position.step_in_epoch, position.step, order)
         position.step += 1
         position.step_in_epoch += 1
         self.context.heart.beat(f"step {position.step}", position.step)
@@ -218,7 +217,7 @@ class Trainer:
             "train_accuracy": 100 * correct / images,
             "test_loss": result.loss,
             "test_accuracy": result.accuracy,
-            "lr": engine.optimizer.param_groups[0]["lr"],
+            "lr": engine.rate,
             "epoch_seconds": round(position.epoch_seconds + evaluation_seconds, 3),
             "images_per_second": round(images / max(position.epoch_seconds, 1e-9), 2),
             "world_size": engine.layout.world_size,

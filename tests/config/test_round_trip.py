@@ -159,6 +159,8 @@ def specs(draw: st.DrawFn) -> Spec:
             given[key] = None
     if given.get("checkpoint.every") is not None:
         given["checkpoint.every_steps"] = None
+    if given.get("train.compile") or given.get("train.amp") == "fp16":
+        given.pop("train.graph", None)
     if given.get("train.compile"):
         given["train.deterministic"] = False
     name = given.get("optimizer.name", "sgd")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import tiny_spec
 
+from cifar_hpc.config.io import load_spec
 from cifar_hpc.config.spec import ResourcesSpec, Spec
 from cifar_hpc.config.validate import check
 from cifar_hpc.errors import SpecError
@@ -54,6 +56,9 @@ def test_every_key_is_documented() -> None:
         ({"checkpoint": {"every_minutes": 1, "every_steps": 2}}, r"every_minutes: 1 and checkpoint\.every_steps: 2"),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, r"optimizer\.nesterov"),
         ({"train": {"compile": True}}, r"train\.compile: true needs train\.deterministic: false"),
+        ({"train": {"graph": "on", "amp": "fp16"}}, r"train\.graph: on does not go with train\.amp: fp16\. HINT"),
+        ({"train": {"graph": "on", "compile": True, "deterministic": False}}, r"does not go with train\.compile: true"),
+        ({"train": {"graph": "maybe"}}, r"train\.graph: 'maybe' is not allowed; allowed: auto, on, off"),
         ({"resources": {"sbatch": {"dependency": "afterok:1"}}}, r"resources\.sbatch\.dependency: .* --dependency"),
         ({"train": {"device": "gpu"}}, r"train\.device: 'gpu' .* cuda:N"),
         ({"train": {"device": "cpu:1"}}, r"train\.device"),
@@ -93,3 +98,10 @@ def test_resources(resources: ResourcesSpec, nodes: int, tasks: int) -> None:
 @pytest.mark.parametrize(("nodes", "fewest"), [("2", None), ("1-4", 8), ("2-4", 16), ("3-3", 24)])
 def test_fewest_tasks_of_a_range_of_nodes(nodes: str, fewest: int | None) -> None:
     assert ResourcesSpec(nodes=nodes, gpus_per_node=8).fewest_tasks == fewest
+
+
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_on_and_off_are_words_although_yaml_reads_them_as_booleans(tmp_path: Path, written: str, meant: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"train:\n  graph: {written}\n")
+    assert load_spec(job).train.graph == load_spec(job, [f"train.graph={written}"]).train.graph == meant

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as V
-from helpers import tiny_engine, tiny_spec
+from helpers import take_steps, tiny_engine, tiny_spec
 from torch import Tensor
 
 from cifar_hpc.config.schedule import epochs_left, resizes, training_size
@@ -146,8 +146,7 @@ def test_training_sees_images_of_the_epochs_size(
 def test_evaluation_measures_statistics_of_whole_images_while_trainings_are_smaller(whole: int) -> None:
     lookahead, data = {"enabled": False, "bn_batches": 2}, {"image_size": whole}
     engine = engine_of(tiny_spec(resizing={"initial": 16}, lookahead=lookahead, data=data, train={"epochs": 2}))
-    for step in range(4):
-        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    take_steps(engine, 0, 4)
     running = digest(engine.buffers())
     shapes = []
     hook = engine.model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[-1]))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import snapshot, tiny_engine, tiny_spec
+from helpers import snapshot, take_steps, tiny_engine, tiny_spec
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
@@ -39,8 +39,7 @@ def training_state() -> TrainingState:
     """What a run with everything in it saves: Lookahead, momentum, GradScaler, averaged weights, history."""
     spec = tiny_spec(train={"amp": "fp16"}, ema={"decay": 0.9})
     engine = tiny_engine(spec)
-    for step in range(4):
-        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    take_steps(engine, 0, 4)
     return dataclasses.replace(
         snapshot(engine),
         spec=to_plain(spec),

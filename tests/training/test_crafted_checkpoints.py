@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BLANK, PROJECT, blank_state, snapshot, tiny_engine, tiny_spec
+from helpers import BLANK, PROJECT, blank_state, snapshot, take_steps, tiny_engine, tiny_spec
 
 from cifar_hpc import tensorfile
 from cifar_hpc.__main__ import main
@@ -42,8 +42,7 @@ def content() -> dict[str, Any]:
     """What a run with everything in it saves at the end of its second epoch, of two steps each."""
     spec = tiny_spec(train={"amp": "fp16"}, ema={"decay": 0.9})
     engine = tiny_engine(spec)
-    for step in range(4):
-        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    take_steps(engine, 0, 4)
     state = snapshot(engine)
     state.epoch, state.step_in_epoch, state.slow_buffers = 2, 0, copy.deepcopy(state.buffers)
     state.history = metrics_text([{"epoch": 1, "step": 2}, {"epoch": 2, "step": 4}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import snapshot, tiny_engine, tiny_spec
+from helpers import snapshot, take_steps, tiny_engine, tiny_spec
 from torch import Tensor
 
 from cifar_hpc.tensorfile import digest
@@ -35,7 +35,8 @@ def test_its_definition() -> None:
     average, expected = WeightAverage(parameters, 0.5), 1.0
     for number, value in enumerate([3.0, -2.0, 7.0, 0.5, 4.0, 1.0, 2.0, 9.0, 8.0, 5.0], start=1):
         set_to(parameters, value)
-        average.update(number)
+        average.set_weight(number)
+        average.update()
         kept = min(0.5, (1 + number) / (10 + number))
         expected = kept * expected + (1 - kept) * value
         assert average.average[0][1, 2].item() == pytest.approx(expected, rel=1e-6)
@@ -71,8 +72,7 @@ def engine_with_average(amp: str = "fp32") -> Engine:
 
 
 def run(engine: Engine, steps: range) -> None:
-    for step in steps:
-        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    take_steps(engine, steps.start, steps.stop)
 
 
 def test_a_checkpoint_holds_it_and_a_resumed_run_has_the_same_bits() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, PLUS, snapshot, tiny_engine, tiny_spec
+from helpers import CPU, PLUS, snapshot, take_steps, tiny_engine, tiny_spec
 
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
@@ -24,11 +24,6 @@ NO_AUGMENT = dict.fromkeys(
 )
 PLAIN: dict[str, dict[str, Any]] = {"augment": NO_AUGMENT, "model": {"dropout": 0}}
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-
-
-def run(engine: Engine, first: int, last: int) -> None:
-    for step in range(first, last):
-        engine.step(0, step, step, torch.arange(32) + 32 * step % 224)
 
 
 def state(engine: Engine) -> str:
@@ -52,12 +47,13 @@ def test_a_step_is_what_plain_pytorch_computes(shards: int) -> None:
             here = slice(part * 32 // shards, (part + 1) * 32 // shards)
             exact.set_update_statistics(part == 0)
             logits = model(images[here])
+            exact.count_batches()
             loss = F.cross_entropy(logits, labels[here], label_smoothing=0.1, reduction="sum")
             (loss / 32).backward()
             losses.append(loss.item())
             correct.append(int((logits.argmax(1) == labels[here]).sum()))
         optimizer.step()
-        engine.step(0, step, step, rows)
+        take_steps(engine, step, step + 1)
     assert engine.sums[:, 0].sum().item() == pytest.approx(sum(losses), rel=1e-6)
     assert int(engine.sums[:, 1].sum()) == sum(correct)
     for (name, ours), (_, theirs) in zip(engine.model.state_dict().items(), model.state_dict().items(), strict=True):
@@ -68,10 +64,10 @@ def test_lookahead_and_schedule_are_wired_in() -> None:
     spec = tiny_spec(lookahead={"k": 2, "alpha": 0.25}, schedule={"per": "step"}, optimizer={"lr": 0.2})
     engine = tiny_engine(spec)
     start = digest(dict(engine.model.named_parameters()))
-    run(engine, 0, 1)
+    take_steps(engine, 0, 1)
     assert engine.optimizer.param_groups[0]["lr"] == 0.2
     assert digest(dict(engine.model.named_parameters())) != start
-    run(engine, 1, 2)
+    take_steps(engine, 1, 2)
     assert engine.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi / 18)))
     assert [torch.equal(s, p) for s, p in zip(engine.optimizer.slow, engine.model.parameters(), strict=True)]  # type: ignore[union-attr]
     assert engine.updates == engine.optimizer.counter == 2  # type: ignore[union-attr]
@@ -108,24 +104,24 @@ def test_too_few_images_for_the_shards() -> None:
 def test_a_nan_loss_names_its_step(amp: str) -> None:
     engine = tiny_engine(tiny_spec(optimizer={"lr": 1e30}, train={"amp": amp}))
     engine.check_finite()
-    run(engine, 0, 5)
+    take_steps(engine, 0, 5)
     with pytest.raises(RunFailedError, match=r"NaN or infinite at step (\d+).* epoch 1\b") as caught:
         engine.check_finite()
     first = int(engine.bad_step)
     assert f"step {first}" in str(caught.value)
     assert 2 <= first <= 5
     before = tiny_engine(tiny_spec(optimizer={"lr": 1e30}, train={"amp": amp}))
-    run(before, 0, first - 1)
+    take_steps(before, 0, first - 1)
     assert before.bad_loss() is None, "up to the named step all was well"
 
 
 def test_an_overflow_under_fp16_counts_nothing_and_spoils_nothing() -> None:
     engine = tiny_engine(tiny_spec(train={"amp": "fp16"}, schedule={"per": "step"}))
-    run(engine, 0, 1)
+    take_steps(engine, 0, 1)
     weights, slow = digest(dict(engine.model.named_parameters())), digest(engine.optimizer.state_dict()["slow"])
     updates = engine.updates
     engine.scaler.update(2.0**100)  # the next gradients overflow
-    run(engine, 1, 2)
+    take_steps(engine, 1, 2)
     assert digest(dict(engine.model.named_parameters())) == weights
     assert digest(engine.optimizer.state_dict()["slow"]) == slow
     assert engine.updates == engine.optimizer.state_dict()["counter"] == updates
@@ -136,13 +132,13 @@ def test_an_overflow_under_fp16_counts_nothing_and_spoils_nothing() -> None:
 
 def test_nan_weights_under_fp16_do_not_go_on_for_ever() -> None:
     engine = tiny_engine(tiny_spec(train={"amp": "fp16"}))
-    run(engine, 0, 1)
+    take_steps(engine, 0, 1)
     with torch.no_grad():
         next(engine.model.parameters()).fill_(math.nan)
     engine.scaler.update(2.0**-22)
-    run(engine, 1, 3)
+    take_steps(engine, 1, 3)
     assert engine.bad_loss() is None, "so far they might be overflows"
-    run(engine, 3, 4)
+    take_steps(engine, 3, 4)
     with pytest.raises(RunFailedError, match=r"overflow at every loss scale .*optimizer\.lr"):
         engine.check_finite()
 
@@ -160,14 +156,14 @@ def test_nan_weights_under_fp16_do_not_go_on_for_ever() -> None:
 def test_loading_in_the_middle_gives_the_same_bits(sections: dict[str, Any]) -> None:
     spec = tiny_spec(**sections)
     whole = tiny_engine(spec)
-    run(whole, 0, 3)
+    take_steps(whole, 0, 3)
     saved = snapshot(whole)
-    run(whole, 3, 7)
+    take_steps(whole, 3, 7)
     other = tiny_engine(spec)
-    run(other, 0, 1)  # what it held before does not matter
+    take_steps(other, 0, 1)  # what it held before does not matter
     torch.manual_seed(1234)
     other.load(saved)
-    run(other, 3, 7)
+    take_steps(other, 3, 7)
     assert state(other) == state(whole)
 
 
@@ -175,7 +171,7 @@ def test_two_engines_of_one_spec_are_one_and_seeds_differ() -> None:
     runs = []
     for seed in (0, 0, 1):
         engine = tiny_engine(tiny_spec(train={"seed": seed}))
-        run(engine, 0, 2)
+        take_steps(engine, 0, 2)
         runs.append(state(engine))
     assert runs[0] == runs[1] != runs[2]
 
@@ -206,7 +202,7 @@ def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(
 
 def test_the_running_loss_of_the_log() -> None:
     engine = tiny_engine(tiny_spec())
-    run(engine, 0, 2)
+    take_steps(engine, 0, 2)
     loss, accuracy = engine.loss_so_far(64)
     total, correct = engine.epoch_sums().sum(0).tolist()
     assert (loss, accuracy) == pytest.approx((total / 64, 100 * correct / 64))
@@ -238,8 +234,7 @@ def test_each_part_of_our_recipes_counts(without: dict[str, Any]) -> None:
 
     def trained(sections: dict[str, Any]) -> str:
         engine = tiny_engine(tiny_spec(**sections))
-        for step in range(2):
-            engine.step(0, step, step, torch.arange(32) + 32 * step)
+        take_steps(engine, 0, 2)
         return digest(dict(engine.model.named_parameters()))
 
     assert trained(PLUS) == trained(PLUS) != trained(PLUS | without)

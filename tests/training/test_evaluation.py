@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Ranks, tiny_engine, tiny_spec
+from helpers import Ranks, take_steps, tiny_engine, tiny_spec
 
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.tensorfile import digest
@@ -23,8 +23,7 @@ def go_on(text: str) -> bool:
 
 def trained(sections: dict[str, Any], rank: int = 0, world: int = 1) -> Engine:
     engine = tiny_engine(tiny_spec(**sections), rank, world)
-    for step in range(3):
-        engine.step(0, step, step, torch.arange(32) + 32 * step)
+    take_steps(engine, 0, 3)
     return engine
 
 
@@ -63,7 +62,7 @@ def test_the_next_step_is_the_same_with_and_without_an_evaluation() -> None:
     one, two = trained({}), trained({})
     evaluate(one, 0, go_on)
     for engine in (one, two):
-        engine.step(0, 3, 3, torch.arange(32))
+        take_steps(engine, 3, 4)
     assert state(one) == state(two)
 
 

@@ -1,0 +1,213 @@
+"""Steps that a CUDA graph may hold, tried without CUDA: nothing but tensors changes, and a traced step can be replayed.
+
+The optimizer is the fused one of CUDA, as a CPU has it."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import PLUS, snapshot, take_steps, tiny_engine, tiny_spec
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cifar_hpc.config.io import merge, to_plain
+from cifar_hpc.config.schedule import training_size
+from cifar_hpc.config.spec import Spec
+from cifar_hpc.training import engine as engines
+from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.inputs import StepInputs
+from cifar_hpc.training.optim import Lookahead
+
+WITHOUT_RESIZING = {key: value for key, value in PLUS.items() if key != "resizing"}
+SPECS: dict[str, dict[str, Any]] = {
+    "the report's": {"lookahead": {"k": 3}, "train": {"shards": 1}},
+    "the report's in bf16": {"lookahead": {"k": 3}, "train": {"shards": 1, "amp": "bf16"}},
+    "the report's in 4 shards": {"lookahead": {"k": 3}, "train": {"shards": 4}},
+    "plus, of 16 pixels": PLUS | {"train": {"shards": 2}},
+    "plus": WITHOUT_RESIZING | {"train": {"shards": 1}},
+    "mixing without an average": {"mixing": PLUS["mixing"], "lookahead": {"k": 3}, "train": {"shards": 1}},
+    "AdamW and an average": {
+        "optimizer": {"name": "adamw", "lr": 0.001, "decay_all": False, "weight_decay": 0.01},
+        "ema": {"decay": 0.9},
+        "lookahead": {"k": 3},
+        "train": {"shards": 1},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "capturable", lambda device, amp: True)
+
+
+class Steps:
+    """Steps of an engine, in which `compute` may be replaced."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.engine = tiny_engine(spec)
+        self.order, self.done = torch.arange(len(self.engine.data.train_images)), 0
+
+    def __call__(self, compute: Callable[[StepInputs, int], None] | None = None) -> None:
+        own = self.engine.compute
+        if compute is not None:
+            self.engine.compute = compute  # type: ignore[method-assign]
+        try:
+            self.engine.step(0, self.done, self.done, self.order)
+        finally:
+            self.engine.compute = own  # type: ignore[method-assign]
+        self.done += 1
+
+    @property
+    def syncs_next(self) -> bool:
+        optimizer = self.engine.optimizer
+        return isinstance(optimizer, Lookahead) and optimizer.syncs_next
+
+
+class Numbers(TorchDispatchMode):
+    """Notes each operation, and all of its arguments but tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "profiler":
+            leaves = [leaf if not isinstance(leaf, Tensor) else leaf.shape for leaf in tree_leaves((args, kwargs))]
+            self.seen.append(f"{func} {leaves}")
+        return func(*args, **(kwargs or {}))
+
+
+def numbers(steps: Steps) -> list[str]:
+    noted = Numbers()
+
+    def compute(inputs: StepInputs, side: int) -> None:
+        with noted:
+            Engine.compute(steps.engine, inputs, side)
+
+    steps(compute)
+    return noted.seen
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_only_tensors_change_from_step_to_step(name: str) -> None:
+    steps = Steps(tiny_spec(**SPECS[name]))
+    steps()  # the optimizer makes its momentum
+    seen: dict[bool, list[str]] = {}
+    for _ in range(6):
+        kind = steps.syncs_next
+        now = numbers(steps)
+        assert now == seen.setdefault(kind, now)
+    if isinstance(steps.engine.optimizer, Lookahead):
+        assert len(seen) == 2
+        assert seen[True] != seen[False]
+    assert any("sgd" in each or "adamw" in each for each in seen[False])
+
+
+def tensors(engine: Engine, inputs: StepInputs) -> list[Tensor]:
+    """All that a step reads or changes."""
+    state = (engine.state(), engine.sums, engine.bad_step, [group["lr"] for group in engine.optimizer.param_groups])
+    average = engine.average._weight if engine.average is not None else None
+    optimizer = getattr(engine.optimizer, "inner", engine.optimizer)
+    moments = [optimizer.state[p] for p in engine.model.parameters()]
+    data = (engine.data.train_labels,)
+    leaves = tree_leaves((state, average, moments, data, tuple(inputs)))
+    return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_traced_step_replays_with_the_same_bits(name: str) -> None:
+    """As a CUDA graph does, it starts the same operations again, on what is then in the buffers."""
+    eager, replayed = (Steps(tiny_spec(**SPECS[name])) for _ in range(2))
+    engine, traces = replayed.engine, dict[bool, Any]()
+
+    def replay(inputs: StepInputs, side: int) -> None:
+        kind, found = replayed.syncs_next, tensors(engine, inputs)
+        if kind not in traces:
+            traces[kind] = make_fx(lambda *_: Engine.compute(engine, inputs, side))(*found)
+            return
+        with torch.no_grad():
+            traces[kind](*found)
+        engine.updates += 1
+        if isinstance(engine.optimizer, Lookahead):
+            engine.optimizer.counter += 1
+
+    for number in range(8):
+        eager()
+        replayed(replay if number > 0 else None)  # the optimizer makes its momentum in the first step
+        assert snapshot(eager.engine).digests() == snapshot(engine).digests(), number
+        assert torch.equal(eager.engine.sums, engine.sums)
+    assert len(traces) == 1 + isinstance(engine.optimizer, Lookahead)
+
+
+class FakeGraph(TorchDispatchMode):
+    """Does on a CPU what a CUDA graph does: keeps the memory of all operands, and repeats the operations on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "profiler" and not func.is_view:
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for own, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if own is not new:
+                    own.copy_(new)
+
+
+class FakeCapture:
+    """Captures what its context does, which a capture does not carry out: the state is as before, afterwards."""
+
+    def __init__(self, graph: FakeGraph, state: Callable[[], list[Tensor]]) -> None:
+        self.graph, self.state = graph, state
+
+    def __enter__(self) -> None:
+        self.before = [(tensor, tensor.detach().clone()) for tensor in self.state()]
+        self.graph.__enter__()
+
+    @torch.no_grad()
+    def __exit__(self, *error: Any) -> None:
+        self.graph.__exit__(*error)
+        for tensor, value in self.before:
+            tensor.copy_(value)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_engine_with_graphs_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs with an odd last batch each; only what CUDA itself does is a stand-in."""
+    sections = merge(SPECS[name], {"train": {"epochs": 3}})
+    eager = tiny_engine(tiny_spec(**sections))
+    graphs: list[FakeGraph] = []
+
+    def capture(graph: FakeGraph, **options: Any) -> FakeCapture:
+        assert options.keys() == {"pool", "stream", "capture_error_mode"}
+        graphs.append(graph)
+        return FakeCapture(graph, lambda: tensors(whole, StepInputs(*[eager.bad_step] * 4, 0)))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": FakeGraph,
+             "stream": lambda chosen: nullcontext(), "graph_pool_handle": lambda: (0, 1), "graph": capture}  # fmt: skip
+    for key, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, key, fake)
+    whole = tiny_engine(tiny_spec(**merge(sections, {"train": {"graph": "on"}})))
+    for epoch in range(2):
+        for engine in (eager, whole):
+            take_steps(engine, 0, engine.steps_per_epoch, epoch)
+        one, other = (dataclasses.replace(snapshot(engine), spec=to_plain(eager.spec)) for engine in (eager, whole))
+        assert one.digests() == other.digests(), epoch
+        assert (one.updates, one.optimizer.get("counter")) == (other.updates, other.optimizer.get("counter"))
+        assert torch.equal(eager.sums, whole.sums)
+    sizes = {training_size(whole.spec, epoch) for epoch in range(2)}
+    assert len(graphs) == len(sizes) * (1 + isinstance(whole.optimizer, Lookahead))
