@@ -12,6 +12,7 @@ The numbers are part of the checkpoint contract: changing any of them breaks eve
 hold golden values.
 """
 
+import functools
 from enum import IntEnum
 
 import torch
@@ -69,10 +70,15 @@ def hash64(numbers: Tensor) -> Tensor:
     return _finalise_tensor(numbers * _GAMMA_S)
 
 
-def words(key: Tensor, count: int) -> Tensor:
-    """Random words, int64 [count], the first of any larger count: a function of `key`, int64 []."""
-    counter = torch.arange(1, count + 1, dtype=torch.int64, device=key.device)
-    return _finalise_tensor(_finalise_tensor(counter) + key)
+def words(keys: Tensor, count: int) -> Tensor:
+    """Random words, int64 [..., count], the first of any larger count: a function of each key, int64 [...]."""
+    return _finalise_tensor(_counters(count, keys.device) + keys[..., None])
+
+
+@functools.cache
+def _counters(count: int, device: torch.device) -> Tensor:
+    """Hashes of 1 to `count`, the same ones for each key."""
+    return _finalise_tensor(torch.arange(1, count + 1, dtype=torch.int64, device=device))
 
 
 def mix(*values: int) -> int:

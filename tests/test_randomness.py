@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cifar_hpc.randomness import Stream, mix, permutation, uniform
+from cifar_hpc.randomness import Stream, mix, mix_each, permutation, uniform, words
 
 KEY = mix(7, Stream.AUGMENT, 3, 11)
 GOLDEN_MIX = [
@@ -195,6 +195,26 @@ def test_uniform_does_not_depend_on_the_split_of_a_batch() -> None:
 def test_uniform_takes_a_tensor_key() -> None:
     samples = torch.arange(100)
     assert torch.equal(uniform(torch.tensor(KEY), samples, 5), uniform(KEY, samples, 5))
+
+
+def test_uniform_takes_a_key_for_each_sample() -> None:
+    samples, keys = torch.tensor([7, 7, 2]), torch.tensor([KEY, 3, KEY])
+    alone = [uniform(int(key), sample[None], 5)[0] for key, sample in zip(keys, samples, strict=True)]
+    assert torch.equal(uniform(keys, samples, 5), torch.stack(alone))
+
+
+def test_mix_each_is_mix() -> None:
+    keys = [0, 1, KEY, 2**63 - 1]
+    for value in (0, int(Stream.TRIVIAL), 2**63):
+        assert mix_each(torch.tensor(keys), value).tolist() == [mix(key, value) for key in keys]
+
+
+def test_words_of_a_key_do_not_depend_on_the_other_keys_or_the_count() -> None:
+    keys = torch.tensor([[3, KEY], [-1, 0]])
+    whole = words(keys, 6)
+    assert whole.shape == (2, 2, 6)
+    assert torch.equal(whole[0, 1, :4], words(keys[0, 1], 4))
+    assert len(whole.unique()) == whole.numel()
 
 
 def test_uniform_refuses_wrong_samples() -> None:

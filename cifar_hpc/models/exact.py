@@ -20,20 +20,21 @@ _ALPHA = (
 )  # SELU's value far below zero (Klambauer et al. 2017, arXiv:1706.02515, section "New dropout")
 
 
-def keep_mask(key: Tensor, count: int, rate: float, dtype: torch.dtype) -> Tensor:
+def keep_mask(key: Tensor, count: int, rate: float, dtype: torch.dtype, starts: Tensor | None = None) -> Tensor:
     """Return [count] ones, and zeros with probability `rate`: a function of the key and of an element's index.
 
     An element is dropped where its 16 random bits, as a number, are below `rate` * 2**16; four share a random word.
 
     Args:
         key: int64 [], on the device of the result.
+        starts: the first `rows_of(count)` words of the key or more, where they are known.
     """
-    number = -(-count // 4)
-    rows, width = -(-number // _COLUMNS), min(_COLUMNS, number)
-    threshold = _dropped(rate) - 2**15
+    number, rows = -(-count // 4), rows_of(count)
+    width, threshold = min(_COLUMNS, number), _dropped(rate) - 2**15
     if threshold == 2**15:
         return torch.zeros(count, dtype=dtype, device=key.device)
-    starts, columns = words(key, rows), _columns(key.device)[:width]
+    starts = words(key, rows) if starts is None or len(starts) < rows else starts[:rows]
+    columns = _columns(key.device)[:width]
     if key.device.type != "cpu" or torch.compiler.is_compiling():
         return (_mixed(columns ^ starts[:, None]).view(torch.int16) >= threshold).to(dtype).view(-1)[:count]
     # The same in the memory of one row, which stays in the cache.
@@ -43,6 +44,11 @@ def keep_mask(key: Tensor, count: int, rate: float, dtype: torch.dtype) -> Tenso
         torch.bitwise_xor(columns, start, out=row)
         torch.ge(_mixed(row, scratch).view(torch.int16), threshold, out=part)
     return mask.view(-1)[:count]
+
+
+def rows_of(count: int) -> int:
+    """Return the rows of random words that a mask of `count` elements takes."""
+    return -(-count // (4 * _COLUMNS))
 
 
 def _mixed(word: Tensor, scratch: Tensor | None = None) -> Tensor:
@@ -72,18 +78,20 @@ class _Keyed(nn.Module):
     inplace: bool
     key: Tensor | None
     calls: int
+    rows: int  # the most that a mask has taken so far
+    starts: Tensor | None  # of the first mask's rows
 
     def mask(self, input: Tensor, leading: int | None = None) -> Tensor:
         """Return a mask of zeros and ones for each element, or for the first `leading` dimensions of the input."""
         if self.key is None:
             raise RuntimeError("set_key must be called before a forward pass in training mode")
-        key = self.key + self.calls
-        self.calls += 1
+        key, starts = (self.key, self.starts) if self.calls == 0 else (self.key + self.calls, None)
+        shape = input.shape[:leading]
+        count = math.prod(shape)
+        self.calls, self.rows = self.calls + 1, max(self.rows, rows_of(count))
+        flat = keep_mask(key, count, self.p, input.dtype, starts)
         if leading is not None:
-            shape = input.shape[:leading]
-            flat = keep_mask(key, math.prod(shape), self.p, input.dtype)
             return flat.view(*shape, *[1] * (input.dim() - leading))
-        flat = keep_mask(key, input.numel(), self.p, input.dtype)
         if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
             return flat.as_strided(input.shape, input.stride())  # in the order in memory, so that no pass jumps
         return flat.view(input.shape)
@@ -184,7 +192,7 @@ def _exact_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         found = _StochasticDepth, {}
     if found is None or issubclass(kind, found[0]):
         return None
-    keyed = {"key": None, "calls": 0} if issubclass(found[0], _Keyed) else {}
+    keyed = {"key": None, "calls": 0, "rows": 0, "starts": None} if issubclass(found[0], _Keyed) else {}
     return type(kind.__name__, (found[0], kind), {**keyed, **found[1], "__module__": kind.__module__})
 
 
@@ -202,14 +210,25 @@ class ExactLayers:
         self._keyed = [m for m in network.modules() if isinstance(m, _Keyed)]
         self.draws = any(layer.p > 0 for layer in self._keyed)
 
+    def keys(self, keys: Tensor) -> Tensor:
+        """Return the layers' own keys, int64 [..., layers], for each key of a forward pass, int64 [...]."""
+        return words(keys, len(self._keyed))
+
     def set_key(self, key: int | Tensor, device: torch.device) -> None:
-        """Make the next forward pass's masks a function of `key`, in [-2**63, 2**63), or int64 [] on the device."""
-        if self._keyed:
-            if not isinstance(key, Tensor):
-                key = torch.full((), key, dtype=torch.int64, device=device)  # no copy from the host, which would wait
-            keys = words(key, len(self._keyed))
-            for layer, own in zip(self._keyed, keys.unbind(), strict=True):
-                layer.key, layer.calls = own, 0
+        """Make the next forward pass's masks a function of a key.
+
+        Args:
+            key: in [-2**63, 2**63); or what `keys` has made of it, on the device.
+        """
+        if not self._keyed:
+            return
+        if not isinstance(key, Tensor):
+            # No copy from the host, which would wait.
+            key = self.keys(torch.full((), key, dtype=torch.int64, device=device))
+        rows = max(layer.rows for layer in self._keyed)
+        starts = words(key, rows)  # of all layers in one go
+        for layer, own, first in zip(self._keyed, key.unbind(), starts.unbind(), strict=True):
+            layer.key, layer.calls, layer.starts = own, 0, first
 
     @property
     def calls(self) -> int:

@@ -4,7 +4,8 @@ import inspect
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,41 @@ def to_channels_last(network: nn.Module) -> nn.Module:
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
+
+
+class _Cast(torch.autograd.Function):
+    """Copies of weights in another type by one operation, and of their gradients in the weights' own by another."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+        torch._foreach_copy_(copies, gradients)
+        return None, *copies
+
+
+Places = list[tuple[dict[str, Any], str]]  # of weights: a module's parameters, and a name
+
+
+def castable(network: nn.Module) -> Places:
+    """Return the places of the weights that autocast casts, of a network that uses each in each forward pass."""
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return [(m._parameters, name) for m in layers for name, value in m._parameters.items() if value is not None]
+
+
+@contextmanager
+def cast(places: Places, dtype: torch.dtype) -> Iterator[None]:
+    """Put copies in `dtype` into the places for the context: what autocast does for each alone, with the same bits."""
+    own = [parameters[name] for parameters, name in places]
+    try:
+        for (parameters, name), copy in zip(places, _Cast.apply(dtype, *own), strict=True):
+            parameters[name] = copy
+        yield
+    finally:
+        for (parameters, name), parameter in zip(places, own, strict=True):
+            parameters[name] = parameter

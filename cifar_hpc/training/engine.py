@@ -20,7 +20,7 @@ from cifar_hpc.data.augment.trivial import TRIVIAL_DRAWS, trivial_augment
 from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.exact import make_exact
-from cifar_hpc.models.network import build_network, put, to_channels_last
+from cifar_hpc.models.network import build_network, cast, castable, put, to_channels_last
 from cifar_hpc.randomness import Stream, mix_each, uniform
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training.checkpoints.format import TrainingState
@@ -96,6 +96,9 @@ class Engine:
             self.ddp.broadcast_buffers = False  # newer versions of PyTorch have another name for it as an argument
             self.reducer = ShardReducer(self.ddp, layout)
 
+        # At once, rather than one by one; DDP would have to wait for all gradients.
+        at_once = amp == "bf16" and spec.model.target is None and layout.world_size == 1 and not spec.train.compile
+        self._castable = castable(self.model) if at_once else []
         self.updates, self.rate = 0, spec.optimizer.lr
         fused = capturable(device, amp)
         self.optimizer = build_optimizer(self.model, spec, fused)
@@ -105,7 +108,7 @@ class Engine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.sums = torch.zeros(layout.shards, 2, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), NO_BAD_STEP, dtype=torch.int64, device=device)
-        self._inputs = InputQueue(spec, layout, data, self.augmented)
+        self._inputs = InputQueue(spec, layout, data, self.augmented, self.exact.keys)
         # With several ranks the steps are eager, and have the same bits.
         whole = fused and layout.world_size == 1
         self.graphs = StepGraphs(self) if whole and spec.train.graph == "on" else None
@@ -172,9 +175,9 @@ class Engine:
             mixed = mix_batch(images, labels, inputs.draws[rows], self.spec.mixing)
             images = mixed.images
         images = resize(images, side)
-        self.exact.set_key(inputs.numbers[shard - mine[0]], self.device)
+        self.exact.set_key(inputs.keys[shard - mine[0]], self.device)
         self.exact.set_update_statistics(shard == 0)
-        with self.autocast():
+        with self.autocast(), cast(self._castable, torch.bfloat16) if self._castable else contextlib.nullcontext():
             logits = (self.ddp or self.model)(images)
         self.exact.count_batches()
         loss = self.loss_sum(logits, labels) if mixed is None else mixed_loss(logits, mixed, smoothing)
@@ -182,18 +185,18 @@ class Engine:
         if any(parameter.grad is None for _, parameter in self._own_trainable):
             names = [name for name, parameter in self._own_trainable if parameter.grad is None]
             raise RunFailedError(
-                f"model.target: {', '.join(names[:3])} got no gradient in step {int(inputs.numbers[-1])}. HINT: each "
+                f"model.target: {', '.join(names[:3])} got no gradient in step {int(inputs.number)}. HINT: each "
                 "trainable parameter must take part in each forward pass; multiply by 0 in place of leaving it out."
             )
         with torch.no_grad():
-            finite = torch.isfinite(loss)
-            # GradScaler handles an overflow under fp16; it must not spoil the epoch's sum.
-            self.sums[shard, 0] += torch.where(finite, loss, 0).double()
+            bad = (loss - loss).ne(0)  # NaN or infinite, in half of isfinite's operations
             right = (logits.argmax(1) == labels).sum() if mixed is None else mixed_correct(logits, mixed)
-            self.sums[shard, 1] += right
+            # GradScaler handles an overflow under fp16; it must not spoil the epoch's sum.
+            self.sums[shard, 0].add_(loss.masked_fill(bad, 0))
+            self.sums[shard, 1].add_(right)
             if self.amp != "fp16":
-                bad = torch.where(finite, NO_BAD_STEP, inputs.numbers[-1])
-                torch.minimum(self.bad_step, bad, out=self.bad_step)
+                number = torch.where(bad, inputs.number, NO_BAD_STEP)
+                torch.minimum(self.bad_step, number, out=self.bad_step)
 
     def augmented(self, indices: Tensor, key: int | Tensor) -> Tensor:
         """Return augmented, normalised training images [B, 3, S, S], channels_last.

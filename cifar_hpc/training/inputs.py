@@ -13,8 +13,8 @@ from cifar_hpc.randomness import Stream, mix, uniform
 from cifar_hpc.training.distributed.shards import ShardLayout
 
 # Pixels that are augmented at once, of one step's images at least. Augmentation has hundreds of small operations, which
-# take a GPU's host as long for many images as for few.
-AHEAD = 2**20
+# take a GPU's host as long for many images as for few. On a CPU they should not keep a step waiting for long.
+AHEAD = {"cuda": 2**22, "cpu": 2**20}
 Place = tuple[int, int, int]  # epoch, step in it, step in all
 
 
@@ -25,20 +25,23 @@ class StepInputs(NamedTuple):
         images: float32 [b, 3, S, S], augmented, of this rank's shards, one after the other.
         labels: int64 [b].
         draws: float32 [b, MIXING_DRAWS] in [0, 1); None without mixing.
-        numbers: int64 [shards of this rank + 1], the key of each one's masks; then the step, from 1.
+        keys: int64 [shards of this rank, layers], of their masks.
+        number: int64 [], of the step, from 1.
         batch: images in the global batch: the same in all steps of an epoch but the last.
     """
 
     images: Tensor
     labels: Tensor
     draws: Tensor | None
-    numbers: Tensor
+    keys: Tensor
+    number: Tensor
     batch: int
 
     def clone(self) -> "StepInputs":
         """Return the same in other memory."""
         draws = None if self.draws is None else self.draws.clone()
-        return StepInputs(self.images.clone(), self.labels.clone(), draws, self.numbers.clone(), self.batch)
+        own = self.images.clone(), self.labels.clone(), draws, self.keys.clone(), self.number.clone()
+        return StepInputs(*own, self.batch)
 
     def copy_(self, other: "StepInputs") -> None:
         """Copy the tensors of another step into these."""
@@ -52,12 +55,19 @@ class InputQueue:
 
     Args:
         augmented: augments images by their indices, int64 [b], and a key for each, int64 [b].
+        mask_keys: makes the layers' keys of those of forward passes.
     """
 
     def __init__(
-        self, spec: Spec, layout: ShardLayout, data: Dataset, augmented: Callable[[Tensor, Tensor], Tensor]
+        self,
+        spec: Spec,
+        layout: ShardLayout,
+        data: Dataset,
+        augmented: Callable[[Tensor, Tensor], Tensor],
+        mask_keys: Callable[[Tensor], Tensor],
     ) -> None:
-        self.spec, self.layout, self.data, self._augmented = spec, layout, data, augmented
+        self.spec, self.layout, self.data = spec, layout, data
+        self._augmented, self._mask_keys = augmented, mask_keys
         self._order: Tensor | None = None
         self._ready: dict[Place, StepInputs] = {}
 
@@ -77,7 +87,7 @@ class InputQueue:
         seed, size, device = self.spec.train.seed, self.spec.train.batch_size, order.device
         mine, own = self.layout.mine, list[Tensor]()
         each = size * len(mine) / self.layout.shards * self.data.info.image_size**2
-        end = min(first + max(1, int(AHEAD / each)), -(-len(order) // size))
+        end = min(first + max(1, int(AHEAD[device.type] / each)), -(-len(order) // size))
         steps = range(first, end)
         batches = [order[step * size : (step + 1) * size] for step in steps]
         for rows in batches:
@@ -98,12 +108,11 @@ class InputQueue:
         draws: Iterable[Tensor | None] = [None] * len(steps)
         if self.spec.mixing.on:
             draws = uniform(of_rows(Stream.MIX), indices, MIXING_DRAWS).split(sizes)
-        numbers = on_device(
-            [*(mix(seed, Stream.DROPOUT, epoch, step, shard) for shard in mine), global_step + step - first + 1]
-            for step in steps
-        ).to(device, non_blocking=True)
-        parts = zip(steps, images, labels, draws, numbers, batches, strict=True)
+        masks = on_device([mix(seed, Stream.DROPOUT, epoch, step, shard) for shard in mine] for step in steps)
+        keys = self._mask_keys(masks.to(device, non_blocking=True))
+        numbers = torch.arange(global_step + 1, global_step + 1 + len(steps), device=device)
+        parts = zip(steps, images, labels, draws, keys, numbers, batches, strict=True)
         return {
-            (epoch, step, global_step + step - first): StepInputs(pixels, label, draw, row, len(rows))
-            for step, pixels, label, draw, row, rows in parts
+            (epoch, step, global_step + step - first): StepInputs(pixels, label, draw, key, number, len(rows))
+            for step, pixels, label, draw, key, number, rows in parts
         }

@@ -38,11 +38,12 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
     name, options = OPTIMIZERS[spec.name]
     decay = spec.weight_decay if spec.decay_all else 0.0
     kind: type[Optimizer] = {"SGD": SGD, "AdamW": torch.optim.AdamW}[name]
-    given: dict[str, Any] = {"lr": spec.lr, **{key: getattr(spec, key) for key in options}}
+    given = {key: getattr(spec, key) for key in options}
     if fused:
-        rate = torch.full((), spec.lr, dtype=torch.float32, device=next(model.parameters()).device)
-        given |= {"lr": rate, "fused": True, **({"capturable": True} if name == "AdamW" else {})}
-    optimizer = kind(model.parameters(), weight_decay=decay, **given)  # type: ignore[call-arg]
+        given |= {"fused": True} if name == "SGD" else {"fused": True, "capturable": True}
+    optimizer = kind(model.parameters(), lr=spec.lr, weight_decay=decay, **given)  # type: ignore[call-arg]
+    for group in optimizer.param_groups if fused else ():
+        group["lr"] = torch.full((), spec.lr, dtype=torch.float32, device=group["params"][0].device)
     layers: list[Tensor] = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
     if not spec.decay_all and spec.weight_decay > 0 and layers:
 

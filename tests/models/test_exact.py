@@ -167,6 +167,8 @@ def test_statistics_follow_only_where_asked_and_the_output_does_not_depend_on_it
     assert digest(norm.state_dict()) == before
     layers.set_update_statistics(True)
     assert torch.equal(norm(x), apart) and torch.equal(plain(x), apart)
+    assert torch.equal(norm(x + 1), plain(x + 1)), "a layer that the network uses twice"
+    layers.count_batches()
     assert digest(norm.state_dict()) == digest(plain.state_dict()) != before
     with pytest.raises(ValueError, match="expected"):
         norm(torch.randn(2, 3, 2, 2, 2, 2))

@@ -194,7 +194,7 @@ def test_an_engine_with_graphs_takes_the_same_steps(name: str, monkeypatch: pyte
     def capture(graph: FakeGraph, **options: Any) -> FakeCapture:
         assert options.keys() == {"pool", "stream", "capture_error_mode"}
         graphs.append(graph)
-        return FakeCapture(graph, lambda: tensors(whole, StepInputs(*[eager.bad_step] * 4, 0)))
+        return FakeCapture(graph, lambda: tensors(whole, StepInputs(*[eager.bad_step] * 5, 0)))
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": FakeGraph,
