@@ -5,6 +5,7 @@ The optimizer is the fused one of CUDA, as a CPU has it."""
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cifar_hpc import tensorfile
 from cifar_hpc.config.io import merge, to_plain
 from cifar_hpc.config.schedule import training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.training import engine as engines
+from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.inputs import StepInputs
 from cifar_hpc.training.optim import Lookahead
@@ -211,3 +214,28 @@ def test_an_engine_with_graphs_takes_the_same_steps(name: str, monkeypatch: pyte
         assert torch.equal(eager.sums, whole.sums)
     sizes = {training_size(whole.spec, epoch) for epoch in range(2)}
     assert len(graphs) == len(sizes) * (1 + isinstance(whole.optimizer, Lookahead))
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"name": "adamw", "lr": 0.001}])
+def test_a_checkpoint_goes_on_there_with_the_same_bits_and_elsewhere_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any]
+) -> None:
+    spec = tiny_spec(optimizer=optimizer, ema={"decay": 0.9}, schedule={"per": "step"})
+    whole, resumed = tiny_engine(spec), tiny_engine(spec)
+    take_steps(whole, 0, 3)
+    path = tmp_path / "step.pt"
+    with path.open("wb") as file:
+        tensorfile.save(dataclasses.replace(snapshot(whole), spec=to_plain(spec)).to_dict(), file)
+    state = read_checkpoint(path)
+    resumed.load(state)
+    assert resumed.rate == whole.rate
+    for engine in (whole, resumed):
+        take_steps(engine, 3, 6)
+    assert snapshot(whole).digests() == snapshot(resumed).digests()
+    monkeypatch.setattr(engines, "capturable", lambda device, amp: False)
+    elsewhere = tiny_engine(spec)
+    elsewhere.load(state)
+    take_steps(elsewhere, 3, 6)
+    assert elsewhere.rate == whole.rate
+    for one, other in zip(elsewhere.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # a fused update rounds otherwise
