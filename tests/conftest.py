@@ -74,8 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a fixture that starts processes, or a real Slurm."""
+    """Mark what uses a fixture that starts processes, or a real Slurm; skip what needs a GPU where there is none."""
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
         if STARTING.intersection(getattr(item, "fixturenames", ())) or item.get_closest_marker("slurm"):
             item.add_marker("process")
 

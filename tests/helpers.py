@@ -7,12 +7,14 @@ import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import nursery
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +34,7 @@ from cifar_hpc.training.optim import build_optimizer
 
 PROJECT, TESTS = nursery.PROJECT, nursery.TESTS  # their folders
 CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # of tests that compare what they compute
 INFO = DatasetInfo(CIFAR10, 32)
 TINY: dict[str, Any] = {
     "model": {"width_multiplier": 0.0625, "blocks": [1, 1, 1], "dropout": 0.1},
@@ -118,6 +121,22 @@ def snapshot(engine: Engine) -> TrainingState:
     """What a checkpoint holds of an engine."""
     fields = {"spec": to_plain(engine.spec), **engine.state(), "sums": engine.epoch_sums()}
     return blank_state(engine.updates, **to_host(fields))
+
+
+@contextlib.contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """Make it an error that an operation waits for the GPU; nothing does on a CPU."""
+    if device == "cpu":
+        yield
+        return
+    try:
+        with warnings.catch_warnings():
+            # Once in a process PyTorch says so of this mode; pytest would make it an error, and leave the mode set.
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Ranks:

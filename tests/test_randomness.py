@@ -236,7 +236,7 @@ def test_uniform_multiplies_no_plain_counter() -> None:
     assert set(inputs) == {torch.ops.aten.bitwise_xor.Tensor}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_uniform_has_the_same_bits_on_the_gpu() -> None:
     samples = torch.arange(50_000)
     assert torch.equal(uniform(KEY, samples.cuda(), 40).cpu(), uniform(KEY, samples, 40))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchvision.transforms.functional as F
+from helpers import no_waiting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing
@@ -332,16 +333,13 @@ def test_nothing_depends_on_data() -> None:
     assert got.shape == (8, 3, 32, 32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_agrees_and_never_waits() -> None:
     images, draws = random_images(2000), draws_for(2000)
     on_device, device_draws = images.cuda(), draws.cuda()
     A.augment(on_device, device_draws, CONFIG, INFO)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting("cuda"):
         got = A.augment(on_device, device_draws, CONFIG, INFO)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     p, q = kernels.sample_parameters(draws, CONFIG, 32), kernels.sample_parameters(device_draws, CONFIG, 32)
     assert torch.equal(geometry(images, p, CONFIG), geometry(on_device, q, CONFIG).cpu())
     torch.testing.assert_close(got.cpu(), A.augment(images, draws, CONFIG, INFO), rtol=0, atol=1e-5)

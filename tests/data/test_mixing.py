@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICES, no_waiting
 from torch import Tensor
 
 from cifar_hpc.config.io import from_plain
@@ -212,19 +213,14 @@ def test_nothing_depends_on_data(config: MixingConfig) -> None:
     assert M.mixed_loss(logits, mixed, 0.1).shape == M.mixed_correct(logits, mixed).shape == ()
 
 
-@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_device_agrees_without_waiting(device: str) -> None:
     images, labels, draws = batch(500)
     there = [t.to(device) for t in (images, labels, draws)]
     M.mix_batch(*there, BOTH)  # copies a table
     torch.use_deterministic_algorithms(True)  # conftest sets it back
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting(device):
         got = M.mix_batch(*there, BOTH)
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     expected = M.mix_batch(images, labels, draws, BOTH)
     assert torch.equal(got.other_labels.cpu(), expected.other_labels)
     torch.testing.assert_close(got.weight.cpu(), expected.weight, rtol=0, atol=1e-6)

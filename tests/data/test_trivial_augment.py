@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import DEVICES, no_waiting
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
@@ -18,7 +19,6 @@ from cifar_hpc.randomness import Stream, mix, uniform
 REFERENCE = TrivialAugmentWide()
 SPACE = REFERENCE._augmentation_space(T.BINS)
 NAMES = dict(zip(T.Operation, SPACE, strict=True))
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(autouse=True)
@@ -233,13 +233,8 @@ def test_every_device_gives_the_same_bits_without_waiting(device: str) -> None:
     there, draws_there = images.to(device), draws.to(device)
     T.trivial_augment(there, draws_there)  # copies the tables
     torch.use_deterministic_algorithms(True)  # conftest sets it back
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting(device):
         got = T.trivial_augment(there, draws_there)
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got.cpu(), T.trivial_augment(images, draws))
 
 
