@@ -59,6 +59,9 @@ def configure_torch(spec: Spec, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    # What is computed in float32 has its 24 bits; cuDNN's default is TF32, which has 11. These names switch the newer
+    # ones (fp32_precision) as well; with those alone, reading these is an error.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     threads, openmp = spec.train.cpu_threads or 1, ctypes.CDLL(None)
     if hasattr(openmp, "omp_set_dynamic"):  # kernels wait without end for threads that they do not get
         openmp.omp_set_dynamic(0)

@@ -99,6 +99,16 @@ def test_the_workspace_of_cublas_is_not_left_to_the_surroundings(
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == workspace
 
 
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_float32_is_not_shortened_to_tf32(amp: str) -> None:
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda.allow_tf32 = cudnn.allow_tf32 = True  # as by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and by default
+    assert (cuda.fp32_precision, cudnn.conv.fp32_precision) == ("tf32", "tf32")
+    configure_torch(tiny_spec(train={"amp": amp}), CPU)
+    assert not cuda.allow_tf32 and not cudnn.allow_tf32  # as torch.compile reads them
+    assert "tf32" not in (cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+
+
 def test_the_version_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_property(part: int, value: Any) -> int:
         value._obj.value = (13, 0, 2)[part]
