@@ -38,13 +38,14 @@ from cifar_hpc.training.environment import (
     require_agreement,
     resolve_amp,
 )
+from cifar_hpc.training.evaluation import measures_statistics
 from cifar_hpc.training.exit import FailureReporter, finished, stopped
 from cifar_hpc.training.init_from import init_from
 from cifar_hpc.training.process import Patience
 from cifar_hpc.training.trainer import Position, Trainer
 
-# How dropout draws: a change of it changes the bits.
-MASKS = "counter hash"
+# How dropout draws, and what statistics are measured of: a change changes the bits, of test figures in the second case.
+MASKS, STATISTICS = "counter hash", "shards"
 # After a requeue, processes of the job's last attempt may still be exiting on their node.
 LOCK_PATIENCE_SECONDS = {"slurm": 300.0, "local": 20.0, None: 3.0}
 
@@ -134,6 +135,8 @@ class Attempt:
         environment = combined(self.ranks, (*describe_environment(spec, device), "data", "test_data", "gradient"))
         if engine.exact.draws:
             environment["masks"] = MASKS
+        if layout.shards > 1 and measures_statistics(spec):
+            environment["statistics"] = STATISTICS
         store: CheckpointStore | None = None
         if context.first:
             store = CheckpointStore(context.paths.checkpoints, spec.checkpoint.keep, context.emit, context.log.warn)
@@ -248,8 +251,8 @@ class Attempt:
                 f"resumed from {chosen.path.name}: epoch {position.epoch + 1}, step {position.step_in_epoch}/{steps}"
             )
             before = chosen.read().environment
-            # A key that an older version did not record says nothing, but for masks, which were others then.
-            before = {"masks": "generator"} | before
+            # A key that an older version did not record says nothing, but for these, which were others then.
+            before = {"masks": "generator", "statistics": "batches"} | before
             changed = {k: [before[k], v] for k, v in environment.items() if k in before and before[k] != v}
             begun = [attempt.world_size for attempt in History.read(context.paths.events).attempts if attempt.begun]
             if begun and begun[-1] != launch.world_size:

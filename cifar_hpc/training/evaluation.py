@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_hpc.config.schedule import training_size
+from cifar_hpc.config.schedule import resizes, training_size
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.randomness import Stream, mix, permutation
@@ -29,6 +29,11 @@ def evaluated_kind(spec: Spec) -> str:
     if spec.ema.decay is not None:
         return "averaged"
     return "slow" if spec.lookahead.enabled else "fast"
+
+
+def measures_statistics(spec: Spec) -> bool:
+    """Return whether any evaluation of a run measures BatchNorm statistics."""
+    return spec.lookahead.bn_batches > 0 and (evaluated_kind(spec) != "fast" or resizes(spec))
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ def evaluate(engine: Engine, epoch: int, between: Between) -> Result | None:
 
 
 def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
-    """Set the running statistics to the mean over training batches. False if `between` returned true."""
+    """Set the running statistics to the mean over shards of training batches. False if `between` returned true.
+
+    A shard fits into memory, since training runs its forward and backward pass; a whole batch may not.
+    """
     spec, layout = engine.spec, engine.layout
     size = min(spec.train.batch_size, len(engine.data.train_images))
     batches = min(spec.lookahead.bn_batches, len(engine.data.train_images) // size)
@@ -78,27 +86,25 @@ def _estimate_statistics(engine: Engine, epoch: int, between: Between) -> bool:
     running = [b for n in norms for b in n.buffers() if b.is_floating_point()]  # mean and variance of each
     if not running:
         return True
-    table = torch.zeros(batches, sum(len(b) for b in running), device=engine.device)
+    count = batches * layout.shards
+    table = torch.zeros(count, sum(len(b) for b in running), device=engine.device)
     engine.model.eval()
     momenta = [n.momentum for n in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0  # the running statistics become those of the batch
+        norm.momentum = 1.0  # the running statistics become those of the shard
     engine.exact.set_update_statistics(True)
     try:
-        for first in range(0, batches, layout.world_size):
-            batch = first + layout.rank
-            if batch < batches:
-                images = engine.augmented(
-                    rows[batch * size : (batch + 1) * size], mix(spec.train.seed, Stream.BN_ESTIMATE, epoch, batch)
-                )
+        for first in range(0, count, layout.world_size):
+            if (number := first + layout.rank) < count:
+                batch, shard = divmod(number, layout.shards)
+                indices = rows[batch * size : (batch + 1) * size][layout.bounds(shard, size)]
+                images = engine.augmented(indices, mix(spec.train.seed, Stream.BN_ESTIMATE, epoch, batch))
                 with engine.autocast():
                     engine.model(images)
-                table[batch] = torch.cat(running)
-            if between(
-                f"epoch {epoch + 1}: measuring BatchNorm statistics, "
-                f"batch {min(first + layout.world_size, batches)}/{batches}"
-            ):
+                table[number] = torch.cat(running)
+            done = min(first + layout.world_size, count) // layout.shards
+            if between(f"epoch {epoch + 1}: measuring BatchNorm statistics, batch {done}/{batches}"):
                 return False
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from cifar_hpc.config.io import from_plain
-from cifar_hpc.config.schedule import resizes
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.info import DatasetInfo
@@ -33,7 +32,7 @@ from cifar_hpc.text import printable, shown
 from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
 from cifar_hpc.training.checkpoints.store import BEST, candidates, newest_good
 from cifar_hpc.training.environment import configure_torch, describe_environment, resolve_amp
-from cifar_hpc.training.evaluation import evaluated_kind, evaluation_batch
+from cifar_hpc.training.evaluation import evaluated_kind, evaluation_batch, measures_statistics
 
 _LOGGED = ("epoch", "test_accuracy", "test_loss")
 
@@ -182,9 +181,7 @@ def load_trained(root: Path, run: str, weights: str) -> TrainedModel:
 
 def _usable(state: TrainingState, fast: bool) -> bool:
     """True if the checkpoint has the BatchNorm statistics of the requested weights."""
-    spec = from_plain(state.spec)
-    measured = (evaluated_kind(spec) != "fast" or resizes(spec)) and spec.lookahead.bn_batches > 0
-    return fast or not measured or state.slow_buffers is not None
+    return fast or not measures_statistics(from_plain(state.spec)) or state.slow_buffers is not None
 
 
 def _find(root: Path, run: str, fast: bool) -> tuple[Path, TrainingState, list[str]]:

@@ -81,9 +81,13 @@ def test_statistics_are_measured_anew_under_the_slow_weights() -> None:
     assert digest(done(evaluate(plain, 0, go_on)).buffers) == digest(plain.buffers())
 
 
-def test_measured_statistics_are_the_mean_over_batches() -> None:
-    """The first BatchNorm's input is a convolution of the images, so its statistics can be computed by hand."""
-    engine = trained({})
+@pytest.mark.parametrize(("shards", "sizes"), [(1, [32, 32, 32]), (4, [8] * 12), (5, [6, 6, 7, 6, 7] * 3)])
+def test_measured_statistics_are_the_mean_over_shards(shards: int, sizes: list[int]) -> None:
+    """The first BatchNorm's input is a convolution of the images, so its statistics can be computed by hand.
+
+    No pass has more images than a shard, which is all that is known to fit into a GPU's memory.
+    """
+    engine = trained({"train": {"shards": shards}})
     seen: list[torch.Tensor] = []
     original = engine.augmented
 
@@ -93,7 +97,7 @@ def test_measured_statistics_are_the_mean_over_batches() -> None:
 
     engine.augmented = augmented  # type: ignore[method-assign]
     result = done(evaluate(engine, 0, go_on))
-    assert [len(images) for images in seen] == [32, 32, 32]
+    assert [len(images) for images in seen] == sizes
     assert isinstance(engine.optimizer, Lookahead)
     outputs = [F.conv2d(images, engine.optimizer.slow[0], padding=1) for images in seen]
     mean = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
