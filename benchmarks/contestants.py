@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from benchmarks.measure import ROOT
+
+if TYPE_CHECKING:
+    from cifar_hpc.training.engine import Engine
 
 OURS, NAIVE, CAREFUL, LIGHTNING = "ours", "naive", "careful", "lightning"
 PATIENCE_SECONDS = 20
@@ -126,7 +129,6 @@ def train_ours(images: int, after_step: Callable[[], None], batch: int, threads:
     from cifar_hpc.config.io import from_plain
     from cifar_hpc.data.datasets import Dataset
     from cifar_hpc.data.synthetic import make_synthetic
-    from cifar_hpc.randomness import permutation
     from cifar_hpc.training.distributed.shards import ShardLayout
     from cifar_hpc.training.engine import Engine
     from cifar_hpc.training.environment import configure_torch, resolve_amp
@@ -137,11 +139,21 @@ def train_ours(images: int, after_step: Callable[[], None], batch: int, threads:
     data = Dataset(*make_synthetic(images, batch)).to(device)
     engine = Engine(spec, device, ShardLayout(1, 1, 0), data, resolve_amp(spec, device))
     for epoch in range(epochs):
-        order = permutation(spec.train.seed, epoch, images).to(device)
-        for step in range(engine.steps_per_epoch):
-            done = epoch * engine.steps_per_epoch + step
-            engine.step(epoch, step, done, order)
-            after_step()
+        train_epoch(engine, epoch, after_step)
+
+
+def train_epoch(
+    engine: Engine, epoch: int, after_step: Callable[[], None] = lambda: None, steps: int | None = None
+) -> None:
+    """The first `steps` steps of an epoch, or all, without what the trainer does around them."""
+    from cifar_hpc.randomness import permutation
+
+    spec, images = engine.spec, len(engine.data.train_images)
+    order = permutation(spec.train.seed, epoch, images).to(engine.device)
+    for step in range(steps or engine.steps_per_epoch):
+        done = epoch * engine.steps_per_epoch + step
+        engine.step(epoch, step, done, order)
+        after_step()
 
 
 def main() -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build_model
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import chart, suite
+from benchmarks import chart, launches, suite
 from benchmarks.measure import ROOT, Row, alternate, meets, quartiles, ratios, table
 from benchmarks.peers import careful, naive
 from benchmarks.peers.data import synthetic_images
 from benchmarks.peers.lookahead import Lookahead as PublicLookahead
 from benchmarks.peers.network import Network
+from cifar_hpc.config.io import load_spec
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.training.optim import Lookahead
 
@@ -86,6 +89,50 @@ def test_the_peers_images_are_augmented_and_normalised() -> None:
     assert label in range(10)
     assert not torch.equal(first, images[0][0])
     assert first.min() < -0.5 < 0.5 < first.max()
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, dict[str, float]]:
+    """Counts for the report's recipe: the full depth, which decides on launches, and a narrow width."""
+    return launches.count(load_spec(ROOT / "jobs" / "improved_resnet.yaml", ["model.width_multiplier=0.0625"]), steps=8)
+
+
+def test_a_step_of_the_reports_recipe_has_few_operations_that_launch_a_kernel(
+    recipe: dict[str, dict[str, float]],
+) -> None:
+    assert sum(part["operations"] for part in recipe.values()) <= 784
+
+
+def test_each_part_of_a_step_is_counted_where_its_code_stands(recipe: dict[str, dict[str, float]]) -> None:
+    network = Network(4)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    forward, backward = recipe["forward"], recipe["backward"]
+    assert forward["operations"] > 3 * convolutions  # with BatchNorm and activation
+    assert 1.9 < backward["flops"] / forward["flops"] < 2.1
+    assert 1 < recipe["optimizer"]["operations"] < 10  # _foreach_: not one for each parameter
+    assert recipe["augmentation"]["bytes"] > 2 * 3 * 32 * 32  # reads uint8, writes float32
+    with FlopCounterMode(display=False) as counter:
+        Network(4)(torch.zeros(2, 3, 32, 32)).sum().backward()
+    assert forward["flops"] + backward["flops"] == counter.get_total_flops() / 2
+
+
+def test_operations_on_a_fake_gpu_are_counted_and_nothing_waits_for_it() -> None:
+    with launches.fake_gpu() as recorder:
+        x = torch.zeros(4, 8, device=launches.GPU)
+        assert x.device.type == "cuda"
+        moved = torch.ones(8).to(launches.GPU)  # a copy from the host
+        (x.view(8, 4).t() + x[0, 0]).add_(1)
+        x.copy_(moved)
+        x.index_select(0, torch.arange(2, device=launches.GPU))
+        torch._foreach_add_([x, moved], [x, moved])
+        torch.zeros(8)  # on the host
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+    found = [(one.name, one.bytes) for one in recorder.operations]
+    assert found == [
+        ("zeros", 128), ("copy from the host", 32), ("add", 128 + 4 + 128), ("add_", 2 * 128), ("copy_", 32 + 128),
+        ("arange", 16), ("index_select", 64 + 16 + 64), ("_foreach_add_", 3 * (128 + 32)), ("sum", 128 + 4),
+    ]  # fmt: skip
 
 
 def test_quartiles_of_one_and_of_many() -> None:
