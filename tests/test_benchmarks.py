@@ -100,7 +100,7 @@ def recipe() -> dict[str, dict[str, float]]:
 def test_a_step_of_the_reports_recipe_has_few_operations_that_launch_a_kernel(
     recipe: dict[str, dict[str, float]],
 ) -> None:
-    assert sum(part["operations"] for part in recipe.values()) <= 784
+    assert sum(part["operations"] for part in recipe.values()) <= 335  # 350 is the goal
 
 
 def test_each_part_of_a_step_is_counted_where_its_code_stands(recipe: dict[str, dict[str, float]]) -> None:
