@@ -36,6 +36,7 @@ from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.group import Agreement
 from cifar_hpc.training.distributed.shards import ShardReducer
 from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.inputs import StepInputs
 from cifar_hpc.training.process import Launch, StopFlag
 
 BUCKET_MB = 0.005
@@ -63,11 +64,11 @@ class Plan:
 def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int]]) -> Iterator[None]:
     """Carries out `plan` in this process; `cuts` gets the sizes of DDP's buckets, a list for each step."""
     step, hook, shard_gradient = Engine.step, ShardReducer._hook, Engine._shard_gradient
-    ddp, loss_sum, test_batch = engine.DistributedDataParallel, Engine.loss_sum, evaluation._PIXELS
+    bucket, loss_sum, test_batch = engine.BUCKET_MB, Engine.loss_sum, evaluation._PIXELS
 
-    def stepping(self: Engine, epoch: int, step_in_epoch: int, global_step: int, rows: Tensor) -> None:
+    def stepping(self: Engine, epoch: int, step_in_epoch: int, global_step: int, order: Tensor) -> None:
         cuts.append([])
-        step(self, epoch, step_in_epoch, global_step, rows)
+        step(self, epoch, step_in_epoch, global_step, order)
         if plan.stop == global_step and plan.who == rank:
             stop.signal = signal.SIGTERM
 
@@ -76,14 +77,14 @@ def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int
         cuts[-1].append(bucket.buffer().numel())
         return hook(self, state, bucket)
 
-    def overflowing(self: Engine, epoch: int, step: int, global_step: int, shard: int, rows: Tensor) -> None:
-        factor = 1e9 if (global_step, shard) in plan.overflow else 1.0
+    def overflowing(self: Engine, inputs: StepInputs, shard: int, side: int) -> None:
+        factor = 1e9 if (int(inputs.number) - 1, shard) in plan.overflow else 1.0
         self.loss_sum = lambda logits, labels: factor * loss_sum(self, logits, labels)  # type: ignore[method-assign]
-        shard_gradient(self, epoch, step, global_step, shard, rows)
+        shard_gradient(self, inputs, shard, side)
 
     Engine.step, Engine._shard_gradient = stepping, overflowing  # type: ignore[method-assign]
     ShardReducer._hook = hooked  # type: ignore[method-assign]
-    engine.DistributedDataParallel = functools.partial(ddp, bucket_cap_mb=BUCKET_MB)  # type: ignore[misc,assignment]
+    engine.BUCKET_MB = BUCKET_MB
     evaluation._PIXELS = TEST_BATCH * 32 * 32
     attempt_module.Agreement = lambda world, **_: Agreement(world, lag)  # type: ignore[assignment,misc]
     try:
@@ -92,7 +93,7 @@ def patched(plan: Plan, lag: int, stop: StopFlag, rank: int, cuts: list[list[int
         attempt_module.Agreement = Agreement  # type: ignore[misc]
         Engine.step, Engine._shard_gradient = step, shard_gradient  # type: ignore[method-assign]
         ShardReducer._hook = hook  # type: ignore[method-assign]
-        engine.DistributedDataParallel = ddp  # type: ignore[misc]
+        engine.BUCKET_MB = bucket
         evaluation._PIXELS = test_batch
 
 
