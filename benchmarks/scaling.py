@@ -144,7 +144,7 @@ def memory_rows(quick: bool) -> list[Row]:
     values = job(0.0625, 32, 64, epochs, 1)
     values["model"]["blocks"] = [1, 1, 1]
     values["lookahead"]["bn_batches"] = 2
-    values["checkpoint"]["every_epochs"] = 1  # as runs do by default: this is where memory could be kept
+    values["checkpoint"]["every_epochs"] = 1  # each of them: this is where memory could be kept
     used = resident_by_epoch(values)
     seen = [e for e in range(start, epochs) if e in used]
     late = [used[e] for e in seen]

@@ -223,7 +223,12 @@ class CheckpointSpec:
     )
     every_minutes: float | None = option(None, "minutes between two checkpoints within an epoch", above=0, high=100_000)
     every_steps: int | None = option(None, "steps between two checkpoints within an epoch", low=1, high=INT32)
-    every_epochs: int = option(1, "epochs between two checkpoints at an epoch's end", low=1, high=INT32)
+    every_epochs: int | None = option(
+        None,
+        "epochs between two checkpoints at an epoch's end; null: 1, or under auto as costs allow",
+        low=1,
+        high=INT32,
+    )
     keep: int = option(3, "newest checkpoints kept, beside best.pt", low=1, high=INT32)
 
     @property

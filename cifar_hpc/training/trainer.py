@@ -1,5 +1,6 @@
 """The training loop: epochs, steps, checkpoints, stopping. Reads from top to bottom in the order of a run."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,7 @@ class Trainer:
         self.position = Position()
         self.stored = True  # the position of a stop is on disk
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest checkpoint
+        self._epoch_saved = -math.inf  # when an epoch's end was last saved
         self._save_seconds = self.spec.checkpoint.interval_seconds  # between two checkpoints; None: not by time
         self._bad_loss = self._warned_slow = False
         self.figures = ""  # of the last line of progress
@@ -179,9 +181,10 @@ class Trainer:
             self.context.startup.lap("evaluation")  # which a stop had interrupted: no part of the first step
         if self.store is not None:
             self._report_epoch(row)
-        epoch = self.position.epoch
-        if best or epoch == self.spec.train.epochs or epoch % self.spec.checkpoint.every_epochs == 0:
-            self.save(slow_buffers=result.buffers, best=best, queue=True)
+        epoch, every = self.position.epoch, self.spec.checkpoint.every_epochs
+        certain = epoch == self.spec.train.epochs or (every is not None and epoch % every == 0)
+        if certain or best or every is None:
+            self.save(slow_buffers=result.buffers, best=best, queue=True, certain=certain)
         return True
 
     def _complete_epoch(self, row: dict[str, Any]) -> bool:
@@ -229,11 +232,19 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoints
 
-    def save(self, queue: bool = False, best: bool = False, slow_buffers: dict[str, Tensor] | None = None) -> None:
+    def save(
+        self,
+        queue: bool = False,
+        best: bool = False,
+        slow_buffers: dict[str, Tensor] | None = None,
+        certain: bool = True,
+    ) -> None:
         """Copy the training state and write it in the background. Collective.
 
         Args:
             queue: write it after the one being written; otherwise this one is skipped while another is being written.
+            slow_buffers: at an epoch's end.
+            certain: otherwise the pacer may leave it out, and the best state waits in memory for the next write.
 
         Raises:
             RunFailedError: on every rank, if the loss or the weights are not finite.
@@ -241,10 +252,17 @@ class Trainer:
         self.engine.check_finite()
         sums = self.engine.epoch_sums()
         self._tick()
-        began = self._last_save = time.monotonic()
+        began = time.monotonic()
         store, here = self.store, (self.position.step, self.position.epoch)
         if store is None:
             return
+        if not certain and self.pacer and began - self._epoch_saved < self.pacer.epoch_interval(began):
+            if best:
+                store.hold(self._state(sums, slow_buffers))
+            return
+        self._last_save = began
+        if slow_buffers is not None:
+            self._epoch_saved = began
         if store.busy and not queue:
             self._warn_slow()
         elif self._saved != here or not store.holds(self.position.step):  # the folder may have been removed

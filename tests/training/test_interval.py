@@ -143,6 +143,24 @@ def test_what_a_checkpoint_costs_is_measured() -> None:
     assert measured.costs == Costs(pytest.approx(0.7), pytest.approx(0.8)), "nothing is left of the prior"
 
 
+def test_the_interval_of_epoch_ends_is_by_measured_costs_alone() -> None:
+    measured, _ = pace()
+    for _ in range(5):
+        measured.step(0.5, False, 0)
+    assert measured.epoch_interval(0) == interval.LEAST_SECONDS, "nothing is measured yet"
+    measured.saved(0.02, 0.02)
+    measured.step(0.5, True, 0.5)
+    assert measured.epoch_interval(5) == 50, "ten times what the write has taken so far"
+    measured.step(0.5, False, 1.0)
+    assert measured.costs.stall == pytest.approx((1 + 0.02) / 2), "with the prior"
+    assert measured.epoch_interval(1) == pytest.approx(best_interval(Costs(0.02, 1.0), DAY))
+    assert measured.epoch_interval(1) < measured.interval(1) / 4
+    for _ in range(interval.CHECKPOINTS_KEPT):
+        measured.saved(0.02, 1)
+        measured.step(0.5, False, 1)
+    assert measured.epoch_interval(1) == measured.interval(1), "nothing is left of the prior"
+
+
 def test_a_checkpoint_that_waits_for_the_one_before_it() -> None:
     measured, _ = pace()
     for _ in range(10):

@@ -169,6 +169,36 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_computes_it_again(
     assert len(runs.events("lost-its-end", "finished")) == 2
 
 
+def test_short_epochs_that_saved_nothing_are_computed_again_after_a_kill(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under auto most of these epochs are too short to be saved; rank 0 alone decides which, and others follow."""
+    monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
+    auto = ("checkpoint.every_steps=null", "train.epochs=5")
+    runs.finish("short", 1, *auto, "checkpoint.every_epochs=1")
+    runs.kill("short-killed", 3, *auto, interrupt="SIGKILL@step:38")
+    runs.stop("short-killed", 2, *auto, interrupt="SIGTERM@step:39/1")
+    step, epoch, _ = runs.resumed("short-killed")
+    assert step in (9, 18, 27, 36) and epoch == step // 9, "at an epoch's end; the slower this machine, the later"
+    assert runs.events("short-killed", "resumed")[-1]["metrics_cut"] == 4 - epoch
+    runs.finish("short-killed", 1, *auto)
+    found = []
+    for name in ("short", "short-killed"):
+        capsys.readouterr()
+        assert main(["inspect", name, "--json"]) == 0
+        rows = read_jsonl(runs.root / "logs" / name / "metrics.jsonl")
+        best = read_checkpoint(runs.root / "checkpoints" / name / "best.pt")
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+        found.append(
+            (
+                json.loads(capsys.readouterr().out)["sums"],
+                [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows],
+                tensorfile.digest({key: getattr(best, key) for key in STATE}),
+            )
+        )
+    assert found[0] == found[1]
+
+
 def test_bf16_under_torchrun_and_killed(runs: Runs, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # with which DDP itself crashes
     bf16 = "train.amp=bf16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,15 @@ from helpers import ENVIRONMENT, Ranks, tiny_engine, tiny_spec
 from cifar_hpc.cli.tail import PROGRESS
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.runs.events import Checkpoint, Event, append_event
+from cifar_hpc.runs.history import Losses
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
 from cifar_hpc.runs.progress import read_progress
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.training import trainer as training
-from cifar_hpc.training.checkpoints.format import TrainingState
+from cifar_hpc.training.checkpoints import interval
+from cifar_hpc.training.checkpoints.format import TrainingState, read_checkpoint
+from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.store import CheckpointStore, newest_good
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.group import Agreement, Request
@@ -72,9 +76,9 @@ class Run:
         """As the engine does where the loss of this step is NaN."""
         self.engine.bad_step.fill_(self.trainer.position.step + 1)
 
-    def train(self) -> bool:
+    def train(self, pacer: CheckpointPacer | None = None) -> bool:
         try:
-            return self.trainer.train()
+            return self.trainer.train(pacer)
         finally:
             if self.trainer.store is not None:
                 self.trainer.store.wait()
@@ -196,6 +200,117 @@ def test_save_every_epochs_and_for_the_best_epoch(tmp_path: Path, monkeypatch: p
     assert run.train()
     assert run.written == [STEPS * epoch for epoch in (1, 3, 4, 5)], "best, best, fourth, last"
     assert run.trainer.position.best == {"epoch": 3, "test_accuracy": 60.0}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Makes runs of six epochs, each far shorter than any interval, the second and the fourth better than before."""
+    monkeypatch.setattr(interval, "LEAST_SECONDS", 10_000.0)
+    monkeypatch.setattr(interval, "MOST_SECONDS", 10_000.0)
+    accuracies = (50.0, 60.0, 40.0, 70.0, 30.0, 20.0)
+
+    def evaluate(engine: Any, epoch: int, between: Any) -> training.Result:
+        return training.Result(1.0, accuracies[epoch], engine.buffers())
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    return lambda root, **checkpoint: Run(root, train={"epochs": 6}, checkpoint=checkpoint)
+
+
+def paced() -> CheckpointPacer:
+    return CheckpointPacer(Losses(), lambda line: None, time.monotonic())
+
+
+def best_of(run: Run) -> tuple[int, str]:
+    state = read_checkpoint(run.paths.checkpoints / "best.pt")
+    return state.step, digest([state.model, state.buffers, state.optimizer, state.slow_buffers])
+
+
+def test_short_epochs_save_as_often_as_the_pacer_says(tmp_path: Path, short: Callable[..., Run]) -> None:
+    """Written are the first epoch's end, the last one's, and before it the best one's, which has been in memory."""
+    run, each = short(tmp_path / "paced"), short(tmp_path / "each")
+    assert run.train(paced()) and each.train()
+    assert run.written == [STEPS, 4 * STEPS, 6 * STEPS]
+    assert each.written == [STEPS * epoch for epoch in range(1, 7)], "without a pacer"
+    assert best_of(run) == best_of(each) and best_of(run)[0] == 4 * STEPS
+    assert run.bits() == each.bits()
+
+
+def test_the_end_of_epochs_that_were_asked_for_is_always_saved(tmp_path: Path, short: Callable[..., Run]) -> None:
+    run = short(tmp_path, every_epochs=3)
+    assert run.train(paced())
+    assert run.written == [STEPS * epoch for epoch in (1, 2, 3, 4, 6)], "of epoch 2 and 4 with the next, since best"
+    run = short(tmp_path / "1", every_epochs=1)
+    assert run.train(paced()) and run.written == [STEPS * epoch for epoch in range(1, 7)]
+
+
+def test_the_best_state_in_memory_is_written_before_the_next_checkpoint(
+    tmp_path: Path, short: Callable[..., Run]
+) -> None:
+    run = short(tmp_path)
+
+    def make_due() -> None:
+        assert run.written == [STEPS], "of epoch 2 nothing yet"
+        run.trainer._last_save = -1e9
+
+    assert run.after_step(2 * STEPS + 1, make_due).train(paced())
+    assert run.written == [STEPS, 2 * STEPS, 2 * STEPS + 1, 4 * STEPS, 6 * STEPS]
+
+
+@pytest.mark.parametrize("end", ["stop", "failure"])
+def test_the_best_state_in_memory_is_written_at_the_end_of_an_attempt(
+    tmp_path: Path, short: Callable[..., Run], end: str
+) -> None:
+    run = short(tmp_path)
+    run.after_step(2 * STEPS + 1, run.request_stop if end == "stop" else run.spoil_loss)
+    if end == "stop":
+        assert not run.train(paced()) and run.written == [STEPS, 2 * STEPS, 2 * STEPS + 1]
+    else:  # the loss is not finite: no later checkpoint
+        with pytest.raises(RunFailedError, match="NaN or infinite"):
+            run.train(paced())
+        assert run.written == [STEPS, 2 * STEPS]
+    assert best_of(run)[0] == 2 * STEPS
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 5])
+def test_a_best_state_that_a_kill_took_from_memory_is_computed_again(
+    tmp_path: Path, short: Callable[..., Run], epoch: int
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill() -> None:
+        raise KilledError
+
+    whole, killed = short(tmp_path / "whole"), short(tmp_path / "killed")
+    assert whole.train(paced())
+    with pytest.raises(KilledError):
+        killed.after_step(epoch * STEPS + 1, kill).trainer.train(paced())
+    assert (thread := killed.trainer.store and killed.trainer.store._thread) is None or thread.join() is None
+    assert best_of(killed)[0] == STEPS and len(read_jsonl(killed.paths.metrics)) == epoch
+    again = short(tmp_path / "killed")
+    again.resume()
+    assert again.trainer.position.step == STEPS
+    assert again.train(paced())
+    assert again.bits() == whole.bits() and best_of(again) == best_of(whole)
+    assert [row["epoch"] for row in read_jsonl(again.paths.metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_storage_slower_than_epochs_gets_no_more_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs take milliseconds, and no write of an epoch's end comes to its end while others are trained."""
+    go_on, write = threading.Event(), CheckpointStore._write_file
+
+    def slow(store: CheckpointStore, snapshot: Any) -> None:
+        assert go_on.wait(60)
+        write(store, snapshot)
+
+    monkeypatch.setattr(CheckpointStore, "_write_file", slow)
+    monkeypatch.setattr(interval, "LEAST_SECONDS", 0.0)  # only ten times the time of the write under way counts
+    run = Run(tmp_path, train={"epochs": 6}, lookahead={"enabled": False})
+    run.after_step(6 * STEPS, go_on.set)
+    assert run.train(paced())
+    assert run.written[0] == STEPS and run.written[-1] == 6 * STEPS and len(run.written) <= 3
 
 
 def test_save_waits_for_a_slow_storage_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The time between two checkpoints within an epoch, for `checkpoint.every: auto`.
+"""The time between two checkpoints, for `checkpoint.every: auto`: within an epoch, and at the ends of short epochs.
 
 Only an end without warning loses work: SIGKILL, a lost node, a crash, a hang. A stop with a warning saves at its own
 step and loses nothing, whatever the interval. The best interval therefore balances the cost of checkpoints against the
@@ -125,11 +125,24 @@ class CheckpointPacer:
                 self._writes.append(now - self._write_began)
             self._write_began = None
 
+    def epoch_interval(self, now: float) -> float:
+        """Return the seconds from an epoch's end that saves to the next one that does.
+
+        As `interval`, but by measured costs alone: the first epoch's checkpoint has been measured, or still is.
+        """
+        measured = list(self._stalls)[-len(self._writes) :] if self._writes else [0.0]
+        under_way = 0.0 if self._write_began is None else now - self._write_began
+        return best_interval(
+            Costs(fmean(measured), max(self.costs.write, under_way)), mean_time_to_loss(self._seen(now))
+        )
+
+    def _seen(self, now: float) -> Losses:
+        return Losses(self.past.count, self.past.seconds + now - self._began)
+
     def interval(self, now: float) -> float:
         """Return the seconds from one checkpoint to the next, and log them where they are new."""
-        seen = Losses(self.past.count, self.past.seconds + now - self._began)
-        mean = mean_time_to_loss(seen)
-        interval = best_interval(self.costs, mean)
+        seen = self._seen(now)
+        interval = best_interval(self.costs, mean_time_to_loss(seen))
         if self._said is None or not 1 / NOTICEABLE < interval / self._said < NOTICEABLE:
             self._said = interval
             self.say(self._line(interval, seen))

@@ -241,7 +241,7 @@ class CheckpointStore:
     At most two states wait: the newest, which the next one replaces, and the next best.pt, which only a better one
     replaces. The best one is the older of the two and is written first, so that no kill leaves a checkpoint without
     the best.pt that belongs to it. A failed write is repeated with the next checkpoint. Host memory holds at most
-    three states (two waiting, and one being written after it was replaced), and the one that the caller hands over.
+    three states (two waiting, and one being written after it was replaced), the held one, and that of the caller.
 
     Args:
         directory: checkpoints/<run>.
@@ -254,6 +254,7 @@ class CheckpointStore:
         self.directory, self.keep, self.emit, self.warn = directory, keep, emit, warn
         self.bytes_written = 0  # grows while a checkpoint is being written
         self._lock = threading.Lock()
+        self._held: _Snapshot | None = None  # the next best.pt, until the next write
         self._best: _Snapshot | None = None
         self._newest: _Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -279,18 +280,22 @@ class CheckpointStore:
         snapshot = _Snapshot(step_name(state.step), state, best)
         with self._lock:
             if best:
-                self._best = snapshot
+                self._held = snapshot
             self._newest = snapshot
             self._start()
 
+    def hold(self, state: TrainingState) -> None:
+        """Keep `state`, as `save` takes it, for best.pt. It is written before the next checkpoint, or in `wait`."""
+        self._held = _Snapshot(step_name(state.step), state, True)
+
     def wait(self, alive: Callable[[], None] = lambda: None) -> str | None:
-        """Wait for the writing to end, after one more try of what failed. Return the error of the newest state, if any.
+        """Wait until all is written, after one more try of what failed. Return the error of the newest state, if any.
 
         Args:
             alive: called now and then while the writing makes progress.
         """
         with self._lock:
-            if any(snapshot.error is not None for snapshot in self._waiting()):
+            if self._held is not None or any(snapshot.error is not None for snapshot in self._waiting()):
                 self._start()
         seen = -1
         while (thread := self._thread) is not None:
@@ -305,6 +310,7 @@ class CheckpointStore:
         return [snapshot for snapshot in (self._best, self._newest) if snapshot is not None]
 
     def _start(self) -> None:
+        self._best, self._held = self._held or self._best, None
         for snapshot in self._waiting():
             snapshot.error = None
         if self._thread is None:
