@@ -58,6 +58,7 @@ def test_every_value_reaches_sbatch_as_it_is(texts: dict[str, str], dependency: 
     assert options(script) == {
         **texts,
         **bare,
+        "cpus-per-task": "4",
         "dependency": f"singleton,{dependency}" if dependency else "singleton",
         "gpus-per-node": "1",
         "job-name": "run",
@@ -87,6 +88,7 @@ def test_bash_runs_nothing_but_srun_with_these_very_words(folder: str, srun: lis
             f"{slurm}/%j_%t_log.out",
             *SRUN_PATIENCE,
             *srun,
+            "--cpus-per-task=4",
             *shlex.split(IGNORE_SIGNALS),
             *(sys.executable, "-u", "-m", "submitit.core._submit", str(slurm)),
         ]

@@ -43,7 +43,7 @@ RESOURCE_FLAGS = (
     ("nodes", "N|MIN-MAX", "nodes; a range or a list such as 1,2,4 lets Slurm choose, the weights do not depend on it"),
     ("gpus_per_node", "[TYPE:]G", "GPUs, and so ranks, on each node"),
     ("tasks_per_node", "N", "ranks (processes that train together) on each node; default: one a GPU, or 1"),
-    ("cpus_per_task", "C", "CPU cores of each rank"),
+    ("cpus_per_task", "C", "CPU cores of each rank (default: 4 with GPUs)"),
     ("mem", "M", "memory of a node, such as 32G"),
     ("constraint", "F", "node features"),
     ("exclude", "L", "nodes to avoid"),

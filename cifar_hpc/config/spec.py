@@ -16,6 +16,8 @@ LEAST_SIZE, LARGEST_SIZE = 4, 1024  # of an image, likewise
 # Of a layer that another one follows, whose 1x1 convolution of stride 2 then has 4 x this many channels. With fewer
 # than 16 oneDNN writes past its memory on a CPU (https://github.com/uxlfoundation/oneDNN/issues/6035).
 LEAST_WIDTH = 4
+# A rank on a GPU launches kernels from one CPU core; autograd, NCCL and the writer of checkpoints need others.
+CORES_BESIDE_GPU = 4
 # The largest numbers that PyTorch takes where it computes with 32 bits. Every number has a bound: a checkpoint with
 # one of thousands of digits could not be read.
 FLOAT32, INT32 = 1e38, 2**31 - 1
@@ -272,7 +274,9 @@ class ResourcesSpec:
     nodes: str = option("1", "N, or MIN-MAX or a list such as 1,2,4 for Slurm to choose")
     gpus_per_node: int | str = option(1, "GPUs on each node, or with their type such as a100:4", low=0, high=4096)
     tasks_per_node: int | None = option(None, "ranks on each node; null is one a GPU, or 1", low=1, high=4096)
-    cpus_per_task: int | None = option(None, "CPU cores of each rank", low=1, high=4096)
+    cpus_per_task: int | None = option(
+        None, f"CPU cores of each rank; null is {CORES_BESIDE_GPU} with GPUs, else Slurm's own choice", low=1, high=4096
+    )
     mem: str | None = option(None, "memory of a node, such as 32G")
     constraint: str | None = option(None, "node features, as sbatch's --constraint")
     exclude: str | None = option(None, "nodes to avoid")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_hpc.config.io import Site
-from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.spec import CORES_BESIDE_GPU, Spec
 from cifar_hpc.errors import DoubtError, SchedulerError
 from cifar_hpc.launch.worker import Task
 from cifar_hpc.runs.events import Submitted
@@ -47,7 +47,7 @@ SRUN_PATIENCE = ("--kill-on-bad-exit=0", "--wait=0")
 INSTEAD_OF_GPUS = {"mps", "shard"}
 # Resources that submitit has a parameter of the same name for.
 SUBMITIT_NAMES = (
-    "ntasks_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "exclude", "nodelist", "comment",
+    "ntasks_per_node", "partition", "account", "qos", "constraint", "exclude", "nodelist", "comment",
 )  # fmt: skip
 
 
@@ -55,8 +55,12 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
     """Convert the spec's resources, except dependencies, to submitit's parameters; other options pass unchanged."""
     resources = spec.resources
     further = {key: True if value == "true" else value for key, value in resources.sbatch.items() if value != "false"}
+    gpus = 0 if spec.train.device == "cpu" else resources.gpus_per_node
+    cores = resources.cpus_per_task
+    if cores is None and gpus and resources.gpus and "cpus-per-gpu" not in further:
+        cores = CORES_BESIDE_GPU  # not in the spec, where train.cpu_threads would follow it
     plain = {
-        **site.gpu_option(0 if spec.train.device == "cpu" else resources.gpus_per_node),
+        **site.gpu_option(gpus),
         **{key: getattr(resources, key) for key in ("nodes", "time", "mem", "reservation")},
         "requeue" if resources.requeue else "no-requeue": True,
         "signal": f"USR2@{warning_seconds(spec)}",  # submitit's own may be another signal by its variable
@@ -65,15 +69,16 @@ def slurm_parameters(paths: RunPaths | SweepPaths, spec: Spec, site: Site) -> di
     if "gres" in plain and isinstance(further.get("gres"), str):
         further["gres"] = _joined_gres(plain["gres"], str(further["gres"]))
     srun = [*SRUN_PATIENCE, *site.srun]
-    if resources.cpus_per_task is not None:
+    if cores is not None:
         # Since Slurm 22.05 srun no longer takes this over from sbatch (srun(1), --cpus-per-task).
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
+        srun.append(f"--cpus-per-task={cores}")
     named = {
         # The name of an array is no run's: no singleton waits for it.
         "job_name": paths.name if isinstance(paths, RunPaths) else f"{paths.name}:sweep",
         "time": -(-parse_time(resources.time) // 60),
         "nodes": resources.max_nodes,
         **{key: getattr(resources, key) for key in SUBMITIT_NAMES},
+        "cpus_per_task": cores,
         # With a '/' the name of a file that lists nodes; sbatch runs in the code snapshot.
         **{k: str(Path(v).absolute()) for k in ("exclude", "nodelist") if "/" in (v := getattr(resources, k) or "")},
     }

@@ -351,8 +351,42 @@ def test_gpus(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     finding = node.check_gpus(plan(gpus=asked_for))
     assert finding.status == status and words in finding.found and bool(finding.advice) == (status == "problem")
+
+
+@pytest.mark.parametrize(
+    ("seen", "cores", "apart", "status", "words", "advice"),
+    [
+        (4, 8, set(), "ok", "usable by all tasks: A100; 8 CPU cores a task; direct access (P2P) between all of", ""),
+        (4, 4, {(0, 3), (3, 0)}, "ok", "direct access (P2P) between some of them", ""),
+        (4, 1, set(), "warning", "1 CPU core a task; direct access (P2P) between all of them", "cpus_per_task"),
+        (4, 3, set(), "warning", "3 CPU cores a task", "cpus_per_task"),
+        (1, 8, set(), "warning", "8 CPU cores a task, which sees 1 of them", "srun: [--gpu-bind=none]"),
+        (2, 1, set(), "warning", "1 CPU core a task, which sees 2 of them", "srun: [--gpu-bind=none]"),
+    ],
+)
+def test_what_a_task_has_beside_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    seen: int,
+    cores: int,
+    apart: set[tuple[int, int]],
+    status: str,
+    words: str,
+    advice: str,
+) -> None:
+    """Four GPUs a node: the cores of a task, and whether it sees the GPUs of the others and its own reaches them."""
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in apart)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    finding = node.check_gpus(plan(gpus=4))
+    assert finding.status == status and words in finding.found and advice in finding.advice
+    assert bool(advice) == bool(finding.advice)
 
 
 def test_gpus_that_nobody_asked_for_are_not_missed() -> None:

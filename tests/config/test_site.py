@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from batch_scripts import options, run_with_stub_srun
 
 from cifar_hpc.cli import submit
 from cifar_hpc.config.io import CLUSTERS, Site, check_resumable, load_site, load_values, new_spec, run_name
+from cifar_hpc.config.sweep import Point
 from cifar_hpc.errors import SpecError
+from cifar_hpc.launch.submit import Order
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
@@ -101,6 +104,39 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "cores"),
+    [
+        ([], "4"),
+        (["--gpus-per-node", "a100:2"], "4"),
+        (["--cpus-per-task", "2"], "2"),
+        (["--set", "resources.cpus_per_task=16"], "16"),
+        (["--profile", "nyu-torch"], "8"),
+        (["--sbatch", "cpus-per-gpu=6"], None),  # sbatch takes one of the two
+        (["--gpus-per-node", "0"], None),
+        (["--set", "train.device=cpu"], None),
+    ],
+)
+def test_a_rank_on_a_gpu_gets_four_cores_unless_told_otherwise(
+    dry_run: Callable[..., str], flags: list[str], cores: str | None
+) -> None:
+    """Slurm alone would give one. Since 22.05 srun has to be told as well."""
+    script = dry_run(*flags)
+    assert options(script).get("cpus-per-task") == cores
+    assert (f" --cpus-per-task={cores} " in script) == (cores is not None)
+
+
+def test_the_cores_of_a_rank_are_no_part_of_the_run(tmp_path: Path) -> None:
+    """The default is not in the spec, so neither a run's name nor the threads of its ranks follow it."""
+    spec = new_spec({})
+    order = Order(tmp_path, [Point("run", {}, spec)], Site(), True)
+    resolved = order.resolve(order.points[0])
+    assert (resolved.resources.cpus_per_task, resolved.train.cpu_threads) == (None, 1)
+    given = dataclasses.replace(spec, resources=dataclasses.replace(spec.resources, cpus_per_task=16))
+    assert run_name("job", given) == run_name("job", spec)
+    check_resumable(resolved, given, "run")  # its frozen spec may get a number later
 
 
 def test_a_site_without_partition_and_with_preemption_by_comment(dry_run: Callable[..., str]) -> None:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from cifar_hpc.config.spec import DataSpec
+from cifar_hpc.config.spec import CORES_BESIDE_GPU, DataSpec
 from cifar_hpc.data.sources import source_of
 from cifar_hpc.errors import SchedulerError, UserError, explain
 from cifar_hpc.files import try_flock, write_atomic
@@ -181,8 +181,17 @@ def check_gpus(plan: Plan) -> Finding:
         return problem(f"{words} ({why})", advice)
     if 0 < given < plan.gpus:
         return problem(f"{plan.gpus} were asked for, Slurm gave {given}", "see gpus: in the site profile")
-    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-    return ok(f"{plan.gpus} on each node, usable by all tasks: {', '.join(names)}")
+    cores, seen = len(os.sched_getaffinity(0)), range(torch.cuda.device_count())
+    names = sorted({torch.cuda.get_device_name(index) for index in seen})
+    words = f"{plan.gpus} on each node, usable by all tasks: {', '.join(names)}; {counted(cores, 'CPU core')} a task"
+    if len(seen) < plan.gpus:
+        advice = "srun: [--gpu-bind=none] in the profile: NCCL uses NVLink between GPUs that each task sees"
+        return warning(f"{words}, which sees {len(seen)} of them", advice)
+    if len(seen) > 1:
+        apart = sum(not torch.cuda.can_device_access_peer(a, b) for a in seen for b in seen if a != b)
+        words += f"; direct access (P2P) between {'some' if apart else 'all'} of them"
+    advice = "resources.cpus_per_task: with few cores a GPU waits for its rank"
+    return warning(words, advice) if cores < CORES_BESIDE_GPU else ok(words)
 
 
 class Task:
