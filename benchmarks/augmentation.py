@@ -39,7 +39,7 @@ def measure(quick: bool) -> list[Row]:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
         engine = _engine()
-        share = _share(engine, 2 if quick else 8)
+        share = _share(engine, 1 if quick else 8)
         torch.set_num_threads(1)
         return [*_speeds(engine, 3 if quick else 15), share]
     finally:

@@ -105,7 +105,7 @@ def measure(quick: bool) -> list[Row]:
         works = {way: _work(contest, way, steps) for way in (NONE, OURS, TORCH_SAVE, ASYNC_SAVE)}
         seconds = alternate(works, rounds, wait=contest.settle)
         sizes = contest.sizes()
-    memory = {way: peak_memory(way) for way in (NONE, OURS, TORCH_SAVE, ASYNC_SAVE)}
+    memory = {} if quick else {way: peak_memory(way) for way in (NONE, OURS, TORCH_SAVE, ASYNC_SAVE)}
     extra = {way: max(0.0, peak - memory[NONE]) for way, peak in memory.items()}
     usual = f"{steps} steps of batch {BATCH}, {contest.trainer.engine.amp}: {quartiles(seconds[NONE])[1]:.3g} s"
     rows = []
@@ -116,7 +116,8 @@ def measure(quick: bool) -> list[Row]:
             Row(PART, "training stands still", "ms", quartiles(ours), peer, quartiles(theirs), ratios(ours, theirs))
         )
         rows.append(_single("written", "MiB", sizes, peer, 1 / MIB))
-        rows.append(_single("peak memory beyond training's", "MiB", extra, peer, 1.0, FREED))
+        if extra:
+            rows.append(_single("peak memory beyond training's", "MiB", extra, peer, 1.0, FREED))
     ours, theirs = contest.durable[OURS][1:], contest.durable[ASYNC_SAVE][1:]
     note = "beside training; torch.save in the loop syncs nothing"
     rows.append(Row(PART, "until it is durable", "s", quartiles(ours), ASYNC_SAVE, quartiles(theirs), note=note))

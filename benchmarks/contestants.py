@@ -35,15 +35,16 @@ class Contestant:
         images: in the training set.
         threads: of the process that computes.
         folder: for its checkpoints and its output.
+        amp: auto | fp32.
     """
 
-    def __init__(self, name: str, batch: int, images: int, threads: int, folder: Path) -> None:
+    def __init__(self, name: str, batch: int, images: int, threads: int, folder: Path, amp: str = "auto") -> None:
         self.name, self.batch = name, batch
         self._output = folder / f"{name}.txt"
         command = [sys.executable, "-m", "benchmarks.contestants", name, "--batch", batch, "--images", images]
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [str(word) for word in [*command, "--threads", threads, "--folder", folder]],
+                [str(word) for word in [*command, "--threads", threads, "--folder", folder, "--amp", amp]],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -122,7 +123,9 @@ class Turns:
             self.wait()
 
 
-def train_ours(images: int, after_step: Callable[[], None], batch: int, threads: int, epochs: int = 400) -> None:
+def train_ours(
+    images: int, after_step: Callable[[], None], batch: int, threads: int, epochs: int = 400, amp: str = "auto"
+) -> None:
     """The report's recipe as `python -m cifar_hpc train` runs it, with synthetic images."""
     import torch
 
@@ -133,7 +136,7 @@ def train_ours(images: int, after_step: Callable[[], None], batch: int, threads:
     from cifar_hpc.training.engine import Engine
     from cifar_hpc.training.environment import configure_torch, resolve_amp
 
-    spec = from_plain({"train": {"batch_size": batch, "shards": 1, "cpu_threads": threads}})
+    spec = from_plain({"train": {"batch_size": batch, "shards": 1, "cpu_threads": threads, "amp": amp}})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configure_torch(spec, device)
     data = Dataset(*make_synthetic(images, batch)).to(device)
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--amp", choices=("auto", "fp32"), default="auto")
     options = parser.parse_args()
     turns = Turns(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what a peer prints goes with its errors; standard output is the driver's
@@ -175,7 +179,7 @@ def main() -> None:
         import cifar_hpc.training.engine  # noqa: F401  (before the first turn)
 
         turns.wait()
-        train_ours(options.images, turns, options.batch, options.threads)
+        train_ours(options.images, turns, options.batch, options.threads, amp=options.amp)
         return
     from benchmarks.peers.data import synthetic_images
 
@@ -189,7 +193,8 @@ def main() -> None:
     folder = options.folder / options.name
     folder.mkdir()
     turns.wait()
-    train(images, folder, turns, batch_size=options.batch)
+    in_float32 = {"bf16": False} if options.name == CAREFUL and options.amp == "fp32" else {}
+    train(images, folder, turns, batch_size=options.batch, **in_float32)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.contestants import train_epoch
+from benchmarks.contestants import train_epoch, train_ours
 from benchmarks.measure import ROOT
 from cifar_hpc.config.io import load_spec
 from cifar_hpc.config.spec import Spec
@@ -201,6 +201,15 @@ def record(spec: Spec, steps: int = STEPS) -> list[Operation]:
         recorder.operations.clear()
         train_epoch(engine, spec.train.epochs - 1)  # with images of full size
     return recorder.operations
+
+
+def record_on_cpu(batch: int, threads: int, amp: str) -> list[Operation]:
+    """Record the second step of ours as it runs on this CPU, on its path for CPUs."""
+    torch.set_num_threads(threads)
+    ends: list[int] = []
+    with Recorder() as recorder:
+        train_ours(2 * batch, lambda: ends.append(len(recorder.operations)), batch, threads, epochs=1, amp=amp)
+    return recorder.operations[slice(*ends)]
 
 
 def count(spec: Spec, steps: int = STEPS) -> dict[str, dict[str, float]]:

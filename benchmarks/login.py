@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.many_runs import KINDS, append_to_the_running, make_runs
-from benchmarks.measure import ROOT, Row, alternate, quartiles, ratios, run_part
+from benchmarks.measure import ROOT, Row, alternate, quartiles, ratios, rounds, run_part
 
 PART = "login"
 HELP_SECONDS, DRY_RUN_SECONDS, STATUS_SECONDS = 0.3, 1.0, 2.0
 REPETITIONS, STATUS_REPETITIONS = 7, 3
-RUNS, QUICK_RUNS = 10_000, 1000
+RUNS, QUICK_RUNS = 10_000, 500
 
 
 def measure(quick: bool) -> list[Row]:
@@ -55,7 +55,7 @@ def _status(root: Path, runs: int, quick: bool) -> list[Row]:
     call = _process("-m", "cifar_hpc", "status", root=root, path=commands)
     _read_everything(root)  # into the page cache
     first, later = [_seconds(call)], []
-    for _ in range(1 if quick else STATUS_REPETITIONS):
+    for _ in rounds(1 if quick else STATUS_REPETITIONS):
         append_to_the_running(root, runs)
         later.append(_seconds(call))
     limit = None if quick else STATUS_SECONDS

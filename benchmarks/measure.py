@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import operator
 import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_deadline = math.inf  # of this process, by time.monotonic(); run_part sets it
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,20 @@ def meets(value: float, target: str) -> bool:
     return bool(compare(value, float(found[2])))
 
 
+def rounds(count: int) -> Iterator[int]:
+    """Numbers from 0: `count` of them, or as many as --seconds leaves time for, but one at least.
+
+    One more is begun only where the longest so far would still fit.
+    """
+    longest = 0.0
+    for number in range(count):
+        began = time.monotonic()
+        if number > 0 and began + longest > _deadline:
+            return
+        yield number
+        longest = max(longest, time.monotonic() - began)
+
+
 def alternate(
     works: Mapping[str, Callable[[], Any]], repetitions: int, warm_up: int = 1, wait: Callable[[], Any] = lambda: None
 ) -> dict[str, list[float]]:
@@ -76,14 +93,14 @@ def alternate(
         wait: called before each reading of the clock, such as torch.cuda.synchronize.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for repetition in range(warm_up + repetitions):
-        names = list(works) if repetition % 2 == 0 else list(reversed(works))
+    for turn, repetition in enumerate(itertools.chain(range(-warm_up, 0), rounds(repetitions))):
+        names = list(works) if turn % 2 == 0 else list(reversed(works))
         for name in names:
             wait()
             began = time.perf_counter()
             works[name]()
             wait()
-            if repetition >= warm_up:
+            if repetition >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
@@ -147,13 +164,22 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def run_part(measure: Callable[[bool], list[Row]], text: str | None) -> None:
-    """The command line of a part: measure, print the table and, with --json, write the rows."""
+def run_part(measure: Callable[..., list[Row]], text: str | None, **choices: Sequence[str]) -> None:
+    """The command line of a part: measure, print the table and, with --json, write the rows.
+
+    Args:
+        choices: further options that `measure` takes by name, each with what is allowed; the first is the default.
+    """
+    global _deadline
     parser = argparse.ArgumentParser(description=(text or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller sizes")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="no further round after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    options = parser.parse_args()
-    rows = measure(options.quick)
+    for name, allowed in choices.items():
+        parser.add_argument(f"--{name}", choices=allowed, default=allowed[0])
+    options = vars(parser.parse_args())
+    _deadline = time.monotonic() + options["seconds"]
+    rows = measure(options["quick"], **{name: options[name] for name in choices})
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if options["json"]:
+        options["json"].write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

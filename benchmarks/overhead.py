@@ -28,7 +28,7 @@ from cifar_hpc.training.engine import NO_BAD_STEP
 from cifar_hpc.training.trainer import Trainer
 
 PART = "overhead"
-BATCH = 128
+BATCH, QUICK_BATCH = 128, 16
 TARGETS = {1: "< 1 %", 2: "< 3 %"}
 
 
@@ -43,17 +43,18 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def rows_of(world: int, target: str, step: list[float], parts: dict[str, list[float]], amp: str) -> list[Row]:
+def rows_of(world: int, target: str, step: list[float], parts: dict[str, list[float]], setting: str) -> list[Row]:
     """The share of all parts together, and the time of each.
 
     Args:
         step: seconds of whole steps.
         parts: for each part, seconds that it adds to a step, one figure a round.
+        setting: batch and precision.
     """
     where = f"{world} process" + "es" * (world > 1)
     usual = quartiles(step)[1]
     shares = quartiles([100 * sum(one_round) / usual for one_round in zip(*parts.values(), strict=True)])
-    note = f"of a step of {usual:.3g} s, batch {BATCH}, {amp}"
+    note = f"of a step of {usual:.3g} s, {setting}"
     total = Row(PART, f"around a step, {where}", "%", shares, target=target, met=meets(shares[1], target), note=note)
     return [total, *(Row(PART, f"{name}, {where}", "ms", quartiles([1e3 * s for s in parts[name]])) for name in parts)]
 
@@ -62,7 +63,7 @@ def _rank(rank: int, world: int, folder: str, quick: bool) -> None:
     if world > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    trainer = full_trainer(Path(folder), BATCH, rank, world)
+    trainer = full_trainer(Path(folder), QUICK_BATCH if quick else BATCH, rank, world)
     steps, rounds = (1, 2) if quick else (6, 15)
     train(trainer, 1 if quick else 2)
     seconds = [_seconds(lambda: train(trainer, 1), 1) for _ in range(steps)]
@@ -75,7 +76,8 @@ def _rank(rank: int, world: int, folder: str, quick: bool) -> None:
             "extra_seconds"
         ]
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps({"step": seconds, "parts": found, "amp": trainer.engine.amp}))
+        setting = f"batch {trainer.spec.train.batch_size}, {trainer.engine.amp}"
+        Path(folder, "found.json").write_text(json.dumps({"step": seconds, "parts": found, "setting": setting}))
     if world > 1:
         dist.barrier()
         del trainer
@@ -113,7 +115,7 @@ def _parts(trainer: Trainer, step: float) -> dict[str, float]:
 def _metrics(trainer: Trainer) -> Callable[[], Any]:
     """What Engine._shard_gradient does for them after each backward pass."""
     engine, shard = trainer.engine, trainer.engine.layout.mine[0]
-    images = BATCH // engine.layout.shards
+    images = engine.spec.train.batch_size // engine.layout.shards
     logits, labels = torch.randn(images, 10, dtype=torch.bfloat16), torch.zeros(images, dtype=torch.int64)
     loss = logits.float().sum()
 

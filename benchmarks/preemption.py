@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Row, quartiles, run_part
+from benchmarks.measure import ROOT, Row, quartiles, rounds, run_part
 
 PART, NAME, BATCH = "preemption", "preempted", 16
 TOOL = ROOT / "slurm" / "minicluster" / "minicluster"
@@ -138,9 +138,8 @@ def measure(quick: bool) -> list[Row]:
             return [Row(PART, "signal to the request to requeue", "s", (), target=TARGET, note=note)]
         cluster.submit()
         step = cluster.usual_step()
-        for number in range(1, count + 1):
-            cluster.preempt(number)
-        return _rows(cluster, step, count)
+        done = [cluster.preempt(number + 1) for number in rounds(count)]
+        return _rows(cluster, step, len(done))
 
 
 def _rows(cluster: Cluster, step: float, count: int) -> list[Row]:

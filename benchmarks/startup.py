@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Row, quartiles, run_part
+from benchmarks.measure import ROOT, Row, quartiles, rounds, run_part
 
 NAME, BATCH = "startup", 16
 SETTINGS = [
@@ -113,7 +113,7 @@ def measure(quick: bool) -> list[Row]:
         starts.once()  # decodes, caches, and leaves a checkpoint
         _import_torch()
         torch, phases, usual = [], [], []
-        for _ in range(2 if quick else 5):
+        for _ in rounds(2 if quick else 5):
             torch.append(_import_torch())
             seconds, step = starts.once()
             phases.append(seconds)

@@ -1,24 +1,31 @@
-"""Training steps with data loading and augmentation, against what users would write, and against the bf16 GEMM limit.
+"""Training steps with data loading and augmentation, against what users would write, and against their roofline.
 
-The full model at batch 128 (quick: 32). Ours and each peer are processes that keep their state and take turns, a few
-steps at a time, frozen in between (contestants.py). The limit is the rate of large matrix products in the same run.
+The full model at batch 128 (quick: 16). Ours and each peer are processes that keep their state and take turns, a few
+steps at a time, frozen in between (contestants.py). The roofline is the least time of a step's operations one after the
+other: each takes as long as a copy of as many bytes, or as matrix products of as many FLOPs, whichever is longer. The
+rates are those of the same run. A copy that fits into a cache is faster, so each operation is held against the largest
+copy that is no larger than it.
+
+--amp fp32 compares in float32 throughout, for a CPU without bf16.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import CAREFUL, LIGHTNING, NAIVE, OURS, Contestant
+from benchmarks.launches import Operation, record_on_cpu
 from benchmarks.measure import Row, alternate, meets, quartiles, ratios, run_part
-from benchmarks.peers.network import Network
-from cifar_hpc.config.spec import Spec
+from cifar_hpc.config.io import from_plain
 from cifar_hpc.training.environment import resolve_amp
 
 THREADS = 2
@@ -29,26 +36,29 @@ PEERS = {
     CAREFUL: ("a careful PyTorch script, bf16, channels_last", ">= 1.3"),
     LIGHTNING: ("Lightning's default Trainer, bf16-mixed", ""),
 }
-GEMM_TARGET = ">= 0.55"
-SQUARES = (2048, 4096)
+IN_FLOAT32 = {NAIVE: PEERS[NAIVE][0], CAREFUL: "a careful PyTorch script, float32, channels_last"}  # without targets
+ROOFLINE_TARGET = ">= 0.6"
+PRODUCTS, SQUARE = "products", 2048
+COPIES = tuple(
+    2**power for power in (18, 21, 24, 25, 26, 27)
+)  # bytes read and written; the last as the largest activations
+COPIED = 2**29  # in a turn
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(quick: bool, amp: str = "auto") -> list[Row]:
     """Rows of the part "step"."""
-    batch, repetitions = (32, 3) if quick else (128, 7)
-    here = [name for name in (OURS, *PEERS) if name != LIGHTNING or importlib.util.find_spec("lightning")]
+    batch, repetitions = (16, 3) if quick else (128, 7)
+    peers = PEERS if amp == "auto" else {name: (text, "") for name, text in IN_FLOAT32.items()}
+    here = [name for name in (OURS, *peers) if name != LIGHTNING or importlib.util.find_spec("lightning")]
     torch.set_num_threads(THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[resolve_amp(Spec(), device)]
-    gemms = {
-        **{f"square {n}": _products([(n, n, n)], dtype, device) for n in SQUARES},
-        "1x1": _products(pointwise_shapes(batch), dtype, device),
-    }
+    used = resolve_amp(from_plain({"train": {"amp": amp}}), device)
+    rulers, work = (_rulers(used), operations(batch, amp)) if device.type == "cpu" else ({}, [])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         racers = []
         for name in here:
-            racers.append(Contestant(name, batch, IMAGES, THREADS, folder))
+            racers.append(Contestant(name, batch, IMAGES, THREADS, folder, amp))
             stack.callback(racers[-1].close)
         for racer in racers:
             racer.wait_ready()
@@ -56,22 +66,27 @@ def measure(quick: bool) -> list[Row]:
         for racer in racers:
             racer.take(1)  # sets up the model
             steps[racer.name] = 1 if quick else max(1, round(TURN_SECONDS / racer.take(1)))
-        works = {racer.name: _turn(racer, steps[racer.name]) for racer in racers}
-        seconds = alternate({**works, **{name: work for name, (work, _) in gemms.items()}}, repetitions)
+        works = {racer.name: partial(racer.take, steps[racer.name]) for racer in racers}
+        seconds = alternate({**works, **{name: work for name, (work, _) in rulers.items()}}, repetitions)
     speeds = {name: [steps[name] * batch / s for s in seconds[name]] for name in here}
-    rates = {name: [flops / s / 1e9 for s in seconds[name]] for name, (_, flops) in gemms.items()}
-    return [*peer_rows(speeds, batch), *limit_rows(speeds[OURS], rates, dtype, device)]
+    rows = peer_rows(speeds, peers, batch)
+    if rulers:
+        rates = {name: [amount / s for s in seconds[name]] for name, (_, amount) in rulers.items()}
+        rows.append(roofline_row([s / steps[OURS] for s in seconds[OURS]], rates, work, batch))
+    return rows
 
 
-def _turn(racer: Contestant, steps: int) -> Callable[[], float]:
-    return lambda: racer.take(steps)
+def operations(batch: int, amp: str) -> list[Operation]:
+    """Record a step of ours on this CPU, in a process of its own, whose memory goes with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(record_on_cpu, batch, THREADS, amp).result()
 
 
-def peer_rows(speeds: dict[str, list[float]], batch: int) -> list[Row]:
+def peer_rows(speeds: dict[str, list[float]], peers: Mapping[str, tuple[str, str]], batch: int) -> list[Row]:
     """Ours against each peer; one that is not installed says so."""
     what, unit = f"training step, batch {batch}", "img/s"
     rows = []
-    for name, (peer, target) in PEERS.items():
+    for name, (peer, target) in peers.items():
         ours = quartiles(speeds[OURS])
         if name not in speeds:
             note = f"{name} is not installed: pip install -r requirements-bench.txt"
@@ -83,60 +98,65 @@ def peer_rows(speeds: dict[str, list[float]], batch: int) -> list[Row]:
     return rows
 
 
-def limit_rows(
-    ours: Sequence[float], rates: dict[str, list[float]], dtype: torch.dtype, device: torch.device
-) -> list[Row]:
-    """Ours against matrix products, in floating-point operations of the convolutions and the linear layer."""
-    flops = flops_per_image()
-    done = [speed * flops / 1e9 for speed in ours]
-    kind = str(dtype).removeprefix("torch.")
-    limit = [max(both) for both in zip(*(rates[f"square {n}"] for n in SQUARES), strict=True)]
-    note = f"{flops / 1e9:.3f} GFLOP for an image, forward and backward, as FlopCounterMode counts them"
-    rows = []
-    for peer, rate, target in (
-        (f"torch.mm in {kind}, the faster of squares of {' and '.join(map(str, SQUARES))}", limit, GEMM_TARGET),
-        (f"torch.mm in {kind}, shapes of the model's 1x1 convolutions", rates["1x1"], ""),
-    ):
-        share = ratios(done, rate)
-        met = meets(share[1], target) if target else None
-        rows.append(
-            Row(
-                "step", "arithmetic of a training step", "GFLOP/s", quartiles(done), peer, quartiles(rate), share,
-                target, met, note,
-            )
-        )  # fmt: skip
-    return rows
+def roofline_row(
+    seconds: Sequence[float], rates: Mapping[str | int, Sequence[float]], work: Sequence[Operation], batch: int
+) -> Row:
+    """The roofline's share of the time of ours.
+
+    Args:
+        seconds: of a step of ours, one figure a repetition.
+        rates: of the same repetitions, by _rulers' names.
+        work: a step's operations.
+    """
+    least = [roofline(work, dict(zip(rates, one, strict=True))) for one in zip(*rates.values(), strict=True)]
+    share = ratios(least, seconds)
+    flops, size = sum(one.flops for one in work) / batch, sum(one.bytes for one in work) / batch
+    speeds = {name: quartiles(values)[1] / 1e9 for name, values in rates.items()}
+    copies = ", ".join(
+        f"{speed:.0f} for {int(name) / 2**20:g} MiB" for name, speed in speeds.items() if name != PRODUCTS
+    )
+    note = (
+        f"{len(work)} operations, {flops / 1e9:.2f} GFLOP and {size / 1e6:.0f} MB an image; products at "
+        f"{speeds[PRODUCTS]:,.0f} GFLOP/s, copies in GB/s: {copies}"
+    )
+    return Row(
+        "step", f"training step, batch {batch}", "s", quartiles(seconds), "its roofline, operator by operator",
+        quartiles(least), share, ROOFLINE_TARGET, meets(share[1], ROOFLINE_TARGET), note,
+    )  # fmt: skip
 
 
-def flops_per_image() -> float:
-    """Floating-point operations of one image's forward and backward pass."""
-    images = torch.zeros(2, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        Network()(images).sum().backward()
-    return counter.get_total_flops() / len(images)
+def roofline(work: Sequence[Operation], rates: Mapping[str | int, float]) -> float:
+    """Return the least seconds that the operations take, one after the other.
+
+    Args:
+        rates: FLOP/s of PRODUCTS, and bytes a second of a copy of so many bytes.
+    """
+    copies = sorted(size for size in rates if isinstance(size, int))
+    total = 0.0
+    for one in work:
+        size = max((size for size in copies if size <= one.bytes), default=copies[0])
+        total += max(one.bytes / rates[size], one.flops / rates[PRODUCTS])
+    return total
 
 
-def pointwise_shapes(batch: int) -> list[tuple[int, int, int]]:
-    """[rows, inner, columns] of the last convolution of a block in each layer: pixels times width to 4 x width."""
-    return [(batch * size * size, width, 4 * width) for size, width in ((32, 64), (16, 128), (8, 256))]
+def _copy(source: torch.Tensor, times: int) -> None:
+    target = torch.empty_like(source)
+    for _ in range(times):
+        target.copy_(source)
 
 
-def _products(
-    shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[], None], int]:
-    """A work that multiplies matrices of each shape once, and its floating-point operations."""
-    pairs = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in shapes]
-    pairs = [(a.to(device, dtype), b.to(device, dtype)) for a, b in pairs]
-    outputs = [a @ b for a, b in pairs]
-
-    def work() -> None:
-        for (a, b), output in zip(pairs, outputs, strict=True):
-            torch.mm(a, b, out=output)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return work, sum(2 * m * k * n for m, k, n in shapes)
+def _rulers(amp: str) -> dict[str | int, tuple[Callable[[], object], int]]:
+    """Works of matrix products and of copies, and the FLOPs or bytes of each."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
+    a, b = (torch.randn(SQUARE, SQUARE).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    rulers: dict[str | int, tuple[Callable[[], object], int]] = {
+        PRODUCTS: (lambda: torch.mm(a, b, out=product), 2 * SQUARE**3)
+    }
+    for size in COPIES:
+        rulers[size] = partial(_copy, torch.zeros(size // 2, dtype=torch.uint8), COPIED // size), COPIED
+    return rulers
 
 
 if __name__ == "__main__":
-    run_part(measure, __doc__)
+    run_part(measure, __doc__, amp=("auto", "fp32"))

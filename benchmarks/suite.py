@@ -4,6 +4,9 @@
 
 Each part runs in a process of its own. One that fails is a row of the table, and the others still run; the exit status
 is then 1. A target that is missed is no failure: it stands in the table.
+
+--quick takes QUICK_SECONDS at most, on any machine: each part has its share of what is left, begins no further round
+after a part of that, and is ended when it is over. A part that was not done by then is a row that says so.
 """
 
 from __future__ import annotations
@@ -26,26 +29,51 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, Row, environment, table
 
-PARTS = ("step", "augmentation", "checkpoint", "preemption", "startup", "overhead", "login", "sweep", "scaling")
+# With the share of --quick's time.
+PARTS = {
+    "step": 45,
+    "augmentation": 18,
+    "checkpoint": 30,
+    "preemption": 60,
+    "startup": 25,
+    "overhead": 15,
+    "login": 10,
+    "sweep": 5,
+    "scaling": 30,
+}
+NOT_QUICK = ("preemption",)  # unless --only names it: Slurm's own delays are most of it
 LIMIT_SECONDS = 600
+QUICK_SECONDS = 170  # all of it, so that `make bench QUICK=1` stays below three minutes
+ROUNDS = 0.6  # of a part's time, after which no further round begins
 PATIENCE_SECONDS = 30  # for a part that is interrupted to stop what it started
 
 
+def time_of(part: str, later: Sequence[str], left: float) -> float:
+    """Seconds of --quick for a part, if so many are left for it and the later ones."""
+    return left * PARTS[part] / sum(PARTS[name] for name in (part, *later))
+
+
 def run_part(part: str, quick: bool, limit: float = LIMIT_SECONDS) -> list[Row]:
-    """The rows of a part, or a row that says why there are none. Its own table goes to standard error."""
+    """The rows of a part, or a row that says why there are none, within `limit` seconds.
+
+    Its own table goes to standard error.
+    """
+    patience = min(PATIENCE_SECONDS, limit / 5)
     with tempfile.TemporaryDirectory() as folder:
         rows, errors = Path(folder, "rows.json"), Path(folder, "errors.txt")
         command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(rows), *(["--quick"] if quick else [])]
+        command += ["--seconds", str(ROUNDS * limit)]
         with errors.open("w") as stderr:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=2, stderr=stderr, process_group=0
             )
             try:
-                status = process.wait(limit)
+                status = process.wait(limit - patience)
             except subprocess.TimeoutExpired:
-                return [_failed(part, f"took longer than {limit:g} s")]
+                why = f"not done in {limit - patience:.0f} s"
+                return [Row(part, f"not measured: {why}", "", ())] if quick else [_failed(part, why)]
             finally:
-                _end(process)
+                _end(process, patience)
         sys.stderr.write(errors.read_text())
         if status != 0:
             lines = errors.read_text().strip().splitlines()
@@ -57,12 +85,12 @@ def _failed(part: str, why: str) -> Row:
     return Row(part, f"failed: {why}", "", (), met=False)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     """Interrupt a part that still runs, then end whatever of its process group is left."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_SECONDS)
+            process.wait(patience)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -97,13 +125,16 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [part for part in only if part not in PARTS]
     if unknown:
         parser.error(f"--only {unknown[0]}: allowed: {', '.join(PARTS)}")
+    end = time.monotonic() + QUICK_SECONDS
     where = environment()
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    for part in only or PARTS:
+    parts = only or [part for part in PARTS if not (options.quick and part in NOT_QUICK)]
+    for number, part in enumerate(parts, 1):
         print(f"{part} ...", file=sys.stderr, flush=True)
         began = time.monotonic()
-        rows += run_part(part, options.quick)
+        limit = time_of(part, parts[number:], end - began) if options.quick else LIMIT_SECONDS
+        rows += run_part(part, options.quick, limit)
         seconds[part] = round(time.monotonic() - began, 1)
     print(table(rows))
     print(f"\n{sum(seconds.values()):.0f} s: " + ", ".join(f"{part} {s:.0f}" for part, s in seconds.items()))

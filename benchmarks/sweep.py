@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Row, quartiles, run_part
+from benchmarks.measure import ROOT, Row, quartiles, rounds, run_part
 
 POINTS = 1000
 TARGET_SECONDS = 10.0
@@ -29,7 +29,7 @@ def measure(quick: bool) -> list[Row]:
     """Rows of the table."""
     points = 100 if quick else POINTS
     first, again, calls = [], [], []
-    for _ in range(1 if quick else 5):
+    for _ in rounds(1 if quick else 5):
         with tempfile.TemporaryDirectory() as folder:
             site = _Site(Path(folder), points)
             first.append(site.submit())

@@ -16,11 +16,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import chart, launches, suite
-from benchmarks.measure import ROOT, Row, alternate, meets, quartiles, ratios, table
+from benchmarks.launches import Operation
+from benchmarks.measure import ROOT, Row, alternate, meets, quartiles, ratios, rounds, table
 from benchmarks.peers import careful, naive
 from benchmarks.peers.data import synthetic_images
 from benchmarks.peers.lookahead import Lookahead as PublicLookahead
 from benchmarks.peers.network import Network
+from benchmarks.step import PRODUCTS, roofline, roofline_row
 from cifar_hpc.config.io import load_spec
 from cifar_hpc.config.spec import ModelSpec
 from cifar_hpc.training.optim import Lookahead
@@ -195,7 +197,7 @@ def _part(folder: Path, name: str, body: str) -> None:
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    monkeypatch.setattr(suite, "PARTS", ("good", "bad", "slow"))
+    monkeypatch.setattr(suite, "PARTS", {"good": 50, "bad": 1, "slow": 1})
     _part(tmp_path, "good", "return [Row('good', f'quick {quick}', 's', [1, 2, 3])]")
     _part(tmp_path, "bad", "raise ValueError('no such thing')")
     _part(tmp_path, "slow", "import time; time.sleep(600)")
@@ -221,7 +223,54 @@ def test_the_exit_status_is_0_where_no_part_failed(parts: Path) -> None:
 @pytest.mark.process
 def test_a_part_that_hangs_is_ended(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "PATIENCE_SECONDS", 2)  # where interrupts are ignored, as in a shell's background
-    assert suite.run_part("slow", quick=False, limit=2)[0].what == "failed: took longer than 2 s"
+    assert suite.run_part("slow", quick=False, limit=2)[0].what == "failed: not done in 2 s"
+
+
+@pytest.mark.process
+def test_a_quick_part_that_is_out_of_time_is_a_row_and_the_next_one_has_the_rest(
+    parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "QUICK_SECONDS", 100)
+    out = parts / "out.json"
+    assert suite.main(["--only", "slow,good", "--quick", "--out", str(out)]) == 0
+    assert [row["what"] for row in json.loads(out.read_text())["rows"]] == [
+        "not measured: not done in 2 s",
+        "quick True",
+    ]
+
+
+def test_the_times_of_quick_parts_never_add_up_to_more_than_all_of_it() -> None:
+    left, parts = float(suite.QUICK_SECONDS), list(suite.PARTS)
+    for number, part in enumerate(parts, 1):
+        limit = suite.time_of(part, parts[number:], left)
+        assert 0 < limit <= left
+        left -= limit  # each uses all that it may
+    assert left == pytest.approx(0, abs=1e-9)
+    assert suite.time_of("login", [], 7.0) == 7.0  # what earlier ones left is used
+
+
+def test_rounds_end_before_the_deadline_but_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 2.0, 5.0, 5.0])
+    monkeypatch.setattr("benchmarks.measure.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("benchmarks.measure._deadline", 7.0)
+    assert list(rounds(9)) == [0, 1]  # of 2 and of 3 seconds: a third may take until 8
+    monkeypatch.setattr("benchmarks.measure.time.monotonic", lambda: 8.0)
+    assert list(rounds(9)) == [0]
+
+
+def test_the_roofline_takes_the_longer_of_bytes_and_arithmetic_of_each_operation() -> None:
+    work = [
+        Operation("add", "forward", bytes=100, flops=0),
+        Operation("mm", "forward", bytes=100, flops=9000),
+        Operation("add", "forward", bytes=4, flops=0),
+    ]
+    rates = {PRODUCTS: 1000.0, 10: 50.0, 100: 25.0}
+    assert roofline(work, rates) == 100 / 25 + 9000 / 1000 + 4 / 50
+    row = roofline_row([20.0, 20.0], {name: [rate, rate] for name, rate in rates.items()}, work, batch=1)
+    assert row.theirs[1] == 13.08
+    assert row.ratio[1] == 0.654
+    assert row.met is True
+    assert row.note.startswith("3 operations, 0.00 GFLOP and 0 MB an image; products at 0 GFLOP/s")
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ def test_a_cost_above_the_target_is_told() -> None:
 
 def test_what_is_around_a_step_is_added_up() -> None:
     parts = {"stop agreement": [0.01, 0.03, 0.02], "metrics": [0.01, 0.01, 0.01]}
-    total, *each = rows_of(2, "< 3 %", [1.0, 2.0, 1.0], parts, "bf16")
+    total, *each = rows_of(2, "< 3 %", [1.0, 2.0, 1.0], parts, "batch 128, bf16")
     assert list(total.ours) == [2.5, 3.0, 3.5]  # of a step of 1 s
     assert total.met is False
     assert [row.ours[1] for row in each] == [20.0, 10.0]

@@ -24,6 +24,7 @@ def train(
     batch_size: int = 128,
     workers: int = 2,
     width: int = 64,
+    bf16: bool = True,
 ) -> None:
     """Train on `images`, with a checkpoint of everything in `folder` after each epoch.
 
@@ -31,6 +32,7 @@ def train(
         after_step: called after each update; training ends where it raises.
         batch_size: of all processes together.
         workers: of the DataLoader of each process.
+        bf16: false where the processor has no such arithmetic.
     """
     world, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -67,7 +69,7 @@ def train(
             inputs = inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
             labels = labels.to(device, non_blocking=True)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
