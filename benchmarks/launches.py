@@ -41,7 +41,7 @@ from cifar_hpc.errors import SpecError
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 
-STEPS = 16  # a multiple of what is done for several steps at once
+STEPS = 32  # batches of 128 images are augmented at once
 AUGMENTATION, FORWARD, BACKWARD, OPTIMIZER, SUMS = "augmentation", "forward", "backward", "optimizer", "loss and sums"
 PARTS = (AUGMENTATION, FORWARD, BACKWARD, OPTIMIZER, SUMS)
 GPU = torch.device("cuda", 99)  # no machine has it, so nothing that is kept for it meets a real one
@@ -197,6 +197,7 @@ def record(spec: Spec, steps: int = STEPS) -> list[Operation]:
         )  # fmt: skip
         amp = "bf16" if spec.train.amp == "auto" else spec.train.amp
         engine = Engine(spec, GPU, ShardLayout(shards, 1, 0), data.to(GPU), amp)
+        engine.graphs = None  # a CUDA graph holds the same operations
         train_epoch(engine, 0, steps=1)
         recorder.operations.clear()
         train_epoch(engine, spec.train.epochs - 1)  # with images of full size
