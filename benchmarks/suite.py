@@ -29,19 +29,10 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, Row, environment, table
 
-# With the share of --quick's time.
-PARTS = {
-    "step": 45,
-    "augmentation": 18,
-    "checkpoint": 30,
-    "preemption": 60,
-    "startup": 25,
-    "overhead": 15,
-    "login": 10,
-    "sweep": 5,
-    "scaling": 30,
-}
-NOT_QUICK = ("preemption",)  # unless --only names it: Slurm's own delays are most of it
+PARTS = ("step", "augmentation", "checkpoint", "preemption", "startup", "overhead", "login", "sweep", "scaling")
+# The parts of --quick with their shares of its time; another one that --only names has OTHER_SHARE.
+QUICK_PARTS = {"step": 60, "augmentation": 24, "checkpoint": 34, "startup": 30, "login": 14, "sweep": 8}
+OTHER_SHARE = 30
 LIMIT_SECONDS = 600
 QUICK_SECONDS = 170  # all of it, so that `make bench QUICK=1` stays below three minutes
 ROUNDS = 0.6  # of a part's time, after which no further round begins
@@ -50,7 +41,8 @@ PATIENCE_SECONDS = 30  # for a part that is interrupted to stop what it started
 
 def time_of(part: str, later: Sequence[str], left: float) -> float:
     """Seconds of --quick for a part, if so many are left for it and the later ones."""
-    return left * PARTS[part] / sum(PARTS[name] for name in (part, *later))
+    share, *others = (QUICK_PARTS.get(name, OTHER_SHARE) for name in (part, *later))
+    return left * share / (share + sum(others))
 
 
 def run_part(part: str, quick: bool, limit: float = LIMIT_SECONDS) -> list[Row]:
@@ -58,7 +50,7 @@ def run_part(part: str, quick: bool, limit: float = LIMIT_SECONDS) -> list[Row]:
 
     Its own table goes to standard error.
     """
-    patience = min(PATIENCE_SECONDS, limit / 5)
+    patience = min(PATIENCE_SECONDS, limit / 10)
     with tempfile.TemporaryDirectory() as folder:
         rows, errors = Path(folder, "rows.json"), Path(folder, "errors.txt")
         command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(rows), *(["--quick"] if quick else [])]
@@ -129,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     where = environment()
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    parts = only or [part for part in PARTS if not (options.quick and part in NOT_QUICK)]
+    parts = only or list(QUICK_PARTS if options.quick else PARTS)
     for number, part in enumerate(parts, 1):
         print(f"{part} ...", file=sys.stderr, flush=True)
         began = time.monotonic()
