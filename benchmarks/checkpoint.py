@@ -137,14 +137,15 @@ def lost_rows(seconds: dict[str, list[float]], peer: str, steps: int, usual: str
     shares = {way: [100 * one / without for one, without in zip(lost[way], seconds[NONE], strict=True)] for way in lost}
     minutely = {way: [100 * one / 60 for one in lost[way]] for way in lost}
     return [
-        _lost_row(f"training time lost, one per {steps} steps", shares, peer, "< 5 %", usual),
+        _lost_row(f"training time lost, one per {steps} steps", shares, peer, "< 5 %" if steps >= BLOCK else "", usual),
         _lost_row("training time lost, one a minute", minutely, peer, "< 1 %", "derived: seconds lost by one / 60 s"),
     ]
 
 
 def _lost_row(what: str, lost: dict[str, list[float]], peer: str, target: str, note: str) -> Row:
     ours = quartiles(lost[OURS])
-    return Row(PART, what, "%", ours, peer, quartiles(lost[peer]), (), target, meets(ours[1], target), note)
+    met = meets(ours[1], target) if target else None
+    return Row(PART, what, "%", ours, peer, quartiles(lost[peer]), (), target, met, note)
 
 
 def _single(what: str, unit: str, values: dict[str, Any], peer: str, scale: float, note: str = "") -> Row:

@@ -38,11 +38,10 @@ PEERS = {
 }
 IN_FLOAT32 = {NAIVE: PEERS[NAIVE][0], CAREFUL: "a careful PyTorch script, float32, channels_last"}  # without targets
 ROOFLINE_TARGET = ">= 0.6"
-PRODUCTS, SQUARE = "products", 2048
-COPIES = tuple(
-    2**power for power in (18, 21, 24, 25, 26, 27)
-)  # bytes read and written; the last as the largest activations
-COPIED = 2**29  # in a turn
+SQUARE = 2048
+COPIES = tuple(2**power for power in (18, 21, 24, 25, 26, 27))  # bytes read and written; the largest as activations
+COPIED = 2**29  # bytes in a turn
+PRODUCTS = 0  # among the sizes of copies
 
 
 def measure(quick: bool, amp: str = "auto") -> list[Row]:
@@ -53,7 +52,7 @@ def measure(quick: bool, amp: str = "auto") -> list[Row]:
     torch.set_num_threads(THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     used = resolve_amp(from_plain({"train": {"amp": amp}}), device)
-    rulers, work = (_rulers(used), operations(batch, amp)) if device.type == "cpu" else ({}, [])
+    rulers, work = (_rulers(used), _operations(batch, amp)) if device.type == "cpu" else ({}, [])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         racers = []
@@ -67,16 +66,17 @@ def measure(quick: bool, amp: str = "auto") -> list[Row]:
             racer.take(1)  # sets up the model
             steps[racer.name] = 1 if quick else max(1, round(TURN_SECONDS / racer.take(1)))
         works = {racer.name: partial(racer.take, steps[racer.name]) for racer in racers}
-        seconds = alternate({**works, **{name: work for name, (work, _) in rulers.items()}}, repetitions)
+        works |= {str(size): ruler for size, (ruler, _) in rulers.items()}
+        seconds = alternate(works, repetitions)
     speeds = {name: [steps[name] * batch / s for s in seconds[name]] for name in here}
     rows = peer_rows(speeds, peers, batch)
     if rulers:
-        rates = {name: [amount / s for s in seconds[name]] for name, (_, amount) in rulers.items()}
+        rates = {size: [amount / s for s in seconds[str(size)]] for size, (_, amount) in rulers.items()}
         rows.append(roofline_row([s / steps[OURS] for s in seconds[OURS]], rates, work, batch))
     return rows
 
 
-def operations(batch: int, amp: str) -> list[Operation]:
+def _operations(batch: int, amp: str) -> list[Operation]:
     """Record a step of ours on this CPU, in a process of its own, whose memory goes with it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(record_on_cpu, batch, THREADS, amp).result()
@@ -99,22 +99,20 @@ def peer_rows(speeds: dict[str, list[float]], peers: Mapping[str, tuple[str, str
 
 
 def roofline_row(
-    seconds: Sequence[float], rates: Mapping[str | int, Sequence[float]], work: Sequence[Operation], batch: int
+    seconds: Sequence[float], rates: Mapping[int, Sequence[float]], work: Sequence[Operation], batch: int
 ) -> Row:
     """The roofline's share of the time of ours.
 
     Args:
         seconds: of a step of ours, one figure a repetition.
-        rates: of the same repetitions, by _rulers' names.
+        rates: as `roofline` has them, of the same repetitions.
         work: a step's operations.
     """
     least = [roofline(work, dict(zip(rates, one, strict=True))) for one in zip(*rates.values(), strict=True)]
     share = ratios(least, seconds)
     flops, size = sum(one.flops for one in work) / batch, sum(one.bytes for one in work) / batch
-    speeds = {name: quartiles(values)[1] / 1e9 for name, values in rates.items()}
-    copies = ", ".join(
-        f"{speed:.0f} for {int(name) / 2**20:g} MiB" for name, speed in speeds.items() if name != PRODUCTS
-    )
+    speeds = {size: quartiles(values)[1] / 1e9 for size, values in rates.items()}
+    copies = ", ".join(f"{speeds[size]:.0f} for {size / 2**20:g} MiB" for size in speeds if size != PRODUCTS)
     note = (
         f"{len(work)} operations, {flops / 1e9:.2f} GFLOP and {size / 1e6:.0f} MB an image; products at "
         f"{speeds[PRODUCTS]:,.0f} GFLOP/s, copies in GB/s: {copies}"
@@ -125,13 +123,13 @@ def roofline_row(
     )  # fmt: skip
 
 
-def roofline(work: Sequence[Operation], rates: Mapping[str | int, float]) -> float:
+def roofline(work: Sequence[Operation], rates: Mapping[int, float]) -> float:
     """Return the least seconds that the operations take, one after the other.
 
     Args:
-        rates: FLOP/s of PRODUCTS, and bytes a second of a copy of so many bytes.
+        rates: bytes a second of copies, by the bytes that they read and write; FLOP/s of matrix products.
     """
-    copies = sorted(size for size in rates if isinstance(size, int))
+    copies = sorted(size for size in rates if size != PRODUCTS)
     total = 0.0
     for one in work:
         size = max((size for size in copies if size <= one.bytes), default=copies[0])
@@ -139,23 +137,23 @@ def roofline(work: Sequence[Operation], rates: Mapping[str | int, float]) -> flo
     return total
 
 
-def _copy(source: torch.Tensor, times: int) -> None:
-    target = torch.empty_like(source)
-    for _ in range(times):
-        target.copy_(source)
-
-
-def _rulers(amp: str) -> dict[str | int, tuple[Callable[[], object], int]]:
+def _rulers(amp: str) -> dict[int, tuple[Callable[[], object], int]]:
     """Works of matrix products and of copies, and the FLOPs or bytes of each."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
     a, b = (torch.randn(SQUARE, SQUARE).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    rulers: dict[str | int, tuple[Callable[[], object], int]] = {
+    rulers: dict[int, tuple[Callable[[], object], int]] = {
         PRODUCTS: (lambda: torch.mm(a, b, out=product), 2 * SQUARE**3)
     }
     for size in COPIES:
-        rulers[size] = partial(_copy, torch.zeros(size // 2, dtype=torch.uint8), COPIED // size), COPIED
+        source, target = torch.zeros(2, size // 2, dtype=torch.uint8)
+        rulers[size] = partial(_repeat, COPIED // size, partial(target.copy_, source)), COPIED
     return rulers
+
+
+def _repeat(times: int, work: Callable[[], object]) -> None:
+    for _ in range(times):
+        work()
 
 
 if __name__ == "__main__":

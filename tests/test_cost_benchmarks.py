@@ -24,6 +24,7 @@ def test_what_a_checkpoint_costs_is_what_its_block_took_longer() -> None:
 def test_a_cost_above_the_target_is_told() -> None:
     seconds = {NONE: [1.0, 1.0], OURS: [1.7, 1.7], TORCH_SAVE: [1.0, 1.0]}
     assert [row.met for row in lost_rows(seconds, TORCH_SAVE, 10, "")] == [False, False]
+    assert lost_rows(seconds, TORCH_SAVE, 2, "")[0].met is None  # --quick has shorter blocks than the target
 
 
 def test_what_is_around_a_step_is_added_up() -> None:
