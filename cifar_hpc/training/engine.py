@@ -38,9 +38,7 @@ from cifar_hpc.training.optim import (
 )
 
 NO_BAD_STEP = 2**62
-BUCKET_MB: float = (
-    4  # five buckets of the built-in network, whose sums overlap the backward pass; DDP's own 25 make two
-)
+BUCKET_MB: float = 4  # the built-in network's five buckets are sent during the backward pass; DDP's own 25 make two
 # GradScaler starts at 2**16 and halves at an overflow. Only gradients that are NaN at any scale get it down to here.
 LEAST_SCALE = 2.0**-24
 
