@@ -142,7 +142,9 @@ def to_channels_last(network: nn.Module) -> nn.Module:
     """Lay the weights of 2-d convolutions out as these are fastest; other weights stay as they are."""
     for parameter in network.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # Not `contiguous`, which leaves weights of 1x1 as they are; DDP would warn of their gradients' strides.
+            copy = torch.empty_like(parameter.data, memory_format=torch.channels_last)
+            parameter.data = copy.copy_(parameter.data)
     return network
 
 

@@ -91,7 +91,7 @@ class Engine:
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 bucket_cap_mb=BUCKET_MB,
-                gradient_as_bucket_view=True,  # no copies from gradients to buckets and back
+                gradient_as_bucket_view=True,  # no copies from buckets back to gradients
             )
             self.ddp.broadcast_buffers = False  # newer versions of PyTorch have another name for it as an argument
             self.reducer = ShardReducer(self.ddp, layout)
@@ -175,6 +175,8 @@ class Engine:
             mixed = mix_batch(images, labels, inputs.draws[rows], self.spec.mixing)
             images = mixed.images
         images = resize(images, side)
+        if images.storage_offset() % 16:  # libraries choose kernels by alignment, which must not depend on the place
+            images = images.clone()
         self.exact.set_key(inputs.keys[shard - mine[0]], self.device)
         self.exact.set_update_statistics(shard == 0)
         with self.autocast(), cast(self._castable, torch.bfloat16) if self._castable else contextlib.nullcontext():
@@ -231,13 +233,15 @@ class Engine:
         self.exact.set_update_statistics(False)
         # Not compiled: that would take long for this batch size.
         eager = torch.compiler.set_stance("force_eager") if self.spec.train.compile else contextlib.nullcontext()
-        with self.autocast(), eager:
-            if own:
-                logits = check_network(self.model, self.exact, images, len(self.data.info.classes), self.code)
-            else:
-                logits = self.model.forward(images)
-        calls = self.exact.calls
-        gradients = torch.autograd.grad(self.loss_sum(logits, labels), trainable, allow_unused=own)
+        stream = self.graphs.stream() if self.graphs is not None else contextlib.nullcontext()
+        with stream:
+            with self.autocast(), eager:
+                if own:
+                    logits = check_network(self.model, self.exact, images, len(self.data.info.classes), self.code)
+                else:
+                    logits = self.model.forward(images)
+            calls = self.exact.calls
+            gradients = torch.autograd.grad(self.loss_sum(logits, labels), trainable, allow_unused=own)
         if own:
             check_gradients(self.model, gradients, self.exact, calls)
         return digest(gradients)[:16] if self.spec.train.deterministic else None

@@ -48,6 +48,8 @@ _LOST = (
 )  # fmt: skip
 # Two ranks on one GPU, for example.
 _MISUSE = ("ncclInvalidUsage", "ncclInvalidArgument")
+# A kernel of CUDA alone, so that a CPU takes the same network.
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
@@ -178,6 +180,8 @@ def report_of(error: BaseException, context: Context) -> Report:
         cause, text = "out_of_memory", f"{_memory_advice(context)}\n{text}"
     elif isinstance(error, RuntimeError) and any(w in words for w in _MISUSE):
         retryable = False
+    elif isinstance(error, RuntimeError) and _NOT_DETERMINISTIC in words:
+        text, retryable = f"{words} HINT: use another layer, or start a new run with train.deterministic: false.", False
     elif isinstance(error, RuntimeError) and (
         any(w in words for w in _LOST) or (isinstance(error, dist.DistError) and "NCCL error" not in words)
     ):

@@ -7,11 +7,14 @@ PyTorch's notes on CUDA semantics."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from cifar_hpc.config import user_code
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.inputs import StepInputs
 from cifar_hpc.training.optim import Lookahead
@@ -55,10 +58,8 @@ class StepGraphs:
         found = self._captured.get((sync, side))
         if found is None and self._eager[side] < WARM_UP:
             self._eager[side] += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with self.stream():
                 self._engine.compute(inputs, side)
-            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if found is None:
             # This runs the Python code once, which counts the update, but no operation.
@@ -70,15 +71,32 @@ class StepGraphs:
         found.inputs.copy_(inputs)
         found.graph.replay()
 
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Give the context the stream of the captures.
+
+        Each backward pass before them belongs there: a network may keep its nodes, which would still be of another
+        stream in a capture.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def _capture(self, inputs: StepInputs, side: int) -> _Captured:
         own = inputs.clone()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._engine.compute(own, side)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            # The end of a capture that has failed raises another error.
+            first = error.__context__ or error
+            what = "train.graph: on: a step cannot be captured as a CUDA graph"
             raise RunFailedError(
-                f"train.graph: on: a step of this network cannot be captured as a CUDA graph: {error}. HINT: start a "
-                "new run with train.graph: off, or let nothing in the network wait for the GPU (.item(), if tensor: )."
+                f"{user_code.explain(first, self._engine.code, what)}. HINT: start a new run with train.graph: off, or "
+                "let nothing in the network wait for the GPU (.item(), if tensor: )."
             ) from error
         return _Captured(graph, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -238,3 +239,15 @@ def test_each_part_of_our_recipes_counts(without: dict[str, Any]) -> None:
         return digest(dict(engine.model.named_parameters()))
 
     assert trained(PLUS) == trained(PLUS) != trained(PLUS | without)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_shards_images_are_aligned_wherever_they_stand(shards: int) -> None:
+    """A library may choose its kernel by the alignment, which depends on the step at which a run was resumed."""
+    engine = tiny_engine(tiny_spec(train={"shards": shards, "batch_size": 30}, data={"image_size": 30}))
+    images = engine.data.train_images[:, :, :30, :30].contiguous()
+    engine.data = dataclasses.replace(engine.data, train_images=images)
+    places: list[int] = []
+    engine.model.register_forward_pre_hook(lambda module, inputs: places.append(inputs[0].data_ptr() % 64))
+    take_steps(engine, 0, 3)
+    assert places == [0] * 3 * shards

@@ -54,6 +54,7 @@ NCCL = {
     "memory": NCCL_WHERE.format("unhandled cuda error")
     + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
 }
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/{}"
 
 
@@ -77,6 +78,7 @@ def context(tmp_path: Path) -> Context:
         (RuntimeError(f"Gloo connectFullMesh failed with {GLOO.format('pair.cc:144] no error')}"), "lost", True, 1),
         (RuntimeError(GLOO.format("device.cc:84] ifa != nullptr. Unable to find address for: eth9")), "error", True, 1),
         (RuntimeError("CUDA error: the launch timed out and was terminated"), "error", True, 1),
+        (RuntimeError(f"adaptive_avg_pool2d_backward_cuda {NOT_DETERMINISTIC}, but you set ..."), "error", False, 1),
         (dist.DistStoreError("wait timeout after 1000ms, keys: /group/0"), "lost", True, 1),
         (dist.DistBackendError(NCCL["usage"]), "error", False, 1),
         (dist.DistBackendError(NCCL["argument"]), "error", False, 1),
@@ -96,6 +98,7 @@ def test_report_of(context: Context, error: Exception, cause: str, again: bool, 
     assert (found.cause, found.retryable, found.status, found.rank) == (cause, again, status, 2)
     assert ("HINT: lower train.batch_size" in found.text) == (cause == "out_of_memory")
     assert str(error) in found.text, "what it says is kept whole"
+    assert ("train.deterministic: false" in found.text) == (NOT_DETERMINISTIC in str(error))
     if "NCCL" in str(error):
         assert found.summary.startswith("DistBackendError: nccl") and found.summary.endswith(str(error)[-30:])
 

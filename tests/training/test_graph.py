@@ -3,8 +3,8 @@
 The optimizer is the fused one of CUDA, as a CPU has it."""
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,11 @@ from cifar_hpc import tensorfile
 from cifar_hpc.config.io import merge, to_plain
 from cifar_hpc.config.schedule import training_size
 from cifar_hpc.config.spec import Spec
+from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training import engine as engines
 from cifar_hpc.training.checkpoints.format import read_checkpoint
 from cifar_hpc.training.engine import Engine
+from cifar_hpc.training.graph import WARM_UP
 from cifar_hpc.training.inputs import StepInputs
 from cifar_hpc.training.optim import Lookahead
 
@@ -187,24 +189,43 @@ class FakeCapture:
             tensor.copy_(value)
 
 
+class FakeCuda:
+    """What of torch.cuda an engine with graphs calls, on a CPU; and the graphs that it has captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs: list[FakeGraph] = []
+        self.state: Callable[[], list[Tensor]] = list
+        self.inside = False  # the stream of the captures
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "stream": self.stream,
+                 "CUDAGraph": FakeGraph, "graph": self.graph, "graph_pool_handle": lambda: (0, 1)}  # fmt: skip
+        for key, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, key, fake)
+
+    @contextmanager
+    def stream(self, chosen: object) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def graph(self, graph: FakeGraph, **options: Any) -> FakeCapture:
+        assert options.keys() == {"pool", "stream", "capture_error_mode"}
+        self.graphs.append(graph)
+        return FakeCapture(graph, self.state)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
 @pytest.mark.parametrize("name", SPECS)
-def test_an_engine_with_graphs_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_graphs_takes_the_same_steps(name: str, cuda: FakeCuda) -> None:
     """Two epochs with an odd last batch each; only what CUDA itself does is a stand-in."""
     sections = merge(SPECS[name], {"train": {"epochs": 3}})
     eager = tiny_engine(tiny_spec(**sections))
-    graphs: list[FakeGraph] = []
-
-    def capture(graph: FakeGraph, **options: Any) -> FakeCapture:
-        assert options.keys() == {"pool", "stream", "capture_error_mode"}
-        graphs.append(graph)
-        return FakeCapture(graph, lambda: tensors(whole, StepInputs(*[eager.bad_step] * 5, 0)))
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": FakeGraph,
-             "stream": lambda chosen: nullcontext(), "graph_pool_handle": lambda: (0, 1), "graph": capture}  # fmt: skip
-    for key, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, key, fake)
     whole = tiny_engine(tiny_spec(**merge(sections, {"train": {"graph": "on"}})))
+    cuda.state = lambda: tensors(whole, StepInputs(*[eager.bad_step] * 5, 0))
     for epoch in range(2):
         for engine in (eager, whole):
             take_steps(engine, 0, engine.steps_per_epoch, epoch)
@@ -213,7 +234,56 @@ def test_an_engine_with_graphs_takes_the_same_steps(name: str, monkeypatch: pyte
         assert (one.updates, one.optimizer.get("counter")) == (other.updates, other.optimizer.get("counter"))
         assert torch.equal(eager.sums, whole.sums)
     sizes = {training_size(whole.spec, epoch) for epoch in range(2)}
-    assert len(graphs) == len(sizes) * (1 + isinstance(whole.optimizer, Lookahead))
+    assert len(cuda.graphs) == len(sizes) * (1 + isinstance(whole.optimizer, Lookahead))
+
+
+def graphed(cuda: FakeCuda) -> tuple[Engine, list[bool]]:
+    """An engine with graphs, and whether each of its forward passes was in the stream of the captures."""
+    engine, seen = tiny_engine(tiny_spec(train={"shards": 1, "graph": "on"})), list[bool]()
+    cuda.state = lambda: tensors(engine, StepInputs(*[engine.bad_step] * 5, 0))
+    engine.model.get_submodule("stem").register_forward_hook(lambda *_: seen.append(cuda.inside))
+    return engine, seen
+
+
+def test_all_backward_passes_before_a_capture_are_in_its_stream(cuda: FakeCuda) -> None:
+    """A node of a network's graph that is kept from another stream makes a capture fail."""
+    engine, seen = graphed(cuda)
+    engine.first_gradient()
+    take_steps(engine, 0, WARM_UP)
+    assert seen == [True] * (1 + WARM_UP)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (RuntimeError("an operation waits"), RunFailedError, r"train\.graph: on: .*an operation waits.*graph: off"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_the_first_error_of_a_capture_is_told(
+    cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    expected: type[Exception],
+    words: str,
+) -> None:
+    engine, _ = graphed(cuda)
+
+    class Invalid(FakeCapture):
+        def __exit__(self, *errors: Any) -> None:
+            super().__exit__(*errors)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: Invalid(graph, cuda.state))
+    take_steps(engine, 0, WARM_UP)
+    engine.model.register_forward_hook(fail)
+    with pytest.raises(expected, match=words) as caught:
+        take_steps(engine, WARM_UP, WARM_UP + 1)
+    assert "previous error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"name": "adamw", "lr": 0.001}])

@@ -79,7 +79,7 @@ def trained(rank: int, world: int, sections: dict[str, Any]) -> tuple[str, str]:
     """Sums of weights and gradients after three steps, over DDP buckets before and after DDP re-cuts them."""
     with warnings.catch_warnings(action="error"):  # each rank would print it at each start
         engine = tiny_engine(tiny_spec(**sections), rank, world)
-    take_steps(engine, 0, 3)
+        take_steps(engine, 0, 3)
     gradients = {name: p.grad for name, p in engine.model.named_parameters()}
     return digest(dict(engine.model.named_parameters())), digest(gradients)
 
