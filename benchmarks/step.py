@@ -72,7 +72,7 @@ def measure(quick: bool, amp: str = "auto") -> list[Row]:
     rows = peer_rows(speeds, peers, batch)
     if rulers:
         rates = {size: [amount / s for s in seconds[str(size)]] for size, (_, amount) in rulers.items()}
-        rows.append(roofline_row([s / steps[OURS] for s in seconds[OURS]], rates, work, batch))
+        rows.append(roofline_row(speeds[OURS], rates, work, batch))
     return rows
 
 
@@ -99,17 +99,18 @@ def peer_rows(speeds: dict[str, list[float]], peers: Mapping[str, tuple[str, str
 
 
 def roofline_row(
-    seconds: Sequence[float], rates: Mapping[int, Sequence[float]], work: Sequence[Operation], batch: int
+    ours: Sequence[float], rates: Mapping[int, Sequence[float]], work: Sequence[Operation], batch: int
 ) -> Row:
-    """The roofline's share of the time of ours.
+    """Ours against the speed at which each operation takes no longer than its bytes or its arithmetic must.
 
     Args:
-        seconds: of a step of ours, one figure a repetition.
+        ours: images a second, one figure a repetition.
         rates: as `roofline` has them, of the same repetitions.
         work: a step's operations.
     """
-    least = [roofline(work, dict(zip(rates, one, strict=True))) for one in zip(*rates.values(), strict=True)]
-    share = ratios(least, seconds)
+    repetitions = [dict(zip(rates, one, strict=True)) for one in zip(*rates.values(), strict=True)]
+    most = [batch / roofline(work, one) for one in repetitions]
+    share = ratios(ours, most)
     flops, size = sum(one.flops for one in work) / batch, sum(one.bytes for one in work) / batch
     speeds = {size: quartiles(values)[1] / 1e9 for size, values in rates.items()}
     copies = ", ".join(f"{speeds[size]:.0f} for {size / 2**20:g} MiB" for size in speeds if size != PRODUCTS)
@@ -118,8 +119,8 @@ def roofline_row(
         f"{speeds[PRODUCTS]:,.0f} GFLOP/s, copies in GB/s: {copies}"
     )
     return Row(
-        "step", f"training step, batch {batch}", "s", quartiles(seconds), "its roofline, operator by operator",
-        quartiles(least), share, ROOFLINE_TARGET, meets(share[1], ROOFLINE_TARGET), note,
+        "step", f"training step, batch {batch}", "img/s", quartiles(ours), "its roofline, operator by operator",
+        quartiles(most), share, ROOFLINE_TARGET, meets(share[1], ROOFLINE_TARGET), note,
     )  # fmt: skip
 
 
