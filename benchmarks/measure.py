@@ -176,7 +176,7 @@ def run_part(measure: Callable[..., list[Row]], text: str | None, **choices: Seq
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="no further round after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     for name, allowed in choices.items():
-        parser.add_argument(f"--{name}", choices=allowed, default=allowed[0])
+        parser.add_argument(f"--{name}", choices=allowed, default=allowed[0], help=f"default: {allowed[0]}")
     options = vars(parser.parse_args())
     _deadline = time.monotonic() + options["seconds"]
     rows = measure(options["quick"], **{name: options[name] for name in choices})

@@ -109,7 +109,7 @@ def default_path(where: Mapping[str, Any], quick: bool, only: Sequence[str]) -> 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller sizes")
+    parser.add_argument("--quick", action="store_true", help=f"fewer and smaller parts: {QUICK_SECONDS} s at most")
     parser.add_argument("--only", default="", metavar="PART,PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; default: benchmarks/results/<date>-<machine>")
     options = parser.parse_args(argv)
