@@ -391,7 +391,7 @@ def test_a_bad_loss_ends_the_run(tmp_path: Path, sections: dict[str, Any], notic
     run = Run(tmp_path, **{"data": {"train_size": 192, "test_size": 20}, **sections})
     store = run.trainer.store
     assert store is not None
-    run.after_step(1, store.wait).after_step(2, run.spoil_loss)
+    run.after_step(2, store.wait).after_step(2, run.spoil_loss)  # none is being written, which would put the next off
     with pytest.raises(RunFailedError, match=r"NaN or infinite at step 2, in epoch 1\. .* HINT") as caught:
         run.train()
     assert caught.value.everywhere
