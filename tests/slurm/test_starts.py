@@ -118,6 +118,7 @@ def _no_usable_gpu(run: Run, short: str) -> None:
         assert failed["again"] is False
         return
     assert failed["again"] is True and failed["bad_node"] == run.job()["BatchHost"]
+    run.wait_job(ExcNodeList=failed["bad_node"])  # said right after the requeue
     run.release()
     assert run.wait("failed", count=2)["bad_node"] not in ("", failed["bad_node"])
     assert run.wait_gone()["JobState"] == "FAILED" and "failures.max (1) is used up" in run.log()
