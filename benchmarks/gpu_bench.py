@@ -1,105 +1,90 @@
-"""What the pieces of the GPU benchmark share: engines, the loop that they are timed in, and what a piece leaves."""
+"""What the pieces of the GPU benchmark share: engines, their steps, and the loop that steps are timed in."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import Row, environment, meets, quartiles, ratios
-from cifar_hpc.config.io import from_plain, merge
+from benchmarks.measure import Row, alternate, meets, quartiles, ratios
+from cifar_hpc.config.io import from_plain
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.data.datasets import Dataset, load_dataset
+from cifar_hpc.data.datasets import Dataset
 from cifar_hpc.randomness import permutation
+from cifar_hpc.tensorfile import digest
+from cifar_hpc.training.checkpoints.format import to_host
 from cifar_hpc.training.distributed.shards import ShardLayout
 from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.environment import configure_torch, resolve_amp
 
-PART = "gpu"
+GRAPHS = ("off", "on")  # of train.graph; on a CPU both are off
+# By a word of the GPU's name, since they follow from its bandwidth (NOTES.md).
+RATE_TARGETS = {"H200": ">= 30000 img/s", "H100": ">= 24000 img/s"}
+TRAINING_TARGETS = {"H200": "< 14 min"}
+SAME = "<= 0"  # what is wrong, or differs
 TINY_MODEL = {"width_multiplier": 0.0625, "blocks": [1, 1, 1]}
 
 
-@dataclass
-class Report:
-    """What a piece has found so far; written after each addition, so that a piece that is killed has not lost it."""
-
-    path: Path
-    rows: list[Row] = field(default_factory=list)
-    text: str = ""
-
-    def add(self, *rows: Row, text: str = "") -> None:
-        """Append rows, and a paragraph of Markdown."""
-        self.rows += rows
-        self.text += f"{text}\n\n" if text else ""
-        content = {"environment": environment(), "rows": [asdict(row) for row in self.rows], "text": self.text}
-        self.path.write_text(json.dumps(content))
-
-
-@dataclass(frozen=True)
 class Bench:
     """Where and how large to measure.
 
     Args:
         quick: a tiny model, tiny batches and few repetitions: a rehearsal on a CPU, whose figures mean nothing.
-        images: folder of images (train/, test/) instead of synthetic ones.
+
+    Attributes:
+        gpu: its name; empty on a CPU.
+        batches: global batch sizes, the product's default first.
+        seconds: of one repetition.
+        switches: PyTorch's own, before any engine has set them.
     """
 
-    device: torch.device
-    quick: bool
-    images: Path | None = None
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self.device, self.quick, self.cuda = device, quick, device.type == "cuda"
+        self.gpu = torch.cuda.get_device_name(device) if self.cuda else ""
+        self.batches = (16, 24, 32, 40) if quick else (128, 256, 512, 1024)
+        self.repetitions, self.seconds = (2, 0.02) if quick else (7, 0.3)
+        self.switches = read_switches()
 
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Global batch sizes, the product's default first."""
-        return (16, 32) if self.quick else (128, 256, 512, 1024)
-
-    @property
-    def repetitions(self) -> int:
-        return 2 if self.quick else 7
-
-    @property
-    def seconds(self) -> float:
-        """Of one repetition."""
-        return 0.02 if self.quick else 0.3
-
-    def plain_spec(self, batch: int, **sections: Any) -> dict[str, Any]:
-        """The recipe's spec as plain values, `sections` laid over it."""
-        data: dict[str, Any] = {"source": "synthetic", "train_size": 256 if self.quick else 10_000, "test_size": 100}
-        if self.images is not None:
-            data = {"source": "folder", "root": str(self.images), "train_size": 256 if self.quick else None}
-        base = {
+    def plain_spec(self, batch: int, images: int = 256, **train: Any) -> dict[str, Any]:
+        """The report's recipe on so many images as plain values, with `train` laid over that section."""
+        common = {"batch_size": batch, "shards": 1, "device": self.device.type, "cpu_threads": 1}
+        return {
             "model": TINY_MODEL if self.quick else {},
-            "train": {"batch_size": batch, "shards": 1, "device": self.device.type, "cpu_threads": 1},
-            "data": data,
+            "train": common | train,
+            "data": {"target": "benchmarks.gpu_runs:images", "args": {"count": images}},
             "resources": {"gpus_per_node": int(self.cuda)},
         }
-        return merge(base, sections)
 
     @cached_property
     def data(self) -> Dataset:
-        """The images on the device, loaded once."""
-        return load_dataset(from_plain(self.plain_spec(self.batches[0])).data, Path.cwd()).to(self.device)
+        """Uniform noise, made on the device. Of each size in `batches` an epoch has whole ones only."""
+        torch.manual_seed(0)
+        tensors: list[torch.Tensor] = []
+        for count in (480 if self.quick else 51_200, 16):
+            tensors.append(torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=self.device))
+            tensors.append(torch.randint(10, (count,), device=self.device))
+        return Dataset(*tensors)
 
-    def engine(self, batch: int, **sections: Any) -> Engine:
-        """The product's engine for that spec, PyTorch's switches set as it sets them."""
-        spec = from_plain(self.plain_spec(batch, **sections))
+    def engine(self, batch: int, images: int | None = None, **train: Any) -> Engine:
+        """The product's engine for that spec, PyTorch's switches set as it sets them.
+
+        Args:
+            images: only the first ones.
+        """
+        spec = from_plain(self.plain_spec(batch, **train))
         self.configure(spec)
-        return Engine(spec, self.device, ShardLayout(1, 1, 0), self.data, resolve_amp(spec, self.device))
+        data = Dataset(*(t[:images] for t in self.data.tensors.values()))
+        return Engine(
+            spec, self.device, ShardLayout(spec.train.shards or 1, 1, 0), data, resolve_amp(spec, self.device)
+        )
 
     def configure(self, spec: Spec) -> None:
         """PyTorch's switches as a fresh process of that spec has them."""
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = False
+        set_switches(*self.switches)
         configure_torch(spec, self.device)
 
     def wait(self) -> None:
@@ -107,82 +92,97 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def rates(self, engines: Mapping[str, Engine]) -> dict[str, list[float]]:
+        """Images a second of the steps of each, repetition by repetition in turns."""
+        works = {name: Steps(self, engine).calibrate() for name, engine in engines.items()}
+        seconds = alternate(works, self.repetitions, wait=self.wait)
+        return {name: work.rates(seconds[name]) for name, work in works.items()}
+
+
+def read_switches() -> tuple[bool, bool, bool, bool, int]:
+    """The switches of PyTorch that `configure_torch` sets."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    exact = torch.are_deterministic_algorithms_enabled()
+    return exact, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.get_num_threads()
+
+
+def set_switches(exact: bool, benchmark: bool, cudnn_tf32: bool, matmul_tf32: bool, threads: int) -> None:
+    """Set what `read_switches` has read."""
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, cudnn_tf32
+    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+    torch.set_num_threads(threads)
+
 
 class Steps:
-    """Steps of an engine one after the other, as the training loop takes them; whole batches only."""
+    """Steps of an engine, as the training loop takes them, one epoch after the other.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.done = engine, 0
-        self.batch, images = engine.spec.train.batch_size, len(engine.data.train_images)
-        self.in_epoch = images // self.batch
-        self._order = permutation(engine.spec.train.seed, 0, images).to(engine.device)
+    Attributes:
+        done: steps so far.
+        count: steps of one repetition that is timed.
+    """
 
-    def __call__(self) -> None:
-        epoch, step = divmod(self.done, self.in_epoch)
-        self.engine.step(epoch, step, self.done, self._order)
-        self.done += 1
+    def __init__(self, bench: Bench, engine: Engine) -> None:
+        self.bench, self.engine, self.done, self.count = bench, engine, 0, 1
+        self._order = torch.empty(0)
 
-
-@dataclass
-class Timed:
-    """Something that takes steps, and how many of them make up one repetition."""
-
-    name: str
-    batch: int
-    step: Callable[[], object]
-    switch: Callable[[], None] = lambda: None
-    steps: int = 1
+    def take(self, count: int = 1) -> None:
+        """Take some steps."""
+        engine = self.engine
+        for _ in range(count):
+            epoch, step = divmod(self.done, engine.steps_per_epoch)
+            if step == 0:
+                images = len(engine.data.train_images)
+                self._order = permutation(engine.spec.train.seed, epoch, images).to(engine.device)
+            engine.step(epoch, step, self.done, self._order)
+            self.done += 1
 
     def __call__(self) -> None:
-        self.switch()
-        for _ in range(self.steps):
-            self.step()
+        """Take `count` steps under the switches of this engine."""
+        self.bench.configure(self.engine.spec)
+        self.take(self.count)
 
-    def calibrate(self, bench: Bench, warm_up: int = 5) -> Timed:
-        """Choose `steps` so that a repetition takes about bench.seconds. Warms up first."""
-        for self.steps in (warm_up, 2):
-            bench.wait()
+    def calibrate(self) -> Steps:
+        """Warm up, and choose `count` so that it takes about bench.seconds."""
+        for steps in (2 if self.bench.quick else 12, 2):
+            self.bench.wait()
             began = time.perf_counter()
-            self()
-            bench.wait()
-        self.steps = max(1, round(2 * bench.seconds / (time.perf_counter() - began)))
+            self.take(steps)
+            self.bench.wait()
+        self.count = max(1, round(2 * self.bench.seconds / (time.perf_counter() - began)))
         return self
 
     def rates(self, seconds: Sequence[float]) -> list[float]:
         """Images a second."""
-        return [self.batch * self.steps / s for s in seconds]
+        return [self.engine.spec.train.batch_size * self.count / s for s in seconds]
 
 
-def timed_engine(bench: Bench, name: str, engine: Engine) -> Timed:
-    """An engine's steps, under its own switches."""
-    return Timed(name, engine.spec.train.batch_size, Steps(engine), lambda: bench.configure(engine.spec))
+def target_of(targets: Mapping[str, str], gpu: str) -> str:
+    """The target for that GPU; empty if there is none."""
+    return next((target for word, target in targets.items() if word in gpu), "")
 
 
-def compared(what: str, ours: list[float], peer: str, theirs: list[float], target: str = "", note: str = "") -> Row:
-    """A row of images a second against a peer's, alternating repetition by repetition."""
+def compared(what: str, ours: Sequence[float], peer: str, theirs: Sequence[float], target: str = "") -> Row:
+    """A row of images a second against another's, which took turns; the target is that of their ratio."""
     ratio = ratios(ours, theirs)
     met = meets(ratio[1], target) if target else None
-    return Row(PART, what, "img/s", quartiles(ours), peer, quartiles(theirs), ratio, target, met, note)
+    return Row("gpu", what, "img/s", quartiles(ours), peer, quartiles(theirs), ratio, target, met)
 
 
 def figure(what: str, unit: str, values: Sequence[float], target: str = "", note: str = "") -> Row:
     """A row of one figure, with or without a target."""
     ours = quartiles(values)
-    return Row(PART, what, unit, ours, target=target, met=meets(ours[1], target) if target else None, note=note)
+    return Row("gpu", what, unit, ours, target=target, met=meets(ours[1], target) if target else None, note=note)
 
 
-def wrong(what: str, count: int, note: str = "") -> Row:
-    """A row of a check: the number of things that are wrong."""
-    return figure(what, "", [count], "<= 0", note)
+def same(what: str, one: Engine, other: Engine, target: str = SAME) -> Row:
+    """A row of a check: how many tensors and numbers of their states differ in any bit."""
+    states = [_state(engine) for engine in (one, other)]
+    differing = sum(digest(a) != digest(b) for a, b in zip(*states, strict=True))
+    sums = " and ".join(dict.fromkeys(digest(state)[:16] for state in states))
+    return figure(f"{what}: tensors that differ", "", [differing], target, f"of {len(states[0])}; sha256 {sums}")
 
 
-def differing(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> int:
-    """How many of the tensors differ in any bit."""
-    return sum(not torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
-
-
-def state_tensors(engine: Engine) -> list[torch.Tensor]:
-    """Weights, momentum, slow weights and BatchNorm's statistics, by copy."""
-    state = engine.state()
-    leaves = torch.utils._pytree.tree_leaves([state["model"], state["buffers"], state["optimizer"]])
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+def _state(engine: Engine) -> list[Any]:
+    leaves = tree_leaves(to_host({**engine.state(), "sums": engine.epoch_sums(), "bad_step": engine.bad_step}))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) or type(leaf) in (int, float)]

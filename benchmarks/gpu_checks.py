@@ -1,121 +1,119 @@
-"""Checks that need CUDA: the same bits twice, the same augmentation as on the CPU, no waiting in the training loop."""
+"""Checks that need CUDA: the same bits twice and through DDP, no waiting in the training loop, the project's tests."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.gpu_bench import Bench, Report, Steps, differing, figure, state_tensors, wrong
+from benchmarks.gpu import Report
+from benchmarks.gpu_bench import GRAPHS, SAME, Bench, Steps, figure, same
 from benchmarks.measure import ROOT, Row
-from cifar_hpc.config.spec import AugmentConfig
-from cifar_hpc.data.augment import kernels
-from cifar_hpc.data.augment import pipeline as augment
-from cifar_hpc.data.info import DatasetInfo
-from cifar_hpc.randomness import Stream, mix, uniform
+from cifar_hpc.training.distributed.group import OUR_OWN_WATCH, disconnect
+from cifar_hpc.training.distributed.shards import ShardReducer
+from cifar_hpc.training.engine import BUCKET_MB, Engine
 
 STEPS = 12  # two syncs of Lookahead
 
 
-def same_bits(bench: Bench, report: Report) -> None:
-    """Two engines of one spec in one process, and augmentation here and on the CPU."""
-    for amp in ("bf16", "fp16"):
-        found = []
-        for _ in range(2):
-            engine = bench.engine(bench.batches[0], train={"amp": amp})
-            step = Steps(engine)
-            for _ in range(STEPS):
-                step()
-            found.append(state_tensors(engine))
-        what = f"{amp}, deterministic: tensors that differ after {STEPS} steps done twice"
-        report.add(wrong(what, differing(*found), f"of {len(found[0])}"))
-    report.add(*_augmentation(bench))
+def same_bits(bench: Bench, report: Report, amp: str = "bf16") -> None:
+    """Two engines of one spec in one process."""
+    engines = [bench.engine(bench.batches[0], amp=amp) for _ in range(2)]
+    for engine in engines:
+        Steps(bench, engine).take(STEPS)
+    report.add(same(f"{amp}, deterministic, {STEPS} steps done twice", *engines))
 
 
-def _augmentation(bench: Bench) -> list[Row]:
-    samples = torch.arange(2000)
-    images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    config, key = AugmentConfig(), mix(0, Stream.AUGMENT, 0, 0)
-    draws, there = uniform(key, samples, kernels.DRAWS), uniform(key, samples.to(bench.device), kernels.DRAWS)
-    moved, moved_there = (
-        _moved(pixels, kernels.sample_parameters(draws.to(pixels.device), config, 32), config).cpu()
-        for pixels in (images, images.to(bench.device))
+def hook_alone(bench: Bench, report: Report) -> None:
+    """Gradients of 4 shards added by the hook of DDP in a group of one process, against plain accumulation."""
+    backend, device = ("nccl", bench.device) if bench.cuda else ("gloo", None)
+    import torch._dynamo  # noqa: F401  (before there is a group, as in `connect`)
+
+    for name in OUR_OWN_WATCH:
+        os.environ.setdefault(name, "0")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    try:
+        report.add(_hook_and_plain(bench, f"{backend}, 4 shards, {STEPS} steps, DDP's hook and plain accumulation"))
+    finally:
+        disconnect()  # with the engine gone, which holds the group
+
+
+def _hook_and_plain(bench: Bench, what: str) -> Row:
+    hooked, plain = (bench.engine(bench.batches[0], shards=4, graph="off") for _ in range(2))
+    devices = [0] if bench.cuda else None
+    hooked.ddp = DistributedDataParallel(
+        hooked.model, device_ids=devices, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
     )
-    whole = augment.augment(images, draws, config, DatasetInfo())
-    whole_there = augment.augment(images.to(bench.device), draws.to(bench.device), config, DatasetInfo()).cpu()
-    furthest = float((whole - whole_there).abs().max())
-    exact = int((whole != whole_there).sum())
-    return [
-        wrong("random numbers that differ from the CPU's", int((draws != there.cpu()).sum())),
-        wrong("moved pixels that differ from the CPU's", int((moved != moved_there).sum())),
-        figure(
-            "augmented pixels, furthest from the CPU's",
-            "",
-            [furthest],
-            "<= 0.00001",
-            f"{exact} of {whole.numel()} values differ in some bit",
-        ),
-    ]
-
-
-def _moved(images: Tensor, sampled: kernels.Parameters, config: AugmentConfig) -> Tensor:
-    plan = kernels.make_plan(sampled, config, images.shape[3], sorted_by_hue=False)
-    return kernels.move(images, plan, torch.empty(4, len(images), *images.shape[2:], device=images.device))
+    hooked.ddp.broadcast_buffers = False
+    hooked.reducer = ShardReducer(hooked.ddp, hooked.layout)
+    for engine in (hooked, plain):
+        Steps(bench, engine).take(STEPS)
+    return same(what, hooked, plain)
 
 
 def no_syncs(bench: Bench, report: Report) -> None:
-    """Count what waits for the device in the training loop's steps. fp16 has to: GradScaler looks for overflows."""
+    """Count what waits for the device in the training loop's steps."""
+    for graph in GRAPHS:
+        count, place = waits(bench, bench.engine(bench.batches[0], graph=graph))
+        report.add(figure(f"bf16, graph={graph}: waits for the device in {STEPS} steps", "", [count], SAME, place))
+
+
+def waits(bench: Bench, engine: Engine) -> tuple[int, str]:
+    """How often STEPS steps wait for the device, and where first; only CUDA can tell."""
     if not bench.cuda:
-        return report.add(text="Waiting for the device: only CUDA can tell.")
-    for amp in ("bf16", "fp16"):
-        step = Steps(bench.engine(bench.batches[0], train={"amp": amp}))
-        for _ in range(STEPS):
-            step()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                for _ in range(STEPS):
-                    step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        count = sum("synchronizing" in str(warning.message) for warning in caught)
-        what, place = f"{amp}: waits for the device in {STEPS} steps", _first_sync(step) if count else ""
-        row = wrong(what, count, place)
-        report.add(row if amp == "bf16" else figure(what, "", [count], note=place))
-    return None
-
-
-def _first_sync(step: Steps) -> str:
-    """The line of the product that waits."""
-    torch.cuda.set_sync_debug_mode("error")
+        return 0, "only CUDA can tell"
+    step = Steps(bench, engine)
+    step.take(2 * STEPS)  # of the next ones, one prepares the inputs of many
+    with _sync_debug_mode("warn"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step.take(STEPS)
+    count = sum("called a synchronizing" in str(warning.message) for warning in caught)
     try:
-        step()
+        with _sync_debug_mode("error"):
+            step.take(32 if count else 0)
     except RuntimeError as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "/cifar_hpc/" in f.filename]
-        return f"first at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else str(error)
+        return count, f"first at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else str(error)
+    return count, ""
+
+
+@contextmanager
+def _sync_debug_mode(mode: str) -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return ""
+
+
+def files_with_gpu_tests() -> list[str]:
+    """The files of tests that have one with the marker `gpu`; others may need packages that are not here."""
+    files = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    return sorted(str(path.relative_to(ROOT)) for path, text in files.items() if re.search(r"mark\.gpu|DEVICES", text))
 
 
 def tests(bench: Bench, report: Report) -> None:
     """The project's own tests that need a GPU, where pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
         return report.add(text="pytest is not installed here: the tests that need a GPU were not run.")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     ended = subprocess.run(
-        [*command, "tests/data/test_augment.py", "tests/test_randomness.py"],
-        cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False,
+        [*command, *files_with_gpu_tests()], cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = (ended.stdout + ended.stderr).strip().splitlines()
     print("\n".join(lines[-60:]))
-    report.add(wrong("tests that need a GPU: runs that failed", int(ended.returncode != 0), lines[-1].strip("= ")))
+    failed = int(ended.returncode != 0)
+    report.add(figure("tests that need a GPU: runs that failed", "", [failed], SAME, lines[-1].strip("= ")))
     return None

@@ -1,64 +1,158 @@
-"""Whole training steps on a GPU: the product's modes against each other, against its peers, compiled, as a graph."""
+"""Whole training steps on a GPU: the card's limits, eager steps, CUDA graphs, other modes, and peers."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.gpu_bench import Bench, Report, Steps, Timed, compared, differing, figure, state_tensors, timed_engine
+from benchmarks.gpu import Report
+from benchmarks.gpu_bench import (
+    GRAPHS,
+    RATE_TARGETS,
+    Bench,
+    Steps,
+    compared,
+    figure,
+    read_switches,
+    same,
+    set_switches,
+    target_of,
+)
+from benchmarks.gpu_checks import STEPS, same_bits, waits
 from benchmarks.measure import alternate
+from cifar_hpc.errors import RunFailedError
 from cifar_hpc.training.engine import Engine
-from cifar_hpc.training.optim import Lookahead
+from cifar_hpc.training.inputs import AHEAD
+from cifar_hpc.training.process import process_age
 
-RATE_TARGET = ">= 45000 img/s"
-NAIVE_TARGET = ">= 5"
-EXACT_TARGET = ">= 0.9"  # the bit-exact mode costs at most 10 %
-EXACT = "deterministic"
+NAIVE_TARGET, CAREFUL_TARGET = ">= 4", ">= 1.3"
 PEER_IMAGES = 50_000
+TIMES, SMALL_OPERATIONS = 10, 400  # fewer than may wait in CUDA's queue
 
 
-def use_fused_sgd(engine: Engine) -> None:
-    """One kernel for all of SGD, as torch.optim.SGD(fused=True) has it."""
-    inner = engine.optimizer.inner if isinstance(engine.optimizer, Lookahead) else engine.optimizer
-    for group in inner.param_groups:
-        group["fused"], group["foreach"] = True, False
+def warm_up(bench: Bench, report: Report) -> None:
+    """The first steps, which load libraries and kernels, and raise the clocks."""
+    Steps(bench, bench.engine(bench.batches[0])).take(STEPS)
+    bench.wait()
+    report.add(figure(f"this process: from its beginning to {STEPS} steps done", "s", [process_age()]))
 
 
-def modes(bench: Bench, report: Report) -> None:
-    """The default mode, without deterministic kernels, with fused SGD and in fp16, at each batch size."""
+def ceilings(bench: Bench, report: Report) -> None:
+    """What the card does at best, and what the host needs to launch an operation."""
+    size = 256 if bench.quick else 8192
+    one, other = (torch.randn(size, size, device=bench.device).bfloat16() for _ in range(2))
+    source = torch.zeros(2**20 if bench.quick else 2**31, dtype=torch.uint8, device=bench.device)
+    product, target, small = torch.empty_like(one), torch.empty_like(source), torch.zeros(16, device=bench.device)
+    works = {
+        "copy": lambda: [target.copy_(source) for _ in range(TIMES)],
+        "product": lambda: [torch.mm(one, other, out=product) for _ in range(TIMES)],
+    }
+    seconds = alternate(works, 2 * bench.repetitions, warm_up=3, wait=bench.wait)
+    host = []
+    for _ in range(2 * bench.repetitions):
+        bench.wait()
+        began = time.perf_counter()
+        for _ in range(SMALL_OPERATIONS):
+            small.add_(1)
+        host.append(1e6 * (time.perf_counter() - began) / SMALL_OPERATIONS)
+    report.add(
+        figure("a copy, bytes read and written", "TB/s", [2e-12 * TIMES * len(source) / s for s in seconds["copy"]]),
+        figure(f"bf16 product of {size}", "TFLOP/s", [2e-12 * TIMES * size**3 / s for s in seconds["product"]]),
+        figure("host: launching an operation", "us", host),
+    )
+
+
+def rates(bench: Bench, report: Report) -> None:
+    """Eager steps of each batch size: their wall time, and for how long of it the host is busy."""
     for batch in bench.batches:
-        fast = {"deterministic": False}
-        engines = {
-            EXACT: bench.engine(batch),
-            "deterministic=false": bench.engine(batch, train=fast),
-            "deterministic, fused SGD": bench.engine(batch),
-            "deterministic, fp16": bench.engine(batch, train={"amp": "fp16"}),
-            "deterministic=false, fp16": bench.engine(batch, train={"amp": "fp16"} | fast),
-        }
-        use_fused_sgd(engines["deterministic, fused SGD"])
-        works = {name: timed_engine(bench, name, engine).calibrate(bench) for name, engine in engines.items()}
-        seconds = alternate(works, bench.repetitions, wait=bench.wait)
-        rates = {name: work.rates(seconds[name]) for name, work in works.items()}
-        what = f"training step, batch {batch}, {EXACT} {engines[EXACT].amp}"
-        report.add(figure(what, "img/s", rates[EXACT], RATE_TARGET, _memory(bench)))
-        for name in list(rates)[1:]:
-            target = EXACT_TARGET if engines[name].amp == engines[EXACT].amp else ""
-            report.add(compared(what, rates[EXACT], f"ours, {name}", rates[name], target))
+        if bench.cuda:
+            torch.cuda.reset_peak_memory_stats(bench.device)
+        engine = bench.engine(batch, graph="off")
+        found = bench.rates({"eager": engine})["eager"]
+        enqueued = _enqueuing(bench, engine)
+        note = f"{1e3 * batch / statistics.median(found):.3g} ms a step, the host {statistics.median(enqueued):.3g} ms"
+        if bench.cuda:
+            note += f"; at most {torch.cuda.max_memory_allocated(bench.device) / 2**30:.1f} GiB"
+        what = f"eager step, batch {batch}, deterministic {engine.amp}"
+        report.add(figure(what, "img/s", found, note=note), figure(f"{what}: enqueued in", "ms", enqueued))
+        del engine
 
 
-def _memory(bench: Bench) -> str:
+def _enqueuing(bench: Bench, engine: Engine) -> list[float]:
+    """Milliseconds that the host needs to launch a step: means over as many as are augmented at once."""
+    step, means = Steps(bench, engine), []
+    count = max(1, AHEAD[bench.device.type] // (engine.spec.train.batch_size * 32**2))
+    for _ in range(1 if bench.quick else bench.repetitions):
+        seconds = 0.0
+        for _ in range(count):
+            bench.wait()  # else CUDA's queue is full, and launching takes as long as the device
+            began = time.perf_counter()
+            step.take()
+            seconds += time.perf_counter() - began
+        means.append(1e3 * seconds / count)
+    return means
+
+
+def graph(bench: Bench, report: Report) -> None:
+    """Whole steps as CUDA graphs: the bits of eager steps, over three epochs with an odd last batch; then the rates."""
     if not bench.cuda:
-        return ""
-    return f"at most {torch.cuda.max_memory_allocated(bench.device) / 2**30:.1f} GiB for all engines together"
+        report.add(text="CUDA graphs: only CUDA has them, so two eager engines stand in here.")
+    for batch in (bench.batches[0], bench.batches[2]):
+        what = f"step, batch {batch}, deterministic bf16, CUDA graph"
+        engines = {switch: bench.engine(batch, images=8 * batch + batch // 2, graph=switch) for switch in GRAPHS}
+        for engine in engines.values():
+            Steps(bench, engine).take(27)  # 21 of them are replayed, with 5 syncs of Lookahead, and 3 are odd
+        report.add(same(f"{what} and eager, 27 steps", *engines.values()))
+        engines = {switch: bench.engine(batch, graph=switch) for switch in GRAPHS}
+        found = bench.rates(engines)
+        target = target_of(RATE_TARGETS, bench.gpu) if batch == bench.batches[0] else ""
+        report.add(figure(what, "img/s", found["on"], target), compared(what, found["on"], "eager", found["off"]))
+
+
+def fp16(bench: Bench, report: Report) -> None:
+    """The same bits and the speed of fp16. GradScaler has to wait once a step, to look for overflows."""
+    same_bits(bench, report, "fp16")
+    _against(bench, report, "fp16", amp="fp16")
+    count, place = waits(bench, bench.engine(bench.batches[0], amp="fp16"))
+    report.add(figure(f"fp16: waits for the device in {STEPS} steps", "", [count], note=place))
+
+
+def nondeterministic(bench: Bench, report: Report) -> None:
+    """What deterministic kernels cost."""
+    _against(bench, report, "deterministic=false", deterministic=False)
+
+
+def _against(bench: Bench, report: Report, name: str, **train: Any) -> None:
+    """Eager steps of the default mode and of another one, in turns."""
+    for batch in (bench.batches[0], bench.batches[2]):
+        engines = {"ours": bench.engine(batch, graph="off"), name: bench.engine(batch, graph="off", **train)}
+        found = bench.rates(engines)
+        report.add(compared(f"eager step, batch {batch}, deterministic bf16", found["ours"], name, found[name]))
+
+
+def fused_sgd(bench: Bench, report: Report) -> None:
+    """SGD in one kernel, which CUDA graphs need, against SGD with foreach: bits and speed."""
+    engines = {name: bench.engine(bench.batches[0], graph="off") for name in ("fused", "foreach")}
+    for name, engine in engines.items():
+        for group in engine.optimizer.param_groups:
+            fused = name == "fused"
+            group |= {"fused": fused, "foreach": not fused, "lr": group["lr"] if fused else float(group["lr"])}
+        Steps(bench, engine).take(STEPS)
+    what = f"eager step, batch {bench.batches[0]}, SGD fused"
+    report.add(same(f"{what} and with foreach, {STEPS} steps", *engines.values(), target=""))
+    found = bench.rates(engines)
+    report.add(compared(what, found["fused"], "foreach", found["foreach"]))
 
 
 class EnoughError(Exception):
@@ -66,22 +160,34 @@ class EnoughError(Exception):
 
 
 def peers(bench: Bench, report: Report) -> None:
-    """Against what users would write, with their two DataLoader workers and with all cores."""
-    few, many = 2, max(2, (os.cpu_count() or 2) - 2)
-    races = [(batch, name, workers) for batch in bench.batches[:3:2] for name in ("naive", "careful")
-             for workers in (few, many)]  # fmt: skip
-    races.append((bench.batches[0], "lightning_peer", few))
-    for batch, name, workers in races[:1] if bench.quick else races:
-        if name == "lightning_peer" and importlib.util.find_spec("lightning") is None:
+    """Against what users would write, with as many DataLoader workers as they would take."""
+    first, _, large, _ = bench.batches
+    many = min(14, max(2, (os.cpu_count() or 2) - 2))
+    races = [(first, "naive", 2, NAIVE_TARGET), (first, "careful", many, CAREFUL_TARGET)]
+    races += [(large, "careful", many, CAREFUL_TARGET), (first, "lightning_peer", many, "")]
+    graphs = usable_graphs(bench, report)
+    for batch, name, workers, target in races:
+        if name == "lightning_peer" and not any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))):
             report.add(text="Lightning is not installed here.")
             continue
-        ours, theirs = race(bench, name, batch, workers)
-        what = f"training step, batch {batch}, {EXACT}"
+        turns = race(bench, name, batch, workers, graphs)
         label = f"{name.removesuffix('_peer')}, {workers} workers"
-        report.add(compared(what, ours, label, theirs, NAIVE_TARGET if name == "naive" else ""))
+        for graph, ours in turns.ours.items():
+            report.add(compared(f"step, batch {batch}, graph={graph}", ours, label, turns.theirs, target))
 
 
-def race(bench: Bench, name: str, batch: int, workers: int) -> tuple[list[float], list[float]]:
+def usable_graphs(bench: Bench, report: Report) -> tuple[str, ...]:
+    """The values of train.graph that work: if one does not, the others are still to be raced."""
+    for graph in GRAPHS:
+        try:
+            Steps(bench, bench.engine(bench.batches[0], graph=graph)).take(STEPS)
+        except RunFailedError as error:
+            report.add(text=str(error))
+            return ("off",)
+    return GRAPHS
+
+
+def race(bench: Bench, name: str, batch: int, workers: int, graphs: tuple[str, ...]) -> Turns:
     """Images a second of ours and of a peer, in turns: after each of its turns the peer's loop waits while ours runs.
 
     Meanwhile the peer's workers fill their queue. The peer uses that up before its next turn is timed.
@@ -92,24 +198,22 @@ def race(bench: Bench, name: str, batch: int, workers: int) -> tuple[list[float]
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     data = images(pixels, random.integers(0, 10, count).tolist())
-    threads = torch.get_num_threads()
-    own = timed_engine(bench, "ours", bench.engine(batch)).calibrate(bench)
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+    own = {graph: Steps(bench, bench.engine(batch, graph=graph)).calibrate() for graph in graphs}
+    set_switches(*bench.switches)  # a peer has PyTorch's own, such as TF32 in convolutions
     turns = Turns(bench, own, batch, drain=2 + 2 * workers)
     with tempfile.TemporaryDirectory() as folder, suppress(EnoughError):
         train(data, Path(folder), turns, batch_size=batch, workers=workers, **({"width": 8} if bench.quick else {}))
-    return turns.ours, turns.theirs
+    return turns
 
 
 class Turns:
     """Called by a peer after each of its steps; times its turns, and takes ours between them."""
 
-    def __init__(self, bench: Bench, own: Timed, batch: int, drain: int) -> None:
+    def __init__(self, bench: Bench, own: dict[str, Steps], batch: int, drain: int) -> None:
         self._bench, self._own, self._batch, self._drain = bench, own, batch, drain
         self._seconds = bench.seconds * 4
         self._steps, self._began = -drain, 0.0
-        self.ours: list[float] = []
+        self.ours: dict[str, list[float]] = {name: [] for name in own}
         self.theirs: list[float] = []
 
     def __call__(self) -> None:
@@ -120,115 +224,16 @@ class Turns:
         elif self._steps > 0 and time.perf_counter() - self._began > self._seconds:
             self._bench.wait()
             self.theirs.append(self._batch * self._steps / (time.perf_counter() - self._began))
-            self.ours += self._take_ours()
+            self._take_ours()
             self._steps = -self._drain
-            if len(self.ours) >= min(4, self._bench.repetitions):
+            if len(self.theirs) >= min(4, self._bench.repetitions):
                 raise EnoughError
 
-    def _take_ours(self) -> list[float]:
-        with kept_switches():
+    def _take_ours(self) -> None:
+        switches = read_switches()
+        for name, own in self._own.items():
             began = time.perf_counter()
-            self._own()
+            own()
             self._bench.wait()
-            return self._own.rates([time.perf_counter() - began])
-
-
-@contextmanager
-def kept_switches() -> Iterator[None]:
-    """PyTorch's switches are afterwards what they were before."""
-    exact, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    benchmark = torch.backends.cudnn.benchmark
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(exact)
-        torch.backends.cudnn.benchmark = benchmark
-        torch.set_num_threads(threads)
-
-
-def compiled(mode: str) -> Callable[[Bench, Report], None]:
-    """The piece that measures torch.compile of the model in that mode."""
-
-    def piece(bench: Bench, report: Report) -> None:
-        for batch in bench.batches[::3] or bench.batches[:1]:
-            engine = bench.engine(batch, train={"deterministic": False})
-            # Inductor compiles C++ on a CPU, which a rehearsal need not wait for.
-            engine.model.compile(**({"backend": "aot_eager"} if bench.quick else {"mode": mode, "dynamic": False}))
-            began = time.perf_counter()
-            works = {
-                name: timed_engine(bench, name, e).calibrate(bench)
-                for name, e in (("compiled", engine), (EXACT, bench.engine(batch)))
-            }
-            note = f"compiled and warmed up in {time.perf_counter() - began:.0f} s"
-            seconds = alternate(works, bench.repetitions, wait=bench.wait)
-            exact, fast = (works[name].rates(seconds[name]) for name in (EXACT, "compiled"))
-            what = f"training step, batch {batch}, {EXACT} {engine.amp}"
-            report.add(compared(what, exact, f"ours, deterministic=false, compile {mode}", fast, EXACT_TARGET, note))
-
-    return piece
-
-
-def graph(bench: Bench, report: Report) -> None:
-    """An experiment: whole steps replayed as one CUDA graph, bits compared with the same steps taken one by one."""
-    if not bench.cuda:
-        return report.add(text="CUDA graphs: only CUDA has them.")
-    for batch in bench.batches:
-        eager, replayed = (GraphedSteps(bench.engine(batch, lookahead={"enabled": False})) for _ in range(2))
-        replayed.capture()
-        for _ in range(GraphedSteps.WARM_UP):
-            eager()
-        for _ in range(10):
-            eager()
-            replayed()
-        different = differing(state_tensors(eager.engine), state_tensors(replayed.engine))
-        works = {
-            name: Timed(name, batch, step).calibrate(bench) for name, step in (("steps", eager), ("graph", replayed))
-        }
-        seconds = alternate(works, bench.repetitions, wait=bench.wait)
-        one, other = (works[name].rates(seconds[name]) for name in works)
-        note = f"an experiment, without Lookahead; {different} tensors differ in any bit after 10 steps"
-        what = f"training step, batch {batch}, {EXACT} {eager.engine.amp}"
-        report.add(compared(what, one, "the same step as a CUDA graph", other, note=note))
-    return None
-
-
-class GraphedSteps(Steps):
-    """Steps that may be captured as a CUDA graph: the rows and the key of augmentation and dropout are tensors.
-
-    The learning rate is frozen, and Lookahead has to be off.
-    """
-
-    WARM_UP = 5
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._rows = self._order[: self.batch].clone()
-        self._key = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._augmented, self._set_key = engine.augmented, engine.exact.set_key
-        # Within a step both keys come from here, since a graph would freeze Python's numbers.
-        engine.augmented = lambda indices, key: self._augmented(indices, self._key)  # type: ignore[method-assign]
-        engine.exact.set_key = lambda key, device: self._set_key(self._key, device)  # type: ignore[method-assign]
-
-    def capture(self) -> None:
-        """Take WARM_UP steps, then capture one."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.WARM_UP):
-                self()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.engine.step(0, 0, 0, self._rows)
-        self._graph = graph
-
-    def __call__(self) -> None:
-        first = self.done % self.in_epoch * self.batch
-        self.done += 1
-        self._rows.copy_(self._order[first : first + self.batch])
-        self._key.fill_(self.done)
-        if self._graph is None:
-            self.engine.step(0, 0, 0, self._rows)
-        else:
-            self._graph.replay()
+            self.ours[name] += own.rates([time.perf_counter() - began])
+        set_switches(*switches)

@@ -37,12 +37,19 @@ def full_trainer(folder: Path, batch: int, rank: int = 0, world: int = 1) -> Tra
     device = torch.device("cpu")
     configure_torch(spec, device)
     data = Dataset(*make_synthetic(2 * batch, 16))
-    engine = Engine(spec, device, ShardLayout(world, world, rank), data, resolve_amp(spec, device))
+    return trainer_around(
+        Engine(spec, device, ShardLayout(world, world, rank), data, resolve_amp(spec, device)), folder
+    )
+
+
+def trainer_around(engine: Engine, folder: Path) -> Trainer:
+    """A trainer of that engine. Its run stands in `folder`."""
+    spec, rank, world = engine.spec, engine.layout.rank, engine.layout.world_size
     paths = RunPaths(folder, "run")
     paths.create()
     context = Context(paths, spec, Launch(rank, world, rank), StopFlag())
     store = CheckpointStore(paths.checkpoints, 3, lambda event: None, _fail) if rank == 0 else None
-    trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, device))
+    trainer = Trainer(engine, context, Agreement(world, lag=0), store, describe_environment(spec, engine.device))
     if store is not None:
         trainer.pacer = CheckpointPacer(Losses(), context.log.line, time.monotonic())
     return trainer

@@ -10,13 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.peers.network import Network
+
+try:
+    import lightning.pytorch as lightning
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+except ImportError:  # its other name
+    import pytorch_lightning as lightning
+    from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 
 class Classifier(lightning.LightningModule):
