@@ -364,8 +364,8 @@ def test_gpus(
         (4, 4, {(0, 3), (3, 0)}, "ok", "direct access (P2P) between some of them", ""),
         (4, 1, set(), "warning", "1 CPU core a task; direct access (P2P) between all of them", "cpus_per_task"),
         (4, 3, set(), "warning", "3 CPU cores a task", "cpus_per_task"),
-        (1, 8, set(), "warning", "8 CPU cores a task, which sees 1 of them", "srun: [--gpu-bind=none]"),
-        (2, 1, set(), "warning", "1 CPU core a task, which sees 2 of them", "srun: [--gpu-bind=none]"),
+        (1, 8, set(), "warning", "8 CPU cores a task, but it sees only 1 GPU", "srun: [--gpu-bind=none]"),
+        (2, 1, set(), "warning", "1 CPU core a task, but it sees only 2 GPUs", "srun: [--gpu-bind=none]"),
     ],
 )
 def test_what_a_task_has_beside_its_gpu(

@@ -185,12 +185,12 @@ def check_gpus(plan: Plan) -> Finding:
     names = sorted({torch.cuda.get_device_name(index) for index in seen})
     words = f"{plan.gpus} on each node, usable by all tasks: {', '.join(names)}; {counted(cores, 'CPU core')} a task"
     if len(seen) < plan.gpus:
-        advice = "srun: [--gpu-bind=none] in the profile: NCCL uses NVLink between GPUs that each task sees"
-        return warning(f"{words}, which sees {len(seen)} of them", advice)
+        advice = "srun: [--gpu-bind=none] in the profile: NCCL uses NVLink only between GPUs that each task sees"
+        return warning(f"{words}, but it sees only {counted(len(seen), 'GPU')}", advice)
     if len(seen) > 1:
         apart = sum(not torch.cuda.can_device_access_peer(a, b) for a in seen for b in seen if a != b)
         words += f"; direct access (P2P) between {'some' if apart else 'all'} of them"
-    advice = "resources.cpus_per_task: with few cores a GPU waits for its rank"
+    advice = f"resources.cpus_per_task: {CORES_BESIDE_GPU} or more; with fewer a GPU waits for its rank"
     return warning(words, advice) if cores < CORES_BESIDE_GPU else ok(words)
 
 
