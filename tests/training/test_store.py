@@ -421,6 +421,24 @@ def test_a_best_one_that_found_no_room_is_written_with_the_next(tmp_path: Path) 
     assert leftovers(tmp_path) == []
 
 
+def test_a_held_state_is_written_with_the_next_one_or_at_the_end(tmp_path: Path) -> None:
+    writer = Recorder(tmp_path)
+    writer.put(1, best=True)
+    for step in (2, 3):
+        writer.hold(state(step))
+        settled(writer)
+    assert writer.written == ["step_00000001.pt"] and read_checkpoint(tmp_path / BEST).step == 1
+    assert writer.put(4) is None
+    assert writer.written[1:] == ["step_00000003.pt", "step_00000004.pt"], "the later one of both, and before the next"
+    assert read_checkpoint(tmp_path / BEST).step == 3
+    writer.hold(state(5))
+    assert writer.wait() is None
+    assert writer.written[3:] == ["step_00000005.pt"] and read_checkpoint(tmp_path / BEST).step == 5
+    writer.hold(state(6))
+    assert writer.put(7, best=True) is None
+    assert writer.written[4:] == ["step_00000007.pt"] and read_checkpoint(tmp_path / BEST).step == 7
+
+
 def test_waiting_tries_once_more(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in the folder's place")
     writer = Recorder(tmp_path / "run")
