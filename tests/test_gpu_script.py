@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nursery
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from benchmarks.gpu_bench import (
 )
 from benchmarks.measure import ROOT
 from cifar_hpc.config.io import from_plain
+from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.process import is_running
 
 
@@ -55,7 +58,7 @@ def test_rehearsal(call: str, tmp_path: Path) -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('submitit', 'pytest', 'lightning', 'pytorch_lightning')))"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(blocked)
-    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "site")}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "site"), **nursery.THREADS}
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "gpu.log").read_text()
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -267,6 +270,26 @@ def test_steps_are_those_of_the_training_loop() -> None:
     assert [place for *place, _ in taken] == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [1, 0, 3]]  # the third is of 50 images
     orders = [order for *_, order in taken]
     assert orders[0] is orders[2] and not torch.equal(orders[0], orders[3])
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_what_waits_for_the_device_is_counted_and_found(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, modes = Bench(torch.device("cpu"), quick=True), ["default"]
+    bench.cuda, engine = True, bench.engine(16)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def loss_sum(*arguments: torch.Tensor) -> torch.Tensor:  # called in each step
+        if waiting and modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
+        if waiting and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return Engine.loss_sum(engine, *arguments)
+
+    engine.loss_sum = loss_sum  # type: ignore[method-assign, assignment]
+    count, place = gpu_checks.waits(bench, engine)
+    assert count == (gpu_checks.STEPS if waiting else 0)
+    assert re.fullmatch(r"first at engine\.py:[0-9]+" if waiting else "", place)
+    assert modes[-1] == "default"
 
 
 def test_states_are_compared_bit_by_bit() -> None:
