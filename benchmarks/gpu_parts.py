@@ -46,15 +46,14 @@ def stall(bench: Bench, report: Report) -> None:
 
         alone = {"without": lambda: step.take(2 * few), "with": snapshot}
         beside = {"without": lambda: step.take(many), "with": written}
-        found = [
+        for what, count, target, seconds in (
             ("a snapshot adds to the training loop", 2 * few, STALL_TARGET,
              alternate(alone, 2 * bench.repetitions, 2, bench.wait)),
             ("a snapshot, and writing it to this disk meanwhile, add", many, "",
              alternate(beside, bench.repetitions, wait=settle)),
-        ]  # fmt: skip
-    for what, count, target, seconds in found:
-        added = [1e3 * (b - a) for a, b in zip(seconds["without"], seconds["with"], strict=True)]
-        report.add(figure(f"checkpoint: {what}", "ms", added, target, f"to {count} steps"))
+        ):  # fmt: skip
+            added = [1e3 * (b - a) for a, b in zip(seconds["without"], seconds["with"], strict=True)]
+            report.add(figure(f"checkpoint: {what}", "ms", added, target, f"to {count} steps"))
 
 
 def profile(bench: Bench, report: Report) -> None:

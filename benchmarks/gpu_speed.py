@@ -32,7 +32,6 @@ from benchmarks.gpu_bench import (
 from benchmarks.gpu_checks import STEPS, same_bits, waits
 from benchmarks.measure import alternate
 from cifar_hpc.errors import RunFailedError
-from cifar_hpc.training.engine import Engine
 from cifar_hpc.training.inputs import AHEAD
 from cifar_hpc.training.process import process_age
 
@@ -80,28 +79,17 @@ def rates(bench: Bench, report: Report) -> None:
             torch.cuda.reset_peak_memory_stats(bench.device)
         engine = bench.engine(batch, graph="off")
         found = bench.rates({"eager": engine})["eager"]
-        enqueued = _enqueuing(bench, engine)
-        note = f"{1e3 * batch / statistics.median(found):.3g} ms a step, the host {statistics.median(enqueued):.3g} ms"
-        if bench.cuda:
-            note += f"; at most {torch.cuda.max_memory_allocated(bench.device) / 2**30:.1f} GiB"
-        what = f"eager step, batch {batch}, deterministic {engine.amp}"
-        report.add(figure(what, "img/s", found, note=note), figure(f"{what}: enqueued in", "ms", enqueued))
-        del engine
-
-
-def _enqueuing(bench: Bench, engine: Engine) -> list[float]:
-    """Milliseconds that the host needs to launch a step: means over as many as are augmented at once."""
-    step, means = Steps(bench, engine), []
-    count = max(1, AHEAD[bench.device.type] // (engine.spec.train.batch_size * 32**2))
-    for _ in range(1 if bench.quick else bench.repetitions):
-        seconds = 0.0
-        for _ in range(count):
+        step, host = Steps(bench, engine), []
+        for _ in range(max(1, AHEAD[bench.device.type] // (batch * 32**2))):  # as many as are augmented at once
             bench.wait()  # else CUDA's queue is full, and launching takes as long as the device
             began = time.perf_counter()
             step.take()
-            seconds += time.perf_counter() - began
-        means.append(1e3 * seconds / count)
-    return means
+            host.append(1e3 * (time.perf_counter() - began))
+        note = f"{1e3 * batch / statistics.median(found):.3g} ms a step, enqueued in {statistics.mean(host):.3g} ms"
+        if bench.cuda:
+            note += f"; at most {torch.cuda.max_memory_allocated(bench.device) / 2**30:.1f} GiB"
+        report.add(figure(f"eager step, batch {batch}, deterministic {engine.amp}", "img/s", found, note=note))
+        del engine, step
 
 
 def graph(bench: Bench, report: Report) -> None:
