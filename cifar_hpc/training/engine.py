@@ -136,7 +136,7 @@ class Engine:
         if not self.model.training:
             self.model.train()
         side = training_size(self.spec, epoch)
-        if self.graphs is None or inputs.batch < self.spec.train.batch_size:
+        if self.graphs is None:
             self.compute(inputs, side)
         else:
             self.graphs.step(inputs, side)

@@ -45,19 +45,19 @@ class StepGraphs:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._eager: Counter[int] = Counter()  # steps so far, by size of the images
+        self._eager: Counter[int] = Counter()  # steps of whole batches, by size of the images
         self._captured: dict[tuple[bool, int], _Captured] = {}
         self._stream = torch.cuda.Stream(engine.device)  # capture is not possible on the default stream
         self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time share memory
 
     def step(self, inputs: StepInputs, side: int) -> None:
-        """Take a step of a whole batch; the arguments are those of `Engine.compute`."""
-        optimizer = self._engine.optimizer
+        """Take a step, as `Engine.compute` does; of an epoch's smaller last batch without a graph."""
+        optimizer, whole = self._engine.optimizer, inputs.batch == self._engine.spec.train.batch_size
         look = optimizer if isinstance(optimizer, Lookahead) else None
         sync = look is not None and look.syncs_next
         found = self._captured.get((sync, side))
-        if found is None and self._eager[side] < WARM_UP:
-            self._eager[side] += 1
+        if not whole or (found is None and self._eager[side] < WARM_UP):
+            self._eager[side] += whole
             with self.stream():
                 self._engine.compute(inputs, side)
             return
@@ -75,7 +75,7 @@ class StepGraphs:
     def stream(self) -> Iterator[None]:
         """Give the context the stream of the captures.
 
-        Each backward pass before them belongs there: a network may keep its nodes, which would still be of another
+        Each backward pass without a graph belongs there: a network may keep its nodes, which would still be of another
         stream in a capture.
         """
         self._stream.wait_stream(torch.cuda.current_stream())

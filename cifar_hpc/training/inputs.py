@@ -95,12 +95,12 @@ class InputQueue:
             own.append(rows[bounds[0].start : bounds[1].stop])
         sizes, indices = [len(rows) for rows in own], torch.cat(own)
 
-        def on_device(values: Iterable[int | list[int]]) -> Tensor:
+        def int64(values: Iterable[int | list[int]]) -> Tensor:
             return torch.tensor([*values], dtype=torch.int64)
 
         def of_rows(stream: Stream) -> Tensor:
             """A key for each row, that of its step."""
-            keys = on_device(mix(seed, stream, epoch, step) for step in steps)
+            keys = int64(mix(seed, stream, epoch, step) for step in steps)
             return keys.repeat_interleave(torch.tensor(sizes)).to(device, non_blocking=True)
 
         images = self._augmented(indices, of_rows(Stream.AUGMENT)).split(sizes)
@@ -108,7 +108,7 @@ class InputQueue:
         draws: Iterable[Tensor | None] = [None] * len(steps)
         if self.spec.mixing.on:
             draws = uniform(of_rows(Stream.MIX), indices, MIXING_DRAWS).split(sizes)
-        masks = on_device([mix(seed, Stream.DROPOUT, epoch, step, shard) for shard in mine] for step in steps)
+        masks = int64([mix(seed, Stream.DROPOUT, epoch, step, shard) for shard in mine] for step in steps)
         keys = self._mask_keys(masks.to(device, non_blocking=True))
         numbers = torch.arange(global_step + 1, global_step + 1 + len(steps), device=device)
         parts = zip(steps, images, labels, draws, keys, numbers, batches, strict=True)

@@ -245,12 +245,14 @@ def graphed(cuda: FakeCuda) -> tuple[Engine, list[bool]]:
     return engine, seen
 
 
-def test_all_backward_passes_before_a_capture_are_in_its_stream(cuda: FakeCuda) -> None:
+def test_all_backward_passes_without_a_graph_are_in_the_captures_stream(cuda: FakeCuda) -> None:
     """A node of a network's graph that is kept from another stream makes a capture fail."""
     engine, seen = graphed(cuda)
     engine.first_gradient()
-    take_steps(engine, 0, WARM_UP)
-    assert seen == [True] * (1 + WARM_UP)
+    take_steps(engine, 0, engine.steps_per_epoch)
+    kinds = len(cuda.graphs)
+    assert seen == [True] * (1 + WARM_UP) + [False] * kinds + [True], "the last batch is a smaller one"
+    assert kinds == 2
 
 
 @pytest.mark.parametrize(
