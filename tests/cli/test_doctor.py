@@ -435,7 +435,7 @@ def test_a_task_runs_all_checks_and_writes_what_it_found(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "job_fields", lambda job_id: {"Requeue": "1"})
-    monkeypatch.setattr(slurm, "command", lambda _: os.kill(os.getpid(), node.signal.SIGUSR2))
+    monkeypatch.setattr(slurm, "command", lambda _: node.signal.raise_signal(node.signal.SIGUSR2))
     with hold_lock(tmp_path / LOCK):
         task.run()
     found = reported(tmp_path)

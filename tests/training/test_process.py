@@ -168,10 +168,10 @@ def flag() -> Any:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_sets_the_flag(flag: StopFlag, number: signal.Signals) -> None:
     assert not flag.requested
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert flag.requested
     assert flag.signal is number
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert flag.signal is number
 
 
@@ -179,14 +179,14 @@ def test_the_first_signal_sets_the_flag(flag: StopFlag, number: signal.Signals) 
 def test_a_signal_that_nohup_has_ignored_stays_ignored(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # conftest puts it back
     flag = StopFlag().install(interactive=True)
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert not flag.requested
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert flag.requested
 
 
 def test_sigcont_is_ignored(flag: StopFlag) -> None:
-    os.kill(os.getpid(), signal.SIGCONT)
+    signal.raise_signal(signal.SIGCONT)
     assert not flag.requested
 
 
@@ -194,7 +194,7 @@ def test_raise_flag_counts_as_sigterm_unless_a_signal_came_first(flag: StopFlag)
     other = StopFlag()
     other.raise_flag()
     assert other.requested and other.signal is signal.SIGTERM
-    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.raise_signal(signal.SIGUSR2)
     flag.raise_flag()
     assert flag.signal is signal.SIGUSR2
 

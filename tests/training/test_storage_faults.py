@@ -277,7 +277,7 @@ def test_a_folder_of_checkpoints_that_is_removed_before_a_stop(run: Run, referen
 
 def remove_and_stop(folder: Path) -> None:
     shutil.rmtree(folder)
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_folder_of_logs_that_is_removed(run: Run, reference: dict[str, Any]) -> None:
@@ -369,7 +369,7 @@ def test_a_stop_waits_for_its_own_checkpoint_and_leaves_out_the_ones_before(
 
 
 def stop_here() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 # ------------------------------------------------------------------ hostile files
