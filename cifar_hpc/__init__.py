@@ -6,7 +6,7 @@ TYPE_CHECKING = False  # of `typing`, which takes longer to import than all else
 if TYPE_CHECKING:
     from cifar_hpc.models.standalone import Model
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def load(file: str) -> Model:
