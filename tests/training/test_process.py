@@ -160,6 +160,8 @@ def test_a_stop_tells_how_long_ago_the_signal_was(tmp_path: Path, told: bool) ->
 @pytest.fixture
 def flag() -> Any:
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     yield StopFlag().install()
     for number, handler in before.items():
         signal.signal(number, handler)
