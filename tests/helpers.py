@@ -45,10 +45,10 @@ TINY: dict[str, Any] = {
 }
 # What our recipes, jobs/improved_resnet_plus.yaml and _fast.yaml, have beside the report's.
 PLUS: dict[str, Any] = {
-    "optimizer": {"nesterov": True, "decay_all": False, "weight_decay": 0.01},
+    "optimizer": {"nesterov": True, "decay_all": False, "weight_decay": 0.01, "bias_factor": 4},
     "lookahead": {"enabled": False, "bn_batches": 2},
     "ema": {"decay": 0.9},
-    "schedule": {"per": "step", "warmup_epochs": 0.5},
+    "schedule": {"name": "linear", "per": "step", "warmup_epochs": 0.5},
     "augment": {"trivial": True, "rotation": 0, "hue": 0, "erasing": 0.1},
     "mixing": {"mixup": 0.2, "cutmix": 1.0, "probability": 0.8},
     "resizing": {"initial": 16},

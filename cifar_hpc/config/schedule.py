@@ -53,8 +53,8 @@ def learning_rate(spec: Spec, epoch: int, updates: int, steps_per_epoch: int) ->
     """The rate of the next update.
 
     Over schedule.warmup_epochs it rises linearly with each update (Goyal et al. 2017, arXiv:1706.02677, section 2.2);
-    then cosine annealing to zero over the epochs that are left (Loshchilov and Hutter 2017, arXiv:1608.03983, without
-    restarts), in the closed form of torch's CosineAnnealingLR.
+    then it falls to zero over the epochs that are left, in a line or by cosine annealing (Loshchilov and Hutter 2017,
+    arXiv:1608.03983, without restarts) in the closed form of torch's CosineAnnealingLR.
 
     Args:
         epoch: epochs completed.
@@ -71,4 +71,7 @@ def learning_rate(spec: Spec, epoch: int, updates: int, steps_per_epoch: int) ->
         fraction = max(0.0, epoch - warmup) / (spec.train.epochs - warmup)
     else:
         fraction = (updates - rising) / (spec.train.epochs * steps_per_epoch - rising)
-    return 0.5 * base * (1 + math.cos(math.pi * min(1.0, fraction)))
+    fraction = min(1.0, fraction)
+    if spec.schedule.name == "linear":
+        return base * (1 - fraction)
+    return 0.5 * base * (1 + math.cos(math.pi * fraction))

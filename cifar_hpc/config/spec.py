@@ -99,7 +99,7 @@ class ModelSpec:
 
 
 # By name: the class in training/optim.py, and its options beside lr and weight_decay.
-OPTIMIZERS = {"sgd": ("SGD", ("momentum", "nesterov")), "adamw": ("AdamW", ("betas", "eps"))}
+OPTIMIZERS = {"sgd": ("SGD", ("momentum", "nesterov", "bias_factor")), "adamw": ("AdamW", ("betas", "eps"))}
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ class OptimizerSpec:
         1e-4, "L2 penalty on the weights; AdamW's is decoupled from the gradient", low=0, high=FLOAT32
     )
     nesterov: bool = option(False, "SGD's Nesterov momentum")
+    bias_factor: float = option(
+        1.0, "SGD's learning rate of biases, BatchNorm's too, as a multiple of that of the weights", above=0, high=1e6
+    )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay of the two moments", low=0, high=0.999999)
     eps: float = option(1e-8, "AdamW's term in the denominator", above=0, high=1)
     decay_all: bool = option(True, "weight decay on BatchNorm's parameters and on biases, too; false spares them")
@@ -131,7 +134,9 @@ class LookaheadSpec:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    name: Literal["cosine", "constant"] = option("cosine", "shape of the learning rate")
+    name: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "shape of the learning rate; all but constant end at zero"
+    )
     per: Literal["epoch", "step"] = option("epoch", "how often the learning rate changes (the report: per epoch)")
     warmup_epochs: float = option(
         0.0, "epochs over which the rate rises from zero to optimizer.lr with each update", low=0, high=1_000_000

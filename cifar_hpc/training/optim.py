@@ -29,7 +29,9 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
     """Return the optimizer of `spec` over all parameters of `model`, with weight decay on all or on layers only.
 
     Parameters of one dimension are BatchNorm's and biases. A group of their own without decay would change the order of
-    parameters, in which checkpoints hold the optimizer's state and slow weights.
+    parameters, in which checkpoints hold the optimizer's state and slow weights. For the same reason the biases' rate
+    is a factor of their gradients, which SGD's updates are proportional to: weight decay keeps the common rate, as in
+    airbench (Jordan 2024, arXiv:2404.00498).
 
     Args:
         fused: an update is one kernel, and the rate a tensor on the device, so that a CUDA graph may hold it. The bits
@@ -39,6 +41,7 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
     decay = spec.weight_decay if spec.decay_all else 0.0
     kind: type[Optimizer] = {"SGD": SGD, "AdamW": torch.optim.AdamW}[name]
     given = {key: getattr(spec, key) for key in options}
+    bias_factor = given.pop("bias_factor", 1.0)
     if fused:
         given |= {"fused": True} if name == "SGD" else {"fused": True, "capturable": True}
     optimizer = kind(model.parameters(), lr=spec.lr, weight_decay=decay, **given)  # type: ignore[call-arg]
@@ -56,6 +59,14 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
                 torch._foreach_add_(grads, layers, alpha=spec.weight_decay)
 
         optimizer.register_step_pre_hook(decay_layers)
+    biases = [p for key, p in model.named_parameters() if key.endswith("bias") and p.requires_grad]
+    if bias_factor != 1 and biases:
+
+        @torch.no_grad()
+        def scale_biases(*_: object) -> None:
+            torch._foreach_mul_([p.grad for p in biases if p.grad is not None], bias_factor)
+
+        optimizer.register_step_pre_hook(scale_biases)
     return optimizer
 
 

@@ -70,9 +70,10 @@ SECTIONS = st.fixed_dictionaries(
                 "momentum": pick(0, 0.9, 1),
                 "weight_decay": pick(0, 1e-4, *LARGE),
                 "nesterov": st.just(False),
+                "bias_factor": pick(1, 16, 1e6),
             }
         ),
-        "schedule": st.fixed_dictionaries({"name": pick("cosine", "constant"), "per": pick("epoch", "step")}),
+        "schedule": st.fixed_dictionaries({"name": pick("cosine", "linear", "constant"), "per": pick("epoch", "step")}),
         "checkpoint": st.fixed_dictionaries(
             {"every_epochs": pick(1, MANY), "every_steps": pick(None, 1, MANY), "keep": pick(1, MANY)}
         ),

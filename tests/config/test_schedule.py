@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from cifar_hpc.config.schedule import learning_rate
 from cifar_hpc.config.spec import ScheduleSpec, Spec
@@ -15,8 +16,8 @@ from cifar_hpc.config.spec import ScheduleSpec, Spec
 STEPS = 391
 
 
-def spec(**schedule: str) -> Spec:
-    return dataclasses.replace(Spec(), schedule=ScheduleSpec(**schedule))  # type: ignore[arg-type]
+def spec(**schedule: Any) -> Spec:
+    return dataclasses.replace(Spec(), schedule=ScheduleSpec(**schedule))
 
 
 def torch_rates(base: float, periods: int) -> list[float]:
@@ -49,6 +50,22 @@ def test_per_step_it_is_cosine_annealing_over_all_updates() -> None:
 
 def test_per_step_a_skipped_update_does_not_advance_it() -> None:
     assert learning_rate(spec(per="step"), 0, 5, STEPS) == learning_rate(spec(per="step"), 3, 5, STEPS)
+
+
+def test_a_linear_rate_is_torchs() -> None:
+    short = dataclasses.replace(
+        spec(name="linear", per="step", warmup_epochs=1), train=dataclasses.replace(Spec().train, epochs=4)
+    )
+    ours = [learning_rate(short, update // 50, update, 50) for update in range(201)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.05)
+    scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=150)
+    for update in range(50, 201):
+        assert ours[update] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+    assert (ours[50], ours[200]) == (0.05, 0.0)
+    by_epoch = [learning_rate(spec(name="linear"), epoch, epoch * STEPS + 7, STEPS) for epoch in (0, 100, 400)]
+    assert by_epoch == pytest.approx([0.05, 0.0375, 0.0])
 
 
 def test_constant() -> None:

@@ -86,6 +86,28 @@ def test_by_default_everything_decays() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("factor", "same"), [(16.0, torch.equal), (3.0, torch.allclose)])  # 16 rounds nothing
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_the_biases_rate_is_that_of_torchs_with_two_groups(factor: float, same: Any, decay_all: bool) -> None:
+    """Their decay keeps the common rate."""
+    options: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
+    ours, theirs = ([torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)] for _ in range(2))
+    for mine, other in zip(ours, theirs, strict=True):
+        other.load_state_dict(mine.state_dict())
+    decays = [0.01 if decay_all else 0.0] * 3 + [0.01]
+    kinds = [theirs[0].bias, theirs[1].bias], [theirs[0].weight], [theirs[1].weight]
+    groups = [
+        {"params": kinds[0], "lr": 0.01 * factor, "weight_decay": decays[0] / factor},
+        {"params": kinds[1], "weight_decay": decays[1]},
+        {"params": kinds[2], "weight_decay": 0.01},
+    ]
+    spec = OptimizerSpec(weight_decay=0.01, decay_all=decay_all, bias_factor=factor, **options)
+    model, other = torch.nn.Sequential(*ours), torch.nn.Sequential(*theirs)
+    train(build_inner(model, spec), list(model.parameters()))
+    train(torch.optim.SGD(groups, **options), list(other.parameters()))
+    assert all(same(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_parameters_keep_the_models_order_in_the_optimizers_state() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
     kept = build_inner(model, OptimizerSpec(decay_all=False)).param_groups[0]["params"]
