@@ -25,17 +25,17 @@ from cifar_hpc.errors import SchedulerError, SpecError, nearest
 from cifar_hpc.runs import results
 from cifar_hpc.runs.paths import find_runs, project_root
 from cifar_hpc.runs.queue import ANSWER_SECONDS, jobs_of
-from cifar_hpc.runs.results import BASE, MANY_KEYS, Group, Row, sort_key, varied_keys
+from cifar_hpc.runs.results import BASE, MANY_KEYS, Group, Row, base_in_words, sort_key, varied_keys
 from cifar_hpc.text import in_latex, in_markdown, one_line, printable, shown
 
 EXAMPLES = (
     "'dropout-*' 'activation-*' --sort=-test_accuracy --markdown",
-    "'dropout-*' --columns run,wall_seconds --latex",
+    "'dropout-*' --columns dropout,seeds,test_accuracy,difference --latex",
 )
 
 MISSING = "-"
 # Columns by their names, as --sort takes them: those that have the name as their heading, and the figures.
-WORDS = ("run", "settings", "seeds", "epochs", "restarts", "ranks", "state")
+WORDS = ("run", "settings", "seeds", "difference", "epochs", "restarts", "ranks", "state")
 FIGURES = {  # name: (heading on a terminal, heading in a document)
     "test_accuracy": ("test %", "test accuracy (%)"),
     "best_accuracy": ("best %", "best (%)"),
@@ -47,7 +47,7 @@ FIGURES = {  # name: (heading on a terminal, heading in a document)
     "peak_memory_bytes": ("mem GiB", "peak memory of a rank (GiB)"),
 }
 TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
-LONG_HEADINGS = {"GPU-h": "GPU-hours", **dict(FIGURES.values())}
+LONG_HEADINGS = {"GPU-h": "GPU-hours", "difference": "difference to the first (± s.e.)", **dict(FIGURES.values())}
 # How a row was made: below the table of a document, and columns if they are asked for.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
 # Left out of a narrow table, the first one first.
@@ -98,9 +98,9 @@ def main(arguments: argparse.Namespace) -> int:
         form = as_markdown if arguments.form == "markdown" else as_latex
         print(form(table, list(remarks(rows, columns, table))), end="")
     elif sys.stdout.isatty():
-        print_on_terminal(table, base_in_words(rows))
+        print_on_terminal(table, base_in_words(groups))
     else:
-        print(*lay_out(table), *filter(None, [base_in_words(rows)]), sep="\n")
+        print(*lay_out(table), *filter(None, [base_in_words(groups)]), sep="\n")
     for name, seed in ((row.members[0].name, seed) for row in rows for seed in row.ambiguous_seeds):
         text = f"runs of seed {seed} have different results (other hardware?); the first counts, --each shows all"
         print(f"warning: {name}: {text}", file=sys.stderr)
@@ -210,7 +210,7 @@ def remarks(rows: Sequence[Row], columns: Sequence[CompareColumn], table: Sequen
     usual = [c for name in USUAL if (c := by_name[name]).shown and c not in table and len({*c.cells}) == 1]
     if usual and len(rows) > 1:
         yield "in each row", [("", ", ".join(f"{c.heading} {c.cells[0]}" for c in usual))]
-    if text := base_in_words(rows):
+    if text := base_in_words([row.group for row in rows]):
         yield BASE, [("", text.partition(": ")[2])]
     names = results.labels([row.group for row in rows])
     for name in (*ORIGINS, "runs"):
@@ -219,12 +219,6 @@ def remarks(rows: Sequence[Row], columns: Sequence[CompareColumn], table: Sequen
             labelled.setdefault(text, []).append(label)
         if by_name[name] not in table and (name != "runs" or len(rows) > 1):
             yield name, [("", t) if len(labelled) == 1 else ("; ".join(of), t) for t, of in labelled.items()]
-
-
-def base_in_words(rows: Sequence[Row]) -> str:
-    """Values of the row `base`, if the others are named by what they change in it; else empty."""
-    base = results.base_of([row.group for row in rows])
-    return "base: " + one_line(" ".join(f"{k}={v}" for k, v in base.items())) if len(base) > MANY_KEYS else ""
 
 
 def as_markdown(columns: Sequence[CompareColumn], below: Sequence[Remark]) -> str:
@@ -306,6 +300,7 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
         _column("settings", setting_texts, [group.changed or None for group in groups], shown=many),
         _column("seeds", [_seeds(row) for row in rows], [len(set(row.group.seeds)) for row in rows], shown=not each),
         _figures("test_accuracy", rows, "{:.2f}".format),
+        _differences(rows),
         _figures("best_accuracy", rows, "{:.2f}".format),
         _figures("train_accuracy", rows, "{:.2f}".format),
         _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
@@ -344,6 +339,13 @@ def _figures(name: str, rows: Sequence[Row], form: Callable[[float], str], shown
     ends = [f" ± {text:>{width}}" if text else " " * (width and width + len(" ± ")) for text in deviations]
     cells = [MISSING if f is None else form(f.mean) + end for f, end in zip(figures, ends, strict=True)]
     return _column(name, cells, [f and f.mean for f in figures], shown)
+
+
+def _differences(rows: Sequence[Row]) -> CompareColumn:
+    """Points of test accuracy beside the first row, as a paired test over seeds takes them."""
+    figures = [None if row is rows[0] else row.difference(rows[0]) for row in rows]
+    cells = [MISSING if f is None else f"{f.mean:+.2f}" + f" ± {f.error:.2f}" * (f.count > 1) for f in figures]
+    return _column("difference", cells, [f and f.mean for f in figures], False)
 
 
 def _device_hours(rows: Sequence[Row]) -> CompareColumn:
@@ -415,5 +417,4 @@ def _state(row: Row) -> str:
 
 def _run(row: Row) -> str:
     """The name of the first run, and the number of the others."""
-    more = len(row.members) - 1
-    return row.members[0].name + (f" and {more} more" if more else "")
+    return row.members[0].name + (f" and {more} more" if (more := len(row.members) - 1) else "")

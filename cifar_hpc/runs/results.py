@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import sqrt
 from statistics import fmean, stdev
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from cifar_hpc.runs.paths import RunPaths, sweep_order
 from cifar_hpc.runs.progress import DAMAGE, read_progress
 from cifar_hpc.runs.state import read_state
 from cifar_hpc.slurm.client import QueuedJob
+from cifar_hpc.text import one_line
 
 SEED = "train.seed"
 SHARDS = "train.shards"
@@ -100,6 +102,12 @@ def base_of(groups: Sequence[Group]) -> dict[str, str]:
     """The value that most of the groups have of each key in which they differ, in words."""
     texts = [{key: in_words(value) for key, value in group.changed.items()} for group in groups]
     return {key: Counter(t[key] for t in texts if key in t).most_common(1)[0][0] for key in varied_keys(groups)}
+
+
+def base_in_words(groups: Sequence[Group]) -> str:
+    """The values of the group `base`, if the others are named by what they change in it; else empty."""
+    base = base_of(groups)
+    return f"{BASE}: " + one_line(" ".join(f"{k}={v}" for k, v in base.items())) if len(base) > MANY_KEYS else ""
 
 
 def one_a_seed(pairs: Iterable[tuple[Item, int]], epochs: Callable[[Item], int]) -> list[Item]:
@@ -235,6 +243,11 @@ class Figure:
     std: float | None
     count: int
 
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; 0 for a single seed, which has none."""
+        return (self.std or 0.0) / sqrt(self.count)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -271,8 +284,17 @@ class Row:
 
     def figure(self, name: str) -> Figure | None:
         """A field of the results as one figure; None if no member has it."""
-        values = [value for member in self.counted if (value := getattr(member, name)) is not None]
-        return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
+        return _figure([value for member in self.counted if (value := getattr(member, name)) is not None])
+
+    def difference(self, other: "Row") -> Figure | None:
+        """The test accuracy less that of `other`, over the seeds that both have; None if there is none."""
+        own, others = self._by_seed(), other._by_seed()
+        return _figure([own[seed] - others[seed] for seed in own if seed in others])
+
+    def _by_seed(self) -> dict[int, float]:
+        seeds = dict(zip((member.name for member in self.members), self.group.seeds, strict=False))
+        accuracies = [(seeds.get(member.name), member.test_accuracy) for member in self.counted]
+        return {seed: value for seed, value in accuracies if seed is not None and value is not None}
 
     def causes(self) -> dict[str, int]:
         """Restarts of all members by cause."""
@@ -284,6 +306,10 @@ class Row:
         values = [getattr(member, name) for member in self.members]
         items = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
         return list(dict.fromkeys(item for item in items if item is not None))
+
+
+def _figure(values: Sequence[float]) -> Figure | None:
+    return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
 
 def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob | None] | None) -> list[Row]:

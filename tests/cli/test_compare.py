@@ -127,6 +127,15 @@ def test_points_of_a_sweep_are_in_its_order_unless_they_are_sorted(
     assert [line.split()[0] for line in shown(capsys, "run-*", "--sort=dropout").splitlines()[1:]] == sorted(order)
 
 
+@pytest.mark.usefixtures("sweep")
+def test_differences_are_taken_seed_by_seed_with_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 95 - 90 and 97 - 91: the third seed of one has not finished. A single seed has no error."""
+    lines = shown(capsys, "run-*", "--columns", "dropout,difference").splitlines()
+    assert [line.split(maxsplit=1)[1].strip() for line in lines] == ["difference", "-", "+5.50 ± 0.50", "+2.00"]
+    text = shown(capsys, "run-*", "--columns", "dropout,difference", "--sort=-dropout", "--markdown")
+    assert "difference to the first (± s.e.)" in text and "| +3.00 |" in text
+
+
 def test_peak_memory_is_that_of_the_rank_that_took_most(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     run = make("run", [50.0])
     shown(capsys, "run")  # writes progress.json

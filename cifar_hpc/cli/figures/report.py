@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from html import escape
 
 from cifar_hpc import __version__
-from cifar_hpc.cli.compare import NOTE, ORIGINS, all_columns, base_in_words, read_groups
+from cifar_hpc.cli.compare import NOTE, ORIGINS, all_columns, read_groups
 from cifar_hpc.cli.figures import curves, style
 from cifar_hpc.cli.figures.plot import FIGURES, figures, some
 from cifar_hpc.cli.figures.timeline import CHECKPOINT
@@ -24,7 +24,7 @@ from cifar_hpc.files import write_atomic
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import output_of_start
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
-from cifar_hpc.runs.results import Group, Row, group_runs, labels
+from cifar_hpc.runs.results import Group, Row, base_in_words, group_runs, labels
 from cifar_hpc.runs.timeline import read_timeline
 from cifar_hpc.text import printable
 
@@ -85,7 +85,7 @@ def _page(runs: Sequence[RunPaths]) -> Iterator[str]:
     cells = zip(names, *(column.cells for column in columns), strict=True)
     numbers = {place for place, column in enumerate(columns, 1) if column.right}
     yield "<h2>Results</h2>\n" + _table(["runs", *(column.heading for column in columns)], cells, numbers)
-    yield from (f"<p>{_text(words)}</p>\n" for words in (base_in_words(rows), NOTE) if words)
+    yield from (f"<p>{_text(words)}</p>\n" for words in (base_in_words(groups), NOTE) if words)
     yield from (f"<p>{_text(f'{g.runs[0].name}: {g.problem}')}</p>\n" for g in groups if g.problem)
     yield "<h2>Curves and timeline</h2>\n"
     series = curves.read_series(groups)
