@@ -177,7 +177,7 @@ def test_the_sweeps_of_the_project(job: Path) -> None:
     seeds = {point.values["train.seed"] for point in points}
     assert len(seeds) == 3 and len(points) % 3 == 0 and len(points) >= 6
     # A recipe as it stands is among the points, so that each question is asked against it.
-    base = load_spec(JOBS / ("improved_resnet_fast.yaml" if job.stem == "fast" else "improved_resnet.yaml"))
+    base = load_spec(JOBS / ("improved_resnet_fast.yaml" if job.stem == "fast_elements" else "improved_resnet.yaml"))
     assert any(point.spec == base for point in points)
     assert f"python submit.py jobs/sweeps/{job.name}" in job.read_text()
 
