@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 
 # Causes of the next attempt that are no reason of an event: a user submitted the run again, or no event says why.
 SUBMITTED, KILLED = "submitted", "killed"
+FAILURE = "failure"  # also the reason of the request to requeue after one
 # Events by which an attempt ends or announces its end; a submission ends it, too.
 _OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
 # Events of a start that finds the run finished, which say nothing about the run.
@@ -75,7 +76,8 @@ class Attempt:
                 self.stop_step = step_of(row)
         if name in (*_OWN_ENDS, events.Submitted.name):
             self.cause, self.ended = _cause(name, row, self.cause), True
-            self.end = self.end if self.cause == SUBMITTED else time
+            if self.cause != SUBMITTED and not (self.begun and self.cause == FAILURE):
+                self.end = time
             self.start = self.start if self.begun else self.end
         elif name == events.Checkpoint.name and not self.ended:
             self.end = time
@@ -248,7 +250,7 @@ def _cause(name: str, row: Row, before: str) -> str:
     if name == events.Requeued.name or (name == events.Left.name and row.get("reason") in events.BY_SLURM):
         return str(row.get("reason"))
     if name in FAILURES:
-        return "failure"
+        return FAILURE
     if name == events.Holding.name and before == KILLED:
         return "preemption"  # it was warned, and could not ask Slurm why
     return before

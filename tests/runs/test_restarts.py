@@ -42,6 +42,12 @@ def test_a_start_that_was_killed_loses_what_came_after_its_last_checkpoint() -> 
     assert restarts_of([at(0, "started"), at(200, "resumed")])[1] == 200.0
 
 
+@pytest.mark.parametrize("end", [at(90, "failed"), at(90, "hang")])
+def test_a_failure_loses_what_came_after_the_last_checkpoint(end: dict[str, Any]) -> None:
+    events = [at(0, "started"), at(50, "checkpoint"), end, at(91, "requeued", reason="failure"), at(200, "resumed")]
+    assert restarts_of(events) == ({"failure": 1}, 150.0, 50.0)
+
+
 def test_what_passes_before_a_person_submits_again_is_no_loss() -> None:
     events = [
         at(0, "started"),
