@@ -35,9 +35,10 @@ EXAMPLES = (
 
 MISSING = "-"
 # Columns by their names, as --sort takes them: those that have the name as their heading, and the figures.
-WORDS = ("run", "settings", "seeds", "difference", "epochs", "restarts", "ranks", "state")
+WORDS = ("run", "settings", "seeds", "epochs", "restarts", "ranks", "state")
 FIGURES = {  # name: (heading on a terminal, heading in a document)
     "test_accuracy": ("test %", "test accuracy (%)"),
+    "difference": ("difference", "difference to the first (± s.e.)"),
     "best_accuracy": ("best %", "best (%)"),
     "train_accuracy": ("train %", "train accuracy (%)"),
     "training_seconds": ("training", "training time"),
@@ -47,7 +48,7 @@ FIGURES = {  # name: (heading on a terminal, heading in a document)
     "peak_memory_bytes": ("mem GiB", "peak memory of a rank (GiB)"),
 }
 TAKEN = {*WORDS, *FIGURES, *(heading for heading, _ in FIGURES.values())}
-LONG_HEADINGS = {"GPU-h": "GPU-hours", "difference": "difference to the first (± s.e.)", **dict(FIGURES.values())}
+LONG_HEADINGS = {"GPU-h": "GPU-hours", **dict(FIGURES.values())}
 # How a row was made: below the table of a document, and columns if they are asked for.
 ORIGINS = ("hardware", "versions", "data", "date", "command")
 # Left out of a narrow table, the first one first.
@@ -300,7 +301,7 @@ def all_columns(rows: Sequence[Row], *, each: bool) -> list[CompareColumn]:
         _column("settings", setting_texts, [group.changed or None for group in groups], shown=many),
         _column("seeds", [_seeds(row) for row in rows], [len(set(row.group.seeds)) for row in rows], shown=not each),
         _figures("test_accuracy", rows, "{:.2f}".format),
-        _differences(rows),
+        _figures("difference", rows, lambda points: f"{round(points, 2) + 0.0:+.2f}", shown=False),  # never -0.00
         _figures("best_accuracy", rows, "{:.2f}".format),
         _figures("train_accuracy", rows, "{:.2f}".format),
         _column("epochs", [_epochs(row) for row in rows], fewest_epochs),
@@ -331,21 +332,14 @@ def _key_column(key: str, heading: str, rows: Sequence[Row], shown: bool) -> Com
 
 
 def _figures(name: str, rows: Sequence[Row], form: Callable[[float], str], shown: bool = True) -> CompareColumn:
-    """Means, and of the test accuracy its standard deviation where there are several seeds."""
+    """Means, and where there are several seeds the spread of the test accuracy and of differences."""
     figures = [row.figure(name) for row in rows]
-    stds = [f.std if f and name == "test_accuracy" else None for f in figures]
-    deviations = ["" if std is None else f"{std:.2f}" for std in stds]
+    spread = {"test_accuracy": "std", "difference": "error"}.get(name)
+    deviations = ["" if f is None or f.std is None or not spread else f"{getattr(f, spread):.2f}" for f in figures]
     width = max(map(len, deviations), default=0)
     ends = [f" ± {text:>{width}}" if text else " " * (width and width + len(" ± ")) for text in deviations]
     cells = [MISSING if f is None else form(f.mean) + end for f, end in zip(figures, ends, strict=True)]
     return _column(name, cells, [f and f.mean for f in figures], shown)
-
-
-def _differences(rows: Sequence[Row]) -> CompareColumn:
-    """Points of test accuracy beside the first row, as a paired test over seeds takes them."""
-    figures = [None if row is rows[0] else row.difference(rows[0]) for row in rows]
-    cells = [MISSING if f is None else f"{f.mean:+.2f}" + f" ± {f.error:.2f}" * (f.count > 1) for f in figures]
-    return _column("difference", cells, [f and f.mean for f in figures], False)
 
 
 def _device_hours(rows: Sequence[Row]) -> CompareColumn:

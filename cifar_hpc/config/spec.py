@@ -112,7 +112,7 @@ class OptimizerSpec:
     )
     nesterov: bool = option(False, "SGD's Nesterov momentum")
     bias_factor: float = option(
-        1.0, "SGD's learning rate of biases, BatchNorm's too, as a multiple of that of the weights", above=0, high=1e6
+        1.0, "SGD's learning rate of the parameters whose names end with bias, as a multiple of lr", above=0, high=1e6
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay of the two moments", low=0, high=0.999999)
     eps: float = option(1e-8, "AdamW's term in the denominator", above=0, high=1)

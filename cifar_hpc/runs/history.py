@@ -19,7 +19,6 @@ Row = Mapping[str, Any]
 
 # Causes of the next attempt that are no reason of an event: a user submitted the run again, or no event says why.
 SUBMITTED, KILLED = "submitted", "killed"
-FAILURE = "failure"  # also the reason of the request to requeue after one
 # Events by which an attempt ends or announces its end; a submission ends it, too.
 _OWN_ENDS = (events.Requeued.name, events.Left.name, *FAILURES, events.Holding.name, events.Finished.name)
 # Events of a start that finds the run finished, which say nothing about the run.
@@ -42,7 +41,7 @@ class Attempt:
     """One start of a run. Times are in seconds since 1970, None where the event has none.
 
     start: when it was ready to train; of one that never was, its end.
-    end: its last checkpoint, or the event that ended it in order: what came after is computed again.
+    end: its last checkpoint, or the event that ended it after a signal: what came after is computed again.
     heard: its last own event.
     cause: of the next attempt: preemption, timeout, failure, ..., SUBMITTED or KILLED.
     stop_step: where it finished or stopped on a signal; None after any other end.
@@ -76,10 +75,10 @@ class Attempt:
                 self.stop_step = step_of(row)
         if name in (*_OWN_ENDS, events.Submitted.name):
             self.cause, self.ended = _cause(name, row, self.cause), True
-            if self.cause != SUBMITTED and not (self.begun and self.cause == FAILURE):
+            if self.cause != SUBMITTED and (self.stop_step is not None or not self.begun):
                 self.end = time
             self.start = self.start if self.begun else self.end
-        elif name == events.Checkpoint.name and not self.ended:
+        elif name == events.Checkpoint.name:
             self.end = time
         if name in (*_OWN_ENDS, events.Signal.name, events.RequeueFailed.name):
             self.said = dict(row)
@@ -222,12 +221,12 @@ class History:
 
     @property
     def lost_seconds(self) -> float:
-        """Time from the end of each attempt to the next start: queueing, starting, computing again.
+        """Time from the end of each attempt to the next start: computing again, queueing, starting.
 
         The time until a user submits again is not lost.
         """
         pairs = pairwise(self.attempts)
-        return sum(_seconds(before.end, after.start) for before, after in pairs if before.cause != SUBMITTED)
+        return sum(_seconds(a.end, a.heard if a.cause == SUBMITTED else after.start) for a, after in pairs)
 
     @property
     def losses(self) -> Losses:
@@ -250,7 +249,7 @@ def _cause(name: str, row: Row, before: str) -> str:
     if name == events.Requeued.name or (name == events.Left.name and row.get("reason") in events.BY_SLURM):
         return str(row.get("reason"))
     if name in FAILURES:
-        return FAILURE
+        return "failure"
     if name == events.Holding.name and before == KILLED:
         return "preemption"  # it was warned, and could not ask Slurm why
     return before

@@ -29,7 +29,7 @@ from cifar_hpc.runs.history import Attempt, History, number_of
 from cifar_hpc.runs.logs import parse_jsonl, utc_now
 from cifar_hpc.runs.paths import RunPaths
 
-FORMAT = 1
+FORMAT = 2
 # Errors from files that are damaged, or not of this project.
 DAMAGE = (UserError, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 CIFAR_IMAGES = 50_000  # to train on

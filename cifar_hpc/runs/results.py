@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -254,11 +254,13 @@ class Row:
     """Results of a group of runs that differ in their seed alone.
 
     data: the images that all of them use, in words.
+    first: the row that differences are taken from.
     """
 
     group: Group
     members: tuple[RunResult, ...]
     data: str = ""
+    first: "Row | None" = None
 
     @property
     def finished(self) -> int:
@@ -283,18 +285,22 @@ class Row:
         return sorted(seed for seed, count in Counter(seed for seed, *_ in results).items() if count > 1)
 
     def figure(self, name: str) -> Figure | None:
-        """A field of the results as one figure; None if no member has it."""
-        return _figure([value for member in self.counted if (value := getattr(member, name)) is not None])
+        """A field of the results as one figure; None if no member has it.
 
-    def difference(self, other: "Row") -> Figure | None:
-        """The test accuracy less that of `other`, over the seeds that both have; None if there is none."""
-        own, others = self._by_seed(), other._by_seed()
-        return _figure([own[seed] - others[seed] for seed in own if seed in others])
+        Args:
+            name: of the field, or `difference`: of the test accuracy to the first row's, over the seeds of both.
+        """
+        values = [value for member in self.counted if (value := getattr(member, name, None)) is not None]
+        if name == "difference" and self.first is not None and self.group is not self.first.group:
+            own, first = self._by_seed(), self.first._by_seed()
+            values = [own[seed] - first[seed] for seed in own if seed in first]
+        return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
     def _by_seed(self) -> dict[int, float]:
-        seeds = dict(zip((member.name for member in self.members), self.group.seeds, strict=False))
-        accuracies = [(seeds.get(member.name), member.test_accuracy) for member in self.counted]
-        return {seed: value for seed, value in accuracies if seed is not None and value is not None}
+        """Test accuracies of the finished runs."""
+        pairs = zip(self.members, self.group.seeds, strict=False)
+        found = ((seed, member.test_accuracy) for member, seed in pairs if member.finished and member in self.counted)
+        return {seed: accuracy for seed, accuracy in found if accuracy is not None}
 
     def causes(self) -> dict[str, int]:
         """Restarts of all members by cause."""
@@ -308,17 +314,14 @@ class Row:
         return list(dict.fromkeys(item for item in items if item is not None))
 
 
-def _figure(values: Sequence[float]) -> Figure | None:
-    return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
-
-
 def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob | None] | None) -> list[Row]:
     """A row for each group. Damaged files lead to empty fields, never to an error.
 
     Args:
         jobs: as `jobs_of` returns them; None where Slurm does not answer.
     """
-    return [Row(group, tuple(read_result(run, jobs) for run in group.runs), _data(group)) for group in groups]
+    rows = [Row(group, tuple(read_result(run, jobs) for run in group.runs), _data(group)) for group in groups]
+    return [replace(row, first=rows[0]) for row in rows]
 
 
 def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> RunResult:

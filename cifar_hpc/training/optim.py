@@ -47,6 +47,14 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
     optimizer = kind(model.parameters(), lr=spec.lr, weight_decay=decay, **given)  # type: ignore[call-arg]
     for group in optimizer.param_groups if fused else ():
         group["lr"] = torch.full((), spec.lr, dtype=torch.float32, device=group["params"][0].device)
+    biases = [p for key, p in model.named_parameters() if key.endswith("bias") and p.requires_grad]
+    if bias_factor != 1 and biases:
+
+        @torch.no_grad()
+        def scale_biases(*_: object) -> None:
+            torch._foreach_mul_([p.grad for p in biases if p.grad is not None], bias_factor)
+
+        optimizer.register_step_pre_hook(scale_biases)
     layers: list[Tensor] = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
     if not spec.decay_all and spec.weight_decay > 0 and layers:
 
@@ -59,14 +67,6 @@ def build_inner(model: nn.Module, spec: OptimizerSpec, fused: bool = False) -> O
                 torch._foreach_add_(grads, layers, alpha=spec.weight_decay)
 
         optimizer.register_step_pre_hook(decay_layers)
-    biases = [p for key, p in model.named_parameters() if key.endswith("bias") and p.requires_grad]
-    if bias_factor != 1 and biases:
-
-        @torch.no_grad()
-        def scale_biases(*_: object) -> None:
-            torch._foreach_mul_([p.grad for p in biases if p.grad is not None], bias_factor)
-
-        optimizer.register_step_pre_hook(scale_biases)
     return optimizer
 
 

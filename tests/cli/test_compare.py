@@ -70,6 +70,7 @@ def make(root: Path) -> Make:
         events = [{"time": instant(0), "event": "submitted", "command": f"submit.py {name}"}]
         events.append({"time": instant(0), "event": "started", **start})
         for number in range(preempted):
+            events.append({"time": instant(10 * number + 5), "event": "signal", "step": 1})
             events.append({"time": instant(10 * number + 5), "event": "requeued", "reason": "preemption"})
             events.append({"time": instant(10 * number + 10), "event": "resumed", **start})
         events += [{"time": instant(100), "event": "finished", "test_accuracy": accuracies[-1]}] if finished else []
@@ -132,8 +133,13 @@ def test_differences_are_taken_seed_by_seed_with_the_standard_error(capsys: pyte
     """Of 95 - 90 and 97 - 91: the third seed of one has not finished. A single seed has no error."""
     lines = shown(capsys, "run-*", "--columns", "dropout,difference").splitlines()
     assert [line.split(maxsplit=1)[1].strip() for line in lines] == ["difference", "-", "+5.50 ± 0.50", "+2.00"]
-    text = shown(capsys, "run-*", "--columns", "dropout,difference", "--sort=-dropout", "--markdown")
-    assert "difference to the first (± s.e.)" in text and "| +3.00 |" in text
+    lines = shown(capsys, "run-*", "--columns", "dropout,difference", "--sort=-difference", "--markdown").splitlines()
+    assert lines[0].endswith("| difference to the first (± s.e.) |")
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["0.3", "0.5", "0.1"], "the first stays the reference"
+    rows = json.loads(shown(capsys, "run-*", "--json"))["rows"]
+    assert [row["difference"] and row["difference"]["mean"] for row in rows] == [None, 5.5, 2.0]
+    records = list(csv.DictReader(io.StringIO(shown(capsys, "run-*", "--csv"))))
+    assert [record["difference_mean"] for record in records] == ["", "5.5", "2.0"]
 
 
 def test_peak_memory_is_that_of_the_rank_that_took_most(make: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def test_a_stop_with_a_warning_costs_the_time_until_the_next_start() -> None:
         at(0, "submitted"),
         at(60, "started"),
         at(100, "checkpoint"),
-        at(160, "signal"),
+        at(160, "signal", step=9),
         at(161, "checkpoint"),
         at(162, "requeued", reason="preemption"),
         at(300, "resumed"),
@@ -42,22 +42,23 @@ def test_a_start_that_was_killed_loses_what_came_after_its_last_checkpoint() -> 
     assert restarts_of([at(0, "started"), at(200, "resumed")])[1] == 200.0
 
 
-@pytest.mark.parametrize("end", [at(90, "failed"), at(90, "hang")])
-def test_a_failure_loses_what_came_after_the_last_checkpoint(end: dict[str, Any]) -> None:
-    events = [at(0, "started"), at(50, "checkpoint"), end, at(91, "requeued", reason="failure"), at(200, "resumed")]
-    assert restarts_of(events) == ({"failure": 1}, 150.0, 50.0)
+@pytest.mark.parametrize("end", ["failed", "hang", "evaluated"])
+def test_an_end_without_a_signal_loses_what_came_after_the_last_checkpoint(end: str) -> None:
+    reason = "preemption" if end == "evaluated" else "failure"  # SIGKILL, and the batch script asks for the requeue
+    events = [at(0, "started"), at(50, "checkpoint"), at(90, end), at(91, "requeued", reason=reason)]
+    assert restarts_of([*events, at(200, "resumed")]) == ({reason: 1}, 150.0, 50.0)
+    late = at(95, "checkpoint")  # it was being written
+    assert restarts_of([*events, late, at(200, "resumed")]) == ({reason: 1}, 105.0, 95.0)
 
 
 def test_what_passes_before_a_person_submits_again_is_no_loss() -> None:
-    events = [
-        at(0, "started"),
-        at(50, "cancelled"),
-        at(51, "left", reason="ended"),
-        at(3000, "submitted"),
-        at(3600, "resumed"),
-        at(3700, "finished"),
-    ]
-    assert restarts_of(events) == ({"submitted": 1}, 0.0, 151.0)
+    again = [at(3000, "submitted"), at(3600, "resumed", restart=1), at(3700, "finished", restart=1, step=9)]
+    stop = [at(50, "signal", restart=0, step=5), at(51, "left", restart=0, reason="ended")]
+    assert restarts_of([at(0, "started", restart=0), *stop, *again]) == ({"submitted": 1}, 0.0, 151.0)
+    # What was computed since the last checkpoint is one.
+    for end in (at(90, "failed", restart=0), at(90, "evaluated", restart=0)):
+        events = [at(0, "started", restart=0), at(50, "checkpoint", restart=0), end, *again]
+        assert restarts_of(events) == ({"submitted": 1}, 40.0, 150.0)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_a_run_that_never_came_back_has_no_restarts() -> None:
 
 @pytest.mark.parametrize("time", [None, 7, "yesterday", "2026-01-01T00:00:00", [1]])
 def test_times_that_are_none_cost_nothing(time: Any) -> None:
-    events = [at(0, "started"), {"event": "requeued", "reason": ["x"], "time": time}, at(9, "resumed")]
+    end = {"event": "requeued", "reason": ["x"], "time": time}
+    events = [at(0, "started"), {"event": "signal", "step": 9, "time": time}, end, at(9, "resumed")]
     assert restarts_of(events) == ({"['x']": 1}, 0.0, 0.0)
 
 

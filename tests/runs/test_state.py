@@ -282,6 +282,7 @@ def test_restarts_and_the_wait_for_the_start_count_in_the_time_left(paths: RunPa
     events(
         paths,
         {"event": "started", "time": "2026-01-01T00:00:00Z"},
+        {"event": "signal", "step": 9, "time": "2026-01-01T02:00:00Z"},
         {"event": "requeued", "reason": "preemption", "time": "2026-01-01T02:00:00Z"},
         {"event": "resumed", "time": "2026-01-01T02:30:00Z"},
     )

@@ -91,15 +91,15 @@ def test_by_default_everything_decays() -> None:
 def test_the_biases_rate_is_that_of_torchs_with_two_groups(factor: float, same: Any, decay_all: bool) -> None:
     """Their decay keeps the common rate."""
     options: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
-    ours, theirs = ([torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)] for _ in range(2))
+    ours, theirs = ([torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3), torch.nn.LayerNorm([2, 2])] for _ in range(2))
     for mine, other in zip(ours, theirs, strict=True):
         other.load_state_dict(mine.state_dict())
-    decays = [0.01 if decay_all else 0.0] * 3 + [0.01]
-    kinds = [theirs[0].bias, theirs[1].bias], [theirs[0].weight], [theirs[1].weight]
+    decay, fast = 0.01 if decay_all else 0.0, {"lr": 0.01 * factor}
     groups = [
-        {"params": kinds[0], "lr": 0.01 * factor, "weight_decay": decays[0] / factor},
-        {"params": kinds[1], "weight_decay": decays[1]},
-        {"params": kinds[2], "weight_decay": 0.01},
+        {"params": [theirs[0].bias, theirs[1].bias], "weight_decay": decay / factor, **fast},
+        {"params": [theirs[2].bias], "weight_decay": 0.01 / factor, **fast},  # two dimensions decay always
+        {"params": [theirs[0].weight], "weight_decay": decay},
+        {"params": [theirs[1].weight, theirs[2].weight], "weight_decay": 0.01},
     ]
     spec = OptimizerSpec(weight_decay=0.01, decay_all=decay_all, bias_factor=factor, **options)
     model, other = torch.nn.Sequential(*ours), torch.nn.Sequential(*theirs)
