@@ -38,7 +38,7 @@ MISSING = "-"
 WORDS = ("run", "settings", "seeds", "epochs", "restarts", "ranks", "state")
 FIGURES = {  # name: (heading on a terminal, heading in a document)
     "test_accuracy": ("test %", "test accuracy (%)"),
-    "difference": ("difference", "difference to the first (± s.e.)"),
+    "difference": ("difference", "difference (± s.e.)"),
     "best_accuracy": ("best %", "best (%)"),
     "train_accuracy": ("train %", "train accuracy (%)"),
     "training_seconds": ("training", "training time"),

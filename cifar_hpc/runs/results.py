@@ -254,13 +254,13 @@ class Row:
     """Results of a group of runs that differ in their seed alone.
 
     data: the images that all of them use, in words.
-    first: the row that differences are taken from.
+    reference: the row that differences are taken to: the base, else the first.
     """
 
     group: Group
     members: tuple[RunResult, ...]
     data: str = ""
-    first: "Row | None" = None
+    reference: "Row | None" = None
 
     @property
     def finished(self) -> int:
@@ -288,12 +288,12 @@ class Row:
         """A field of the results as one figure; None if no member has it.
 
         Args:
-            name: of the field, or `difference`: of the test accuracy to the first row's, over the seeds of both.
+            name: of the field, or `difference`: of the test accuracy to the reference's, over the seeds of both.
         """
         values = [value for member in self.counted if (value := getattr(member, name, None)) is not None]
-        if name == "difference" and self.first is not None and self.group is not self.first.group:
-            own, first = self._by_seed(), self.first._by_seed()
-            values = [own[seed] - first[seed] for seed in own if seed in first]
+        if name == "difference" and self.reference is not None and self.group is not self.reference.group:
+            own, others = self._by_seed(), self.reference._by_seed()
+            values = [own[seed] - others[seed] for seed in own if seed in others]
         return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
     def _by_seed(self) -> dict[int, float]:
@@ -321,7 +321,9 @@ def read_rows(groups: Sequence[Group], jobs: Mapping[str, QueuedJob | None] | No
         jobs: as `jobs_of` returns them; None where Slurm does not answer.
     """
     rows = [Row(group, tuple(read_result(run, jobs) for run in group.runs), _data(group)) for group in groups]
-    return [replace(row, first=rows[0]) for row in rows]
+    words = settings(groups) if len(varied_keys(groups)) > MANY_KEYS else []
+    reference = rows[words.index(BASE) if BASE in words else 0]
+    return [replace(row, reference=reference) for row in rows]
 
 
 def read_result(run: RunPaths, jobs: Mapping[str, QueuedJob | None] | None) -> RunResult:

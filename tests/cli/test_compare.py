@@ -134,7 +134,7 @@ def test_differences_are_taken_seed_by_seed_with_the_standard_error(capsys: pyte
     lines = shown(capsys, "run-*", "--columns", "dropout,difference").splitlines()
     assert [line.split(maxsplit=1)[1].strip() for line in lines] == ["difference", "-", "+5.50 ± 0.50", "+2.00"]
     lines = shown(capsys, "run-*", "--columns", "dropout,difference", "--sort=-difference", "--markdown").splitlines()
-    assert lines[0].endswith("| difference to the first (± s.e.) |")
+    assert lines[0].endswith("| difference (± s.e.) |")
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["0.3", "0.5", "0.1"], "the first stays the reference"
     rows = json.loads(shown(capsys, "run-*", "--json"))["rows"]
     assert [row["difference"] and row["difference"]["mean"] for row in rows] == [None, 5.5, 2.0]
@@ -418,6 +418,8 @@ def test_many_keys_are_one_column_of_what_is_not_as_in_most(capsys: pytest.Captu
     )
     by_key = shown(capsys, "*", "--sort=-mixing.mixup").splitlines()
     assert by_key[1].startswith("mixing.mixup=0.2")
+    differences = shown(capsys, "*", "--sort=-difference", "--columns", "difference").splitlines()[1:-1]
+    assert [line.strip() for line in differences] == ["+3.00", "+2.00", "-10.00", "-20.00", "-"], "to the base"
     assert "| settings | test accuracy (%) |" in shown(capsys, "*", "--markdown").splitlines()[0]
     assert "optimizer.nesterov,lookahead.enabled,ema.decay," in shown(capsys, "*", "--csv").splitlines()[0]
 
