@@ -38,8 +38,17 @@ def expand_path(text: str, key: str) -> str:
     for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text, re.ASCII):
         if not os.environ.get(name):
             raise SpecError(f"{key}: {shown(text)} needs the variable {name}, which is not set here. HINT: export it.")
+    return os.path.expandvars(expand_home(text, key))
+
+
+def expand_home(text: str, key: str) -> str:
+    """A path with ~ replaced as a shell does it.
+
+    Raises:
+        SpecError: names `key` and the user that there is not.
+    """
     try:
-        return os.path.expandvars(Path(text).expanduser() if text.startswith("~") else text)
+        return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:
         raise SpecError(f"{key}: {shown(text)} names no user. HINT: of a folder with such a name, ./ first.") from None
 

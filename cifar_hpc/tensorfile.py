@@ -26,7 +26,11 @@ _NOT_RUN = "nothing in it was executed"
 # What reading a damaged file, or a damaged disk, leads to; any other OSError says nothing about the file.
 _DAMAGE = (errno.EINVAL, errno.EIO, errno.EILSEQ)
 # Types of tensors that a file may hold, by the names that torch.save gives them.
-_TYPES = {"Float": torch.float32, "Double": torch.float64, "Long": torch.int64, "Byte": torch.uint8}
+TYPES = {
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool,
+}  # fmt: skip
 _PIECE = 2**20  # bytes that are read at once: they stay in the processor's cache
 
 
@@ -159,7 +163,7 @@ class _Reader(pickle._Unpickler):
         self.records, self.memo = records, _Memo(10 * sum(map(len, records.values())))
 
     def find_class(self, module: str, name: str) -> Any:
-        names = {f"torch.{key}Storage": dtype for key, dtype in _TYPES.items()}
+        names = {f"torch.{key}Storage": dtype for key, dtype in TYPES.items()}
         known = {"torch._utils._rebuild_tensor_v2": self._tensor, "collections.OrderedDict": lambda: None, **names}
         name = f"{module}.{name}"[:120]
         if name in known:  # the OrderedDict is of hooks, empty in every tensor

@@ -19,6 +19,7 @@ from cifar_hpc.cli.figures.style import new_figure, save_figure
 from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_folder, shorten
 from cifar_hpc.errors import SpecError
+from cifar_hpc.files import expand_home
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.paths import RunPaths, project_root
 from cifar_hpc.text import one_line, printable, shown
@@ -87,7 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
             )
         images = own_images(spec, root, trained.code)
     else:
-        images = other_images(Path(data).expanduser(), trained.info, resize=spec.image_size is not None)
+        images = other_images(Path(expand_home(data, "--data")), trained.info, resize=spec.image_size is not None)
     report = _report(trained, images, trained.logged if data is None else None)
     if folder is not None:
         name = trained.run or trained.path.name

@@ -17,7 +17,7 @@ from cifar_hpc.cli.evaluate import short
 from cifar_hpc.cli.parser import add_model_arguments
 from cifar_hpc.cli.terminal import output_file
 from cifar_hpc.errors import SpecError
-from cifar_hpc.files import write_atomic
+from cifar_hpc.files import expand_home, write_atomic
 from cifar_hpc.runs.paths import project_root
 from cifar_hpc.text import one_line
 
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     root, path = project_root(), None if arguments.out == "-" else output_file(arguments.out)
     trained = load_trained(root, arguments.run, arguments.weights)
     resize = arguments.resize or trained.spec.data.image_size is not None
-    images = open_images(Path(arguments.input).expanduser(), trained.info, resize)
+    images = open_images(Path(expand_home(arguments.input, "INPUT")), trained.info, resize)
     if arguments.resize and not images.files:
         raise SpecError(f"--resize: {arguments.input} is an array file; allowed: image files, or a folder of them.")
     labels: list[int] = []

@@ -112,7 +112,9 @@ def _delete(runs: Sequence[RunPaths]) -> None:
         for run in runs:
             hidden += [_hide(run.logs), _hide(run.checkpoints)]
     for folder in hidden:  # without open files, which NFS would keep
-        shutil.rmtree(folder)
+        while folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # another rm takes it for a leftover
+                shutil.rmtree(folder)
 
 
 def _hide(folder: Path) -> Path:

@@ -22,12 +22,13 @@ from typing import Any
 from cifar_hpc.cli.tail import StateFollower
 from cifar_hpc.config.io import to_plain
 from cifar_hpc.config.spec import Spec
-from cifar_hpc.errors import SpecError
-from cifar_hpc.files import DIRECTORY_MODE, open_regular
+from cifar_hpc.errors import SpecError, UserError
+from cifar_hpc.files import DIRECTORY_MODE, expand_home, open_regular
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths, find_runs, project_root
 from cifar_hpc.runs.queue import QueuePoller
+from cifar_hpc.text import one_line
 
 EXAMPLES = ("improved_resnet-1a2b3c4d --tensorboard ~/tensorboard", "'dropout-*' --wandb online --project lab")
 
@@ -117,16 +118,19 @@ class WandB:
         import wandb
 
         self._older = [path for path in (folder / "wandb").glob("*run-*-*") if not path.is_symlink()]
-        self._run = wandb.init(
-            mode=mode,
-            project=project,
-            id=run,
-            name=run,
-            dir=str(folder),
-            resume="allow" if mode == "online" else None,
-            config=to_plain(spec),
-            settings=wandb.Settings(console="off", disable_code=True, disable_git=True, x_disable_stats=True),
-        )
+        try:
+            self._run = wandb.init(
+                mode=mode,
+                project=project,
+                id=run,
+                name=run,
+                dir=str(folder),
+                resume="allow" if mode == "online" else None,
+                config=to_plain(spec),
+                settings=wandb.Settings(console="off", disable_code=True, disable_git=True, x_disable_stats=True),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"--wandb {mode}: {one_line(str(error))} HINT: wandb login, or --wandb offline.") from None
 
     def show(self, epoch: int, time: float, values: Mapping[str, float]) -> None:
         if epoch >= self._run.step:  # online, an epoch that an earlier call has shown stays as it was
@@ -162,7 +166,7 @@ class TrackedRun:
         trackers: list[TensorBoard | WandB] = []
         paths, arguments = self.paths, self._arguments
         if arguments.tensorboard is not None:
-            trackers.append(TensorBoard(Path(arguments.tensorboard).expanduser() / paths.name))
+            trackers.append(TensorBoard(Path(expand_home(arguments.tensorboard, "--tensorboard")) / paths.name))
         if arguments.wandb is not None:
             paths.tracking.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
             trackers.append(WandB(paths.tracking, paths.name, self._spec, arguments.wandb, arguments.project))

@@ -135,7 +135,7 @@ class LookaheadSpec:
 @dataclass(frozen=True)
 class ScheduleSpec:
     name: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "shape of the learning rate; all but constant end at zero"
+        "cosine", "shape of the learning rate; all but constant fall towards zero"
     )
     per: Literal["epoch", "step"] = option("epoch", "how often the learning rate changes (the report: per epoch)")
     warmup_epochs: float = option(
@@ -159,7 +159,7 @@ class TrainSpec:
         "auto", "autocast type; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 on a CPU"
     )
     shards: int | None = option(
-        None, "logical shards; null is the number of tasks at the first start", low=1, high=INT32
+        None, "logical shards; null is the most tasks that the first submission asks for", low=1, high=INT32
     )
     seed: int = option(0, "all randomness is a function of it", low=0, high=INT32)
     deterministic: bool = option(True, "deterministic kernels only (the same bits need them)")

@@ -92,6 +92,8 @@ def parse_yaml(text: str, name: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits
         words = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line").removesuffix(" ^")
         raise SpecError(f"{name}: not readable as YAML: {words}") from None
+    except (LookupError, AttributeError):  # `!!bool maybe`, `!!int`, `!!timestamp x`
+        raise SpecError(f"{name}: not readable as YAML: a value is not of the type that its !!tag says.") from None
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:

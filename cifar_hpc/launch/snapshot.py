@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from cifar_hpc.files import sync_directory, temporary_name
-from cifar_hpc.runs.paths import PACKAGE, RunPaths, SweepPaths
+from cifar_hpc.runs.paths import PACKAGE, RunPaths, SweepPaths, package_files
 
 # A snapshot is never edited; its folders stay writable to their owner, so that it can be removed.
 FILE_MODE, DIRECTORY_MODE = 0o444, 0o755
@@ -20,10 +20,7 @@ def take_snapshot(paths: RunPaths | SweepPaths) -> Path:
     it equals the package to the byte. The caller holds the lock of submissions, and no job of the run exists.
     """
     # Read once: the digest is that of the copied content, even if the project is edited meanwhile.
-    files = {
-        f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}": file.read_bytes()
-        for file in sorted(PACKAGE.rglob("*.py"))
-    }
+    files = {f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}": file.read_bytes() for file in package_files()}
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)

@@ -17,15 +17,18 @@ from cifar_hpc.config.io import HERE, Site
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.config.sweep import Point
 from cifar_hpc.config.validate import check
-from cifar_hpc.errors import DoubtError, RunBusyError, SpecError
+from cifar_hpc.errors import DoubtError, RunBusyError, SchedulerError, SpecError
 from cifar_hpc.files import remove_leftovers, write_atomic
 from cifar_hpc.launch import local, preflight
 from cifar_hpc.launch.batch_script import batch_script, record_submitted, sbatch, submit_slurm
 from cifar_hpc.launch.snapshot import take_snapshot
+from cifar_hpc.runs.events import Submitted
 from cifar_hpc.runs.frozen_spec import freeze, resolve
+from cifar_hpc.runs.history import History
 from cifar_hpc.runs.lock import RunLock, claim, lock_submission
 from cifar_hpc.runs.paths import RunPaths, SweepPaths, write_points
-from cifar_hpc.runs.queue import THREADS, jobs_of
+from cifar_hpc.runs.queue import ANSWER_SECONDS, THREADS, jobs_of
+from cifar_hpc.slurm.client import QueuedJob
 
 Result = TypeVar("Result")
 SPARE_FILES = 200  # open files besides the locks of the runs
@@ -164,10 +167,20 @@ def _lock_free(
             locks.callback(lock.release)
         except RunBusyError as error:
             busy[point.run] = str(error)
-    jobs = jobs_of([order.run(point) for point in points if point.run in locked]) if order.on_slurm else {}
+    jobs = _jobs(order, [order.run(point) for point in points if point.run in locked])
     reasons = _each(lambda run: preflight.why_busy(RunPaths(order.root, run), jobs), locked)
     busy |= {run: reason for run, reason in zip(locked, reasons, strict=True) if reason is not None}
     return {run: lock for run, lock in locked.items() if run not in busy}, busy
+
+
+def _jobs(order: Order, runs: Sequence[RunPaths]) -> Mapping[str, QueuedJob | None]:
+    """Jobs of the runs; for an order on this machine of those that were submitted to Slurm, if it answers."""
+    if order.on_slurm:
+        return jobs_of(runs)
+    on_slurm = [run for run in runs if History.read(run.events).last_of(Submitted).get("scheduler") == "slurm"]
+    with contextlib.suppress(SchedulerError):
+        return jobs_of(on_slurm, ANSWER_SECONDS)
+    return {}
 
 
 def _allow_open_files(number: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_hpc.errors import SchedulerError, UserError
-from cifar_hpc.runs.events import RequeueRequested
+from cifar_hpc.runs.events import Cancelled, RequeueRequested
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import TrainLog, soon
 from cifar_hpc.runs.paths import RunPaths, keep_others_out, run_of_task
@@ -57,6 +57,9 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     from cifar_hpc.training.process import Launch
 
     loading.cancel()
+    history = History.read(paths.events)
+    if environment.cluster != "slurm" and history.last_of(Cancelled) and history.job_id == environment.job_id:
+        stop.raise_flag()  # cancelled while submitit's controller was about to start the run again
     spec = require_frozen(paths)
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
     launch = Launch(

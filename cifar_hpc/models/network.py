@@ -20,6 +20,7 @@ from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models import improved_resnet
 from cifar_hpc.models.improved_resnet import ImprovedResNet
 from cifar_hpc.randomness import Stream, mix
+from cifar_hpc.tensorfile import TYPES
 from cifar_hpc.text import shown
 
 
@@ -72,6 +73,10 @@ def _build_target(spec: ModelSpec, info: DatasetInfo, code: Path) -> nn.Module:
         if not parameter.is_floating_point() or parameter.device.type != "cpu":
             kind = f"{parameter.dtype} on {parameter.device}"
             raise RunFailedError(f"{where}: {name} is {kind}; allowed: floating point, on the CPU at first.")
+    for name, tensor in parts(network).items():
+        if tensor.dtype not in TYPES.values():
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES.values())
+            raise RunFailedError(f"{where}: {name} is {tensor.dtype}, which no checkpoint holds; allowed: {known}.")
     return network
 
 
@@ -139,9 +144,11 @@ def put(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def to_channels_last(network: nn.Module) -> nn.Module:
-    """Lay the weights of 2-d convolutions out as these are fastest; other weights stay as they are."""
+    """Lay the weights of 2-d convolutions out as these are fastest; others keep their order, without gaps in memory."""
     for parameter in network.parameters():
-        if parameter.dim() == 4:
+        if parameter.dim() != 4:
+            parameter.data = parameter.data.clone()  # DDP's gradients have other strides than a weight with gaps
+        else:
             # Not `contiguous`, which leaves weights of 1x1 as they are; DDP would warn of their gradients' strides.
             copy = torch.empty_like(parameter.data, memory_format=torch.channels_last)
             parameter.data = copy.copy_(parameter.data)

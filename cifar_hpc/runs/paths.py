@@ -23,6 +23,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parent  # or, in a job, the folder of the run's code snapshot
 
 
+def package_files() -> list[Path]:
+    """The package's files, without hidden ones such as an editor's locks, which are links to nothing."""
+    return sorted(file for file in PACKAGE.rglob("*.py") if not file.name.startswith("."))
+
+
 def project_root() -> Path:
     """Folder of checkpoints/ and logs/: $CIFAR_HPC_ROOT, else the folder that holds the package.
 
@@ -236,10 +241,11 @@ def read_points(file: Path) -> list[str]:
 
 def sweep_order(root: Path) -> dict[str, tuple[str, int]]:
     """Sweep and place in the order of its job file, by the run's name, of the points of all sweeps under `root`."""
-    files = (root / "logs" / SWEEPS).glob("*/[0-9]*/points.json")
+    files = (root / "logs" / SWEEPS).glob("*/*/points.json")
+    numbered = (file for file in files if re.fullmatch(r"[0-9]{1,9}", file.parts[-2]))  # not a copy that a user keeps
     order: dict[str, tuple[str, int]] = {}
     # A later submission of a sweep has those of its points that had not finished, and new ones.
-    for file in sorted(files, key=lambda file: (file.parts[-3], int(file.parts[-2]))):
+    for file in sorted(numbered, key=lambda file: (file.parts[-3], int(file.parts[-2]))):
         with contextlib.suppress(SpecError):
             for name in read_points(file):
                 order.setdefault(name, (file.parts[-3], len(order)))

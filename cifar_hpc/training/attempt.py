@@ -19,7 +19,7 @@ from cifar_hpc.runs.events import Finished, Resumed, Started
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import restore_metrics
 from cifar_hpc.tensorfile import digest
-from cifar_hpc.text import counted, one_line
+from cifar_hpc.text import counted, one_line, shown
 from cifar_hpc.training.checkpoints.format import TrainingState
 from cifar_hpc.training.checkpoints.interval import CheckpointPacer
 from cifar_hpc.training.checkpoints.recovery import Choice, choose
@@ -224,10 +224,12 @@ class Attempt:
         run = self.context.paths
         for key, kind in (("data", "training"), ("test_data", "test")):
             if state.environment.get(key) not in (None, self.ranks[0][key]):  # older checkpoints lack the second
-                raise RunFailedError(
-                    f"data.root: the {kind} images in {run.root / spec.data.root} are not those that run {run.name} "
-                    "was started with. HINT: give the run on other images another --name."
-                )
+                target, hint = spec.data.target, "give the run on other images another --name."
+                where = f"data.root: the {kind} images in {run.root / spec.data.root}"
+                if target is not None:
+                    where = f"data.target: the {kind} images that {shown(target)} gives"
+                    hint = f"it must give the same images at every start (seed its random generator); else {hint}"
+                raise RunFailedError(f"{where} are not those that run {run.name} was started with. HINT: {hint}")
 
     def _pacer(self) -> CheckpointPacer | None:
         """Return the pacer for checkpoint.every: auto. The event of this attempt must have been written."""

@@ -223,7 +223,7 @@ class Engine:
         Raises:
             RunFailedError: the user's network would not give the same bits.
         """
-        own, trainable = bool(self._own_trainable), [p for p in self.model.parameters() if p.requires_grad]
+        own = bool(self._own_trainable)
         if not (own or self.spec.train.deterministic):
             return None
         count = min(2, self._fewest_images) if own else 2
@@ -240,10 +240,11 @@ class Engine:
                     logits = check_network(self.model, self.exact, images, len(self.data.info.classes), self.code)
                 else:
                     logits = self.model.forward(images)
-            calls = self.exact.calls
-            gradients = torch.autograd.grad(self.loss_sum(logits, labels), trainable, allow_unused=own)
-        if own:
-            check_gradients(self.model, gradients, self.exact, calls)
+            loss = self.loss_sum(logits, labels)
+            if own:
+                gradients = check_gradients(self.model, loss, self.exact, self.code)
+            else:
+                gradients = list(torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad]))
         return digest(gradients)[:16] if self.spec.train.deterministic else None
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cifar_hpc import __version__
 from cifar_hpc.config.io import covered, flatten, to_plain
 from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import RanksDifferError, RunFailedError
-from cifar_hpc.runs.paths import PACKAGE
+from cifar_hpc.runs.paths import PACKAGE, package_files
 from cifar_hpc.tensorfile import digest
 
 # Environment variables by which libraries choose their kernels.
@@ -33,7 +33,7 @@ _INSTRUCTIONS = re.compile(r"(avx|amx|fma|sve|asimd|bf16|i8mm)\w*")  # a process
 _NOT_COMPARED = ("host", "gpu_id", "threads", "deterministic")  # the last two are keys of the spec as well
 _WARNED = ("processor", "instructions", "variables", "machine")
 _WARNED_UNLESS_DETERMINISTIC = ("device", "gpu", "cuda", "cudnn", "cublas")
-_LABELS = {"data": "training images in data.root", "test_data": "test images in data.root"}
+_LABELS = {"data": "training images (data.root or data.target)", "test_data": "test images (data.root or data.target)"}
 
 
 def resolve_amp(spec: Spec, device: torch.device) -> str:
@@ -97,7 +97,7 @@ def describe_rank(spec: Spec, device: torch.device) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "gpu_id": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
-        "code": digest({str(path.relative_to(PACKAGE)): path.read_bytes() for path in PACKAGE.rglob("*.py")})[:16],
+        "code": digest({str(path.relative_to(PACKAGE)): path.read_bytes() for path in package_files()})[:16],
         **flatten(to_plain(spec)),
         **flatten({"machine": {**describe_machine(), "processor": None}}),  # processors are compared by `processor`
         **describe_environment(spec, device),

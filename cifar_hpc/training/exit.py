@@ -29,6 +29,7 @@ from cifar_hpc.slurm.client import allow_fewer_nodes, end_step, forbid_requeue
 from cifar_hpc.text import counted, printable
 from cifar_hpc.training.context import Context
 from cifar_hpc.training.distributed.watchdog import RankBoard, Report, describe, stacks
+from cifar_hpc.training.network_check import NOT_DETERMINISTIC
 from cifar_hpc.training.process import is_running, siblings
 from cifar_hpc.training.trainer import Position
 
@@ -48,8 +49,6 @@ _LOST = (
 )  # fmt: skip
 # Two ranks on one GPU, for example.
 _MISUSE = ("ncclInvalidUsage", "ncclInvalidArgument")
-# A kernel of CUDA alone, so that a CPU takes the same network.
-_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _HEADS = {"hang": "HUNG", "out_of_memory": "OUT OF MEMORY"}
 
 
@@ -161,7 +160,11 @@ def restart(context: Context, decision: Decision, recorded: bool = False, again:
         requeue.request_requeue(context.launch.job_id or "", decision, context.spec, context.emit, recorded, again)
         return 0
     context.emit(decision.event())
-    time.sleep(decision.delay_seconds)
+    end = time.monotonic() + decision.delay_seconds
+    while time.monotonic() < end and not context.stop.requested:
+        time.sleep(0.1)
+    if context.stop.signal is signal.SIGTERM:
+        return stopped(context, None, stored=False)
     return LOCAL_REQUEUE_STATUS
 
 
@@ -180,7 +183,7 @@ def report_of(error: BaseException, context: Context) -> Report:
         cause, text = "out_of_memory", f"{_memory_advice(context)}\n{text}"
     elif isinstance(error, RuntimeError) and any(w in words for w in _MISUSE):
         retryable = False
-    elif isinstance(error, RuntimeError) and _NOT_DETERMINISTIC in words:
+    elif isinstance(error, RuntimeError) and NOT_DETERMINISTIC in words:
         text, retryable = f"{words} HINT: use another layer, or start a new run with train.deterministic: false.", False
     elif isinstance(error, RuntimeError) and (
         any(w in words for w in _LOST) or (isinstance(error, dist.DistError) and "NCCL error" not in words)

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_leaves
 from cifar_hpc.config import user_code
 from cifar_hpc.errors import RunFailedError
 from cifar_hpc.models.exact import ExactLayers
+from cifar_hpc.models.network import parts
 from cifar_hpc.tensorfile import digest
 from cifar_hpc.text import counted
 
 _KEY = 1
+# What PyTorch says of a kernel of CUDA alone, so that a CPU takes the same network: the advice is about the run.
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _MASKS = (
     "Masks must come from layers: torch.nn.Dropout, Dropout1d to 3d, AlphaDropout, FeatureAlphaDropout, or "
     "torchvision.ops.StochasticDepth, as attributes of the network"
@@ -47,7 +50,7 @@ def check_network(network: nn.Module, exact: ExactLayers, images: Tensor, classe
     what = counted(len(images), "image")
     names = {module: name or "the network" for name, module in network.named_modules()}
     exact.set_update_statistics(False)
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    known, buffers = set(parts(network)), {name: buffer.clone() for name, buffer in network.named_buffers()}
     seen: list[list[tuple[str, str]]] = []
     try:
         for training in (False, True, True):
@@ -55,12 +58,16 @@ def check_network(network: nn.Module, exact: ExactLayers, images: Tensor, classe
             exact.set_key(_KEY, images.device)
             seen.append([])
             with _watched(names, seen[-1]), torch.set_grad_enabled(training):
-                logits = network(images)
+                logits = network(images.clone())  # which a network may change
             _check_logits(logits, len(images), classes, training)
-    except RunFailedError:
-        raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise RunFailedError(user_code.explain(error, code, f"model.target: a forward pass of {what} fails")) from None
+        raise _explained(error, code, f"a forward pass of {what}") from None
+    for name in parts(network):
+        if name not in known:
+            raise RunFailedError(
+                f"model.target: {name} is registered in a forward pass, so a network that is built anew has no place "
+                "for it. HINT: register it in __init__."
+            )
     for name, buffer in network.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise RunFailedError(
@@ -78,29 +85,44 @@ def check_network(network: nn.Module, exact: ExactLayers, images: Tensor, classe
     return result
 
 
-def check_gradients(network: nn.Module, gradients: Sequence[Tensor | None], exact: ExactLayers, calls: int) -> None:
-    """Check what a backward pass has given.
+def check_gradients(network: nn.Module, loss: Tensor, exact: ExactLayers, code: Path) -> list[Tensor]:
+    """Gradients of the trainable parameters, in the network's order.
 
     Args:
-        gradients: of the trainable parameters, in the network's order.
-        calls: masks drawn before the backward pass.
+        loss: of a forward pass, with its graph.
+        code: as in `check_network`.
 
     Raises:
-        RunFailedError: names the parameters without a gradient, or masks were drawn a second time.
+        RunFailedError: the backward pass fails, some parameters get no gradient (names them), or masks were drawn a
+            second time.
     """
-    trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    calls = exact.calls
+    trainable = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    try:
+        gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+    except Exception as error:  # of operations that the user's code has chosen
+        raise _explained(error, code, "a backward pass") from None
     missing = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise RunFailedError(
             f"model.target: {', '.join(missing[:3])}{more} get no gradient: the logits do not depend on them. HINT: "
-            "remove them from the network, or freeze them by requires_grad_(False)."
+            "remove them from the network, or freeze them by requires_grad_(False); torch.utils.checkpoint needs "
+            "use_reentrant=False."
         )
     if exact.calls != calls:
         raise RunFailedError(
             "model.target: dropout draws other masks in the backward pass, where activation checkpointing computes "
             "layers again. HINT: leave dropout outside of what is checkpointed."
         )
+    return list(gradients)
+
+
+def _explained(error: BaseException, code: Path, what: str) -> BaseException:
+    if isinstance(error, RunFailedError) or NOT_DETERMINISTIC in str(error):
+        return error
+    hint = " HINT: checkpoint(..., use_reentrant=False)." * ("use_reentrant" in str(error))
+    return RunFailedError(user_code.explain(error, code, f"model.target: {what} fails") + hint)
 
 
 def _check_logits(logits: Any, count: int, classes: int, training: bool) -> None:

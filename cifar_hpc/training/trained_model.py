@@ -24,7 +24,7 @@ from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.sources import class_names
 from cifar_hpc.errors import RunFailedError, SpecError, UserError
-from cifar_hpc.models.network import build_network, parts, put, to_channels_last
+from cifar_hpc.models.network import build_network, put, to_channels_last
 from cifar_hpc.runs.frozen_spec import read_frozen
 from cifar_hpc.runs.paths import RunPaths, find_run, is_run_name
 from cifar_hpc.tensorfile import BadFileError
@@ -238,7 +238,9 @@ def _build(
         put(model, {**weights, **buffers})
     except ValueError as error:
         raise RunFailedError(f"{path}: is not of {spec.model.target}: {error}") from None
-    if not all(t.isfinite().all() for t in parts(model).values()):
+    layers = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    learned = [*model.parameters(), *(buffer for layer in layers for buffer in layer.buffers())]
+    if not all(tensor.isfinite().all() for tensor in learned):  # a buffer may hold a mask of -inf
         raise RunFailedError(f"{path}: its {kind} weights or their BatchNorm statistics are NaN or infinite.")
     return model
 
@@ -249,7 +251,7 @@ def _code_of(path: Path, spec: Spec) -> Path:
     Raises:
         SpecError: the file does not lie with a run that was submitted here under the same target.
     """
-    paths = RunPaths(path.parents[2], path.parent.name)
+    paths = RunPaths(path.parents[min(2, len(path.parents) - 1)], path.parent.name)
     target = spec.model.target
     if target is None or target.startswith("torchvision.models:"):
         return paths.user_code

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import tiny_spec
@@ -96,6 +97,24 @@ def test_a_killed_rm_leaves_no_run_that_looks_whole(root: Path, monkeypatch: pyt
     assert len(list((root / "checkpoints").glob(".b.*.removed"))) == 1
     assert main(["rm", "a-1", "--yes"]) == 0  # and the next one clears up
     assert inside(root / "checkpoints") == ["a-2"] and inside(root / "logs") == ["a-2"]
+
+
+def test_another_rm_may_take_the_same_folders_for_leftovers(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = shutil.rmtree, 0
+
+    def raced(folder: Path, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # the other one has just taken a file away
+            (folder / "spec.yaml").unlink()
+            raise FileNotFoundError(folder / "spec.yaml")
+        real(folder, **options)
+
+    monkeypatch.setattr(rm.shutil, "rmtree", raced)
+    assert main(["rm", "a-*", "--yes"]) == 0 and "deleted: 2 runs" in capsys.readouterr().out
+    assert inside(root / "logs") == inside(root / "checkpoints") == ["b"]
 
 
 @pytest.mark.parametrize("what", ["a-*", "a-2"])

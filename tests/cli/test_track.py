@@ -122,6 +122,26 @@ def test_a_finished_run_is_shown_at_once_and_once_by_each_call(run: Run, tmp_pat
     assert wandb_shows(run.paths.tracking / "wandb") == expected(run.rows)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tensorboard", "~nobody-here/tb"], "--tensorboard: '~nobody-here/tb' names no user"),
+        (["--wandb", "offline", "--project", "my/lab"], "--wandb offline: "),
+        (["--wandb", "online"], "HINT: wandb login"),
+    ],
+)
+def test_a_trackers_refusal_is_one_line(
+    run: Run, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(run.paths.root))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nothing answers
+    run.add(1.0)
+    assert main(["track", "run", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
 def test_epochs_that_are_computed_again_take_the_place_of_the_first_ones(run: Run, tmp_path: Path) -> None:
     run.add(1.0, 2.0, 3.0)
     tracked = follow(run, tmp_path / "board")

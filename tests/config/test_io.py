@@ -84,6 +84,10 @@ def test_nan_is_read_and_then_refused(tmp_path: Path) -> None:
         ("a: &a [*a]", r"cannot hold itself.*line 1"),
         ("a: !!python/object:os.system x", r"could not determine a constructor .*python/object:os\.system"),
         ("a: !!python/object/apply:os.system [x]", r"python/object/apply:os\.system"),
+        ("a: !!bool maybe", r"not of the type that its !!tag says"),
+        ("a: !!int", r"not of the type"),
+        ("a: !!float", r"not of the type"),
+        ("a: !!timestamp x", r"not of the type"),
         ("a: \x1b[31m", r"special characters are not allowed"),
     ],
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cifar_hpc.launch.snapshot import take_snapshot
-from cifar_hpc.runs.paths import RunPaths
+from cifar_hpc.runs import paths as module
+from cifar_hpc.runs.paths import PACKAGE, RunPaths, package_files
 
 
 @pytest.mark.process
@@ -24,6 +25,15 @@ def test_the_copy_is_whole_and_runs_by_itself(tmp_path: Path) -> None:
     assert Path(result.stdout.strip()) == code / "cifar_hpc" / "__init__.py", result.stderr
     assert take_snapshot(paths) == code
     assert [p.name for p in paths.code.iterdir()] == [code.name]
+
+
+def test_an_editors_lock_is_no_part_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = take_snapshot(RunPaths(tmp_path, "one")) / PACKAGE.name
+    monkeypatch.setattr(module, "PACKAGE", package)
+    (package / "runs" / ".#state.py").symlink_to("me@host.123:456")
+    assert [file.name for file in package_files() if file.name.startswith(".")] == []
+    monkeypatch.setattr("cifar_hpc.launch.snapshot.PACKAGE", package)
+    assert take_snapshot(RunPaths(tmp_path, "two")).name == package.parent.name
 
 
 def edit(code: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -138,6 +139,38 @@ def test_train_returns_after_the_last_epoch_and_ignores_later_signals(tmp_path: 
     frozen(tmp_path)
     done = python(ENDING, str(tmp_path), "finished", "0", **LOCAL)
     assert (done.returncode, done.stdout) == (0, "run run finished\ninterpreter ended\n"), done.stderr
+
+
+# A task whose attempt ends with the signal that has stopped it.
+STOPPED = """
+import sys
+from cifar_hpc.launch.worker import Task
+from cifar_hpc.training import attempt
+class Stopped:
+    finished = False
+    def __init__(self, context):
+        self.stop = context.stop
+    def run(self):
+        return int(self.stop.signal or 0)
+attempt.Attempt = Stopped
+Task(sys.argv[1], "run")()
+"""
+
+
+@pytest.mark.process
+def test_a_local_run_that_was_cancelled_between_two_starts_stops(tmp_path: Path) -> None:
+    frozen(tmp_path)
+    run = RunPaths(tmp_path, "run")
+    for event, job_id, status in (
+        ("cancelled", None, 0),  # before this submission
+        ("submitted", "7", 0),
+        ("started", "7", 0),
+        ("cancelled", None, signal.SIGTERM),
+        ("submitted", "8", 0),
+    ):
+        append_line(run.events, json.dumps({"event": event, "job_id": job_id}))
+        done = python(STOPPED, str(tmp_path), **LOCAL)
+        assert done.returncode == status, done.stderr
 
 
 @pytest.mark.process

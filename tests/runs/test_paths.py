@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.runs.paths import RunPaths, find_runs, is_pattern
+from cifar_hpc.runs.paths import RunPaths, SweepPaths, find_runs, is_pattern, sweep_order, write_points
 
 
 @pytest.fixture
@@ -68,3 +69,12 @@ def test_a_run_of_which_only_checkpoints_are_left_is_found_by_its_name(root: Pat
 
 def test_patterns_are_told_from_names() -> None:
     assert is_pattern("a*") and is_pattern("a?") and is_pattern("[a]") and not is_pattern("improved_resnet-1a2b3c4d")
+
+
+def test_a_copy_of_a_submission_that_a_user_keeps_is_no_submission(root: Path) -> None:
+    for number, points in ((1, ["wide-1"]), (2, ["wide-1", "dropout-1"])):
+        sweep = SweepPaths(root, "mine", number)
+        sweep.create()
+        write_points(sweep, points)
+    shutil.copytree(SweepPaths(root, "mine", 2).logs, root / "logs" / "sweeps" / "mine" / "2.bak")
+    assert sweep_order(root) == {"wide-1": ("mine", 0), "dropout-1": ("mine", 1)}

@@ -73,6 +73,8 @@ def test_submission(lab: Lab, short: str, project: Path, tmp_path: Path) -> None
 
     busy = run.submit(*held, expect=4)
     assert f"job {run.job_id} " in busy["error"] and lab.queued() == [run.job_id]
+    here = run.submit(*brief, "--cluster", "local", expect=4)
+    assert f"job {run.job_id} " in here["error"] and run.events("submitted")[1:] == []
 
     # What happens to the project from here on is nothing to the job.
     (lab.project / "cifar_hpc" / "training" / "trainer.py").write_text("this is no Python\n")

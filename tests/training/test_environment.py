@@ -153,8 +153,14 @@ def test_ranks_that_are_alike() -> None:
         ({"gpu": "sm_90, 66 multiprocessors"}, "gpu: None on rank 0 (a), sm_90, 66 multiprocessors on rank 1 (b)."),
         ({"amp": "bf16"}, "amp: fp32 on rank 0 (a), bf16 on rank 1 (b)."),
         ({"gradient": "0" * 16}, "gradient: None on rank 0 (a), 0000000000000000 on rank 1 (b)."),
-        ({"data": "1" * 64}, f"training images in data.root: None on rank 0 (a), {'1' * 64} on rank 1 (b)."),
-        ({"test_data": "1" * 64}, f"test images in data.root: None on rank 0 (a), {'1' * 64} on rank 1 (b)."),
+        (
+            {"data": "1" * 64},
+            f"training images (data.root or data.target): None on rank 0 (a), {'1' * 64} on rank 1 (b).",
+        ),
+        (
+            {"test_data": "1" * 64},
+            f"test images (data.root or data.target): None on rank 0 (a), {'1' * 64} on rank 1 (b).",
+        ),
     ],
 )
 def test_what_ranks_must_agree_on(facts: dict[str, Any], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from cifar_hpc.runs import requeue
 from cifar_hpc.runs.history import History
 from cifar_hpc.runs.logs import read_jsonl
 from cifar_hpc.runs.paths import RunPaths
-from cifar_hpc.runs.requeue import ASK_AGAIN_SECONDS, PATIENCE_SECONDS, Ending
+from cifar_hpc.runs.requeue import ASK_AGAIN_SECONDS, PATIENCE_SECONDS, Decision, Ending
 from cifar_hpc.training import exit as module
 from cifar_hpc.training.context import Context
-from cifar_hpc.training.exit import HOLD_SECONDS, LOCAL_REQUEUE_STATUS, decide_now, finished, stopped
+from cifar_hpc.training.exit import HOLD_SECONDS, LOCAL_REQUEUE_STATUS, decide_now, finished, restart, stopped
 from cifar_hpc.training.process import Launch, StopFlag
 from cifar_hpc.training.trainer import Position
 
@@ -182,6 +183,20 @@ def test_without_slurm_the_exit_status_requeues_or_names_the_signal(
 ) -> None:
     context, found = stop(scheduler, number)
     assert (found, events(context), slurm.requests) == (status, [("signal", None), last], [])
+
+
+def test_who_cancels_a_local_run_that_waits_for_its_next_start_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Context(RunPaths(tmp_path, "run"), tiny_spec(), Launch(scheduler="local", job_id="7"), StopFlag())
+    context.paths.create()
+    again = Decision("requeue", "failure", "requeueing", delay_seconds=3600)
+    monkeypatch.setattr(time, "sleep", lambda seconds: context.stop.raise_flag(signal.SIGTERM))
+    assert restart(context, again) == 128 + signal.SIGTERM
+    assert events(context) == [("requeued", "failure"), ("signal", None), ("left", "stopped")]
+    assert restart(context, replace(again, delay_seconds=0)) == 128 + signal.SIGTERM
+    context.stop = StopFlag()
+    assert restart(context, replace(again, delay_seconds=0)) == LOCAL_REQUEUE_STATUS
 
 
 def test_stopped_says_where_the_state_is(tmp_path: Path, slurm: Slurm) -> None:

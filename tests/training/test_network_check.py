@@ -91,10 +91,7 @@ def check(network: nn.Module, count: int = 2) -> None:
     """Check a network and its gradients, as the engine does at a start."""
     exact = make_exact(network)
     logits = check_network(network, exact, IMAGES[:count], 5, CODE)
-    calls = exact.calls
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(logits.sum(), trainable, allow_unused=True)
-    check_gradients(network, gradients, exact, calls)
+    check_gradients(network, logits.sum(), exact, CODE)
 
 
 GOOD: dict[str, Callable[[], nn.Module]] = {
@@ -133,12 +130,28 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "running InstanceNorm": (lambda: nn.InstanceNorm2d(8, track_running_stats=True), "the buffer middle.running_mean"),
     "an error": (lambda: lambda x: x[:, :3] @ x, "a forward pass of 2 images fails: RuntimeError"),
     "a tuple": (lambda: lambda x: (x, x), "a forward pass of 2 images fails: AttributeError"),
+    "in place behind a sigmoid": (
+        lambda: lambda x: x.sigmoid().mul_(2),
+        "a backward pass fails: RuntimeError: one of the variables needed",
+    ),
+    "reentrant checkpointing": (
+        lambda: lambda x: checkpoint(torch.sin, x, use_reentrant=True),
+        r"a backward pass fails: RuntimeError: .* HINT: checkpoint\(..., use_reentrant=False\)",
+    ),
+    "a buffer of the first pass": (lambda: _Late(), "middle.mask is registered in a forward pass, .* HINT: register"),
     "dropout computed again": (
         lambda: nn.Sequential(_Checkpointed(nn.Dropout(0.5))),
         "dropout draws other masks in the backward pass",
     ),
 }
 _GENERATOR = torch.Generator()
+
+
+class _Late(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones_like(x[0]))
+        return x * self.mask
 
 
 class _Checkpointed(nn.Module):
@@ -160,6 +173,7 @@ def test_a_good_network_passes_and_is_left_as_it_was(name: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of reentrant checkpointing
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_network_is_refused_by_name(name: str) -> None:
     make, words = BAD[name]
@@ -167,6 +181,24 @@ def test_a_bad_network_is_refused_by_name(name: str) -> None:
         check(Net(make()))
     assert re.search(words, str(raised.value)), str(raised.value)
     assert str(raised.value).startswith("model.target: ") and "\n" not in str(raised.value)
+
+
+def test_a_network_may_change_its_input() -> None:
+    class Shifted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.5))
+
+    before = digest(IMAGES)
+    check(Shifted(nn.Identity()))
+    assert digest(IMAGES) == before
+
+
+def test_the_advice_about_a_kernel_that_is_not_deterministic_stays() -> None:
+    def kernel(x: Tensor) -> Tensor:
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+
+    with pytest.raises(RuntimeError, match=r"^cumsum_cuda_kernel does not have"):
+        check(Net(kernel))
 
 
 def test_logits_of_another_shape_are_refused() -> None:

@@ -31,6 +31,12 @@ def load(image_size, count):
     images = rng.integers(0, 200, (count, image_size, image_size, 3), np.uint8)
     images[np.arange(count), :, :, labels % 3] += 50
     return images, labels, images[:40], labels[:40], [f"kind {n}" for n in range(5)]
+
+
+def drawn_anew(image_size, count):
+    images, *others = load(image_size, count)
+    images[0] = np.random.default_rng().integers(0, 200, images[0].shape, np.uint8)
+    return images, *others
 """
 ALL = ("data.train_size=null", "data.test_size=null")
 CASES = {
@@ -72,6 +78,15 @@ def test_killed_and_moved_it_ends_in_the_same_bits_and_is_evaluated(
     assert (info.image_size, len(info.classes)) == (size, classes)
     assert main(["evaluate", case]) == 0
     assert "the same as logged after epoch 2" in capsys.readouterr().out
+
+
+def test_a_function_that_gives_other_images_at_the_next_start_is_named(runs: Runs) -> None:
+    words = ("data.source=cifar10", "data.target=mine.py:drawn_anew", *CASES["target"][2:])
+    runs.kill("anew", 1, *words, interrupt="SIGKILL@step:6")
+    assert runs.start("anew", 1, *words) == [1]
+    log = " ".join(runs.log("anew").split())
+    assert "data.target: the training images that 'mine.py:drawn_anew' gives are not those that run anew was" in log
+    assert "HINT: it must give the same images at every start" in log
 
 
 def test_a_run_of_an_earlier_version_keeps_the_mean_that_it_began_with(runs: Runs) -> None:

@@ -66,6 +66,36 @@ class FailsLater(nn.Module):
         if self.calls > 20:
             raise ValueError("what now?")
         return self.head(x.mean((2, 3)))
+
+
+class Odd(nn.Module):
+    """Weights and buffers of several types, one with gaps in memory, a mask of -inf, and it changes its input."""
+
+    def __init__(self, classes):
+        super().__init__()
+        kept = torch.arange(12) % 3 > 0
+        self.register_buffer("kept", kept)
+        self.register_buffer("order", torch.arange(12, dtype=torch.int32).flip(0))
+        self.register_buffer("mask", torch.zeros(12).masked_fill(~kept, -torch.inf))
+        self.stem, self.head = nn.Conv2d(3, 12, 4, stride=4), nn.Linear(12, classes)
+        self.gaps = nn.Parameter(torch.randn(12, 16)[:, :12] / 4)
+        self.scale = nn.Parameter(torch.ones(12, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        x = self.stem(x.mul_(0.5)).mean((2, 3))[:, self.order.long()]
+        x = torch.where(self.kept, x, 0.0) @ self.gaps * self.scale.float()
+        return self.head(x + (x + self.mask).softmax(1))
+
+
+class Complex(Odd):
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.register_buffer("turn", torch.ones(2, dtype=torch.complex64))
+
+
+class Reentrant(Odd):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
 '''
 LAYERS = "from torch import nn\n\n\nclass Drop(nn.Dropout):\n    pass\n"
 SGD = ("optimizer.lr=0.02",)
@@ -73,6 +103,7 @@ ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.002", "optimizer.decay_all=fals
 CASES = {
     "resnet": ("model.target=mine.py:with_dropout", "model.args={width: 8}", *SGD, "train.amp=fp32"),
     "transformer": ("model.target=mine.py:SmallTransformer", *ADAMW, "train.amp=bf16", "lookahead.enabled=false"),
+    "odd": ("model.target=mine.py:Odd", *SGD, "train.amp=fp32"),
     "both": ("model.target=mine.py:SmallTransformer", "model.args.width=8", *ADAMW, "train.amp=fp32", "ema.decay=0.9"),
 }
 BUILT_IN = ("model.blocks=[3, 3, 3]", "model.dropout=0.2", "model.width_multiplier=1.0")  # as the defaults are
@@ -99,7 +130,7 @@ def test_evaluate_predict_export_and_plot_take_it(
     runs: Runs, look: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CIFAR_HPC_ROOT", str(runs.root))
-    for name in ("resnet", "transformer"):
+    for name in ("resnet", "transformer", "odd"):
         assert main(["evaluate", name]) == 0
         assert "the same as logged after epoch 2" in capsys.readouterr().out
         assert main(["export", name, "--out", str(tmp_path / f"{name}.safetensors")]) == 0
@@ -113,6 +144,22 @@ def test_a_network_that_draws_by_itself_never_begins(runs: Runs) -> None:
     assert "model.target: DrawsByItself draws random numbers by itself. HINT: Masks must come from" in log
     assert "Traceback" not in log and runs.events("draws", "checkpoint", "requeued") == []
     assert runs.log("draws").count("draws random numbers") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "Complex",
+            "'mine.py:Complex': turn is torch.complex64, which no checkpoint holds; allowed: float32, float64,",
+        ),
+        ("Reentrant", "get no gradient: the logits do not depend on them. HINT: remove them from the network,"),
+    ],
+)
+def test_a_network_that_could_not_go_on_never_begins(runs: Runs, name: str, words: str) -> None:
+    assert runs.start(name, 1, *BUILT_IN, f"model.target=mine.py:{name}") == [1]
+    log = " ".join(runs.log(name).split())
+    assert words in log and "Traceback" not in log and runs.events(name, "checkpoint", "requeued") == []
 
 
 def test_an_error_in_the_users_file_is_shown_with_its_line(runs: Runs) -> None:

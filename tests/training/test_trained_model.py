@@ -13,11 +13,12 @@ from helpers import build_model
 
 from cifar_hpc import tensorfile
 from cifar_hpc.config.io import from_plain
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.data.augment.pipeline import normalize
 from cifar_hpc.data.info import DatasetInfo
 from cifar_hpc.data.synthetic import make_synthetic
 from cifar_hpc.errors import RunFailedError, SpecError
-from cifar_hpc.training.trained_model import load_trained, noted
+from cifar_hpc.training.trained_model import _code_of, load_trained, noted
 
 IMAGES = make_synthetic(264, 100)[2]
 
@@ -208,3 +209,10 @@ def test_notes_are_lines_of_80_columns() -> None:
     lines = noted(["word " * 40, "short"])
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("note: word") and lines[1].startswith("      word") and lines[-1] == "note: short"
+
+
+@pytest.mark.parametrize("path", ["/best.pt", "/scratch/best.pt", "/scratch/me/best.pt"])
+def test_a_checkpoint_may_lie_anywhere(path: str) -> None:
+    assert _code_of(Path(path), Spec()).name == "user"
+    with pytest.raises(SpecError, match="which is run only for a checkpoint in checkpoints/RUN"):
+        _code_of(Path(path), from_plain({"model": {"target": "mine.py:Net"}}))

@@ -123,7 +123,8 @@ class ShardReducer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._kept: list[dict[Tensor, Tensor]] = []
         self._under_way: list[tuple[ShardSum, torch.futures.Future[Tensor]]] = []
-        self._buffers: dict[int, Tensor] = {}  # by bucket; new memory in each step would cost page faults
+        # By bucket and type; new memory in each step would cost page faults.
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         device = self._parameters[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
@@ -171,9 +172,10 @@ class ShardReducer:
         last = bucket.buffer()
         size, kept = last.numel(), len(self._kept)
         needed = kept * size + ShardSum.room(size, self.layout)
-        buffer = self._buffers.get(bucket.index())
+        key = bucket.index(), last.dtype  # DDP forms its buckets anew after the first step
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < needed:
-            buffer = self._buffers[bucket.index()] = last.new_empty(needed)
+            buffer = self._buffers[key] = last.new_empty(needed)
         rows = list(buffer[: kept * size].view(kept, size))
         for row, gradients in zip(rows, self._kept, strict=True):
             for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
