@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 
+import numpy as np
 import pytest
 from helpers import PROJECT
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.runs import queue as run_queue
 from cifar_hpc.runs.logs import read_jsonl
+from cifar_hpc.runs.paths import find_runs
+from cifar_hpc.runs.results import group_runs, read_rows, settings
 
 BEGIN = "CIFAR_HPC_ROOT=results python -m cifar_hpc compare "
 COMMANDS = [
@@ -34,6 +37,25 @@ def test_a_table_is_made_from_the_logs(
     # What several tables have in common stands below one of them.
     assert len(remarks.splitlines()) >= 5
     assert set(remarks.splitlines()) <= set(text.splitlines())
+
+
+def test_what_the_sweep_shows_is_beyond_the_noise_of_all_its_rows() -> None:
+    """A difference is shown where it is beyond 5 % of a t-test with Bonferroni's correction.
+
+    Its standard error is that of the residuals of rows and seeds, so of (rows - 1)(seeds - 1) degrees of freedom.
+    """
+    groups = group_runs(find_runs(PROJECT / "results", ["fast_elements-*"]))
+    rows = dict(zip(settings(groups), read_rows(groups, {}), strict=True))
+    accuracy = np.array([[member.test_accuracy for member in row.members] for row in rows.values()])
+    rest = accuracy - accuracy.mean(0) - accuracy.mean(1, keepdims=True) + accuracy.mean()
+    count, seeds = accuracy.shape
+    error = np.sqrt(2 / seeds * (rest**2).sum() / ((count - 1) * (seeds - 1)))
+    text = (PROJECT / "RESULTS.md").read_text()
+    (said,) = re.findall(r"of (\d+) degrees of freedom: ([\d.]+) points.* for (\d+) rows.* is ([\d.]+) times", text)
+    assert said[:3] == (f"{(count - 1) * (seeds - 1)}", f"{error:.2f}", f"{count - 1}")
+    differences = {name: row.figure("difference") for name, row in rows.items()}
+    shown = {name for name, figure in differences.items() if figure and abs(figure.mean) > float(said[3]) * error}
+    assert set(re.findall("`(.*?)`", re.findall(r"^- \*\*Shown\*\*: (.*)$", text, re.MULTILINE)[0])) == shown
 
 
 def test_each_run_is_in_a_table_and_says_nothing_of_its_machines_folders() -> None:

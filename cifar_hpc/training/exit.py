@@ -164,7 +164,10 @@ def restart(context: Context, decision: Decision, recorded: bool = False, again:
     while time.monotonic() < end and not context.stop.requested:
         time.sleep(0.1)
     if context.stop.signal is signal.SIGTERM:
-        return stopped(context, None, stored=False)
+        left = decide_now(context, Ending("signal", context.launch.scheduler, signal.SIGTERM))
+        context.log.line(left.explanation)
+        context.emit(Left(reason=left.reason, explanation=left.explanation))
+        return 128 + signal.SIGTERM
     return LOCAL_REQUEUE_STATUS
 
 

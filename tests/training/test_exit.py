@@ -193,7 +193,7 @@ def test_who_cancels_a_local_run_that_waits_for_its_next_start_ends_it(
     again = Decision("requeue", "failure", "requeueing", delay_seconds=3600)
     monkeypatch.setattr(time, "sleep", lambda seconds: context.stop.raise_flag(signal.SIGTERM))
     assert restart(context, again) == 128 + signal.SIGTERM
-    assert events(context) == [("requeued", "failure"), ("signal", None), ("left", "stopped")]
+    assert events(context) == [("requeued", "failure"), ("left", "stopped")]
     assert restart(context, replace(again, delay_seconds=0)) == 128 + signal.SIGTERM
     context.stop = StopFlag()
     assert restart(context, replace(again, delay_seconds=0)) == LOCAL_REQUEUE_STATUS
