@@ -61,7 +61,7 @@ class RunBusyError(UserError):
     exit_code = 4
 
 
-def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]:
+def explain(error: UserError | ImportError | OSError) -> tuple[str, int]:
     """(message, exit status) that a command shows in place of a traceback."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
@@ -69,6 +69,9 @@ def explain(error: UserError | ModuleNotFoundError | OSError) -> tuple[str, int]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = ". HINT: make room; python -m cifar_hpc du shows what the runs take" * full
         return f"{error.filename}: {error.strerror}{hint}" if error.filename else str(error), UserError.exit_code
+    if not isinstance(error, ModuleNotFoundError):  # such as torch, which finds no libcudnn.so
+        hint = "HINT: load the modules with which it was installed, or make setup; doctor tells more"
+        return f"a Python package does not load here: {error}. {hint}", UserError.exit_code
     tracker = str(error.name).partition(".")[0] in ("tensorboard", "wandb")
     hint = "pip install -r requirements-trackers.txt" if tracker else "make setup && . .venv/bin/activate"
     message = f"the Python package '{error.name}' is not installed for {sys.executable}. HINT: {hint}"

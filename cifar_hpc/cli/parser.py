@@ -90,7 +90,7 @@ def run_command(build: Callable[..., argparse.ArgumentParser], argv: Sequence[st
         message, status = interrupted, 130
     except BrokenPipeError:
         return 141  # the reader, such as head, has gone
-    except (UserError, ModuleNotFoundError, OSError) as error:
+    except (UserError, ImportError, OSError) as error:
         message, status = explain(error)
     if any(len(word) > len("--j") and "--json".startswith(word) for word in argv):
         print(json.dumps({"error": message or "interrupted", "exit_code": status}))

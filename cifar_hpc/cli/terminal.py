@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cifar_hpc.errors import SpecError
-from cifar_hpc.files import DIRECTORY_MODE, kind_of
+from cifar_hpc.files import DIRECTORY_MODE, expand_home, kind_of
 from cifar_hpc.text import shown
 
 # SGR parameters (ECMA-48)
@@ -149,7 +149,7 @@ def output_file(text: str, suffix: str = "") -> Path:
     Raises:
         SpecError: its suffix differs, it is no regular file, or its folder cannot be created or is not writable.
     """
-    path = Path(text)
+    path = Path(expand_home(text, "--out"))
     if not text.endswith(suffix) or path.name in ("", suffix):
         raise SpecError(f"--out: {shown(text)} is not allowed; allowed: a file name that ends with {suffix}.")
     try:
@@ -169,7 +169,7 @@ def output_folder(text: str) -> Path:
     Raises:
         SpecError: it cannot be created, or is not writable.
     """
-    path = Path(text)
+    path = Path(expand_home(text, "--out"))
     try:
         path.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
     except OSError as error:

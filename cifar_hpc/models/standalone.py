@@ -27,6 +27,9 @@ DTYPES = {
 }  # fmt: skip
 
 
+_loaded: list[Path] = []  # folders of the networks' code so far
+
+
 class Model(nn.Module):
     """A network with its normalisation.
 
@@ -72,6 +75,11 @@ def load(file: str | Path) -> Model:
         raise ValueError(f"{file}: an older version exported it, with another model.py; export it again")
     folder = Path(file).resolve().parent / "model_code" / card["code"]
     sys.path[:0] = [str(folder / card["path"]), str(folder)]
+    for other, module in list(sys.modules.items()):  # files of another model may have the same names
+        place_of = Path(getattr(module, "__file__", None) or "/")
+        if any(place_of.is_relative_to(loaded) for loaded in _loaded if loaded != folder):
+            del sys.modules[other]
+    _loaded.append(folder)
     place, _, name = card["network"].partition(":")
     make: Any = importlib.import_module(place)
     for part in name.split("."):
@@ -111,10 +119,14 @@ def main(words: list[str]) -> None:
     for file in files:
         try:
             image: Image.Image = Image.open(file)
+            kind = image.format
             with suppress(Exception):  # damaged EXIF data, which many photographs have
                 image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # grey of 16 bits, of which `convert` would make all above 255 white
+                grey = np.asarray(image).astype(np.int32)
+                image = Image.fromarray((grey >> 8 if kind == "PNG" else (grey + 128) // 257).astype(np.uint8))
             image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # PIL has many
             sys.exit(f"{file}: {error}")
         with torch.no_grad():
             shares = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).softmax(1)[0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cifar_hpc.runs import events as e
 from cifar_hpc.runs.events import FAILURES, STARTS
@@ -93,6 +93,7 @@ class _Reader:
         self.events = events
         self.doing, self.since = NOTHING, 0.0
         self.heard = 0.0  # the last event so far
+        self.job_id: Any = None  # of the last start
         self.safe: dict[float, float] = {0.0: 0.0}  # step -> when it was on disk
         self.steps_per_epoch = _steps_per_epoch(events)
 
@@ -102,7 +103,10 @@ class _Reader:
             name, step = str(row.get("event")), number_of(row, "step")
             match name:
                 case e.Submitted.name if self.doing in (STARTING, TRAINING):
-                    pass
+                    if row.get("job_id") == self.job_id:  # recorded after its job had begun
+                        continue
+                    self._begin(NOTHING, self.heard)  # killed, some time after its last event
+                    self._begin(WAITING, at)
                 case e.Submitted.name | e.Requeued.name:
                     self._begin(WAITING, at)
                 case e.Started.name | e.Resumed.name:
@@ -143,7 +147,8 @@ class _Reader:
         self.timeline.marks.append(Mark(kind, at))
 
     def _start(self, at: float, row: Row, step: float | None) -> None:
-        again = WAITING if row.get("job_id") else NOTHING
+        self.job_id = row.get("job_id")
+        again = WAITING if self.job_id else NOTHING
         if self.doing in (STARTING, TRAINING):  # killed, some time after its last event
             self._begin(again, self.heard)
         elif self.doing == NOTHING and self.timeline.spans:  # requeued by Slurm

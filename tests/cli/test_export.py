@@ -118,6 +118,22 @@ def test_the_code_beside_the_weights_takes_photographs_as_training_does(root: Pa
     turned.save(tmp_path / "turned.png", exif=exif)
     shown = alone(tmp_path, "model.py", "one.png", "wide.png", "turned.png")
     assert len({line.partition(": ")[2] for line in shown}) == 1, shown
+    Image.fromarray(square[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(square[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")  # 16 bits
+    shown = alone(tmp_path, "model.py", "grey.png", "deep.png")
+    assert len({line.partition(": ")[2] for line in shown}) == 1, shown
+
+
+def test_models_in_one_folder_have_each_its_own_code(tmp_path: Path) -> None:
+    card = {"network": "shared:Net", "arguments": "{}", "path": ".", "classes": '["a"]', "mean": "[0, 0, 0]"}
+    for name in ("one", "two"):
+        code = tmp_path / "model_code" / name
+        code.mkdir(parents=True)
+        (code / "shared.py").write_text(f"from torch import nn\n\n\nclass Net(nn.Module):\n    name = '{name}'\n")
+        header = json.dumps({"__metadata__": card | {"code": name, "std": "[1, 1, 1]"}}).encode()
+        (tmp_path / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name in ("one", "two", "one"):
+        assert standalone.load(tmp_path / f"{name}.safetensors").network.name == name
 
 
 def test_the_code_beside_the_weights_is_the_same_network(root: Path, tmp_path: Path) -> None:

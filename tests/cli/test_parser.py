@@ -101,3 +101,15 @@ def test_the_list_of_commands_is_shown_where_none_is_named(capsys: pytest.Captur
 @pytest.mark.parametrize("command", sorted(subparsers()))
 def test_every_argument_but_the_run_is_explained(command: str) -> None:
     assert [a.dest for a in subparsers()[command]._actions if not a.help and a.dest not in ("run", "shell")] == []
+
+
+def test_a_package_that_does_not_load_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(arguments: object) -> int:
+        raise ImportError("libcudnn.so.9: cannot open shared object file")
+
+    monkeypatch.setattr("cifar_hpc.cli.du.main", broken)
+    assert main(["du"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: a Python package does not load here: libcudnn.so.9: ") and "HINT: load" in error

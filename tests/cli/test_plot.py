@@ -17,6 +17,8 @@ from run_logs import event, make_run, write_events, write_metrics
 
 from cifar_hpc.__main__ import main
 from cifar_hpc.cli.figures import plot
+from cifar_hpc.config.io import to_plain
+from cifar_hpc.config.spec import Spec
 from cifar_hpc.runs.paths import RunPaths
 
 FIGURES = ["accuracy", "loss", "learning_rate", "timeline"]
@@ -226,6 +228,19 @@ def test_without_pytorch_all_but_the_architecture_is_drawn(
     assert err.startswith(
         "note: the architecture is left out, since drawing it takes PyTorch, which does not load here"
     )
+
+
+def test_a_network_whose_code_is_gone_costs_its_architecture_only(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (root / f"{name}.py").write_text("class Net: pass\n")
+        make(root, name, [10], model=to_plain(Spec())["model"] | {"target": f"{name}.py:Net"})
+    assert main(["plot", "*"]) == 0
+    out, err = capsys.readouterr()
+    assert {Path(path).stem for path in out.splitlines()} == {*FIGURES}
+    assert err.count(" is left out: model.target: ") == 2
+    assert main(["plot", "a", "--only", "architecture"]) == 2
 
 
 def test_runs_that_have_nothing_yet_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

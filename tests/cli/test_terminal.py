@@ -115,6 +115,10 @@ def test_files_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert output_file("old.csv", ".csv") == old
     assert output_file("link.csv") == old  # so that the link stays one
     assert output_file("none/deep/x.csv").parent.is_dir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of --out=~/x, which a shell leaves as it is
+    assert output_file("~/x.csv") == tmp_path / "home" / "x.csv" and output_folder("~/a") == tmp_path / "home" / "a"
+    with pytest.raises(SpecError, match=r"--out: '~nobody-here' names no user"):
+        output_folder("~nobody-here")
 
 
 @pytest.mark.parametrize(

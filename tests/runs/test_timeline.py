@@ -181,6 +181,19 @@ def test_between_an_end_and_the_next_submission_nothing_is_done(run: RunPaths) -
     assert ("stopped", 30) in marks(life)
 
 
+def test_between_a_kill_and_the_next_submission_nothing_is_done(run: RunPaths) -> None:
+    killed = [*FIRST, event(29, "checkpoint", step=25)]
+    again = event(500, "submitted", job_id="9")
+    life = timeline(run, *killed, again, *start(510, step=25, job_id="9"))
+    assert spans(life)[2:4] == [("training", 11, 29), ("waiting", 500, 506)] and not life.seconds("lost")
+    assert spans(timeline(run, *killed, again))[2:] == [("training", 11, 29)]
+    life = timeline(run, *killed, again, event(600, "cancelled", by="me"))
+    assert spans(life)[2:] == [("training", 11, 29), ("waiting", 500, 600)]
+    assert ("cancelled", 600) in marks(life)
+    late = event(12, "submitted", job_id=killed[1]["job_id"])  # of the job that has begun
+    assert spans(timeline(run, *start(10), late, *killed[3:]))[-1] == ("training", 11, 29)
+
+
 def test_outside_a_scheduler_nobody_waits(run: RunPaths) -> None:
     life = timeline(
         run,

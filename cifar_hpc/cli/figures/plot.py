@@ -186,6 +186,11 @@ def _architectures(series: Sequence[curves.Series], asked: bool) -> Iterator[tup
         except ImportError as error:
             note(f"the architecture is left out, since drawing it takes PyTorch, which does not load here: {error}")
             return
+        except UserError as error:
+            if asked:
+                raise
+            note(f"the architecture of {run.name} is left out: {error}")
+            continue
         yield ("architecture" if len(models) == 1 else f"architecture-{run.name}"), figure
 
 
