@@ -240,7 +240,7 @@ def test_a_network_whose_code_is_gone_costs_its_architecture_only(
     out, err = capsys.readouterr()
     assert {Path(path).stem for path in out.splitlines()} == {*FIGURES}
     assert err.count(" is left out: model.target: ") == 2
-    assert main(["plot", "a", "--only", "architecture"]) == 2
+    assert main(["plot", "a", "--only", "architecture"]) == 1
 
 
 def test_runs_that_have_nothing_yet_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
