@@ -150,7 +150,12 @@ def slurm_executor(
     parameters = slurm_parameters(paths, spec, site)
     parameters |= {
         "dependency": in_script(dependency or None),
-        "setup": [*_begin(paths, spec, site), *(parameters["setup"] or ()), "set +eu; unset IFS PYTHONSAFEPATH", LINK],
+        "setup": [
+            *_begin(paths, spec, site),
+            *(parameters["setup"] or ()),
+            "set +eu; trap - ERR DEBUG; unset IFS PYTHONSAFEPATH",
+            LINK,
+        ],
         "teardown": ["hpc_end $?", ")"],
     }
     if array:

@@ -21,7 +21,7 @@ from cifar_hpc.config.spec import Spec
 from cifar_hpc.errors import SchedulerError, UserError
 from cifar_hpc.launch.batch_script import record_submitted, warning_seconds
 from cifar_hpc.launch.preflight import start_of, why_busy
-from cifar_hpc.launch.worker import Task
+from cifar_hpc.launch.worker import USERS_CHOICE, VISIBLE, Task
 from cifar_hpc.runs.events import Cancelled
 from cifar_hpc.runs.frozen_spec import require_frozen
 from cifar_hpc.runs.history import History, time_of
@@ -130,11 +130,13 @@ def start_here(run: RunPaths, spec: Spec, command: str, sweep: str | None = None
     import submitit
 
     resources = spec.resources
+    gpus = 0 if spec.train.device == "cpu" else resources.gpus
+    os.environ |= {USERS_CHOICE: os.environ.get(VISIBLE, "")} if gpus else {}
     executor = submitit.LocalExecutor(folder=run.slurm)
     executor.update_parameters(
         timeout_min=parse_time(resources.time) / 60,
         tasks_per_node=resources.ntasks_per_node,
-        gpus_per_node=0 if spec.train.device == "cpu" else resources.gpus,
+        gpus_per_node=gpus,
         signal_delay_s=warning_seconds(spec),
         stderr_to_stdout=True,
     )

@@ -29,7 +29,7 @@ SLURM_ONLY = (
 # These, too, but a job that has them may be tried on any machine: only the flags are refused there.
 WITHOUT_EFFECT_HERE = ("profile", *SLURM_ONLY, "mem", "comment")
 LARGE_BYTES = 4 * 10**9  # of images, about which a submission says how much memory they take
-NVIDIA_DEVICE = Path("/dev/nvidia0")
+DEVICES = Path("/dev")
 
 
 def check_data(spec: Spec, root: Path) -> tuple[DataSpec, str | None]:
@@ -76,7 +76,8 @@ def check_this_machine(spec: Spec) -> None:
     if resources.max_nodes > 1:
         raise SpecError(f"resources.nodes: {resources.nodes} needs Slurm; allowed with --cluster local: 1.")
     wants_gpu = spec.train.device != "cpu" and (resources.gpus > 0 or spec.train.device != "auto")
-    if wants_gpu and shutil.which("nvidia-smi") is None and not NVIDIA_DEVICE.exists():
+    has_gpu = shutil.which("nvidia-smi") or [*DEVICES.glob("nvidia[0-9]*"), *DEVICES.glob("kfd")]  # kfd: of AMD
+    if wants_gpu and not has_gpu:
         raise SpecError(
             f"train.device: {spec.train.device} with resources.gpus_per_node: {resources.gpus_per_node} asks for "
             "GPUs, and this machine has none. HINT: --set train.device=cpu trains on the CPU; --cluster slurm submits."

@@ -22,6 +22,10 @@ from cifar_hpc.runs.requeue import is_stopping
 from cifar_hpc.slurm import client
 from cifar_hpc.training.process import StopFlag, Stopwatch, open_streams
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+# What a user has set it to on this machine; empty where it is not set. submitit's local executor counts GPUs from 0.
+USERS_CHOICE = "CIFAR_HPC_VISIBLE_DEVICES"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -34,6 +38,9 @@ class Task:
         """Train as `train` does."""
         stop = StopFlag().install()
         open_streams(lossy=True)
+        if (choice := os.environ.pop(USERS_CHOICE, None)) is not None:
+            os.environ.pop(VISIBLE, None)
+            os.environ |= {VISIBLE: choice} if choice else {}
         try:
             return train(run_of_task(Path(self.root), self.target), stop)
         except UserError as error:

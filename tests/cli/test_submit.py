@@ -208,7 +208,7 @@ def test_cifar10_that_cannot_be_downloaded_is_named(root: Path, capsys: pytest.C
 def test_gpus_asked_for_on_a_machine_without(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_hpc.launch.preflight.NVIDIA_DEVICE", root / "no-device")
+    monkeypatch.setattr("cifar_hpc.launch.preflight.DEVICES", root / "no-device")
     assert submit.main("--cluster local --set data.source=synthetic".split()) == 2
     assert "this machine has none" in capsys.readouterr().err
 

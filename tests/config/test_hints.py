@@ -116,7 +116,7 @@ def test_what_is_said_of_more_processes_than_shards(tmp_path: Path) -> None:
 
 
 def test_what_is_said_where_there_are_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_hpc.launch.preflight.NVIDIA_DEVICE", tmp_path / "none")
+    monkeypatch.setattr("cifar_hpc.launch.preflight.DEVICES", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     job = tmp_path / "job.yaml"
     job.write_text("")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from batch_scripts import options, run_with_stub_srun
+from helpers import PROJECT
 
 from cifar_hpc.cli import submit
 from cifar_hpc.config.io import CLUSTERS, Site, check_resumable, load_site, load_values, new_spec, run_name
@@ -39,6 +40,15 @@ def test_a_profile_may_say_who_is_told_and_a_job_may_say_otherwise(tmp_path: Pat
     assert (told.notify.command, other.notify.command) == ("tell me", None)
     assert run_name("job", told) == run_name("job", other)
     check_resumable(told, other, "job")  # it may change while the run is under way
+
+
+@pytest.mark.parametrize("job", ["improved_resnet", "improved_resnet_plus", "improved_resnet_fast"])
+def test_the_projects_jobs_leave_nodes_and_gpus_to_the_site(tmp_path: Path, job: str) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("resources: {nodes: 1-2, gpus_per_node: 4, time: 02:00:00}\n")
+    found = new_spec(load_values(PROJECT / "jobs" / f"{job}.yaml", [], load_site(str(site))[1])).resources
+    assert (found.nodes, found.gpus_per_node) == ("1-2", 4)
+    assert (found.time == "02:00:00") == (job == "improved_resnet")  # the others say how long they take
 
 
 def test_a_wrong_key_names_the_file(tmp_path: Path) -> None:

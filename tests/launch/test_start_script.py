@@ -169,8 +169,9 @@ def test_a_site_that_requeues_by_exit_status_starts_no_run_that_has_failed(
     assert script.end()[0] == 0
 
 
-@pytest.mark.parametrize("left", ["IFS=0123456789", "export PYTHONSAFEPATH=1"])
+@pytest.mark.parametrize("left", ["IFS=0123456789", "export PYTHONSAFEPATH=1", "trap 'exit 9' ERR"])
 def test_what_a_setup_leaves_behind_breaks_neither_the_tasks_nor_the_epilog(script: Script, left: str) -> None:
+    (script.paths.slurm / "7_submitted.pkl").symlink_to("task.pkl")  # as after a requeue
     script.srun(f'{shlex.quote(sys.executable)} -c "import cifar_hpc" && echo found; exit 1')
     status, rows = script.end(left)
     assert (status, names(rows)) == (1, ["attempt", "failed", "requeued"]) and "found" in script.log()

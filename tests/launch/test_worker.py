@@ -141,6 +141,16 @@ def test_train_returns_after_the_last_epoch_and_ignores_later_signals(tmp_path: 
     assert (done.returncode, done.stdout) == (0, "run run finished\ninterpreter ended\n"), done.stderr
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(("choice", "seen"), [(None, "0,1"), ("", "None"), ("3", "3"), ("GPU-0123,5", "GPU-0123,5")])
+def test_a_local_run_sees_the_gpus_that_its_user_has_chosen(choice: str | None, seen: str) -> None:
+    code = "import os\nfrom cifar_hpc.launch import worker\nworker.train = lambda paths, stop: os.environ.get('{}')\n"
+    code = code.format(worker.VISIBLE) + "print(worker.Task('/root', 'run')())"
+    environment = {} if choice is None else {worker.USERS_CHOICE: choice}
+    done = python(code, **environment, **{worker.VISIBLE: "0,1"})  # as submitit sets it
+    assert done.stdout == f"{seen}\n", done.stderr
+
+
 # A task whose attempt ends with the signal that has stopped it.
 STOPPED = """
 import sys
