@@ -241,11 +241,12 @@ class Run:
     def check_resumed_from_newest(self, count: int = 1) -> None:
         """Its `count`-th resumption was from the newest checkpoint then on disk.
 
-        Which one that is depends on the disk: one that comes due while another is being written is left out.
+        Which one that is depends on the disk: one that comes due while another is being written is left out. It may be
+        newer than the newest event, as a process may be killed after it has written a file and before it says so.
         """
         resumed = self.wait("resumed", count=count)
         saved = [e for e in self.events("checkpoint") if seconds(e) <= seconds(resumed)][-1]
-        assert resumed["step"] == saved["step"] > 0, self.report()
+        assert resumed["step"] >= saved["step"] > 0, self.report()
 
 
 def seconds(event: Event) -> float:
