@@ -64,9 +64,10 @@ def train(paths: RunPaths, stop: StopFlag) -> str:
     from cifar_hpc.training.process import Launch
 
     loading.cancel()
-    history = History.read(paths.events)
-    if environment.cluster != "slurm" and history.last_of(Cancelled) and history.job_id == environment.job_id:
-        stop.raise_flag()  # cancelled while submitit's controller was about to start the run again
+    if environment.cluster != "slurm":
+        history = History.read(paths.events)
+        if history.last_of(Cancelled) and history.job_id == environment.job_id:
+            stop.raise_flag()  # cancelled while submitit's controller was about to start the run again
     spec = require_frozen(paths)
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
     launch = Launch(

@@ -78,7 +78,7 @@ class Odd(nn.Module):
         self.register_buffer("order", torch.arange(12, dtype=torch.int32).flip(0))
         self.register_buffer("mask", torch.zeros(12).masked_fill(~kept, -torch.inf))
         self.stem, self.head = nn.Conv2d(3, 12, 4, stride=4), nn.Linear(12, classes)
-        self.gaps = nn.Parameter(torch.randn(12, 16)[:, :12] / 4)
+        self.gaps = nn.Parameter((torch.randn(12, 16) / 4)[:, :12])
         self.scale = nn.Parameter(torch.ones(12, dtype=torch.bfloat16))
 
     def forward(self, x):
